@@ -1,0 +1,1 @@
+"""The Linux side of tcpstate: ABI constants and structs, batches of system calls, machine code."""

@@ -172,9 +172,7 @@ class CallTable:
         counted). CallError if it stopped before the end."""
         offset = self._entries_offset()
         count = min(done + 1, len(self._calls))
-        self._results = [
-            struct.unpack_from("<q", image, offset + ENTRY_SIZE * i + RET_OFFSET)[0] for i in range(count)
-        ]
+        self._results = [struct.unpack_from("<q", image, offset + ENTRY_SIZE * i + RET_OFFSET)[0] for i in range(count)]
         self._data[:] = image[: len(self._data)]
         if done < len(self._calls):
             error = -self._results[done]

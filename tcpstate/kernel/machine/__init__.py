@@ -1,0 +1,28 @@
+"""What depends on the machine's architecture: one file per machine, one interface.
+
+``SYS``          IntEnum of system call numbers, by the kernel's names
+``WALK_SOURCE``  assembly text of the loop that walks a table of system calls
+``SOURCE``       assembly text of the routine for our own process: ``entry *routine(entry *first, entry *end)``
+``ROUTINE``      the same, assembled
+
+Nothing else in this package asks which machine this is.
+"""
+
+from __future__ import annotations
+
+import os
+
+from tcpstate.errors import KernelFeatureMissing
+
+_MACHINE = os.uname().machine
+
+if _MACHINE == "x86_64":
+    from tcpstate.kernel.machine.x86_64 import ROUTINE, SOURCE, SYS, WALK_SOURCE
+else:
+    raise KernelFeatureMissing(
+        f"there is no description of the machine {_MACHINE}",
+        object=_MACHINE,
+        fix="Run tcpmig on x86-64; other machines need a file in tcpstate/kernel/machine/.",
+    )
+
+__all__ = ["ROUTINE", "SOURCE", "SYS", "WALK_SOURCE"]
