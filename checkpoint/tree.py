@@ -1,0 +1,260 @@
+"""How a process tree is grown again: which process forks which, in what order, so that sessions and groups come out.
+
+Linux lets a process join a session only by being born into it, and a group only within its session.  A tree whose
+sessions or groups have lost their leaders therefore needs *stand-ins*: processes that carry the leader's number, lead
+while the members are born, and exit.  A number stays reserved as session or group ID as long as it has a member.
+
+The plan is made from four numbers per process and run by :mod:`checkpoint.restore`; nothing here touches a process.
+
+Rules used (kernel/fork.c, kernel/sys.c):
+
+- a child inherits its parent's session and group as they are at the fork, so children in the session that a leader
+  was born into are forked before its ``setsid``;
+- ``CLONE_PARENT`` makes the child a sibling of its creator: how a stand-in bears members that are not its children;
+- ``setsid`` fails for a group leader, ``setpgid`` for a session leader or across sessions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from checkpoint.errors import UnsupportedSession
+
+__all__ = ["Death", "End", "Fork", "SetPgid", "SetSid", "Spawn", "Step", "Task", "plan"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What the plan needs to know of one process.
+
+    ppid       its parent; one that is not in the tree makes the task a root
+    wait_code  a zombie's status word, as wait(2) gives it; None for a living process
+    """
+
+    pid: int
+    ppid: int
+    pgid: int
+    sid: int
+    wait_code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """The tool itself starts ``pid``; a stand-in may come out with another number if its own is taken."""
+
+    pid: int
+    stand_in: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """``creator`` forks ``pid``: its child, or (``sibling``) its parent's child."""
+
+    creator: int
+    pid: int
+    sibling: bool = False
+    stand_in: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SetSid:
+    """``pid`` becomes leader of a new session and group."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class SetPgid:
+    """``pid`` moves itself into the group ``pgid`` (its own number: a new group)."""
+
+    pid: int
+    pgid: int
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The stand-in ``pid`` exits and is reaped by ``reaper`` (None: by the tool)."""
+
+    pid: int
+    reaper: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """``pid`` ends with ``wait_code`` and stays a zombie of ``parent``."""
+
+    pid: int
+    parent: int
+    wait_code: int
+
+
+Step = Spawn | Fork | SetSid | SetPgid | End | Death
+
+
+def plan(tasks: Iterable[Task]) -> list[Step]:
+    """The steps, in order, that make the tree.
+
+    A root whose session is led from outside the tree gets a stand-in with that leader's number, so that the new tree
+    is in a session of its own and not in the tool's.  UnsupportedSession if some process sits in a session that no
+    order of births can put it in.
+    """
+    return _Planner(list(tasks)).run()
+
+
+class _Planner:
+    def __init__(self, tasks: list[Task]) -> None:
+        self.tasks = {t.pid: t for t in tasks}
+        self.kids: dict[int, list[Task]] = {}
+        for task in tasks:
+            self.kids.setdefault(task.ppid, []).append(task)
+        self.roots = [t for t in tasks if t.ppid not in self.tasks]
+        self.sessions: dict[int, set[int]] = {}
+        for task in tasks:
+            self.sessions.setdefault(task.sid, set()).add(task.pid)
+        self.steps: list[Step] = []
+        #: the session that a task must be born into; None: any (it leads its own, and none of its descendants cares)
+        self.birth: dict[int, int | None] = {}
+
+    def run(self) -> list[Step]:
+        for root in self.roots:
+            self._find_birth(root)
+        self._bear_roots()
+        self._groups()
+        for task in self.tasks.values():
+            if task.wait_code is not None:
+                self.steps.append(Death(task.pid, task.ppid, task.wait_code))
+        return self.steps
+
+    # -- births ---------------------------------------------------------------------------------------------------
+
+    def _find_birth(self, task: Task) -> set[int]:
+        """Fill ``birth`` for ``task`` and its descendants; returns the PIDs of that subtree."""
+        kids = self.kids.get(task.pid, [])
+        subtree = {task.pid}
+        for kid in kids:
+            subtree |= self._find_birth(kid)
+        foreign: set[int] = set()
+        for kid in kids:
+            need = self.birth[kid.pid]
+            if need is None or need == task.sid or self._borne_by_sibling(need, task):
+                continue
+            if need in self.tasks and need in subtree:
+                raise self._out_of_reach(kid, need)
+            if self._local(need, subtree):
+                continue  # a stand-in forked by this task will bear them
+            foreign.add(need)
+        if task.sid != task.pid:
+            if foreign:
+                raise self._out_of_reach(task, min(foreign))
+            self.birth[task.pid] = task.sid
+        elif len(foreign) > 1:
+            raise self._out_of_reach(task, min(foreign))
+        else:
+            self.birth[task.pid] = foreign.pop() if foreign else None
+        return subtree
+
+    def _local(self, sid: int, subtree: set[int]) -> bool:
+        """Whether the session has lost its leader and all that is left of it is in the subtree."""
+        return sid not in self.tasks and self.sessions[sid] <= subtree
+
+    def _borne_by_sibling(self, sid: int, parent: Task) -> bool:
+        """Whether the session's leader is a child of ``parent``, and can so bear others of its children."""
+        return sid in self.tasks and self.tasks[sid].ppid == parent.pid
+
+    def _out_of_reach(self, task: Task, sid: int) -> UnsupportedSession:
+        return UnsupportedSession(
+            f"the session {sid} is needed by it or a descendant, and no order of births leads there",
+            object=f"pid {task.pid}",
+        )
+
+    def _bear_roots(self) -> None:
+        orphans: dict[int, list[Task]] = {}
+        late: list[Task] = []
+        for root in self.roots:
+            need = self.birth[root.pid]
+            if need is None:
+                self.steps.append(Spawn(root.pid))
+                self._grow(root)
+            elif need in self.tasks:
+                late.append(root)
+            else:
+                orphans.setdefault(need, []).append(root)
+        for sid, members in orphans.items():
+            self._stand_in(sid, Spawn(sid, stand_in=True), members, None)
+            for root in members:
+                self._grow(root)
+        for root in late:
+            leader = self.birth[root.pid]
+            if leader is None or self.tasks[leader] not in self.roots or self.birth[leader] is not None:
+                raise self._out_of_reach(root, root.sid)
+            # the leader is itself one of the roots: its sibling is the tool's child, as a root must be
+            self.steps.append(Fork(leader, root.pid, sibling=True))
+            self._grow(root)
+
+    def _stand_in(self, sid: int, birth: Spawn | Fork, members: list[Task], reaper: int | None) -> None:
+        self.steps += [birth, SetSid(sid)]
+        self.steps += [Fork(sid, m.pid, sibling=True) for m in members]
+        self.steps.append(End(sid, reaper))
+
+    def _grow(self, task: Task) -> None:
+        """Bear the descendants of ``task``, which has just been born into the session ``birth[task.pid]``."""
+        early: list[Task] = []
+        plain: list[Task] = []
+        adopted: list[Task] = []
+        leaderless: dict[int, list[Task]] = {}
+        for kid in self.kids.get(task.pid, []):
+            need = self.birth[kid.pid]
+            if need is None or need == task.sid:
+                plain.append(kid)
+            elif need == self.birth[task.pid]:
+                early.append(kid)
+            elif need in self.tasks:
+                adopted.append(kid)
+            else:
+                leaderless.setdefault(need, []).append(kid)
+        self.steps += [Fork(task.pid, kid.pid) for kid in early]
+        if task.sid == task.pid:
+            self.steps.append(SetSid(task.pid))
+        for sid, members in leaderless.items():
+            self._stand_in(sid, Fork(task.pid, sid, stand_in=True), members, task.pid)
+        self.steps += [Fork(task.pid, kid.pid) for kid in plain]
+        for kid in early + plain + [m for members in leaderless.values() for m in members]:
+            self._grow(kid)
+        for kid in adopted:
+            # reparented to this task when its own parent ended: its session's leader, a child of ours, bears it
+            leader = self.birth[kid.pid]
+            if leader is None or self.tasks[leader] in adopted:
+                raise self._out_of_reach(kid, kid.sid)
+            self.steps.append(Fork(leader, kid.pid, sibling=True))
+            self._grow(kid)
+
+    # -- groups ---------------------------------------------------------------------------------------------------
+
+    def _groups(self) -> None:
+        leaderless: dict[tuple[int, int], list[Task]] = {}
+        joins: list[Step] = []
+        for task in self.tasks.values():
+            if task.sid == task.pid:
+                continue  # setsid has made its group
+            if task.pgid == task.pid:
+                self.steps.append(SetPgid(task.pid, task.pid))
+            elif task.pgid in self.tasks:
+                if self.tasks[task.pgid].pgid != task.pgid:
+                    # the number was reused by a process that does not lead the group
+                    raise UnsupportedSession(
+                        f"its group {task.pgid} has lost its leader and the number is another process's now",
+                        object=f"pid {task.pid}",
+                    )
+                joins.append(SetPgid(task.pid, task.pgid))
+            elif task.pgid == task.sid:
+                # the session's stand-in made the group; a member born by another may have inherited a different one
+                joins.append(SetPgid(task.pid, task.pgid))
+            else:
+                leaderless.setdefault((task.sid, task.pgid), []).append(task)
+        self.steps += joins
+        for (_, pgid), members in leaderless.items():
+            first = members[0].pid
+            self.steps += [Fork(first, pgid, stand_in=True), SetPgid(pgid, pgid)]
+            self.steps += [SetPgid(m.pid, pgid) for m in members]
+            self.steps.append(End(pgid, first))
