@@ -1,7 +1,7 @@
 """Dataclasses to msgpack and back: the one codec of records, images and messages.
 
 A captured thing is a dataclass; its type annotations are its schema.  ``pack`` writes a map of field names to values,
-``unpack`` checks everything it reads against the annotations and raises :class:`~tcpstate.errors.BadRecord` for whatever
+``unpack`` checks everything it reads against the annotations and raises :class:`~tcpstate.errors.BadRecord` for what
 does not fit, naming the path to it.  Fields that the reader does not know are skipped, fields that the writer did not
 know take their defaults: that is how records outlive versions.
 
