@@ -1,0 +1,65 @@
+# Every target sets up what it needs: the Debian packages that are missing, and .venv. The second time it is quick.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?=
+export PYTHON
+
+BIN := .venv/bin
+VENV := .venv/.stamp
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help venv packages lint format unit test bench campaign demo docs clean
+
+help:  ## this list
+	@sed -nE 's/^([a-z]+):.*  ## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+$(VENV): pyproject.toml scripts/venv scripts/packages scripts/python
+	@scripts/venv
+	@touch $@
+
+venv: $(VENV)  ## the virtual environment .venv, with tcpmig in it
+
+packages:
+	@scripts/packages test
+
+lint: $(VENV)  ## ruff and mypy; needs no root
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+unit: $(VENV)  ## the tests that need no root and no network
+	$(PYTEST) tests/unit
+
+test:  ## every test (root)
+	@scripts/need-root test
+	@$(MAKE) --no-print-directory packages $(VENV)
+	$(PYTEST) tests/unit tests/kernel tests/system
+
+bench:  ## the measurements, with a table (root)
+	@scripts/need-root bench
+	@$(MAKE) --no-print-directory packages $(VENV)
+	$(PYTEST) tests/bench
+
+campaign:  ## hundreds of migrations under load and loss; takes long (root)
+	@scripts/need-root campaign
+	@$(MAKE) --no-print-directory packages $(VENV)
+	$(PYTEST) tests/campaign --timeout=3600
+
+demo:  ## real servers move between two hosts under load; prints what their clients saw (root)
+	@scripts/need-root demo
+	@$(MAKE) --no-print-directory packages $(VENV)
+	@$(BIN)/python -m tests.demo
+
+docs: $(VENV)  ## write docs/reference/errors.md anew from the error classes
+	$(BIN)/python scripts/errors_reference.py docs/reference/errors.md
+
+clean:  ## what was made here: .venv, caches, builds
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
