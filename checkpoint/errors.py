@@ -4,7 +4,25 @@ from __future__ import annotations
 
 from tcpstate.errors import Outcome, TcpmigError
 
-__all__ = ["Refused"]
+__all__ = [
+    "BacklogNotDrained",
+    "BadImageRecord",
+    "ForeignImage",
+    "ImageDamaged",
+    "ImageError",
+    "ImageIncomplete",
+    "ImageLimitExceeded",
+    "ImageNotWritten",
+    "ImageTruncated",
+    "ImageUnreadable",
+    "OtherImageVersion",
+    "PidTaken",
+    "RebuildDiffers",
+    "Refused",
+    "TreeChanged",
+    "UnknownFrameKind",
+    "UnsupportedSession",
+]
 
 
 class Refused(TcpmigError):
@@ -63,3 +81,83 @@ class ImageIncomplete(TcpmigError):
     code = "TM-0382"
     outcome = Outcome.REFUSED
     fix = "Make the image again."
+
+
+class ImageError(TcpmigError):
+    """An image, a file or a stream, is not usable. Nothing was built from it; every kind of failure has a class of its
+    own below this one."""
+
+    code = "TM-0401"
+    outcome = Outcome.REFUSED
+    fix = "Make the image again."
+
+
+class ImageTruncated(ImageError):
+    """The image ends before its END frame and trailer: it was copied in part, the writer ran out of space, or the
+    stream was cut."""
+
+    code = "TM-0402"
+    fix = "Copy the image again and compare its size; if it came through a stream, run the command again."
+
+
+class ImageDamaged(ImageError):
+    """A digest, the index or a field of the layout is wrong: bytes of the image were changed after it was made."""
+
+    code = "TM-0403"
+    fix = "Copy the image again from where it was made; if it is damaged there too, make it again."
+
+
+class ForeignImage(ImageError):
+    """The file or stream does not begin as an image does: it is something else, or the remote command printed
+    something before it."""
+
+    code = "TM-0404"
+    fix = "Check the path; for a stream, check that the remote shell prints nothing when it starts."
+
+
+class OtherImageVersion(ImageError):
+    """The image was made in a version of the format that this tcpmig does not read."""
+
+    code = "TM-0405"
+    fix = "Use the tcpmig that made the image, or a later one."
+
+
+class UnknownFrameKind(ImageError):
+    """The image has a part that this tcpmig does not know and that may not be left out: it was made by a later
+    version. Without that part the processes would come back incomplete."""
+
+    code = "TM-0406"
+    fix = "Use the tcpmig that made the image, or a later one."
+
+
+class ImageLimitExceeded(ImageError):
+    """A length in the image is beyond the limits of the format. Such a length is never used: an image that has one is
+    damaged, or made to do harm."""
+
+    code = "TM-0407"
+    fix = "Do not use the image; make it again from the processes."
+
+
+class BadImageRecord(ImageError):
+    """A part of the image is whole, its digest is right, and yet what it says cannot be: it was made by a defective or
+    hostile writer, or by another version."""
+
+    code = "TM-0408"
+    fix = "Make the image again with this version of tcpmig."
+
+
+class ImageUnreadable(ImageError):
+    """The image file cannot be opened or read: it does not exist, permission is missing, it is no regular file, or the
+    disk failed."""
+
+    code = "TM-0409"
+    fix = "Check the path and its permissions."
+
+
+class ImageNotWritten(ImageError):
+    """The image file could not be written: the directory does not exist, permission is missing, the disk is full or
+    failed. The incomplete file was removed; a file that had the name before is unchanged."""
+
+    code = "TM-0410"
+    outcome = Outcome.FAILED
+    fix = "Make room or choose another place with -o, then try again."

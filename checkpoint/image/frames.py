@@ -1,0 +1,378 @@
+"""One frame of an image: its layout, its limits, its digest. No files, no sockets.
+
+All numbers are little endian.  An image is a preamble, frames, and a trailer::
+
+    preamble, 16 bytes     0 magic (8)     8 version (4)    12 zero (4)
+    frame header, 64       0 kind (16)    16 flags (4)      20 record length (4)   24 padding (4)   28 data length (4)
+                          32 digest (32)
+    frame body             record | padding: zero bytes | data
+    trailer, 16            0 offset of the END frame (8)     8 closing magic (8)
+
+The kind is a name of capital letters, digits and underscores, padded with zero bytes.  The data of a frame, if any,
+begin at a multiple of 4096 bytes from the start of the image, so that a file can be mapped; the padding gets it there.
+The digest is BLAKE2b-256 over the first 32 bytes of the header, the record and the data.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import re
+import struct
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from checkpoint.errors import (
+    BadImageRecord,
+    ForeignImage,
+    ImageDamaged,
+    ImageLimitExceeded,
+    OtherImageVersion,
+)
+from tcpstate import codec
+from tcpstate.errors import BadRecord
+
+__all__ = [
+    "ALIGNMENT",
+    "DATA_MAX",
+    "HEADER",
+    "PREAMBLE",
+    "RECORD_MAX",
+    "TRAILER",
+    "VERSION",
+    "Buffer",
+    "End",
+    "Flag",
+    "Frame",
+    "Header",
+    "Kind",
+    "PageRun",
+    "Runs",
+    "Space",
+]
+
+T = TypeVar("T")
+Buffer = bytes | bytearray | memoryview
+
+MAGIC = b"\x89TCPMIG\n"
+CLOSING_MAGIC = b"\nGIMPCT\x89"
+VERSION = 1
+PREAMBLE = struct.Struct("<8sII")
+HEADER = struct.Struct("<16sIIII32s")
+TRAILER = struct.Struct("<Q8s")
+HEADER_DIGESTED = 32  # bytes of the header that the digest covers: all but the digest
+ALIGNMENT = 4096
+DIGEST_SIZE = 32
+SIGNATURE_SIZE = 64  # Ed25519
+
+#: the longest record and the most data that a frame may announce, bytes
+RECORD_MAX = 256 << 20
+DATA_MAX = 1 << 20
+#: the longest record of a frame that carries pages: 256 runs of one page take less than 6 KiB
+PAGE_RECORD_MAX = 64 << 10
+#: addresses and file offsets end here: an off_t is signed, user addresses of every machine are below it
+ADDRESS_MAX = 1 << 63
+
+_KIND_NAME = re.compile(rb"[A-Z][A-Z0-9_]{0,15}\Z")
+
+
+class Kind(enum.StrEnum):
+    """The kinds of frames of this version. Frames of other kinds are refused by name, or skipped if optional.
+
+    Records that come more than once supersede: a reader that applies frames in their order ends with the right state.
+
+    MANIFEST     what a host must check before it builds anything (host, kernel, machine, options)
+    TREE         the processes and their state
+    FILES        the table of open files of the tree
+    MAPPINGS     the memory layout of one process; a later one of the same process replaces it
+    PAGES        bytes of memory (by process) or of file contents (by index in FILES): the later bytes of an address win
+    PAGES_DROP   pages that are as in a fresh mapping again (a hole, for contents): earlier PAGES of them are void
+    MAPS_DELTA   mappings that came, went or changed since the last MAPPINGS of a process
+    FILES_DELTA  entries of FILES that came or changed; sockets, as frozen at the end
+    END          index, root digest and, optionally, a signature; always the last
+    """
+
+    MANIFEST = "MANIFEST"
+    TREE = "TREE"
+    FILES = "FILES"
+    MAPPINGS = "MAPPINGS"
+    PAGES = "PAGES"
+    PAGES_DROP = "PAGES_DROP"
+    MAPS_DELTA = "MAPS_DELTA"
+    FILES_DELTA = "FILES_DELTA"
+    END = "END"
+
+
+class Flag(enum.IntFlag):
+    """Flags of a frame. OPTIONAL: a reader that does not know the kind may skip it."""
+
+    OPTIONAL = 1
+
+
+_FLAGS = int(Flag.OPTIONAL)
+
+
+class Space(enum.StrEnum):
+    """What the runs of a PAGES frame are places of: the memory of a process, or the content of a file."""
+
+    MEMORY = "memory"
+    CONTENT = "content"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runs:
+    """The record of a PAGES or PAGES_DROP frame: where its bytes belong.
+
+    space  memory of a process, or content of a file
+    id     pid (as in TREE), or index in FILES
+    runs   (start, length) in bytes, ascending, not overlapping; whole pages in memory
+    """
+
+    space: Space
+    id: int
+    runs: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        if self.id < 0:
+            raise ValueError(f"{self.space} {self.id} cannot be")
+        end = 0
+        for start, length in self.runs:
+            if start < end or length <= 0 or start + length > ADDRESS_MAX:
+                raise ValueError(f"run {start:#x}+{length:#x} is empty, out of order or out of range")
+            if self.space is Space.MEMORY and (start | length) % ALIGNMENT:
+                raise ValueError(f"run {start:#x}+{length:#x} is not of whole pages")
+            end = start + length
+
+    @property
+    def length(self) -> int:
+        """Bytes in all runs."""
+        return sum(length for _, length in self.runs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageRun:
+    """Bytes and where they belong: what memory and contents are read into, sent as, and written from.
+
+    data  the bytes of the runs, one after the other, at most DATA_MAX. The view is valid only as long as its producer
+          says (buffers are reused).
+    """
+
+    space: Space
+    id: int
+    runs: tuple[tuple[int, int], ...]
+    data: memoryview
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """The record of the END frame.
+
+    index      the offset of each frame before this one, 8 bytes each
+    root       BLAKE2b-256 over the preamble and the digests of all frames before this one
+    signature  Ed25519 signature of ``root``, or None
+    """
+
+    index: bytes
+    root: bytes
+    signature: bytes | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.root) != DIGEST_SIZE or len(self.index) % 8:
+            raise ValueError("root or index has an impossible length")
+        if self.signature is not None and len(self.signature) != SIGNATURE_SIZE:
+            raise ValueError(f"a signature has {SIGNATURE_SIZE} bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A frame header that passed its checks. ``raw``: the digested part of it."""
+
+    kind: str
+    flags: int
+    record_length: int
+    padding: int
+    data_length: int
+    digest: bytes
+    raw: bytes
+    offset: int
+
+    @property
+    def optional(self) -> bool:
+        """Whether a reader that does not know the kind may skip the frame."""
+        return bool(self.flags & Flag.OPTIONAL)
+
+    @property
+    def end(self) -> int:
+        """The offset behind the frame."""
+        return self.offset + HEADER.size + self.record_length + self.padding + self.data_length
+
+
+class Frame:
+    """A complete frame as read.
+
+    kind, flags, offset  as in the header
+    record               the packed record
+    data                 the data; a view of the reader's buffer or of the mapped file
+    """
+
+    __slots__ = ("_check", "_recycle", "data", "digest", "flags", "kind", "offset", "record")
+
+    def __init__(
+        self, header: Header, record: Buffer, data: memoryview, recycle: Callable[[memoryview], None] | None = None
+    ) -> None:
+        self.kind = header.kind
+        self.flags = header.flags
+        self.offset = header.offset
+        self.digest = header.digest
+        self.record = record
+        self.data = data
+        self._recycle = recycle
+        self._check: Future[bytes] | None = None
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} at {self.offset}: record {len(self.record)}, data {len(self.data)} bytes>"
+
+    def decode(self, cls: type[T]) -> T:
+        """The record as a value of ``cls``. BadImageRecord if it is not one."""
+        try:
+            return codec.unpack(cls, self.record if isinstance(self.record, memoryview) else bytes(self.record))
+        except BadRecord as error:
+            raise BadImageRecord(f"{self.kind}: {error.message}", object=f"frame at offset {self.offset}") from error
+
+    def runs(self) -> Runs:
+        """The record of a PAGES or PAGES_DROP frame, checked. ImageLimitExceeded, BadImageRecord."""
+        if len(self.record) > PAGE_RECORD_MAX:
+            raise ImageLimitExceeded(
+                f"{self.kind}: a record of {len(self.record)} bytes for at most {DATA_MAX} bytes of pages",
+                object=f"frame at offset {self.offset}",
+            )
+        return self.decode(Runs)
+
+    def pages(self) -> PageRun:
+        """What a PAGES frame carries. ImageError if record and data do not fit together."""
+        runs = self.runs()
+        if runs.length != len(self.data):
+            raise BadImageRecord(
+                f"{self.kind}: runs of {runs.length} bytes with {len(self.data)} bytes of data",
+                object=f"frame at offset {self.offset}",
+            )
+        return PageRun(space=runs.space, id=runs.id, runs=runs.runs, data=self.data)
+
+    def checked_by(self, future: Future[bytes]) -> None:
+        """The digest is being computed by another thread, which reads the data until ``future`` is done."""
+        self._check = future
+
+    def release(self) -> None:
+        """Give the data's buffer back to the stream reader, which will overwrite it. Without it, it is only freed."""
+        recycle, self._recycle = self._recycle, None
+        if recycle is None:
+            return
+        data, self.data = self.data, memoryview(b"")
+        if self._check is None:
+            recycle(data)
+        else:
+            # the digest may still be reading the buffer
+            self._check.add_done_callback(lambda _: recycle(data))
+
+
+def pack_header(kind: str, flags: int, record_length: int, data_length: int, offset: int) -> bytes:
+    """The digested part of the header of a frame at ``offset``. ValueError, ImageLimitExceeded if it cannot be."""
+    name = kind.encode("ascii", "replace")
+    if not _KIND_NAME.match(name):
+        raise ValueError(f"{kind!r} is not the name of a kind of frame")
+    if record_length > RECORD_MAX or data_length > DATA_MAX:
+        raise ImageLimitExceeded(f"a {kind} frame with a record of {record_length} and data of {data_length} bytes")
+    padding = _padding(offset, record_length, data_length)
+    return HEADER.pack(name, flags, record_length, padding, data_length, b"")[:HEADER_DIGESTED]
+
+
+def parse_header(data: Buffer, offset: int) -> Header:
+    """The header in the 64 bytes ``data``, which stood at ``offset``. ImageError if a field is out of its range."""
+    name, flags, record_length, padding, data_length, digest = HEADER.unpack(data)
+    where = f"frame at offset {offset}"
+    kind = name.rstrip(b"\0")
+    if not _KIND_NAME.match(kind):
+        raise ImageDamaged("what should be a frame header is not one", object=where)
+    if record_length > RECORD_MAX:
+        raise ImageLimitExceeded(f"a record of {record_length} bytes, at most {RECORD_MAX} are allowed", object=where)
+    if data_length > DATA_MAX:
+        raise ImageLimitExceeded(f"data of {data_length} bytes, at most {DATA_MAX} are allowed", object=where)
+    if flags & ~_FLAGS:
+        raise OtherImageVersion(f"{kind.decode()} has flags {flags:#x} that this version does not know", object=where)
+    if padding != _padding(offset, record_length, data_length):
+        raise ImageDamaged("the data of a frame do not begin on a page boundary", object=where)
+    raw = bytes(data[:HEADER_DIGESTED])
+    return Header(kind.decode("ascii"), flags, record_length, padding, data_length, digest, raw, offset)
+
+
+def _padding(offset: int, record_length: int, data_length: int) -> int:
+    return -(offset + HEADER.size + record_length) % ALIGNMENT if data_length else 0
+
+
+def check_padding(data: Buffer, header: Header) -> None:
+    """ImageDamaged unless the padding is all zeros."""
+    if bytes(data) != bytes(header.padding):
+        raise ImageDamaged("padding that must be zero is not", object=f"frame at offset {header.offset}")
+
+
+def pack_preamble() -> bytes:
+    """The first bytes of an image."""
+    return PREAMBLE.pack(MAGIC, VERSION, 0)
+
+
+def check_preamble(data: Buffer) -> None:
+    """ForeignImage, OtherImageVersion or ImageDamaged unless the 16 bytes ``data`` are the preamble of this version."""
+    magic, version, zero = PREAMBLE.unpack(data)
+    if magic != MAGIC:
+        raise ForeignImage("this does not begin as an image of tcpmig does")
+    if version != VERSION:
+        raise OtherImageVersion(f"the image has version {version}, this tcpmig reads version {VERSION}")
+    if zero:
+        raise ImageDamaged("a field of the preamble that must be zero is not")
+
+
+def digest(raw_header: bytes, record: Buffer, data: Buffer) -> bytes:
+    """The digest of a frame. Releases the interpreter lock while it reads the data."""
+    state = hashlib.blake2b(raw_header, digest_size=DIGEST_SIZE, person=b"tcpmig frame")
+    state.update(record)
+    state.update(data)
+    return state.digest()
+
+
+def check_digest(found: bytes, frame: Frame) -> None:
+    """ImageDamaged unless the frame has the digest that its header tells."""
+    if found != frame.digest:
+        raise ImageDamaged(f"the digest of {frame.kind} is wrong", object=f"frame at offset {frame.offset}")
+
+
+def root_state() -> Any:
+    """The running root digest of an image; feed it the digest of each frame."""
+    return hashlib.blake2b(pack_preamble(), digest_size=DIGEST_SIZE, person=b"tcpmig root")
+
+
+def check_end(frame: Frame, offsets: list[int], root: bytes) -> End:
+    """The END record. ImageDamaged if it does not tell of exactly the frames that came."""
+    end = frame.decode(End)
+    if end.root != root:
+        raise ImageDamaged("the root digest is wrong: frames are missing, doubled or out of order")
+    if end.index != struct.pack(f"<{len(offsets)}Q", *offsets):
+        raise ImageDamaged("the index does not tell where the frames are")
+    return end
+
+
+def pack_trailer(end_offset: int) -> bytes:
+    """The last bytes of an image, whose END frame stands at ``end_offset``."""
+    return TRAILER.pack(end_offset, CLOSING_MAGIC)
+
+
+def has_trailer(data: Buffer) -> bool:
+    """Whether the 16 bytes ``data`` look like a trailer: a file without one is not complete."""
+    return bool(TRAILER.unpack(data)[1] == CLOSING_MAGIC)
+
+
+def check_trailer(data: Buffer, end_offset: int) -> None:
+    """ImageDamaged unless the 16 bytes ``data`` are the trailer of an image whose END frame is at ``end_offset``."""
+    if bytes(data) != pack_trailer(end_offset):
+        raise ImageDamaged("the trailer is not one")
