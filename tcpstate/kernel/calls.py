@@ -25,6 +25,7 @@ __all__ = ["ENTRY_SIZE", "IGNORE_ERROR", "CallError", "CallTable", "Data", "Resu
 
 ENTRY = struct.Struct("<7QqQQ")
 ENTRY_SIZE = ENTRY.size
+_POINTER = struct.Struct("<Q")
 RET_OFFSET = 56
 IGNORE_ERROR = 1
 _MASK = (1 << 64) - 1
@@ -102,12 +103,13 @@ class CallTable:
     #: what a placed table's data area is aligned to
     ALIGN: ClassVar[int] = 16
 
-    __slots__ = ("_calls", "_data", "_labels", "_results")
+    __slots__ = ("_calls", "_data", "_labels", "_pointers", "_results")
 
     def __init__(self) -> None:
         self._data = bytearray()
         self._calls: list[tuple[int, tuple[Argument, ...], Data | None, int]] = []
         self._labels: list[str] = []
+        self._pointers: list[tuple[int, Data]] = []
         self._results: list[int] = []
 
     def __len__(self) -> int:
@@ -127,6 +129,11 @@ class CallTable:
     def path(self, path: str | bytes) -> Data:
         """A path (or other text) with the zero byte at its end."""
         return self.put(os.fsencode(path) + b"\0", 1)
+
+    def pointer(self, at: Data, to: Data) -> None:
+        """The eight bytes at ``at`` shall hold the address of ``to`` (structures that point to others: iovecs, msghdrs,
+        sock_fprog, clone_args)."""
+        self._pointers.append((at.offset, to))
 
     def call(self, nr: int, *args: Argument, ignore: bool = False, out: Data | None = None, label: str = "") -> Result:
         """One more call. ``label`` names it in errors; ``out``: where in the data area the result goes as well."""
@@ -153,6 +160,8 @@ class CallTable:
         """The table's bytes, for the address ``base`` (aligned to ALIGN)."""
         start = base + self._entries_offset()
         out = bytearray(self._data)
+        for at, to in self._pointers:
+            _POINTER.pack_into(out, at, base + to.offset)
         out += bytes(-len(out) % self.ALIGN)
         for nr, args, result_to, flags in self._calls:
             values = [0, 0, 0, 0, 0, 0]
