@@ -6,10 +6,18 @@ from tcpstate.errors import Outcome, TcpmigError
 
 __all__ = [
     "AddressGapMissing",
+    "AddressTaken",
     "AlreadyTraced",
     "BacklogNotDrained",
+    "BadFileRecord",
     "BadImageRecord",
     "EngineFault",
+    "EpollTargetLost",
+    "FileCaptureFailed",
+    "FileDiffers",
+    "FileMissing",
+    "FileRebuildFailed",
+    "FileUnreachable",
     "ForeignImage",
     "ForeignMode",
     "ImageDamaged",
@@ -24,21 +32,32 @@ __all__ = [
     "InjectionTimeout",
     "KernelThread",
     "LeaderExited",
+    "ListenerBusy",
+    "LockTaken",
     "MayNotTrace",
     "NoSuchProcess",
     "OtherImageVersion",
     "OwnProcess",
+    "PeerOutsideTree",
+    "PendingLocalConnection",
     "PidTaken",
     "ProcessDied",
     "RebuildDiffers",
     "Refused",
     "SeccompInTheWay",
+    "SharedDescriptors",
+    "SocketHeldOutside",
     "SpawnFailed",
     "StopTimeout",
     "SyscallDispatch",
+    "TooManyDescriptors",
     "ToolAtWork",
     "TreeChanged",
     "UnknownFrameKind",
+    "UnsupportedFile",
+    "UnsupportedLock",
+    "UnsupportedMapping",
+    "UnsupportedProtocol",
     "UnsupportedSession",
     "VforkParent",
     "ZombieProcess",
@@ -339,3 +358,153 @@ class AddressGapMissing(TcpmigError):
 
     code = "TM-0509"
     fix = "Report the mappings of the processes (/proc/PID/maps)."
+
+
+# --- open files: TM-0340..0369 are refusals before the stop, TM-0550..0569 failures while capturing or rebuilding
+
+
+class UnsupportedFile(Refused):
+    """A process holds an open file of a kind that cannot be rebuilt elsewhere: a device, a terminal that is not a
+    standard stream, an io_uring, a raw or packet socket and the like. The verdict names the kind and the descriptor."""
+
+    code = "TM-0340"
+    fix = "Let the program close it (or not open it), then try again."
+
+
+class PeerOutsideTree(Refused):
+    """A pipe, fifo or local socket leads to a process that is not moved. Its other end would stay behind."""
+
+    code = "TM-0341"
+    fix = "Move the process at the other end too (name its PID as well), or let the program close the descriptor."
+
+
+class SocketHeldOutside(Refused):
+    """A socket of the tree is also held by a process outside of it (socket activation, an inherited listener). Moving
+    it would leave a second owner behind."""
+
+    code = "TM-0342"
+    fix = "Move the other holder too, or let it close the socket."
+
+
+class UnsupportedProtocol(Refused):
+    """A socket runs something that the kernel neither shows nor lets set: MPTCP, kernel TLS, an upper-layer protocol
+    (ULP), an eBPF socket filter, a protocol other than TCP, UDP and AF_UNIX."""
+
+    code = "TM-0343"
+    fix = "Configure the program not to use the protocol, then try again."
+
+
+class FileUnreachable(Refused):
+    """An open or mapped file has no path that leads to it: it was deleted but still has another hard link whose name is
+    not known, or something is mounted over it, or it lies outside of this mount namespace's root."""
+
+    code = "TM-0344"
+    fix = "Let the program reopen the file by a name that exists (log rotation: send its reopen signal)."
+
+
+class FileMissing(Refused):
+    """A file or directory that the processes hold open or mapped does not exist here, or is of another type."""
+
+    code = "TM-0345"
+    fix = "Provide the file (shared file system, a copy), or point to it with --map OLD=NEW."
+
+
+class FileDiffers(Refused):
+    """A file that the processes write to, or that they map, is not the same here: size or time of modification differ.
+    The copies would silently diverge, or the program would crash in the middle of a mapped file."""
+
+    code = "TM-0346"
+    fix = "Use a shared file system, copy the file while the program rests, or point to it with --map OLD=NEW."
+
+
+class EpollTargetLost(Refused):
+    """An epoll instance watches a file that no descriptor of the tree leads to any more (closed here, kept open
+    elsewhere). Its registration cannot be made again."""
+
+    code = "TM-0347"
+    fix = "Remove the registration (EPOLL_CTL_DEL) before closing the descriptor."
+
+
+class PendingLocalConnection(Refused):
+    """A listening AF_UNIX socket has connections that nobody has accepted yet, with data in them or made from outside.
+    The kernel does not show what they carry."""
+
+    code = "TM-0348"
+    fix = "Wait until the program has accepted them; try again."
+
+
+class SharedDescriptors(Refused):
+    """Two processes share one descriptor table (CLONE_FILES), or one thread has its own (unshare). Rebuilding keeps one
+    table per process."""
+
+    code = "TM-0349"
+    fix = "There is no way around it; such programs are rare (some libraries for user-level threads)."
+
+
+class UnsupportedMapping(Refused):
+    """A process maps something that is not ordinary memory or a file: a device, asynchronous I/O contexts, System V
+    shared memory, huge pages of a file, the ring of a packet socket."""
+
+    code = "TM-0350"
+    fix = "Configure the program not to use it, then try again."
+
+
+class UnsupportedLock(Refused):
+    """A process holds a lease on a file (F_SETLEASE), or a lock whose description the kernel prints in a way that is
+    not understood. Locks by flock, fcntl and OFD are kept."""
+
+    code = "TM-0351"
+    fix = "Let the program give up the lease."
+
+
+class TooManyDescriptors(Refused):
+    """The tool itself needs one descriptor per open file of the tree while it works, and its hard limit of descriptors
+    (RLIMIT_NOFILE) is lower."""
+
+    code = "TM-0352"
+    fix = "Raise the limit: `ulimit -Hn`, LimitNOFILE= or /etc/security/limits.conf."
+
+
+class FileCaptureFailed(TcpmigError):
+    """The kernel refused to tell the state of an open file, or told it in a form that is not understood."""
+
+    code = "TM-0550"
+    fix = "The process runs on. Report it with the log: kind, descriptor and kernel version are in the message."
+
+
+class FileRebuildFailed(TcpmigError):
+    """An open file could not be made again here: the kernel refused, or a limit (pipe size, datagrams queued in a local
+    socket, descriptors) is lower here than where the file was captured."""
+
+    code = "TM-0551"
+    fix = "Compare the named limit of the two hosts; the process runs on where it ran."
+
+
+class AddressTaken(TcpmigError):
+    """The address of a listening, bound or local socket of the tree is in use here by another process."""
+
+    code = "TM-0552"
+    fix = "Stop what uses the address here (ss -lntuxp shows it), then try again."
+
+
+class LockTaken(TcpmigError):
+    """A file lock that a process held is held by another process here."""
+
+    code = "TM-0553"
+    fix = "Stop the other program that uses the file, then try again."
+
+
+class BadFileRecord(TcpmigError):
+    """The records of open files contradict each other: an index out of range, an end of a pair without the other, two
+    files on one descriptor. The image is damaged, or was not made by tcpmig."""
+
+    code = "TM-0554"
+    outcome = Outcome.REFUSED
+    fix = "Make the image again; do not edit it by hand."
+
+
+class ListenerBusy(TcpmigError):
+    """A connection was made to a listening socket between the capture and the freeze and could not be kept."""
+
+    code = "TM-0555"
+    fix = "Try again."
