@@ -15,7 +15,7 @@ from typing import Any
 import click
 
 from cli.errors import Interrupted
-from cli.log import close_logs, open_log, say_on
+from cli.log import SayHandler, attached, file_handler
 from cli.session import Result, Session
 
 __all__ = ["command"]
@@ -76,15 +76,15 @@ def _failed(session: Session, error: Exception) -> int:
 
 @contextmanager
 def _spoken(session: Session, log_name: str) -> Iterator[None]:
-    if log_name:
-        session.log_path = open_log(log_name)
     # With --json the caller is a program: it gets the object, and warnings on stderr.
-    say_on(session.say, logging.DEBUG if session.verbose else logging.WARNING if session.json else logging.INFO)
-    _log.debug("command line: %s", shlex.join(sys.argv))
-    try:
+    level = logging.DEBUG if session.verbose else logging.WARNING if session.json else logging.INFO
+    handlers: list[logging.Handler] = [SayHandler(session.say, level)]
+    if log_name and (opened := file_handler(log_name)):
+        handlers.append(opened[0])
+        session.log_path = opened[1]
+    with attached(handlers):
+        _log.debug("command line: %s", shlex.join(sys.argv))
         yield
-    finally:
-        close_logs()
 
 
 @contextmanager

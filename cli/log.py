@@ -11,10 +11,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["KEPT", "ROOMS", "close_logs", "log_directories", "open_log", "say_on"]
+__all__ = ["KEPT", "ROOMS", "SayHandler", "attached", "file_handler", "log_directories"]
 
 # log files that are kept: a few days of a busy host, at some kilobytes each
 KEPT = 500
@@ -25,7 +26,7 @@ _FORMAT = "%(asctime)s.%(msecs)03dZ %(levelname)-7s %(name)s: %(message)s"
 _STATE_DIR = "/var/lib/tcpmig"
 
 
-class _Spoken(logging.Handler):
+class SayHandler(logging.Handler):
     """Passes records on to a function that speaks to the user."""
 
     def __init__(self, say: Callable[[str], None], level: int) -> None:
@@ -33,6 +34,7 @@ class _Spoken(logging.Handler):
         self._say = say
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Say one record; a warning says that it is one."""
         text = record.getMessage()
         self._say(f"warning: {text}" if record.levelno >= logging.WARNING else text)
 
@@ -43,8 +45,8 @@ def log_directories() -> list[Path]:
     return [Path(os.environ.get("TCPMIG_STATE_DIR") or _STATE_DIR) / "log", Path(home) / "tcpmig" / "log"]
 
 
-def open_log(command: str) -> Path | None:
-    """Begin the log of this run and return its path; None, with a word on stderr, where none can be written."""
+def file_handler(command: str) -> tuple[logging.Handler, Path] | None:
+    """Begin the log of this run: its handler and its path; None, with a word on stderr, where none can be written."""
     reasons = []
     for directory in log_directories():
         try:
@@ -52,39 +54,39 @@ def open_log(command: str) -> Path | None:
         except OSError as error:
             reasons.append(f"{directory}: {error.strerror}")
             continue
-        handler = logging.StreamHandler(os.fdopen(descriptor, "w", buffering=1, encoding="utf-8", errors="replace"))
+        handler = logging.FileHandler(path, encoding="utf-8", errors="replace", delay=True)
+        handler.setStream(os.fdopen(descriptor, "w", buffering=1, encoding="utf-8", errors="replace"))
         formatter = logging.Formatter(_FORMAT, "%Y-%m-%dT%H:%M:%S")
         formatter.converter = time.gmtime
         handler.setFormatter(formatter)
-        _attach(handler, logging.DEBUG)
+        handler.setLevel(logging.DEBUG)
         _prune(directory)
-        return path
+        return handler, path
     print("tcpmig: no log is kept (" + "; ".join(reasons) + ")", file=sys.stderr)
     return None
 
 
-def say_on(say: Callable[[str], None], level: int) -> None:
-    """Let ``say(text)`` have every record of ours from ``level`` on."""
-    _attach(_Spoken(say, level), level)
-
-
-def close_logs() -> None:
-    """Take back what :func:`open_log` and :func:`say_on` attached (a test runs many commands in one process)."""
-    for room in ROOMS:
-        logger = logging.getLogger(room)
-        for handler in list(logger.handlers):
-            logger.removeHandler(handler)
-            handler.close()
-            if isinstance(handler, logging.StreamHandler):
-                handler.stream.close()
-
-
-def _attach(handler: logging.Handler, level: int) -> None:
-    for room in ROOMS:
-        logger = logging.getLogger(room)
-        logger.addHandler(handler)
-        logger.setLevel(min(level, logger.level or level))
+@contextmanager
+def attached(handlers: Sequence[logging.Handler]) -> Iterator[None]:
+    """The handlers have every record of ours of their level; afterwards they are closed and the loggers as before."""
+    loggers = [logging.getLogger(room) for room in ROOMS]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        # nobody above has asked for our records: warnings would be printed twice
         logger.propagate = False
+        logger.setLevel(min((handler.level for handler in handlers), default=logging.WARNING))
+        for handler in handlers:
+            logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            for handler in handlers:
+                logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
+        for handler in handlers:
+            handler.close()
 
 
 def _create(directory: Path, command: str) -> tuple[Path, int]:

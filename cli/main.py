@@ -17,6 +17,8 @@ __all__ = ["COMMANDS", "main", "tcpmig"]
 
 # name: what the list of commands says of it. The module is cli.commands.NAME, the command in it is called NAME too.
 COMMANDS = {
+    "inspect": "What an image holds.",
+    "verify": "Is an image whole? Checks every digest.",
     "explain": "What an error code means, why it happens, what to do.",
 }
 
