@@ -152,7 +152,7 @@ def _pack_runs(run: PageRun) -> bytes:
     runs = Runs(space=run.space, id=run.id, runs=run.runs)
     if runs.length != len(run.data) or not run.data:
         raise ValueError(f"runs of {runs.length} bytes with {len(run.data)} bytes of data")
-    record = codec.pack(runs)
+    record = runs.pack()
     if len(record) > frames.PAGE_RECORD_MAX:
         raise ValueError(f"{len(run.runs)} runs are too many for one frame")
     return record
@@ -279,7 +279,7 @@ class FrameReader:
             if header.data_length:
                 data = (self._spare.pop() if self._spare else memoryview(bytearray(DATA_MAX)))[: header.data_length]
                 yield data
-            frame = Frame(header, record, data, self._recycle)
+            frame = Frame(header, record, data, self._recycle if data else None)
             self._check(header, frame)
             if frame.kind == Kind.END:
                 self._settle(0)

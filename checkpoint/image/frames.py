@@ -17,12 +17,15 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import itertools
 import re
 import struct
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import msgpack
 
 from checkpoint.errors import (
     BadImageRecord,
@@ -150,6 +153,29 @@ class Runs:
         """Bytes in all runs."""
         return sum(length for _, length in self.runs)
 
+    # What the codec reads and writes, made directly: with hundreds of runs in each MiB the codec's checks of every
+    # number, made one call deep each, take longer than the digest.
+
+    def pack(self) -> bytes:
+        """msgpack bytes, the same as the codec's."""
+        packed: bytes = msgpack.packb({"space": self.space.value, "id": self.id, "runs": self.runs})
+        return packed
+
+    @classmethod
+    def unpack(cls, data: Buffer) -> Runs:
+        """The runs in ``data``. ValueError if it is not such a record."""
+        try:
+            plain = msgpack.unpackb(data, use_list=False)
+            space, number, runs = Space(plain["space"]), plain["id"], plain["runs"]
+            numbers = [number, *itertools.chain.from_iterable(runs)]
+        except (KeyError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
+            raise ValueError(f"not a record of runs: {error}") from None
+        if type(runs) is not tuple or set(map(type, runs)) - {tuple} or set(map(type, numbers)) != {int}:
+            raise ValueError("not a record of runs: something else where numbers should be")
+        if set(map(len, runs)) - {2}:
+            raise ValueError("not a record of runs: a run is a start and a length")
+        return cls(space=space, id=number, runs=runs)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageRun:
@@ -248,7 +274,10 @@ class Frame:
                 f"{self.kind}: a record of {len(self.record)} bytes for at most {DATA_MAX} bytes of pages",
                 object=f"frame at offset {self.offset}",
             )
-        return self.decode(Runs)
+        try:
+            return Runs.unpack(self.record)
+        except ValueError as error:
+            raise BadImageRecord(f"{self.kind}: {error}", object=f"frame at offset {self.offset}") from None
 
     def pages(self) -> PageRun:
         """What a PAGES frame carries. ImageError if record and data do not fit together."""
