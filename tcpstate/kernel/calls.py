@@ -16,6 +16,7 @@ i is the address of the argument.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import struct
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ ENTRY_SIZE = ENTRY.size
 _POINTER = struct.Struct("<Q")
 RET_OFFSET = 56
 IGNORE_ERROR = 1
+#: what stands as the result of a call before it is made
+NOT_MADE = -1
 _MASK = (1 << 64) - 1
 
 
@@ -103,7 +106,7 @@ class CallTable:
     #: what a placed table's data area is aligned to
     ALIGN: ClassVar[int] = 16
 
-    __slots__ = ("_calls", "_data", "_labels", "_pointers", "_results")
+    __slots__ = ("_calls", "_data", "_labels", "_pointers", "_results", "_undo")
 
     def __init__(self) -> None:
         self._data = bytearray()
@@ -111,6 +114,7 @@ class CallTable:
         self._labels: list[str] = []
         self._pointers: list[tuple[int, Data]] = []
         self._results: list[int] = []
+        self._undo: list[tuple[int, tuple[Argument, ...]]] = []
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -143,10 +147,19 @@ class CallTable:
         self._labels.append(label)
         return Result(self, len(self._calls) - 1)
 
+    def undo(self, nr: int, *args: Argument) -> None:
+        """A call that takes back an earlier one (closes what that opened). Undo calls are made, in this order, only in
+        another process, by itself, if the tool dies before it has seen the results; their errors are ignored. The
+        result of a call that was not made counts as -1, which no call takes for a descriptor or an address.
+        """
+        if len(args) > 6:
+            raise ValueError("a system call has at most six arguments")
+        self._undo.append((nr, args))
+
     @property
     def size(self) -> int:
         """Bytes that the placed table takes."""
-        return self._entries_offset() + ENTRY_SIZE * len(self._calls)
+        return self._entries_offset() + ENTRY_SIZE * (len(self._calls) + len(self._undo))
 
     def _entries_offset(self) -> int:
         return len(self._data) + -len(self._data) % self.ALIGN
@@ -156,6 +169,11 @@ class CallTable:
         start = base + self._entries_offset()
         return start, start + ENTRY_SIZE * len(self._calls)
 
+    def undo_entries(self, base: int) -> tuple[int, int]:
+        """(first entry, end) of the undo calls of the table when placed at ``base``."""
+        start = self.entries(base)[1]
+        return start, start + ENTRY_SIZE * len(self._undo)
+
     def image(self, base: int) -> bytearray:
         """The table's bytes, for the address ``base`` (aligned to ALIGN)."""
         start = base + self._entries_offset()
@@ -163,7 +181,8 @@ class CallTable:
         for at, to in self._pointers:
             _POINTER.pack_into(out, at, base + to.offset)
         out += bytes(-len(out) % self.ALIGN)
-        for nr, args, result_to, flags in self._calls:
+        undo = ((nr, args, None, IGNORE_ERROR) for nr, args in self._undo)
+        for nr, args, result_to, flags in itertools.chain(self._calls, undo):
             values = [0, 0, 0, 0, 0, 0]
             for i, arg in enumerate(args):
                 if isinstance(arg, int):
@@ -173,7 +192,7 @@ class CallTable:
                 else:
                     values[i] = start + ENTRY_SIZE * arg.index + RET_OFFSET
                     flags |= indirect(i)
-            out += ENTRY.pack(nr, *values, 0, 0 if result_to is None else base + result_to.offset, flags)
+            out += ENTRY.pack(nr, *values, NOT_MADE, 0 if result_to is None else base + result_to.offset, flags)
         return out
 
     def load(self, image: bytes | bytearray | memoryview, done: int) -> None:
