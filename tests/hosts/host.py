@@ -58,7 +58,7 @@ class Host:
         os.close(lifetime)
         try:
             # In either order: keeper and init run at the same time.
-            words = dict((self._heard().split() + [""])[:2] for _ in range(2))
+            words = dict(([*self._heard().split(), ""])[:2] for _ in range(2))
             self.init = int(words["pid"])
             self.netns = os.open(f"/proc/{self.init}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         except BaseException:

@@ -3,8 +3,8 @@
 Run by `tests.hosts.host.Host` as ``python -m tests.hosts.init CONFIG`` (JSON: see `Config`).  Two processes:
 
     keeper   in the namespaces of the machine; makes the new ones, forks the init, waits for its end, removes its socket
-    init     PID 1 inside; ends, and with it every process of the host, when the harness closes (or dies with) its end of
-             the lifetime pipe, or when it is killed
+    init     PID 1 inside; ends, and with it every process of the host, when the harness closes (or dies with) its end
+             of the lifetime pipe, or when it is killed
 
 Commands arrive on a unix socket in the directory of the net (see `tests.hosts.wire`): a path works from every network
 namespace, and /tmp is shared by all hosts.
@@ -106,7 +106,7 @@ def _mount_private(config: Config) -> None:
             Path(tree, folder).mkdir(parents=True)
     Path("/var/run").symlink_to("/run")
     Path("/var/lock").symlink_to("/run/lock")
-    Path("/var/tmp").chmod(0o1777)  # noqa: S108
+    Path("/var/tmp").chmod(0o1777)
     mount("proc", "/proc", "proc", plain | MountFlag.NOEXEC)
     # The cgroup file systems are taken along into the new /sys; it is built aside, then moved into its place.
     aside = Path("/run/sys")
@@ -116,7 +116,7 @@ def _mount_private(config: Config) -> None:
     mount("bpf", str(aside / "fs/bpf"), "bpf", plain | MountFlag.NOEXEC, "mode=700")
     mount(str(aside), "/sys", flags=MountFlag.MOVE)
     aside.rmdir()
-    mount("tmpfs", "/dev/shm", "tmpfs", plain, "mode=1777")  # noqa: S108
+    mount("tmpfs", "/dev/shm", "tmpfs", plain, "mode=1777")
     mount("devpts", "/dev/pts", "devpts", MountFlag.NOSUID | MountFlag.NOEXEC, "newinstance,mode=600,ptmxmode=666")
     set_hostname(config.name)
     write_sysctl("kernel/ns_last_pid", config.first_pid - 1)

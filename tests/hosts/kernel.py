@@ -82,7 +82,7 @@ def set_hostname(name: str) -> None:
 
 @contextlib.contextmanager
 def in_namespace(descriptor: int, kind: Clone = Clone.NEWNET) -> Iterator[None]:
-    """The calling thread is in that network (or UTS, IPC) namespace within the block; children made there stay in it."""
+    """Within the block the calling thread is in that network (or UTS, IPC) namespace, and so are new children."""
     name = {Clone.NEWNET: "net", Clone.NEWUTS: "uts", Clone.NEWIPC: "ipc"}[kind]
     home = os.open(f"/proc/thread-self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC)
     try:

@@ -35,11 +35,11 @@ class Net:
         self.hosts: dict[str, Host] = {}
         _sweep()
         # Not TMPDIR, which may lie in /run or /var: these are other directories in every host.
-        self.directory = Path(tempfile.mkdtemp(prefix=f"tmh-{os.getpid()}-{next(_numbers)}-", dir="/tmp"))  # noqa: S108
+        self.directory = Path(tempfile.mkdtemp(prefix=f"tmh-{os.getpid()}-{next(_numbers)}-", dir="/tmp"))
         self.netns = new_netns()
         with in_namespace(self.netns):
             write_sysctl("net/ipv6/conf/default/disable_ipv6", 1)  # the bridge itself has no addresses
-            self._ip("link set lo up", "link add tmh type bridge", "link set tmh up")
+            self._ip("link set lo up", "link add tmh type bridge mcast_snooping 0", "link set tmh up")
 
     @staticmethod
     def _ip(*lines: str) -> None:
@@ -151,7 +151,7 @@ def three_hosts(number: int = 1) -> Iterator[ThreeHosts]:
 
 def _sweep() -> None:
     """Remove directories of harnesses that were killed (their hosts ended with them; only log files can be left)."""
-    for directory in Path("/tmp").glob("tmh-*-*-*"):  # noqa: S108
+    for directory in Path("/tmp").glob("tmh-*-*-*"):
         owner = directory.name.split("-")[1]
         if owner.isdigit() and not Path("/proc", owner).exists():
             for left in directory.glob("*"):

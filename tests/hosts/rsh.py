@@ -2,21 +2,20 @@
 
     rsh.py [--relay] HOST COMMAND...
 
-Run inside a host.  The init of HOST starts the command with our stdin, stdout and stderr (passed as descriptors, so that
-nothing stands in the way of the bytes) and tells its exit status, which becomes ours; 255 as with ssh if that host is not
-there.  With --relay the bytes go through this process, as they do through ssh: when it is killed, the line is cut and
-the command reads an end of file.
+Run inside a host.  The init of HOST starts the command with our stdin, stdout and stderr (passed as descriptors, so
+that nothing stands in the way of the bytes) and tells its exit status, which becomes ours; 255 as with ssh if that host
+is not there.  With --relay the bytes go through this process, as they do through ssh: when it is killed, the line is
+cut and the command reads an end of file.
 
 Only modules that are built in or imported at start anyway: it must be there within a few milliseconds.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-
 import _socket
 import _thread
+import os
+import sys
 
 UNREACHABLE = 255  # exit status of ssh when it could not reach the host
 SPLICE = 1 << 20
