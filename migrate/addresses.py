@@ -1,0 +1,381 @@
+"""What a host has of addresses: records of interfaces, addresses and routes, read by rtnetlink.
+
+:class:`AddressRecord` and :class:`RouteRecord` are portable: they travel to the target.  :class:`Configuration` is a
+picture of this host, kept (in the journal too) so that it can be put back exactly: of routes it holds the kernel's own
+bytes.
+
+Source: net/ipv4/devinet.c, net/ipv4/fib_frontend.c, net/ipv6/addrconf.c.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import struct
+from dataclasses import dataclass, field
+
+from migrate.errors import AddressSyntax
+from migrate.rtnetlink import (
+    ADDRESS_HEADER,
+    INFINITE,
+    LINK_HEADER,
+    ROUTE_HEADER,
+    AddressAttribute,
+    AddressFlag,
+    LinkAttribute,
+    LinkFlag,
+    MessageType,
+    Netlink,
+    RouteAttribute,
+    RouteProtocol,
+    RouteType,
+    Scope,
+    attribute,
+    attributes,
+    packed_address,
+    unpacked_address,
+)
+
+__all__ = [
+    "AddressRecord",
+    "Configuration",
+    "InterfaceRecord",
+    "RouteRecord",
+    "add_body",
+    "delete_body",
+    "dependent_routes",
+    "parse_address",
+    "portable_route",
+    "read_configuration",
+    "route_body",
+    "route_key",
+    "stable_flags",
+]
+
+_CACHE = struct.Struct("=IIII")  # struct ifa_cacheinfo: preferred, valid, created, updated
+_U32 = struct.Struct("=I")
+MAIN_TABLE = 254
+# of the flags of a route, what somebody configured; the others tell the state of its link
+RTNH_F_ONLINK = 4
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteRecord:
+    """A route that depends on an address that moves, to be made at the target where it is missing.
+
+    destination  network with prefix length
+    gateway      address of the next hop, or empty
+    source       preferred source address, or empty
+    table, priority, scope, protocol  as in rtnetlink(7)
+    """
+
+    destination: str
+    gateway: str = ""
+    source: str = ""
+    table: int = MAIN_TABLE
+    priority: int = 0
+    scope: int = 0
+    protocol: int = 0
+
+    def __post_init__(self) -> None:
+        ipaddress.ip_network(self.destination)
+        for text in (self.gateway, self.source):
+            if text:
+                ipaddress.ip_address(text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AddressRecord:
+    """One address of an interface.
+
+    address, prefixlen   the address itself and the length of its subnet
+    interface            name of the interface that has it, at the source
+    scope                RT_SCOPE_*
+    flags                IFA_F_*
+    label                IPv4: ``eth0`` or ``eth0:name``, else empty
+    broadcast            IPv4, or empty
+    peer                 other end of a point-to-point address, or empty
+    valid, preferred     seconds left; 2**32-1 is for ever
+    priority             metric of the subnet's route; 0 for the kernel's default
+    protocol             IFAPROT_*: who made it
+    routes               routes that depend on it
+    """
+
+    address: str
+    prefixlen: int
+    interface: str
+    scope: int = 0
+    flags: int = 0
+    label: str = ""
+    broadcast: str = ""
+    peer: str = ""
+    valid: int = INFINITE
+    preferred: int = INFINITE
+    priority: int = 0
+    protocol: int = 0
+    routes: tuple[RouteRecord, ...] = ()
+
+    def __post_init__(self) -> None:
+        # refuses an address that is none, and a prefix that is too long for it; canonical text makes equality mean it
+        interface = ipaddress.ip_interface(f"{self.address}/{self.prefixlen}")
+        if str(interface.ip) != self.address:
+            raise ValueError(f"{self.address!r} is not written in its canonical form")
+        for text in (self.broadcast, self.peer):
+            if text and ipaddress.ip_address(text).version != interface.version:
+                raise ValueError(f"{text} belongs to another family than {self.address}")
+        for value in (self.flags, self.valid, self.preferred, self.priority):
+            if not 0 <= value <= INFINITE:
+                raise ValueError(f"{value} is outside 32 bits")
+        if not (0 <= self.scope <= 255 and 0 <= self.protocol <= 255):
+            raise ValueError("scope or protocol is outside 8 bits")
+        if len(self.label) > 15 or "\0" in self.label:
+            raise ValueError(f"label {self.label!r} is longer than the kernel's 15 bytes")
+
+    @property
+    def family(self) -> int:
+        """AF_INET or AF_INET6."""
+        return socket.AF_INET if ipaddress.ip_address(self.address).version == 4 else socket.AF_INET6
+
+    @property
+    def network(self) -> Network:
+        """The subnet (of the other end, if there is one)."""
+        return ipaddress.ip_network(f"{self.peer or self.address}/{self.prefixlen}", strict=False)
+
+    @property
+    def secondary(self) -> bool:
+        """IPv4: another address of the same subnet comes first, and this one goes when that one does."""
+        return self.family == socket.AF_INET and bool(self.flags & AddressFlag.SECONDARY)
+
+    def __str__(self) -> str:
+        return f"{self.address}/{self.prefixlen}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InterfaceRecord:
+    """One interface and its addresses, in the kernel's order."""
+
+    index: int
+    name: str
+    mac: str
+    flags: int
+    addresses: tuple[AddressRecord, ...] = ()
+
+    @property
+    def loopback(self) -> bool:
+        """Whether it is the loopback interface."""
+        return bool(self.flags & LinkFlag.LOOPBACK)
+
+    @property
+    def up(self) -> bool:
+        """Whether it is administratively up."""
+        return bool(self.flags & LinkFlag.UP)
+
+    @property
+    def resolves(self) -> bool:
+        """Whether neighbours are found by ARP or ND here: it has a six-byte hardware address and is not loopback."""
+        return not self.flags & (LinkFlag.LOOPBACK | LinkFlag.NOARP) and len(self.mac) == 17
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """The interfaces and routes of a network namespace.
+
+    routes  bodies of RTM_NEWROUTE messages: all routes but those that follow from the addresses by themselves
+    """
+
+    interfaces: tuple[InterfaceRecord, ...]
+    routes: tuple[bytes, ...] = field(default=())
+
+    def find(self, address: str) -> tuple[InterfaceRecord, AddressRecord] | None:
+        """The interface that has ``address``, and its record."""
+        for interface in self.interfaces:
+            for record in interface.addresses:
+                if record.address == address:
+                    return interface, record
+        return None
+
+    def named(self, name: str) -> InterfaceRecord | None:
+        """The interface of that name."""
+        return next((i for i in self.interfaces if i.name == name), None)
+
+
+def parse_address(text: str) -> tuple[str, int | None]:
+    """(address, prefix length or None) of ``ADDR`` or ``ADDR/LEN``; AddressSyntax if it is neither."""
+    address, slash, length = text.partition("/")
+    try:
+        interface = ipaddress.ip_interface(text)
+    except ValueError as error:
+        raise AddressSyntax(str(error), object=address) from None
+    return str(interface.ip), int(length) if slash else None
+
+
+def read_configuration(netlink: Netlink) -> Configuration:
+    """The picture of this network namespace as it is now."""
+    addresses: dict[int, list[AddressRecord]] = {}
+    links = [_parse_link(m.body) for m in netlink.dump(MessageType.GETLINK, LINK_HEADER.pack(0, 0, 0, 0, 0))]
+    names = {link.index: link.name for link in links}
+    for message in netlink.dump(MessageType.GETADDR, ADDRESS_HEADER.pack(0, 0, 0, 0, 0)):
+        index, record = _parse_address(message.body, names)
+        addresses.setdefault(index, []).append(record)
+    routes = [
+        message.body
+        for family in (socket.AF_INET, socket.AF_INET6)
+        for message in netlink.dump(MessageType.GETROUTE, ROUTE_HEADER.pack(family, 0, 0, 0, 0, 0, 0, 0, 0))
+        if _configured(message.body)
+    ]
+    return Configuration(
+        interfaces=tuple(
+            InterfaceRecord(
+                index=link.index,
+                name=link.name,
+                mac=link.mac,
+                flags=link.flags,
+                addresses=tuple(addresses.get(link.index, ())),
+            )
+            for link in links
+        ),
+        routes=tuple(routes),
+    )
+
+
+def stable_flags(record: AddressRecord) -> int:
+    """The flags that somebody chose, without those that the kernel keeps about the address's life."""
+    state = AddressFlag.SECONDARY | AddressFlag.TENTATIVE | AddressFlag.DADFAILED | AddressFlag.DEPRECATED
+    return record.flags & ~(state | AddressFlag.PERMANENT)
+
+
+def add_body(record: AddressRecord, index: int, flags: int) -> bytes:
+    """The body of RTM_NEWADDR that makes ``record`` on interface ``index`` with IFA_F_* ``flags``."""
+    family, packed = packed_address(record.address)
+    body = ADDRESS_HEADER.pack(family, record.prefixlen, flags & 0xFF, record.scope, index)
+    body += attribute(AddressAttribute.LOCAL, packed)
+    body += attribute(AddressAttribute.ADDRESS, packed_address(record.peer)[1] if record.peer else packed)
+    body += attribute(AddressAttribute.FLAGS, _U32.pack(flags))
+    if record.label:
+        body += attribute(AddressAttribute.LABEL, record.label.encode() + b"\0")
+    if record.broadcast:
+        body += attribute(AddressAttribute.BROADCAST, packed_address(record.broadcast)[1])
+    if record.priority:
+        body += attribute(AddressAttribute.PRIORITY, _U32.pack(record.priority))
+    if record.protocol:
+        body += attribute(AddressAttribute.PROTOCOL, bytes([record.protocol]))
+    if (record.valid, record.preferred) != (INFINITE, INFINITE):
+        body += attribute(AddressAttribute.CACHE, _CACHE.pack(record.preferred, record.valid, 0, 0))
+    return body
+
+
+def delete_body(record: AddressRecord, index: int) -> bytes:
+    """The body of RTM_DELADDR for exactly this address."""
+    family, packed = packed_address(record.address)
+    body = ADDRESS_HEADER.pack(family, record.prefixlen, 0, 0, index) + attribute(AddressAttribute.LOCAL, packed)
+    return body + attribute(AddressAttribute.ADDRESS, packed_address(record.peer)[1] if record.peer else packed)
+
+
+def route_body(route: RouteRecord, index: int) -> bytes:
+    """The body of RTM_NEWROUTE or RTM_DELROUTE for ``route`` over interface ``index``."""
+    network = ipaddress.ip_network(route.destination)
+    family, packed = packed_address(str(network.network_address))
+    table = route.table if route.table < 256 else 0
+    body = ROUTE_HEADER.pack(family, network.prefixlen, 0, 0, table, route.protocol, route.scope, RouteType.UNICAST, 0)
+    body += attribute(RouteAttribute.DST, packed) + attribute(RouteAttribute.TABLE, _U32.pack(route.table))
+    body += attribute(RouteAttribute.OIF, _U32.pack(index))
+    if route.gateway:
+        body += attribute(RouteAttribute.GATEWAY, packed_address(route.gateway)[1])
+    if route.source:
+        body += attribute(RouteAttribute.PREFSRC, packed_address(route.source)[1])
+    if route.priority:
+        body += attribute(RouteAttribute.PRIORITY, _U32.pack(route.priority))
+    return body
+
+
+def route_key(body: bytes) -> tuple[object, ...]:
+    """What makes two routes the same: everything but ages, counters and the state of the link."""
+    *header, flags = ROUTE_HEADER.unpack_from(body)
+    found = attributes(body, ROUTE_HEADER.size)
+    found.pop(RouteAttribute.CACHE, None)
+    return (*header, flags & RTNH_F_ONLINK, *sorted(found.items()))
+
+
+def _configured(body: bytes) -> bool:
+    """Whether a route has to be remembered: local, broadcast, anycast and multicast ones come with the address."""
+    family, _, _, _, _, protocol, _, kind, _ = ROUTE_HEADER.unpack_from(body)
+    if protocol != RouteProtocol.KERNEL:
+        return True
+    # an IPv4 subnet's route comes with its address; an IPv6 one too, but may have been given another metric since
+    return bool(kind == RouteType.UNICAST and family == socket.AF_INET6)
+
+
+def _parse_link(body: bytes) -> InterfaceRecord:
+    _, _, index, flags, _ = LINK_HEADER.unpack_from(body)
+    found = attributes(body, LINK_HEADER.size)
+    name = found[LinkAttribute.IFNAME].rstrip(b"\0").decode(errors="surrogateescape")
+    return InterfaceRecord(index=index, name=name, mac=found.get(LinkAttribute.ADDRESS, b"").hex(":"), flags=flags)
+
+
+def _parse_address(body: bytes, names: dict[int, str]) -> tuple[int, AddressRecord]:
+    _, prefixlen, flags, scope, index = ADDRESS_HEADER.unpack_from(body)
+    found = attributes(body, ADDRESS_HEADER.size)
+    near = found.get(AddressAttribute.LOCAL, found[AddressAttribute.ADDRESS])
+    far = found.get(AddressAttribute.ADDRESS, near)
+    preferred, valid, _, _ = _CACHE.unpack(found.get(AddressAttribute.CACHE, _CACHE.pack(INFINITE, INFINITE, 0, 0)))
+    return index, AddressRecord(
+        address=unpacked_address(near),
+        prefixlen=prefixlen,
+        interface=names.get(index, ""),
+        scope=scope,
+        flags=_U32.unpack(found[AddressAttribute.FLAGS])[0] if AddressAttribute.FLAGS in found else flags,
+        label=found.get(AddressAttribute.LABEL, b"").rstrip(b"\0").decode(errors="replace"),
+        broadcast=unpacked_address(found[AddressAttribute.BROADCAST]) if AddressAttribute.BROADCAST in found else "",
+        peer="" if far == near else unpacked_address(far),
+        valid=valid,
+        preferred=preferred,
+        priority=_U32.unpack(found[AddressAttribute.PRIORITY])[0] if AddressAttribute.PRIORITY in found else 0,
+        protocol=found.get(AddressAttribute.PROTOCOL, b"\0")[0],
+    )
+
+
+def dependent_routes(configuration: Configuration, leaving: frozenset[str], record: AddressRecord) -> list[RouteRecord]:
+    """The routes that stop working when ``leaving`` are gone and that belong to ``record``: it is their source, or
+    their gateway is in its subnet and in that of no address that stays."""
+    staying = [
+        a.network
+        for i in configuration.interfaces
+        for a in i.addresses
+        if a.address not in leaving and a.scope != Scope.HOST
+    ]
+    found = []
+    for body in configuration.routes:
+        route = portable_route(body)
+        if route is None or route.protocol == RouteProtocol.KERNEL:
+            continue
+        if route.source == record.address:
+            found.append(route)
+        elif route.gateway and not route.source:
+            gateway = ipaddress.ip_address(route.gateway)
+            if gateway in record.network and not any(gateway in network for network in staying):
+                found.append(route)
+    return found
+
+
+def portable_route(body: bytes) -> RouteRecord | None:
+    """The portable form of a plain unicast route; None for multipath routes, gateways of another family and such."""
+    family, dst, _, _, table, protocol, scope, kind, _ = ROUTE_HEADER.unpack_from(body)
+    found = attributes(body, ROUTE_HEADER.size)
+    if kind != RouteType.UNICAST or RouteAttribute.MULTIPATH in found or RouteAttribute.VIA in found:
+        return None
+    any_address = bytes(4 if family == socket.AF_INET else 16)
+
+    def text(kind: RouteAttribute) -> str:
+        return unpacked_address(found[kind]) if kind in found else ""
+
+    return RouteRecord(
+        destination=f"{unpacked_address(found.get(RouteAttribute.DST, any_address))}/{dst}",
+        gateway=text(RouteAttribute.GATEWAY),
+        source=text(RouteAttribute.PREFSRC),
+        table=_U32.unpack(found[RouteAttribute.TABLE])[0] if RouteAttribute.TABLE in found else table,
+        priority=_U32.unpack(found[RouteAttribute.PRIORITY])[0] if RouteAttribute.PRIORITY in found else 0,
+        scope=scope,
+        protocol=protocol,
+    )

@@ -1,0 +1,270 @@
+"""Errors of the migration (TM-06xx) and of addresses (TM-07xx). See :mod:`tcpstate.errors` for the tree."""
+
+from __future__ import annotations
+
+from tcpstate.errors import Outcome, TcpmigError, catalogue
+
+__all__ = [
+    "AddressCarriesControl",
+    "AddressChangeFailed",
+    "AddressInUseByOthers",
+    "AddressNotHere",
+    "AddressNotLocal",
+    "AddressNotMovable",
+    "AddressRestoreIncomplete",
+    "AddressSyntax",
+    "AddressTakenAtTarget",
+    "AnotherMachine",
+    "BadFrame",
+    "InDoubt",
+    "JournalDamaged",
+    "JournalUnusable",
+    "LinkLost",
+    "LinkSilent",
+    "NoInterfaceForAddress",
+    "NotTcpmig",
+    "PreparedDiffers",
+    "ProtocolError",
+    "RemoteStartFailed",
+    "RshSyntax",
+    "SourceAborted",
+    "TargetAborted",
+    "TargetRefused",
+    "TargetStuck",
+    "VersionMismatch",
+    "from_remote",
+]
+
+
+class ProtocolError(TcpmigError):
+    """The other side sent a message that is not legal at this point of the protocol, or one of another migration. That
+    is a defect of one of the two programs, or somebody else writes into the channel. Before COMMIT the migration ends
+    and the original runs on."""
+
+    code = "TM-0601"
+    fix = "Run the same release of tcpmig on both hosts; report it with both logs if it happens again."
+
+
+class VersionMismatch(TcpmigError):
+    """The two programs have no protocol version in common: one of them is much older than the other."""
+
+    code = "TM-0602"
+    outcome = Outcome.REFUSED
+    fix = "Install the same release of tcpmig on both hosts."
+
+
+class NotTcpmig(TcpmigError):
+    """The first bytes from the other side are not the protocol's. Mostly a login script on the target prints something
+    even where there is no terminal, or the remote command is not `tcpmig receive`."""
+
+    code = "TM-0603"
+    outcome = Outcome.REFUSED
+    fix = "Run `CMD HOST true` with the same --rsh: it must print nothing. Check --remote-command."
+
+
+class BadFrame(TcpmigError):
+    """A frame of the channel has an impossible length or type, or a wrong checksum: the channel does not carry bytes
+    unchanged (a terminal in between, a program that prints into it)."""
+
+    code = "TM-0604"
+    fix = "Use an --rsh that passes bytes unchanged (ssh without -t); nothing else may print to stdout at the target."
+
+
+class LinkLost(TcpmigError):
+    """The channel to the other host ended while the migration was under way: the remote shell, its network or the
+    program at its other end died."""
+
+    code = "TM-0605"
+    fix = "Read the remote command's last lines above; try again when the path to HOST is stable."
+
+
+class LinkSilent(TcpmigError):
+    """The other side said nothing for longer than the time limit, or took nothing of what was sent to it."""
+
+    code = "TM-0606"
+    fix = "Check the load of the target and the path to it; try again."
+
+
+class RemoteStartFailed(TcpmigError):
+    """The command that --rsh names could not be started, or it ended before the target answered: the host is
+    unreachable or unknown, the login was refused, or tcpmig is not installed there."""
+
+    code = "TM-0607"
+    outcome = Outcome.REFUSED
+    fix = "Make `CMD HOST tcpmig --version` work with the same --rsh first (ssh: a key, a known host key)."
+
+
+class TargetRefused(TcpmigError):
+    """The target's check found something that it cannot do for this process tree. Nothing was stopped or built."""
+
+    code = "TM-0608"
+    outcome = Outcome.REFUSED
+    fix = "See `tcpmig check PID --to HOST` for all verdicts."
+
+
+class TargetAborted(TcpmigError):
+    """The target could not rebuild or start the processes and gave up before anything of them ran there. The original
+    was resumed, with its connections and addresses."""
+
+    code = "TM-0609"
+    fix = "Read the target's message; the original runs on here."
+
+
+class SourceAborted(TcpmigError):
+    """The source gave up before COMMIT. Nothing was left on this host; the original runs on where it ran."""
+
+    code = "TM-0610"
+    fix = "Read the source's message."
+
+
+class InDoubt(TcpmigError):
+    """The channel was lost after COMMIT was sent and before the target said whether it runs the processes. Both sides
+    hold: the original stays stopped and silent, so that there are never two running copies."""
+
+    code = "TM-0611"
+    outcome = Outcome.IN_DOUBT
+    fix = (
+        "Run `tcpmig recover` here when HOST can be reached again: it asks the target, and finishes or undoes the move."
+    )
+
+
+class PreparedDiffers(TcpmigError):
+    """The target read the rebuilt connections back and they are not what was sent. Nothing was committed."""
+
+    code = "TM-0612"
+    fix = "Report it with the log: it names the connection, the item, and both values."
+
+
+class JournalUnusable(TcpmigError):
+    """The journal, which must survive a crash, cannot be created or written in the state directory."""
+
+    code = "TM-0613"
+    outcome = Outcome.REFUSED
+    fix = "Make the directory writable, free some space, or name another one in TCPMIG_STATE_DIR."
+
+
+class JournalDamaged(TcpmigError):
+    """A journal has a record in its middle whose checksum is wrong (a torn last record is normal after a crash, and
+    tolerated)."""
+
+    code = "TM-0614"
+    fix = "Look at the disk; settle the migration by hand with `tcpmig recover ID --assume here|there`."
+
+
+class TargetStuck(TcpmigError):
+    """The target failed after it had begun to release the connections. It can no longer give the processes back, and
+    holds what it has; the original is held as well."""
+
+    code = "TM-0615"
+    outcome = Outcome.IN_DOUBT
+    fix = "Run `tcpmig recover` on the target, then here."
+
+
+class AnotherMachine(TcpmigError):
+    """The processes use something that the target's machine or kernel does not have: another architecture, instructions
+    that its CPU lacks, a larger register state, a kernel interface."""
+
+    code = "TM-0616"
+    outcome = Outcome.REFUSED
+    fix = "Move to a host with the named feature, or start the application with it disabled."
+
+
+class RshSyntax(TcpmigError):
+    """--rsh and --remote-command are split into words as a shell would do it; this one has an open quote or no word."""
+
+    code = "TM-0617"
+    outcome = Outcome.USAGE
+    fix = "Quote it once for the shell: --rsh 'ssh -p 2222'."
+
+
+class AddressNotHere(TcpmigError):
+    """A connection's local address is not configured on any interface of this network namespace (a transparent or
+    any-address bind), or the address given with --address is not here. It cannot be moved."""
+
+    code = "TM-0701"
+    outcome = Outcome.REFUSED
+    fix = "Give the addresses to move with --address, or --address none and move them yourself."
+
+
+class AddressCarriesControl(TcpmigError):
+    """The address that would move carries the channel to the target or is the source address of the route to it.
+    Moving it would cut the migration off from its own target."""
+
+    code = "TM-0702"
+    outcome = Outcome.REFUSED
+    fix = "Give the service an address of its own, or reach HOST over another address (ssh -b, another name of HOST)."
+
+
+class AddressInUseByOthers(TcpmigError):
+    """Processes outside the tree have connections or bound sockets on the address that would move. They would lose
+    it."""
+
+    code = "TM-0703"
+    outcome = Outcome.REFUSED
+    fix = "Move those processes too, give the service its own address, or accept it with --address-policy allow."
+
+
+class AddressTakenAtTarget(TcpmigError):
+    """The address is already configured at the target, or a third machine on the target's link answers for it."""
+
+    code = "TM-0704"
+    outcome = Outcome.REFUSED
+    fix = "Remove the address from the machine that has it; it may be left from an earlier move."
+
+
+class NoInterfaceForAddress(TcpmigError):
+    """No interface of the target that is up has an address in the same subnet, so that it is not known on which link
+    the address belongs."""
+
+    code = "TM-0705"
+    outcome = Outcome.REFUSED
+    fix = "Name the interface with --map-dev OLD=NEW."
+
+
+class AddressChangeFailed(TcpmigError):
+    """The kernel refused to add or remove an address or a route."""
+
+    code = "TM-0706"
+    fix = "Read the kernel's message; another program may manage the addresses of this interface."
+
+
+class AddressNotLocal(TcpmigError):
+    """The address was added but the kernel did not begin to treat it as local within the time limit."""
+
+    code = "TM-0707"
+    fix = "Look at the address with `ip addr`: the interface must be up, and duplicate detection must not have failed."
+
+
+class AddressSyntax(TcpmigError):
+    """An address is written as 10.0.0.5/24, fd00::5/64, or without the prefix length if it is configured here."""
+
+    code = "TM-0708"
+    outcome = Outcome.USAGE
+    fix = "Write --address ADDR/LEN, --address auto or --address none."
+
+
+class AddressRestoreIncomplete(TcpmigError):
+    """After a move that was undone, or beside one that was done, an address or route of this host could not be put
+    back as it was."""
+
+    code = "TM-0709"
+    fix = "Put back what is named with `ip addr` or `ip route`; another program may have changed it meanwhile."
+
+
+class AddressNotMovable(TcpmigError):
+    """A link-local or multicast address belongs to one interface of one machine and cannot be taken along."""
+
+    code = "TM-0710"
+    outcome = Outcome.REFUSED
+    fix = "Connect over a global address, or close the connection before the move."
+
+
+def from_remote(
+    code: str, message: str, object: str, fix: str, *, otherwise: type[TcpmigError], where: str = "target"
+) -> TcpmigError:
+    """The error that the other host reported, under its own code where this program knows it, else as ``otherwise``."""
+    cls = catalogue().get(code, otherwise)
+    # past the subclass's own constructor, whose arguments are not known here
+    error = cls.__new__(cls)
+    TcpmigError.__init__(error, f"{where}: {message}", object=object, fix=fix or None)
+    return error
