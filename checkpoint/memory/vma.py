@@ -1,0 +1,159 @@
+"""Mappings as /proc tells them.
+
+``maps`` is cheap; ``smaps`` adds the flags and the protection key, and walks every page for it: 11-20 ms per GB of
+small pages.  So smaps is read before a process is stopped, and :func:`with_flags` takes the flags over in the stop, as
+long as the mappings are still the same.
+
+Source: Linux fs/proc/task_mmu.c (show_map_vma, show_smap_vma_flags), Documentation/filesystems/proc.rst.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from checkpoint.errors import NoSuchProcess
+
+__all__ = [
+    "PAGE",
+    "SPECIAL_NAMES",
+    "VSYSCALL",
+    "Vma",
+    "parse_maps",
+    "parse_smaps",
+    "read_maps",
+    "read_smaps",
+    "with_flags",
+]
+
+#: bytes of a page
+PAGE = os.sysconf("SC_PAGE_SIZE")
+#: mappings that the kernel makes at exec and that hold its own pages
+SPECIAL_NAMES = frozenset({"[vdso]", "[vvar]", "[vvar_vclock]"})
+#: shown in every process, and in none's memory
+VSYSCALL = "[vsyscall]"
+
+_NO_FLAGS: frozenset[str] = frozenset()
+
+
+class Vma(NamedTuple):
+    """One mapping. A NamedTuple and not a dataclass, because a stop may have to make thousands.
+
+    start, end  addresses, end exclusive
+    prot        PROT_READ | PROT_WRITE | PROT_EXEC as mmap(2) takes it
+    shared      may be shared (VM_MAYSHARE), else copied on write
+    offset      of the first byte in the file
+    dev         device number of the file's super block; not always what stat(2) gives as st_dev (btrfs, overlay)
+    inode       0 for anonymous memory
+    name        path, ``path (deleted)``, ``[heap]``, ``[anon:NAME]``, or empty. A newline in a path reads ``\\012``
+    flags       two-letter names of VmFlags; empty if read from maps
+    pkey        protection key; 0 if read from maps
+    """
+
+    start: int
+    end: int
+    prot: int
+    shared: bool
+    offset: int
+    dev: int
+    inode: int
+    name: str
+    flags: frozenset[str] = _NO_FLAGS
+    pkey: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.start
+
+    @property
+    def special(self) -> bool:
+        """Whether it is one of the kernel's own: vdso and its data."""
+        return self.name in SPECIAL_NAMES
+
+    @property
+    def anonymous(self) -> bool:
+        """Whether no file is behind it. Shared anonymous memory has one: the kernel makes it."""
+        return self.inode == 0 and not self.name.startswith("/")
+
+    @property
+    def permissions(self) -> str:
+        """As in maps: ``rw-p``."""
+        letters = "".join(c if self.prot & bit else "-" for c, bit in zip("rwx", (1, 2, 4), strict=True))
+        return letters + ("s" if self.shared else "p")
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """All that maps tells: without flags and pkey."""
+        return self[:8]
+
+    def __str__(self) -> str:
+        return f"{self.start:x}-{self.end:x} {self.permissions} {self.name}".rstrip()
+
+
+_PROT = {(r + w + x).encode(): (r == "r") | (w == "w") << 1 | (x == "x") << 2 for r in "r-" for w in "w-" for x in "x-"}
+# The first line of a mapping in either file. Anchored: other lines of smaps begin with a word and a colon.
+_LINE = re.compile(
+    rb"^([0-9a-f]+)-([0-9a-f]+) ([r-][w-][x-])([sp]) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)$", re.MULTILINE
+)
+_FLAGS = re.compile(rb"^VmFlags:(.*)$", re.MULTILINE)
+_PKEY = re.compile(rb"^ProtectionKey: +(\d+)$", re.MULTILINE)
+
+
+def parse_maps(data: bytes) -> list[Vma]:
+    """The mappings in the text of /proc/PID/maps (or smaps, without flags), by address."""
+    return [
+        Vma(
+            int(start, 16),
+            int(end, 16),
+            _PROT[prot],
+            kind == b"s",
+            int(offset, 16),
+            os.makedev(int(major, 16), int(minor, 16)),
+            int(inode),
+            os.fsdecode(name),
+        )
+        for start, end, prot, kind, offset, major, minor, inode, name in _LINE.findall(data)
+    ]
+
+
+def parse_smaps(data: bytes) -> list[Vma]:
+    """The mappings in the text of /proc/PID/smaps, with flags and protection keys. ValueError if it is no such text."""
+    vmas, flags, pkeys = parse_maps(data), _FLAGS.findall(data), _PKEY.findall(data)
+    if not pkeys:  # a kernel or machine without them
+        pkeys = [b"0"] * len(vmas)
+    # one line of each per mapping; a kernel without CONFIG_PROC_PAGE_MONITOR has no smaps at all
+    sets: dict[bytes, frozenset[str]] = {text: frozenset(text.decode("ascii").split()) for text in set(flags)}
+    return [vma._replace(flags=sets[text], pkey=int(pkey)) for vma, text, pkey in zip(vmas, flags, pkeys, strict=True)]
+
+
+def _read(pid: int, name: str) -> bytes:
+    try:
+        with open(f"/proc/{pid}/{name}", "rb") as file:
+            return file.read()
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise NoSuchProcess("the process does not exist, or has just ended", object=f"pid {pid}") from error
+
+
+def read_maps(pid: int) -> list[Vma]:
+    """The mappings of a process, without flags. One consistent picture only while it is stopped. NoSuchProcess."""
+    return parse_maps(_read(pid, "maps"))
+
+
+def read_smaps(pid: int) -> list[Vma]:
+    """The mappings of a process with flags and protection keys. Slow: see the module's docstring. NoSuchProcess."""
+    return parse_smaps(_read(pid, "smaps"))
+
+
+def with_flags(pid: int, maps: Sequence[Vma], before: Iterable[Vma] = ()) -> list[Vma]:
+    """``maps`` of a stopped process with flags: from ``before``, read by read_smaps() a moment ago, if it tells of the
+    same mappings, else read now.
+
+    An madvise(2) or mlock(2) between that reading and the stop that splits no mapping is not noticed.
+    """
+    known = list(before)
+    if len(known) == len(maps) and all(a.key == b.key for a, b in zip(known, maps, strict=True)):
+        return known
+    return read_smaps(pid)
