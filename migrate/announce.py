@@ -176,10 +176,10 @@ def _link_option(options: bytes) -> str:
 _LOAD_HALF, _LOAD_BYTE, _JUMP_EQUAL, _RETURN = 0x28, 0x30, 0x15, 0x06
 _CLAIMS_ONLY = (
     (_LOAD_HALF, 0, 0, 12),  # EtherType
-    (_JUMP_EQUAL, 4, 0, EtherType.ARP),
-    (_JUMP_EQUAL, 0, 4, EtherType.IPV6),
+    (_JUMP_EQUAL, 5, 0, EtherType.ARP),
+    (_JUMP_EQUAL, 0, 5, EtherType.IPV6),
     (_LOAD_BYTE, 0, 0, ETHERNET.size + 6),  # next header
-    (_JUMP_EQUAL, 0, 2, socket.IPPROTO_ICMPV6),
+    (_JUMP_EQUAL, 0, 3, socket.IPPROTO_ICMPV6),
     (_LOAD_BYTE, 0, 0, ETHERNET.size + IPV6.size),  # type
     (_JUMP_EQUAL, 0, 1, Icmp6.NEIGHBOUR_ADVERTISEMENT),
     (_RETURN, 0, 0, 0xFFFF),
