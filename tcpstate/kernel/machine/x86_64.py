@@ -170,6 +170,7 @@ class SYS(enum.IntEnum):
     epoll_create = 213
     set_tid_address = 218
     restart_syscall = 219
+    semtimedop = 220
     timer_create = 222
     timer_settime = 223
     timer_gettime = 224

@@ -1,0 +1,80 @@
+"""What depends on the machine's architecture in a process: one package per machine, one interface.
+
+Registers and interrupted system calls:
+
+``Registers``          frozen; ``pack``/``unpack``, ``ip``, ``sp``, ``call``, ``result``, ``moved(ip)``
+``XSTATE_SET``         the register set (ptrace NT_*) of FP and vector registers
+``require_native``     refuses tasks of another mode
+``going_on``           what a thread that was stopped here goes on with
+``for_restore``        what a rebuilt thread gets
+
+The fail-safe code (``checkpoint.inject`` runs it): ``BOOT_SIZE``, ``BOOT_STOP``, ``ENGINE_SIZE``, ``ENGINE_STOP``,
+``boot_image``, ``boot_call``, ``boot_result``, ``engine_image``, ``engine_start``, ``engine_position``, ``frame_of``.
+
+The start of rebuilt processes (``checkpoint.spawn``): ``SPAWN``, ``stub_elf``, ``USER_END``.
+
+Nothing else in this package asks which machine this is.
+"""
+
+from __future__ import annotations
+
+import os
+
+from tcpstate.errors import KernelFeatureMissing
+
+_MACHINE = os.uname().machine
+
+if _MACHINE == "x86_64":
+    from checkpoint.arch.x86_64.engine import (
+        BOOT,
+        BOOT_SIZE,
+        BOOT_STOP,
+        ENGINE_SIZE,
+        ENGINE_STOP,
+        boot_call,
+        boot_image,
+        boot_result,
+        engine_image,
+        engine_position,
+        engine_start,
+        frame_of,
+    )
+    from checkpoint.arch.x86_64.registers import (
+        XSTATE_SET,
+        Registers,
+        by_hand,
+        for_restore,
+        going_on,
+        require_native,
+    )
+    from checkpoint.arch.x86_64.stub import SPAWN, USER_END, stub_elf
+else:
+    raise KernelFeatureMissing(
+        f"there is no description of the machine {_MACHINE}",
+        object=_MACHINE,
+        fix="Run tcpmig on x86-64; other machines need a package in checkpoint/arch/.",
+    )
+
+__all__ = [
+    "BOOT",
+    "BOOT_SIZE",
+    "BOOT_STOP",
+    "ENGINE_SIZE",
+    "ENGINE_STOP",
+    "SPAWN",
+    "USER_END",
+    "XSTATE_SET",
+    "Registers",
+    "boot_call",
+    "boot_image",
+    "boot_result",
+    "by_hand",
+    "engine_image",
+    "engine_position",
+    "engine_start",
+    "for_restore",
+    "frame_of",
+    "going_on",
+    "require_native",
+    "stub_elf",
+]

@@ -1,0 +1,1 @@
+"""x86-64: see :mod:`checkpoint.arch` for what each name means."""

@@ -1,0 +1,198 @@
+"""General registers of x86-64, and what becomes of a system call that a stop has interrupted.
+
+Source: arch/x86/include/asm/user_64.h (struct user_regs_struct), arch/x86/kernel/signal.c (restarts), signal(7).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import errno
+import struct
+from dataclasses import dataclass
+from typing import Final, Self
+
+from checkpoint.errors import ForeignMode
+from tcpstate.kernel.machine import SYS
+
+__all__ = ["XSTATE_SET", "Registers", "Restart", "by_hand", "for_restore", "going_on", "require_native"]
+
+#: the register set that holds FP, SSE, AVX, ...: NT_X86_XSTATE of include/uapi/linux/elf.h
+XSTATE_SET: Final = 0x202
+
+_REGISTERS = struct.Struct("<27Q")
+_MASK = (1 << 64) - 1
+_NO_CALL = _MASK  # orig_rax when the thread is not in a system call: nothing to be restarted
+_USER_CS = 0x33  # __USER_CS of arch/x86/include/asm/segment.h; __USER32_CS is 0x23
+_X32_BIT = 0x40000000  # __X32_SYSCALL_BIT
+_SYSCALL_LENGTH = 2  # bytes of the instruction `syscall`
+_TIMER_ABSTIME = 1
+
+
+class Restart(enum.IntEnum):
+    """Results that never reach a program: the kernel's notes on how to restart (include/linux/errno.h)."""
+
+    SYS = -512  # ERESTARTSYS: restart, unless a handler without SA_RESTART runs
+    NOINTR = -513  # ERESTARTNOINTR: restart always
+    NOHAND = -514  # ERESTARTNOHAND: restart, unless a handler runs
+    BLOCK = -516  # ERESTART_RESTARTBLOCK: like NOHAND, by restart_syscall with what the kernel has noted
+
+
+# Calls that return EINTR when a thread is stopped and continued, where they should restart: signal(7), "Interruption of
+# system calls and library functions by stop signals", and the socket calls with a time-out set by SO_RCVTIMEO or
+# SO_SNDTIMEO (sock_intr_errno in include/net/sock.h).
+_SPURIOUS = frozenset(
+    {
+        SYS.epoll_wait,
+        SYS.epoll_pwait,
+        SYS.epoll_pwait2,
+        SYS.semop,
+        SYS.semtimedop,
+        SYS.rt_sigtimedwait,
+        SYS.read,
+        SYS.readv,
+        SYS.write,
+        SYS.writev,
+        SYS.recvfrom,
+        SYS.recvmsg,
+        SYS.recvmmsg,
+        SYS.sendto,
+        SYS.sendmsg,
+        SYS.sendmmsg,
+        SYS.accept,
+        SYS.accept4,
+        SYS.connect,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Registers:
+    """struct user_regs_struct."""
+
+    r15: int
+    r14: int
+    r13: int
+    r12: int
+    rbp: int
+    rbx: int
+    r11: int
+    r10: int
+    r9: int
+    r8: int
+    rax: int
+    rcx: int
+    rdx: int
+    rsi: int
+    rdi: int
+    orig_rax: int
+    rip: int
+    cs: int
+    eflags: int
+    rsp: int
+    ss: int
+    fs_base: int
+    gs_base: int
+    ds: int
+    es: int
+    fs: int
+    gs: int
+
+    def pack(self) -> bytes:
+        """The structure's bytes."""
+        return _REGISTERS.pack(*(getattr(self, name) for name in _NAMES))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        """The structure from its bytes. ForeignMode if they are those of a 32-bit register set."""
+        if len(data) != _REGISTERS.size:
+            raise ForeignMode(f"a register set of {len(data)} bytes is not a 64-bit one")
+        return cls(*_REGISTERS.unpack(data))
+
+    @property
+    def ip(self) -> int:
+        """The instruction pointer."""
+        return self.rip
+
+    @property
+    def sp(self) -> int:
+        """The stack pointer."""
+        return self.rsp
+
+    @property
+    def call(self) -> int | None:
+        """The number of the system call that the thread was stopped in; None if it was in none."""
+        return None if self.orig_rax >> 63 else self.orig_rax
+
+    @property
+    def result(self) -> int:
+        """What the system call has returned, negative: -errno or a :class:`Restart`."""
+        return self.rax - (1 << 64) if self.rax >> 63 else self.rax
+
+    def moved(self, ip: int) -> Self:
+        """The same with another instruction pointer, and no system call to be restarted."""
+        return dataclasses.replace(self, rip=ip, orig_rax=_NO_CALL)
+
+    def returning(self, result: int) -> Self:
+        """The same with another result of the system call."""
+        return dataclasses.replace(self, rax=result & _MASK)
+
+
+_NAMES = tuple(field.name for field in dataclasses.fields(Registers))
+
+
+def require_native(registers: Registers, owner: str) -> None:
+    """ForeignMode if the thread (``owner`` names it) runs 32-bit or x32 code."""
+    if registers.cs != _USER_CS:
+        raise ForeignMode("it runs 32-bit code", object=owner)
+    if registers.call is not None and registers.call & _X32_BIT:
+        raise ForeignMode("it makes x32 system calls", object=owner)
+
+
+def going_on(registers: Registers) -> Registers:
+    """What a stopped thread goes on with: an EINTR that only our stop has made becomes a restart.
+
+    With NOHAND the kernel decides when the thread runs on: EINTR if a handler runs then, a restart if none does. The
+    kernel has the same choice for all other notes, and does right with them.
+    """
+    if registers.result == -errno.EINTR and registers.call in _SPURIOUS:
+        return registers.returning(Restart.NOHAND)
+    return registers
+
+
+def by_hand(registers: Registers) -> Registers:
+    """What a thread goes on with when the kernel cannot restart its system call, since other calls were made in
+    between and nobody is there to put ``orig_rax`` back: the instruction is executed again.
+
+    The restart block survives calls that do not sleep with a time-out, so ``restart_syscall`` finds it.
+    """
+    if registers.call is None:
+        return registers
+    if registers.result == Restart.BLOCK:
+        number = int(SYS.restart_syscall)
+    elif registers.result in (Restart.SYS, Restart.NOINTR, Restart.NOHAND):
+        number = registers.call
+    else:
+        return dataclasses.replace(registers, orig_rax=_NO_CALL)
+    return dataclasses.replace(registers, rax=number, rip=registers.rip - _SYSCALL_LENGTH, orig_rax=_NO_CALL)
+
+
+def for_restore(registers: Registers, remaining_ns: int | None = None) -> Registers:
+    """What a *rebuilt* thread gets: there the kernel knows of no restart block.
+
+    The call is made again with the same arguments, but a relative sleep goes on with the remaining time that the
+    kernel wrote when it was interrupted, and a poll with ``remaining_ns`` if that is known. Where neither is there
+    (nanosleep without a second argument, a relative futex wait) the whole time passes once more.
+    The kernel does the restart, so a pending signal with a handler ends the call with EINTR, as it must.
+    """
+    if registers.call is None or registers.result != Restart.BLOCK:
+        return registers
+    again = registers.returning(Restart.NOHAND)
+    match registers.call:
+        case SYS.nanosleep if registers.rsi:
+            return dataclasses.replace(again, rdi=registers.rsi)
+        case SYS.clock_nanosleep if registers.r10 and not registers.rsi & _TIMER_ABSTIME:
+            return dataclasses.replace(again, rdx=registers.r10)
+        case SYS.poll if remaining_ns is not None:
+            return dataclasses.replace(again, rdx=-(-max(remaining_ns, 0) // 1_000_000))
+    return again
