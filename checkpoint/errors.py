@@ -7,10 +7,13 @@ from tcpstate.errors import Outcome, TcpmigError
 __all__ = [
     "AddressGapMissing",
     "AddressTaken",
+    "AioRing",
     "AlreadyTraced",
     "BacklogNotDrained",
     "BadFileRecord",
     "BadImageRecord",
+    "BadLayout",
+    "DeviceMapping",
     "EngineFault",
     "EpollTargetLost",
     "FileCaptureFailed",
@@ -20,6 +23,7 @@ __all__ = [
     "FileUnreachable",
     "ForeignImage",
     "ForeignMode",
+    "HugePageMapping",
     "ImageDamaged",
     "ImageError",
     "ImageIncomplete",
@@ -35,8 +39,11 @@ __all__ = [
     "ListenerBusy",
     "LockTaken",
     "MayNotTrace",
+    "MemoryUnreadable",
+    "MemoryUnwritable",
     "NoSuchProcess",
     "OtherImageVersion",
+    "OtherVdso",
     "OwnProcess",
     "PeerOutsideTree",
     "PendingLocalConnection",
@@ -44,12 +51,15 @@ __all__ = [
     "ProcessDied",
     "RebuildDiffers",
     "Refused",
+    "SealedMapping",
     "SeccompInTheWay",
+    "SecretMemory",
     "SharedDescriptors",
     "SocketHeldOutside",
     "SpawnFailed",
     "StopTimeout",
     "SyscallDispatch",
+    "SysvSharedMemory",
     "TooManyDescriptors",
     "ToolAtWork",
     "TreeChanged",
@@ -57,8 +67,10 @@ __all__ = [
     "UnsupportedFile",
     "UnsupportedLock",
     "UnsupportedMapping",
+    "UnsupportedMapping",
     "UnsupportedProtocol",
     "UnsupportedSession",
+    "UserfaultMapping",
     "VforkParent",
     "ZombieProcess",
 ]
@@ -508,3 +520,100 @@ class ListenerBusy(TcpmigError):
 
     code = "TM-0555"
     fix = "Try again."
+
+
+class UnsupportedMapping(Refused):
+    """A mapping of the process is of a kind that cannot be made again elsewhere, or not yet: memory with protection
+    keys, shadow stacks, probes, a driver's or a facility's own memory."""
+
+    code = "TM-0370"
+    fix = "Restart the program without the facility that made the mapping."
+
+
+class HugePageMapping(Refused):
+    """The process has memory from the pool of huge pages (hugetlbfs, MAP_HUGETLB, SHM_HUGETLB). Transparent huge pages
+    are no problem; these are."""
+
+    code = "TM-0371"
+    fix = "Restart the program with its use of huge pages switched off (often an option of the program)."
+
+
+class DeviceMapping(Refused):
+    """The process has mapped a device: registers, a driver's buffers, memory without page descriptors (DAX). What
+    stands behind it is hardware of this host."""
+
+    code = "TM-0372"
+    fix = "Let the program release the device first."
+
+
+class SecretMemory(Refused):
+    """The process has memory from memfd_secret(2). The kernel lets nobody but the process itself read it, not even
+    root."""
+
+    code = "TM-0373"
+    fix = "Let the program drop its secret memory first; its contents cannot be moved."
+
+
+class UserfaultMapping(Refused):
+    """The process has registered memory with userfaultfd(2): another thread or process handles its page faults. Where
+    it stands in that work cannot be told from outside."""
+
+    code = "TM-0374"
+    fix = "Wait until the work that uses userfaultfd is done (a post-copy of another tool, a garbage collection)."
+
+
+class AioRing(Refused):
+    """The process has an asynchronous I/O context (io_setup(2)). Requests under way in it cannot be read from
+    outside."""
+
+    code = "TM-0375"
+    fix = "Restart the program with native asynchronous I/O switched off (often an option of the program)."
+
+
+class SysvSharedMemory(Refused):
+    """The process has attached a System V shared memory segment (shmat(2)), which other processes of the host may
+    find by its key and change meanwhile."""
+
+    code = "TM-0376"
+    fix = "Configure the program to use POSIX shared memory or mmap."
+
+
+class SealedMapping(Refused):
+    """The process, or the kernel for it, has sealed mappings against changes (mseal(2)). They could be made again, but
+    a sealed vdso cannot be put in its place."""
+
+    code = "TM-0377"
+    fix = "Start the program with sealing switched off (glibc: GLIBC_TUNABLES=glibc.rtld.seal=0)."
+
+
+class OtherVdso(TcpmigError):
+    """The code that the kernel gives to every process (the vdso) is not the same at the target: another kernel, or the
+    same one built differently. The program may have addresses in it."""
+
+    code = "TM-0378"
+    outcome = Outcome.REFUSED
+    fix = "Move between hosts that run the same kernel."
+
+
+class BadLayout(TcpmigError):
+    """The record of a process's memory cannot be built: mappings overlap, pages lie outside of them, or the kernel
+    here refuses one. Nothing of it was left running."""
+
+    code = "TM-0570"
+    fix = "See the named mapping; check limits of memory and mappings (vm.max_map_count, cgroup) at the target."
+
+
+class MemoryUnreadable(TcpmigError):
+    """Pages of the process could not be read although they are there: memory failed, or a page fault handler
+    (userfaultfd, a FUSE file system) does not answer. The process was left running as it was."""
+
+    code = "TM-0571"
+    fix = "See the kernel's log for memory errors; check `tcpmig check PID` for what handles page faults."
+
+
+class MemoryUnwritable(TcpmigError):
+    """Pages could not be written into the rebuilt process: memory or its cgroup's limit is exhausted, or
+    ``proc_mem.force_override`` forbids writing to read-only memory."""
+
+    code = "TM-0572"
+    fix = "Make memory free at the target, or raise the cgroup's limit."
