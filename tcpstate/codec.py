@@ -93,7 +93,8 @@ def from_plain(cls: Any, plain: Any, path: str = "") -> Any:
 
 def pack(value: Any) -> bytes:
     """msgpack bytes of a dataclass (or any other recordable value)."""
-    packed: bytes = msgpack.packb(to_plain(value), use_bin_type=True)
+    # paths are text in which bytes that are no UTF-8 are escaped, as everywhere in Python (os.fsdecode)
+    packed: bytes = msgpack.packb(to_plain(value), use_bin_type=True, unicode_errors="surrogateescape")
     return packed
 
 
@@ -101,7 +102,7 @@ def unpack(cls: type[T], data: bytes | memoryview) -> T:
     """The value of type ``cls`` in ``data``; BadRecord for anything that is not exactly one such value."""
     try:
         # the limits follow from the length of the data: a short message cannot ask for a large allocation
-        plain = msgpack.unpackb(data, raw=False, strict_map_key=False, use_list=True)
+        plain = msgpack.unpackb(data, raw=False, strict_map_key=False, use_list=True, unicode_errors="surrogateescape")
     except (ValueError, msgpack.exceptions.UnpackException, TypeError, RecursionError) as error:
         raise BadRecord(f"not a msgpack record: {error}") from None
     value: T = from_plain(cls, plain)
