@@ -67,7 +67,7 @@ __all__ = [
     "UnsupportedFile",
     "UnsupportedLock",
     "UnsupportedMapping",
-    "UnsupportedMapping",
+    "UnsupportedMemory",
     "UnsupportedProtocol",
     "UnsupportedSession",
     "UserfaultMapping",
@@ -522,7 +522,7 @@ class ListenerBusy(TcpmigError):
     fix = "Try again."
 
 
-class UnsupportedMapping(Refused):
+class UnsupportedMemory(Refused):
     """A mapping of the process is of a kind that cannot be made again elsewhere, or not yet: memory with protection
     keys, shadow stacks, probes, a driver's or a facility's own memory."""
 
