@@ -13,9 +13,13 @@ __all__ = [
     "BadFileRecord",
     "BadImageRecord",
     "BadLayout",
+    "ClocksNotContinued",
+    "ConfinedBySecurityModule",
     "DeviceMapping",
+    "DirectoryGone",
     "EngineFault",
     "EpollTargetLost",
+    "ExtendedStateForeign",
     "FileCaptureFailed",
     "FileDiffers",
     "FileMissing",
@@ -23,6 +27,7 @@ __all__ = [
     "FileUnreachable",
     "ForeignImage",
     "ForeignMode",
+    "ForeignNamespace",
     "HugePageMapping",
     "ImageDamaged",
     "ImageError",
@@ -35,9 +40,11 @@ __all__ = [
     "InjectionRefused",
     "InjectionTimeout",
     "KernelThread",
+    "KernelWorkers",
     "LeaderExited",
     "ListenerBusy",
     "LockTaken",
+    "MachineForeign",
     "MayNotTrace",
     "MemoryUnreadable",
     "MemoryUnwritable",
@@ -53,17 +60,24 @@ __all__ = [
     "Refused",
     "SealedMapping",
     "SeccompInTheWay",
+    "SeccompSupervised",
     "SecretMemory",
+    "ShadowStack",
+    "SharedBetweenProcesses",
     "SharedDescriptors",
     "SocketHeldOutside",
     "SpawnFailed",
+    "StateRefused",
+    "StateUnreadable",
     "StopTimeout",
     "SyscallDispatch",
     "SysvSharedMemory",
+    "TimerOutOfReach",
     "TooManyDescriptors",
     "ToolAtWork",
     "TreeChanged",
     "UnknownFrameKind",
+    "UnsharedThread",
     "UnsupportedFile",
     "UnsupportedLock",
     "UnsupportedMapping",
@@ -617,3 +631,117 @@ class MemoryUnwritable(TcpmigError):
 
     code = "TM-0572"
     fix = "Make memory free at the target, or raise the cgroup's limit."
+
+
+# -- the state of processes and threads: refusals (TM-0320 .. 0339), failures (TM-0530 .. 0549) -----------------------
+
+
+class SharedBetweenProcesses(Refused):
+    """Two processes that are not threads of each other share memory, descriptors, directories or signal handlers
+    (clone with CLONE_VM, CLONE_FILES, CLONE_FS or CLONE_SIGHAND but without CLONE_THREAD). A rebuilt pair would have
+    two copies instead."""
+
+    code = "TM-0320"
+    fix = "Wait until the child has called exec (vfork, posix_spawn), or do not share between processes."
+
+
+class UnsharedThread(Refused):
+    """A thread has descriptors or directories of its own, apart from its process's (unshare(CLONE_FILES) or
+    unshare(CLONE_FS)). Rebuilt threads share both."""
+
+    code = "TM-0321"
+    fix = "Configure the program not to unshare them per thread (samba does for CLONE_FS)."
+
+
+class ConfinedBySecurityModule(Refused):
+    """A security module (SELinux, AppArmor, Smack) holds the process under another label than tcpmig's. A rebuilt
+    process would have tcpmig's label, with other rights."""
+
+    code = "TM-0322"
+    fix = "Run tcpmig under the label of the process, or the process unconfined."
+
+
+class ForeignNamespace(Refused):
+    """The process is in another namespace than tcpmig, of a kind that cannot be rebuilt: its numbers, paths or
+    addresses would mean other things."""
+
+    code = "TM-0323"
+    fix = "Run tcpmig inside the namespace (nsenter), on both hosts."
+
+
+class KernelWorkers(Refused):
+    """The kernel runs worker threads in the process, for io_uring or vhost. What they are doing cannot be read."""
+
+    code = "TM-0324"
+    fix = "Disable io_uring in the program (or by kernel.io_uring_disabled) and restart it."
+
+
+class SeccompSupervised(Refused):
+    """System calls of the process are answered by another process (seccomp user notification). That process would
+    answer the original only."""
+
+    code = "TM-0325"
+    fix = "Run the program without the supervising filter."
+
+
+class DirectoryGone(Refused):
+    """The working directory or the root directory of the process was removed, or is not below tcpmig's root. There is
+    no path by which the target could find it."""
+
+    code = "TM-0326"
+    fix = "Let the program change to a directory that exists, or run tcpmig with the process's view (nsenter)."
+
+
+class ShadowStack(Refused):
+    """A thread has a shadow stack, which only the kernel can write. It cannot be rebuilt yet."""
+
+    code = "TM-0327"
+    fix = "Start the program with shadow stacks off (GLIBC_TUNABLES, glibc.cpu.hwcaps=-SHSTK)."
+
+
+class StateUnreadable(TcpmigError):
+    """The kernel refused to tell a part of the state of a stopped process. The process was left running as it was."""
+
+    code = "TM-0530"
+    fix = "The message names the call and its error; see docs/reference/kernel.md for what the kernel must have."
+
+
+class StateRefused(TcpmigError):
+    """The kernel refused to give a rebuilt process a part of its state: a directory that is absent here, a limit, a
+    missing capability. What had been built was discarded."""
+
+    code = "TM-0531"
+    fix = "The message names the call and its error: make the named thing available at the target."
+
+
+class ExtendedStateForeign(TcpmigError):
+    """Floating point or vector registers of a thread hold values of a kind that this CPU does not have. The program
+    chose its instructions by the CPU that it was started on."""
+
+    code = "TM-0532"
+    outcome = Outcome.REFUSED
+    fix = "Move to a CPU with all features of the source's; see `tcpmig check --to HOST`."
+
+
+class MachineForeign(TcpmigError):
+    """The registers are those of another machine architecture."""
+
+    code = "TM-0533"
+    outcome = Outcome.REFUSED
+    fix = "Move between hosts of the same architecture."
+
+
+class ClocksNotContinued(TcpmigError):
+    """The clocks of the rebuilt processes cannot go on from where they stood: no time namespace could be made. Deadlines
+    on CLOCK_MONOTONIC would be wrong by the difference between the hosts."""
+
+    code = "TM-0534"
+    fix = "Use a kernel with CONFIG_TIME_NS, and CAP_SYS_ADMIN and CAP_SYS_TIME."
+
+
+class TimerOutOfReach(TcpmigError):
+    """A POSIX timer has a number so high that this kernel, which gives out numbers in ascending order, would have to
+    create and delete too many timers before it."""
+
+    code = "TM-0535"
+    fix = "Move to a kernel from 6.16, which creates a timer under a wanted number."

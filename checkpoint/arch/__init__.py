@@ -7,6 +7,8 @@ Registers and interrupted system calls:
 ``require_native``     refuses tasks of another mode
 ``going_on``           what a thread that was stopped here goes on with
 ``for_restore``        what a rebuilt thread gets
+``xstate_layout``      where this CPU has which ``Component`` of FP and vector registers
+``convert_xstate``     such an area of another CPU, as this one takes it
 
 The fail-safe code (``checkpoint.inject`` runs it): ``BOOT_SIZE``, ``BOOT_STOP``, ``ENGINE_SIZE``, ``ENGINE_STOP``,
 ``boot_image``, ``boot_call``, ``boot_result``, ``engine_image``, ``engine_start``, ``engine_position``, ``frame_of``.
@@ -48,6 +50,7 @@ if _MACHINE == "x86_64":
         require_native,
     )
     from checkpoint.arch.x86_64.stub import SPAWN, USER_END, stub_elf
+    from checkpoint.arch.x86_64.xstate import Component, convert_xstate, xstate_layout
 else:
     raise KernelFeatureMissing(
         f"there is no description of the machine {_MACHINE}",
@@ -64,11 +67,13 @@ __all__ = [
     "SPAWN",
     "USER_END",
     "XSTATE_SET",
+    "Component",
     "Registers",
     "boot_call",
     "boot_image",
     "boot_result",
     "by_hand",
+    "convert_xstate",
     "engine_image",
     "engine_position",
     "engine_start",
@@ -77,4 +82,5 @@ __all__ = [
     "going_on",
     "require_native",
     "stub_elf",
+    "xstate_layout",
 ]

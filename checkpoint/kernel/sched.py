@@ -5,17 +5,21 @@ Source: include/uapi/linux/sched.h, sched/types.h, ioprio.h, mempolicy.h.
 
 from __future__ import annotations
 
+import ctypes
 import enum
+import os
 import struct
 from dataclasses import astuple, dataclass
 from typing import Final, Self
 
-__all__ = ["CPU_SET_SIZE", "NICE_OFFSET", "SCHED_ATTR_SIZE", "IoprioWho", "MemoryPolicy", "Policy", "SchedAttr"]
+from tcpstate.kernel.machine import SYS
+
+__all__ = ["CPU_SET_SIZE", "NICE_OFFSET", "SCHED_ATTR_SIZE", "IoprioWho", "MemoryPolicy", "Policy", "SchedAttr", "set_attributes", "set_io_priority"]
 
 _ATTR = struct.Struct("<IIQiIQQQ")
 #: bytes of the first published struct sched_attr (SCHED_ATTR_SIZE_VER0); the later fields are utilisation clamps
 SCHED_ATTR_SIZE: Final = _ATTR.size
-#: bytes of the CPU sets passed to the kernel: 8192 CPUs, the most that x86-64 can be built for
+#: bytes of the CPU sets passed to the kernel: for 8192 CPUs, the most that any kernel is built for
 CPU_SET_SIZE: Final = 1024
 #: getpriority(2), the system call, returns 20 - nice
 NICE_OFFSET: Final = 20
@@ -65,3 +69,22 @@ class SchedAttr:
     def unpack(cls, data: bytes) -> Self:
         """The structure in the first bytes of ``data``."""
         return cls(*_ATTR.unpack_from(data)[1:])
+
+
+_syscall = ctypes.CDLL(None, use_errno=True).syscall
+_syscall.restype = ctypes.c_long
+
+
+def set_attributes(tid: int, attr: SchedAttr) -> None:
+    """sched_setattr(2) of a thread. OSError as the kernel says."""
+    data = attr.pack()
+    buffer = ctypes.create_string_buffer(data, len(data))
+    if _syscall(ctypes.c_long(SYS.sched_setattr), ctypes.c_long(tid), buffer, ctypes.c_long(0)) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def set_io_priority(tid: int, value: int) -> None:
+    """ioprio_set(2) of a thread. OSError as the kernel says."""
+    who = ctypes.c_long(IoprioWho.PROCESS)
+    if _syscall(ctypes.c_long(SYS.ioprio_set), who, ctypes.c_long(tid), ctypes.c_long(value)) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -1,7 +1,7 @@
-"""Signals: numbers that no Python module has, sigaction, stack_t and siginfo as the kernel lays them out on x86-64.
+"""Signals: numbers that no Python module has; sigaction, stack_t and siginfo as the kernel lays them out.
 
-Source: include/uapi/asm-generic/signal.h, siginfo.h, signal-defs.h; arch/x86/include/uapi/asm/signal.h.  The layouts
-are the 64-bit ones that all 64-bit machines share but for ``sigaction``, whose ``sa_restorer`` not every machine has.
+Source: include/uapi/asm-generic/signal.h, siginfo.h, signal-defs.h.  The layouts are those of 64-bit machines; all of
+them that this project knows have ``sa_restorer``.
 """
 
 from __future__ import annotations
@@ -105,19 +105,24 @@ class StackT:
 class SigInfo:
     """The part of a siginfo_t that tells signals apart.
 
-    timer  ID of the POSIX timer, for SI_TIMER
+    timer   ID of the POSIX timer, for SI_TIMER
+    sender  PID of the sender, for USER, QUEUE and TKILL
     """
 
     signal: int
     code: int
     timer: int | None = None
+    sender: int | None = None
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
-        """Signal, origin and timer of a siginfo_t."""
+        """Signal, origin, and timer or sender of a siginfo_t."""
         signal, _, code = _INFO_HEAD.unpack_from(data)
-        timer = _INFO_TIMER.unpack_from(data, _INFO_UNION_OFFSET)[0] if code == SiCode.TIMER else None
-        return cls(signal, code, timer)
+        # the union begins with si_tid or with si_pid
+        first: int = _INFO_TIMER.unpack_from(data, _INFO_UNION_OFFSET)[0]
+        if code == SiCode.TIMER:
+            return cls(signal, code, timer=first)
+        return cls(signal, code, sender=first if code in (SiCode.USER, SiCode.QUEUE, SiCode.TKILL) else None)
 
 
 def siginfo(signal: int, code: int) -> bytes:

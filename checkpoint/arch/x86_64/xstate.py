@@ -1,0 +1,161 @@
+"""The XSAVE area: FP, SSE, AVX and the other registers beside the general ones, from one CPU's layout to another's.
+
+ptrace shows the area in its *standard* format: legacy region (512 bytes, with XCR0 in its software-reserved bytes),
+header (64 bytes: which components are not in their initial state), then the components, each at the offset that
+CPUID leaf 0xD of *this* CPU gives it.  PTRACE_SETREGSET takes an area of exactly the size that this CPU has, so an area
+from another CPU is put together again component by component.
+
+Signal frames on the stack have the same layout and cannot be found there; a thread that is moved to a CPU with another
+layout while a handler runs returns from it with wrong vector registers.  ``same_layout`` tells when that cannot happen.
+
+Source: Intel SDM volume 1, chapter 13; arch/x86/kernel/fpu/xstate.c.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from checkpoint.errors import ExtendedStateForeign
+
+__all__ = ["Component", "convert_xstate", "same_layout", "xstate_layout"]
+
+_XCR0_OFFSET: Final = 464
+_LEGACY_SIZE: Final = 512
+_HEADER_SIZE: Final = 64
+_U64 = struct.Struct("<Q")
+_U32 = struct.Struct("<I")
+#: the x87 and SSE registers, which are in the legacy region
+_LEGACY_COMPONENTS: Final = 0b11
+_FIRST_EXTENDED: Final = 2
+_LAST_COMPONENT: Final = 62
+_PKRU: Final = 9
+#: what Linux gives every new thread: all keys but 0 deny access (init_pkru_value)
+_PKRU_INIT: Final = 0x55555554
+_LEAF: Final = 0xD
+_ECX_SUPERVISOR: Final = 1  # ECX bit 0 of a component: a supervisor's, which ptrace does not show
+_MOST_BYTES: Final = 64 * 1024
+
+#: void cpuid(u32 leaf, u32 subleaf, u32 out[4])
+_CPUID_SOURCE: Final = """\
+        .intel_syntax noprefix
+        push    rbx
+        mov     eax, edi
+        mov     ecx, esi
+        mov     r8, rdx
+        cpuid
+        mov     [r8], eax
+        mov     [r8 + 4], ebx
+        mov     [r8 + 8], ecx
+        mov     [r8 + 12], edx
+        pop     rbx
+        ret
+"""
+_CPUID: Final = bytes.fromhex("5389f889f14989d00fa241890041895804418948084189500c5bc3")
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """Where one component of the extended state lies in the area."""
+
+    number: int
+    offset: int
+    size: int
+
+    def __post_init__(self) -> None:
+        if not _FIRST_EXTENDED <= self.number <= _LAST_COMPONENT:
+            raise ValueError(f"there is no extended component {self.number}")
+        if not (_LEGACY_SIZE + _HEADER_SIZE <= self.offset and 0 < self.size and self.end <= _MOST_BYTES):
+            raise ValueError(f"component {self.number} at {self.offset}, {self.size} bytes")
+
+    @property
+    def end(self) -> int:
+        """Offset behind it."""
+        return self.offset + self.size
+
+
+@functools.cache
+def xstate_layout() -> tuple[Component, ...]:
+    """The components of this CPU that user programs have, beyond x87 and SSE.
+
+    Empty where executable memory is refused to us: then only areas of exactly our own size and XCR0 are accepted.
+    """
+    try:
+        memory = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    except PermissionError:
+        return ()
+    memory.write(_CPUID)
+    out = (ctypes.c_uint32 * 4)()
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    cpuid = ctypes.CFUNCTYPE(None, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p)(address)
+    cpuid(_LEAF, 0, ctypes.addressof(out))
+    supported = out[0] | out[3] << 32
+    found = []
+    for number in range(_FIRST_EXTENDED, _LAST_COMPONENT + 1):
+        if supported >> number & 1:
+            cpuid(_LEAF, number, ctypes.addressof(out))
+            if not out[2] & _ECX_SUPERVISOR:
+                found.append(Component(number, out[1], out[0]))
+    return tuple(found)
+
+
+def same_layout(area: bytes, layout: Iterable[Component], own: bytes) -> bool:
+    """Whether an area can be used here as it is: the CPUs agree on size, XCR0 and the place of each component."""
+    return len(area) == len(own) and _xcr0(area) == _xcr0(own) and tuple(layout) == xstate_layout()
+
+
+def convert_xstate(area: bytes, layout: Iterable[Component], own: bytes) -> bytes:
+    """The area ``area`` of a CPU with that layout, as this CPU takes it.
+
+    own  the area of a thread here, for its size and XCR0
+
+    ExtendedStateForeign if a component is in use that this CPU, or this kernel, does not have, or if the area is
+    malformed.
+    """
+    layout = tuple(layout)
+    if same_layout(area, layout, own):
+        return area
+    if len(area) < _LEGACY_SIZE + _HEADER_SIZE or any(c.end > len(area) for c in layout if _in_use(area, c)):
+        raise ExtendedStateForeign(f"an extended register area of {len(area)} bytes is shorter than its layout says")
+    here = {component.number: component for component in xstate_layout()}
+    out = bytearray(len(own))
+    out[:_LEGACY_SIZE] = area[:_LEGACY_SIZE]
+    xcr0 = _xcr0(own)
+    _U64.pack_into(out, _XCR0_OFFSET, xcr0)
+    used = _used(area) & _LEGACY_COMPONENTS
+    known = {component.number for component in layout}
+    lost = [n for n in range(_FIRST_EXTENDED, _LAST_COMPONENT + 1) if _used(area) >> n & 1 and n not in known]
+    for source in layout:
+        data = area[source.offset : source.end]
+        if not _in_use(area, source) or (source.number != _PKRU and not any(data)):
+            continue  # in its initial state, which some machines say by zeroes
+        target = here.get(source.number)
+        if target and target.size == source.size and xcr0 >> source.number & 1 and target.end <= len(out):
+            out[target.offset : target.end] = data
+            used |= 1 << source.number
+        elif source.number != _PKRU or _U32.unpack_from(data)[0] != _PKRU_INIT:
+            lost.append(source.number)
+    if lost:
+        numbers = ", ".join(map(str, sorted(lost)))
+        raise ExtendedStateForeign(f"components {numbers} of the extended registers are in use and absent here")
+    _U64.pack_into(out, _LEGACY_SIZE, used)
+    return bytes(out)
+
+
+def _xcr0(area: bytes) -> int:
+    value: int = _U64.unpack_from(area, _XCR0_OFFSET)[0] if len(area) >= _LEGACY_SIZE else 0
+    return value
+
+
+def _used(area: bytes) -> int:
+    value: int = _U64.unpack_from(area, _LEGACY_SIZE)[0]
+    return value
+
+
+def _in_use(area: bytes, component: Component) -> bool:
+    return bool(_used(area) >> component.number & 1)
