@@ -13,6 +13,7 @@ import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 __all__ = ["IOV_MAX", "address_of", "readv", "writev"]
 
@@ -20,7 +21,15 @@ __all__ = ["IOV_MAX", "address_of", "readv", "writev"]
 IOV_MAX = 1024
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_SIGNATURE = [ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong]
+_Simple = type[ctypes._SimpleCData[Any]]
+_SIGNATURE: list[_Simple] = [
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_ulong,
+    ctypes.c_void_p,
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+]
 _readv = _libc.process_vm_readv
 _readv.restype = ctypes.c_ssize_t
 _readv.argtypes = _SIGNATURE

@@ -1,0 +1,393 @@
+"""The memory layout of one process: which mappings it has, with all their attributes, and what the kernel knows of the
+memory as a whole. Bytes of pages travel apart (``pages``); files behind mappings are entries of the tree's file table.
+
+``capture`` reads a stopped process.  ``rebuild`` queues, into a table that a stub then runs, everything that makes the
+stub's memory look like that: nothing but empty pages is left to fill.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from checkpoint.arch import USER_END
+from checkpoint.errors import BadLayout, OtherVdso
+from checkpoint.kernel.mman import MM_MAP, MM_MAP_AUXV, MM_MAP_EXE_FD, Advice, Lock, Map, Prot, PrSetMm, PrSetVma, Remap
+from checkpoint.memory import scan, vdso, verdicts
+from checkpoint.memory.vma import PAGE, SPECIAL_NAMES, VSYSCALL, Vma, with_flags
+from checkpoint.procfs import Stat
+from checkpoint.spawn import Stub
+from checkpoint.tracee import Process
+from tcpstate.kernel.calls import CallTable, Result
+from tcpstate.kernel.machine import SYS
+
+__all__ = ["Descriptors", "MappedFiles", "Mapping", "MemoryFields", "MemoryLayout", "capture", "query_brk", "rebuild"]
+
+#: flags of smaps that a rebuilt mapping is given again
+KEPT_FLAGS = frozenset({"nr", "gd", "dp", "dc", "dd", "wf", "hg", "nh", "mg", "sr", "rr", "lo", "lf"})
+#: flags that are made by madvise, and whether the kernel may do without (what it cannot follow changes no result)
+_ADVICE = {
+    "dc": (Advice.DONTFORK, False),
+    "wf": (Advice.WIPEONFORK, False),
+    "dd": (Advice.DONTDUMP, True),
+    "hg": (Advice.HUGEPAGE, True),
+    "nh": (Advice.NOHUGEPAGE, True),
+    "mg": (Advice.MERGEABLE, True),
+    "sr": (Advice.SEQUENTIAL, True),
+    "rr": (Advice.RANDOM, True),
+}
+#: a droppable mapping (MAP_DROPPABLE) has these by itself
+_DROPPABLE_HAS = frozenset({"nr", "wf", "dd"})
+_ANON_NAMES = ("[anon:", "[anon_shmem:")
+_ANON_NAME_MAX = 80  # kernel: ANON_VMA_NAME_MAX_LEN, with the zero byte
+#: the kernel keeps no more of the auxiliary vector (mm->saved_auxv)
+_AUXV_MAX = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mapping:
+    """One mapping.
+
+    start, end  addresses, of whole pages
+    prot        PROT_* bits
+    shared      changes are seen by others who map the same
+    file        index in FILES, or None for private anonymous memory and the kernel's own mappings
+    offset      in the file
+    name        as maps tells it: for people, and for ``[anon:..]`` names and the kernel's own mappings
+    flags       those of KEPT_FLAGS that it has, sorted
+    """
+
+    start: int
+    end: int
+    prot: int
+    shared: bool = False
+    file: int | None = None
+    offset: int = 0
+    name: str = ""
+    flags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.start < self.end <= USER_END or (self.start | self.end | self.offset) % PAGE:
+            raise ValueError(f"a mapping cannot be at {self.start:#x}-{self.end:#x}, offset {self.offset:#x}")
+        if not 0 <= self.prot <= Prot.READ | Prot.WRITE | Prot.EXEC or not 0 <= self.offset < 1 << 63:
+            raise ValueError(f"{self.start:#x}: protection {self.prot}, offset {self.offset:#x}")
+        if not set(self.flags) <= KEPT_FLAGS:
+            raise ValueError(f"{self.start:#x}: flags {self.flags}")
+        if (self.file is None and self.shared) or (self.file is not None and (self.file < 0 or self.special)):
+            raise ValueError(f"{self.start:#x}: file {self.file}")
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.start
+
+    @property
+    def special(self) -> bool:
+        """Whether it is one of the kernel's own."""
+        return self.name in SPECIAL_NAMES
+
+    @property
+    def anonymous(self) -> bool:
+        """Whether no file is behind it."""
+        return self.file is None
+
+    def __str__(self) -> str:
+        return f"mapping {self.start:x}-{self.end:x} {self.name}".rstrip()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryFields:
+    """What the kernel knows of a memory as a whole: addresses, in the order of struct prctl_mm_map."""
+
+    start_code: int
+    end_code: int
+    start_data: int
+    end_data: int
+    start_brk: int
+    brk: int
+    start_stack: int
+    arg_start: int
+    arg_end: int
+    env_start: int
+    env_end: int
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if not 0 <= getattr(self, name) <= USER_END:
+                raise ValueError(f"{name} cannot be {getattr(self, name):#x}")
+
+    @classmethod
+    def of(cls, stat: Stat, brk: int) -> MemoryFields:
+        """From /proc/PID/stat and the answer of brk(2)."""
+        return cls(
+            start_code=stat.start_code,
+            end_code=stat.end_code,
+            start_data=stat.start_data,
+            end_data=stat.end_data,
+            start_brk=stat.start_brk,
+            brk=brk,
+            start_stack=stat.start_stack,
+            arg_start=stat.arg_start,
+            arg_end=stat.arg_end,
+            env_start=stat.env_start,
+            env_end=stat.env_end,
+        )
+
+    def words(self) -> tuple[int, ...]:
+        """The addresses in their order."""
+        return tuple(getattr(self, name) for name in self.__slots__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryLayout:
+    """The record of one process's memory.
+
+    pid       as in TREE
+    mappings  by address, not overlapping
+    guards    (start, end) of guard regions in them
+    fields    addresses that the kernel keeps
+    auxv      the auxiliary vector
+    exe       path of the program
+    exe_file  its index in FILES
+    vdso      its code, empty if the process has none
+    """
+
+    pid: int
+    mappings: tuple[Mapping, ...]
+    guards: tuple[tuple[int, int], ...] = ()
+    fields: MemoryFields
+    auxv: bytes
+    exe: str
+    exe_file: int
+    vdso: bytes
+
+    def __post_init__(self) -> None:
+        end = 0
+        for mapping in self.mappings:
+            if mapping.start < end:
+                raise ValueError(f"{mapping} overlaps the one before it")
+            end = mapping.end
+        for start, stop in self.guards:
+            if (start | stop) % PAGE or not any(m.start <= start < stop <= m.end for m in self.mappings):
+                raise ValueError(f"a guard region at {start:#x}-{stop:#x} is in no mapping")
+        if not 0 < len(self.auxv) <= _AUXV_MAX or self.pid <= 0:
+            raise ValueError("auxiliary vector or pid out of range")
+        if self.exe_file < 0:
+            raise ValueError(f"exe_file cannot be {self.exe_file}")
+
+
+class MappedFiles(Protocol):
+    """What a layout wants of the file table (``files.table.FileTable``)."""
+
+    def add_mapped(self, process: Process, vma: Vma) -> int:
+        """The index of the file behind a mapping."""
+
+
+#: index in FILES -> a descriptor, in our process, of that file
+Descriptors = Callable[[int], int]
+
+
+def query_brk(calls: CallTable) -> Result:
+    """Queue the question where the heap ends; only the process itself can ask."""
+    return calls.call(SYS.brk, 0, label="brk")
+
+
+def capture(
+    process: Process,
+    files: MappedFiles,
+    *,
+    brk: int,
+    pid: int | None = None,
+    before: Iterable[Vma] = (),
+    ours: Iterable[tuple[int, int]] = (),
+) -> MemoryLayout:
+    """The layout of a stopped process.
+
+    files   takes the files behind mappings
+    brk     what query_brk() brought
+    pid     its number in the image, if another
+    before  what vma.read_smaps() gave shortly before the stop: saves reading it in the stop
+    ours    (start, end) of memory that the engine has put there: left out
+
+    Refused for a mapping that cannot be moved.
+    """
+    ranges = sorted(ours)
+    maps = _without([vma for vma in process.maps if vma.name != VSYSCALL], ranges)
+    known = [vma for vma in before if vma.name != VSYSCALL]
+    vmas = _without([vma for vma in with_flags(process.pid, maps, known) if vma.name != VSYSCALL], ranges)
+    for vma in vmas:
+        verdicts.check(process.pid, vma)
+    exe = os.readlink(f"/proc/{process.pid}/exe")
+    mappings, exe_file = [], None
+    for vma in vmas:
+        file = None if vma.anonymous else files.add_mapped(process, vma)
+        if exe_file is None and vma.name == verdicts.escaped(exe):
+            exe_file = file
+        mappings.append(_mapping(vma, file))
+    if exe_file is None:
+        raise verdicts.unmapped_exe(process.pid, exe)
+    code = next((process.read(vma.start, vma.size) for vma in vmas if vma.name == vdso.VDSO), b"")
+    with open(f"/proc/{process.pid}/auxv", "rb") as file_:
+        auxv = file_.read()
+    return MemoryLayout(
+        pid=process.pid if pid is None else pid,
+        mappings=tuple(mappings),
+        guards=tuple(scan.guards(process.pagemap_fd, mappings)),
+        fields=MemoryFields.of(process.stat, brk),
+        auxv=auxv,
+        exe=exe,
+        exe_file=exe_file,
+        vdso=vdso.code(code) if code else b"",
+    )
+
+
+def _without(vmas: list[Vma], ranges: list[tuple[int, int]]) -> list[Vma]:
+    """``vmas`` without the memory in ``ranges``; it may have been merged with a neighbour of the same sort."""
+    for low, high in ranges:
+        found: list[Vma] = []
+        for vma in vmas:
+            if vma.end <= low or vma.start >= high:
+                found.append(vma)
+                continue
+            found += [vma._replace(end=low)] if vma.start < low else []
+            found += [vma._replace(start=high)] if vma.end > high else []
+        vmas = found
+    return vmas
+
+
+def _mapping(vma: Vma, file: int | None) -> Mapping:
+    return Mapping(
+        start=vma.start,
+        end=vma.end,
+        prot=vma.prot,
+        shared=vma.shared,
+        file=file,
+        offset=0 if file is None else vma.offset,
+        name=vma.name,
+        flags=() if vma.special else tuple(sorted(vma.flags & KEPT_FLAGS)),
+    )
+
+
+def rebuild(layout: MemoryLayout, stub: Stub, calls: CallTable, descriptor_of: Descriptors) -> None:
+    """Queue, for ``stub``, everything that gives it this layout. Run the table, then ``stub.forget_maps()``.
+
+    The stub keeps its window; of the rest only the kernel's own mappings survive, moved to where they were. The
+    descriptors of ``descriptor_of`` must stay open until the table has run.
+
+    OtherVdso; BadLayout if the layout reaches into the stub's window.
+    """
+    where = f"pid {layout.pid}"
+    low, high = stub.window
+    for mapping in layout.mappings:
+        if mapping.start < high and mapping.end > low:
+            raise BadLayout(f"{mapping} lies where the stub works", object=where)
+    _clear(layout, stub, calls)
+    _map_files(layout, stub, calls, descriptor_of)
+    for mapping in layout.mappings:
+        if mapping.special:
+            continue
+        if mapping.anonymous:
+            _map(calls, mapping, -1)
+        _attributes(calls, mapping)
+    for start, end in layout.guards:
+        calls.call(SYS.madvise, start, end - start, Advice.GUARD_INSTALL, label=f"guard region at {start:x}")
+    for mapping in layout.mappings:
+        # last, because it fills the pages
+        if "lo" in mapping.flags:
+            how = Lock.ONFAULT if "lf" in mapping.flags else 0
+            calls.call(SYS.mlock2, mapping.start, mapping.size, how, label=f"mlock2 {mapping}")
+    _memory_fields(layout, stub, calls, descriptor_of)
+
+
+def _clear(layout: MemoryLayout, stub: Stub, calls: CallTable) -> None:
+    """Unmap all that the stub was born with; bring the kernel's own mappings to their places."""
+    low, high = stub.window
+    mine = [vma for vma in stub.maps if vma.name != VSYSCALL and not low <= vma.start < high]
+    special = {vma.name: vma for vma in mine if vma.special}
+    wanted = [mapping for mapping in layout.mappings if mapping.special]
+    _check_vdso(layout, stub, special)
+    park, parked = stub.parking[0], {}
+    for mapping in wanted:
+        vma = special[mapping.name]
+        if park + vma.size > stub.parking[1]:
+            raise OtherVdso(f"{vma.name} of {vma.size} bytes is larger than was thought", object=f"pid {layout.pid}")
+        _move(calls, vma.start, vma.size, park, f"park {vma.name}")
+        parked[mapping.name] = park
+        park += vma.size
+    for vma in mine:
+        # what was parked leaves nothing behind; unmapping nothing is no error
+        calls.call(SYS.munmap, vma.start, vma.size, label=f"munmap {vma}")
+    for mapping in wanted:
+        _move(calls, parked[mapping.name], mapping.size, mapping.start, f"place {mapping.name}")
+
+
+def _check_vdso(layout: MemoryLayout, stub: Stub, special: dict[str, Vma]) -> None:
+    wanted = {mapping.name: mapping.size for mapping in layout.mappings if mapping.special}
+    for name, size in wanted.items():
+        here = special[name].size if name in special else 0
+        if here != size:
+            raise OtherVdso(f"{name} has {size} bytes, here {here}", object=f"pid {layout.pid}")
+    if vdso.VDSO in wanted:
+        vma = special[vdso.VDSO]
+        if vdso.code(stub.read(vma.start, vma.size)) != layout.vdso:
+            raise OtherVdso("the vdso of this kernel has other code", object=f"pid {layout.pid}")
+
+
+def _move(calls: CallTable, start: int, size: int, to: int, label: str) -> None:
+    calls.call(SYS.mremap, start, size, size, Remap.MAYMOVE | Remap.FIXED, to, label=label)
+
+
+def _map_files(layout: MemoryLayout, stub: Stub, calls: CallTable, descriptor_of: Descriptors) -> None:
+    """Mappings of one file after the other: each file is fetched once."""
+    by_file: dict[int, list[Mapping]] = {}
+    for mapping in layout.mappings:
+        if mapping.file is not None:
+            by_file.setdefault(mapping.file, []).append(mapping)
+    for index, mappings in by_file.items():
+        label = f"file {mappings[0].name}"
+        fd = calls.call(SYS.pidfd_getfd, stub.tool_pidfd, descriptor_of(index), 0, label=label)
+        for mapping in mappings:
+            _map(calls, mapping, fd)
+        calls.call(SYS.close, fd, label=f"close {label}")
+
+
+def _map(calls: CallTable, mapping: Mapping, fd: int | Result) -> None:
+    flags = Map.FIXED_NOREPLACE | (Map.SHARED if mapping.shared else Map.PRIVATE)
+    if mapping.anonymous:
+        flags |= Map.ANONYMOUS
+    if "dp" in mapping.flags:
+        flags = flags & ~Map.PRIVATE | Map.DROPPABLE
+    if "nr" in mapping.flags:
+        flags |= Map.NORESERVE
+    if "gd" in mapping.flags:
+        flags |= Map.GROWSDOWN
+    calls.call(SYS.mmap, mapping.start, mapping.size, mapping.prot, flags, fd, mapping.offset, label=f"mmap {mapping}")
+
+
+def _attributes(calls: CallTable, mapping: Mapping) -> None:
+    for flag in mapping.flags:
+        if flag in _ADVICE and not ("dp" in mapping.flags and flag in _DROPPABLE_HAS):
+            advice, may_fail = _ADVICE[flag]
+            label = f"madvise {advice.name} {mapping}"
+            calls.call(SYS.madvise, mapping.start, mapping.size, advice, ignore=may_fail, label=label)
+    for prefix in _ANON_NAMES:
+        if mapping.name.startswith(prefix):
+            name = calls.path(mapping.name[len(prefix) : -1][: _ANON_NAME_MAX - 1])
+            # a name is for people, and a kernel may be built without them
+            arguments = (PrSetVma.OPTION, PrSetVma.ANON_NAME, mapping.start, mapping.size, name)
+            calls.call(SYS.prctl, *arguments, ignore=True, label=f"name {mapping}")
+
+
+def _memory_fields(layout: MemoryLayout, stub: Stub, calls: CallTable, descriptor_of: Descriptors) -> None:
+    """PR_SET_MM_MAP. It changes the exe link too, which is refused (EBUSY) while pages of the old one are mapped."""
+    auxv = calls.put(layout.auxv)
+    # eight bytes more: the descriptor is written as a whole register
+    fields = calls.put(MM_MAP.pack(*layout.fields.words(), 0, len(layout.auxv), 0) + bytes(4))
+    calls.pointer(fields + MM_MAP_AUXV, auxv)
+    label = f"exe {layout.exe}"
+    here = descriptor_of(layout.exe_file)
+    exe = calls.call(SYS.pidfd_getfd, stub.tool_pidfd, here, 0, out=fields + MM_MAP_EXE_FD, label=label)
+    calls.call(SYS.prctl, PrSetMm.OPTION, PrSetMm.MAP, fields, MM_MAP.size, 0, label=f"PR_SET_MM_MAP {layout.exe}")
+    calls.call(SYS.close, exe, label=f"close {label}")

@@ -1,0 +1,100 @@
+"""Which mappings cannot be moved, told before anything is stopped.
+
+Only what shows in the mappings themselves; whether the file behind a mapping can be had again is the file table's
+verdict (``files.table.verdicts``).
+
+Source: Linux fs/proc/task_mmu.c (show_smap_vma_flags), include/linux/mm.h for what each flag stands for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from checkpoint.errors import (
+    AioRing,
+    DeviceMapping,
+    HugePageMapping,
+    Refused,
+    SealedMapping,
+    SecretMemory,
+    SysvSharedMemory,
+    UnsupportedMemory,
+    UserfaultMapping,
+)
+from checkpoint.kernel.mman import Prot
+from checkpoint.memory.vma import VSYSCALL, Vma, read_smaps
+from checkpoint.verdict import Verdict
+
+__all__ = ["check", "escaped", "unmapped_exe", "verdicts"]
+
+
+class _Rule(NamedTuple):
+    error: type[Refused]
+    what: str
+    flags: frozenset[str] = frozenset()
+    names: tuple[str, ...] = ()
+
+
+#: the first that fits is told
+_RULES = (
+    _Rule(SecretMemory, "secret memory", names=("/secretmem",)),
+    _Rule(AioRing, "an asynchronous I/O context", names=("/[aio]",)),
+    _Rule(SysvSharedMemory, "a System V shared memory segment", names=("/SYSV",)),
+    _Rule(UnsupportedMemory, "probes", names=("[uprobes]",)),
+    _Rule(UnsupportedMemory, "memory of a kernel facility", names=("anon_inode:",)),
+    _Rule(UnsupportedMemory, "the ring of a socket", names=("socket:",)),
+    _Rule(HugePageMapping, "huge pages", flags=frozenset({"ht"})),
+    _Rule(UserfaultMapping, "memory registered with userfaultfd", flags=frozenset({"um", "uw", "ui"})),
+    _Rule(DeviceMapping, "memory of a device", flags=frozenset({"io", "pf", "mm", "sf"})),
+    _Rule(UnsupportedMemory, "a shadow stack", flags=frozenset({"ss"})),
+)
+_SEALED = "sl"
+
+
+def check(pid: int, vma: Vma) -> None:
+    """Raise what refuses the mapping (one with flags, from smaps), if anything does."""
+    if vma.name == VSYSCALL:
+        return
+    where = f"pid {pid} map {vma.start:x}-{vma.end:x}"
+    if _SEALED in vma.flags:
+        raise SealedMapping(f"a sealed mapping {vma.name}".rstrip(), object=where)
+    if vma.special:
+        return
+    for rule in _RULES:
+        if vma.name.startswith(rule.names) or vma.flags & rule.flags:
+            raise rule.error(f"{rule.what}: {vma.name or vma.permissions}", object=where)
+    # memory that may only be executed has a key of the kernel's choice, and gets one again
+    if vma.pkey and vma.prot != Prot.EXEC:
+        raise UnsupportedMemory(f"memory with protection key {vma.pkey}", object=where)
+
+
+def unmapped_exe(pid: int, exe: str) -> UnsupportedMemory:
+    """The refusal of a process that has unmapped its own program: the rebuilt one could not be given its exe link."""
+    return UnsupportedMemory(f"the program's own file is not mapped: {exe}", object=f"pid {pid}")
+
+
+def escaped(path: str) -> str:
+    """A path as maps writes it."""
+    return path.replace("\n", "\\012")
+
+
+def verdicts(pid: int, smaps: Iterable[Vma] | None = None) -> list[Verdict]:
+    """One refusal for each mapping that cannot be moved, and one verdict for all the others.
+
+    smaps  what vma.read_smaps() gave, if it has been read already
+    """
+    vmas = list(read_smaps(pid) if smaps is None else smaps)
+    found = []
+    for vma in vmas:
+        try:
+            check(pid, vma)
+        except Refused as error:
+            found.append(Verdict.refuse(error, "mapping"))
+    exe = escaped(os.readlink(f"/proc/{pid}/exe"))
+    if not any(vma.name == exe for vma in vmas):
+        found.append(Verdict.refuse(unmapped_exe(pid, exe), "mapping"))
+    if not found:
+        found.append(Verdict(subject=f"pid {pid}", kind="memory", text=f"{len(vmas)} mappings"))
+    return found
