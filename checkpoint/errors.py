@@ -74,7 +74,6 @@ __all__ = [
     "SysvSharedMemory",
     "TimerOutOfReach",
     "TooManyDescriptors",
-    "ToolAtWork",
     "TreeChanged",
     "UnknownFrameKind",
     "UnsharedThread",
@@ -354,14 +353,6 @@ class EngineFault(TcpmigError):
 
     code = "TM-0505"
     fix = "This is a defect of tcpmig: report it with the log."
-
-
-class ToolAtWork(TcpmigError):
-    """Another tcpmig, which still lives, is at work in this process."""
-
-    code = "TM-0506"
-    outcome = Outcome.REFUSED
-    fix = "Wait until it is done, or end it; its PID is named."
 
 
 class InjectionTimeout(TcpmigError):

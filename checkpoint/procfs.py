@@ -223,7 +223,7 @@ class FdInfo:
 
     def get(self, name: str, default: str | None = None) -> str | None:
         """The first value of that name, or ``default``."""
-        return self[name] if name in self else default
+        return next(self.all(name), default)
 
     def all(self, name: str) -> Iterator[str]:
         """Every value of that name, in order."""

@@ -1,105 +1,426 @@
-"""A tree of processes, stopped: threads, processes, and the tree. (First version: the interface.)"""
+"""A tree of processes, stopped.
+
+Stopping: every thread of every process is seized and interrupted, a process before its children, until a whole pass
+finds nothing new.  A stopped process cannot fork or clone, so when its own threads have stopped its list of children is
+final, but for orphans that come to it if it is a subreaper; the last pass sees those.
+
+No signal is taken away: one that is due before the stop is delivered first.  A process that is stopped by a signal of
+its own (state T) stays so when it is let go.
+
+Source: ptrace(2); kernel/ptrace.c, kernel/signal.c.
+"""
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
+import signal
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final
 
-from checkpoint.arch import Registers
-from checkpoint.kernel.ptrace import Option, RseqConfig
-from checkpoint.memory.vma import Vma
+from checkpoint import procfs
+from checkpoint.arch import going_on, require_native
+from checkpoint.errors import (
+    LeaderExited,
+    MayNotTrace,
+    NoSuchProcess,
+    ProcessDied,
+    Refused,
+    StopTimeout,
+    VforkParent,
+)
+from checkpoint.kernel import ptrace
+from checkpoint.kernel.kcmp import KcmpType, kcmp
+from checkpoint.kernel.ptrace import Event, Option
+from checkpoint.kernel.rseq import abort_address
+from checkpoint.memory.vma import Vma, read_maps
 from checkpoint.procfs import Stat
-from checkpoint.verdict import Verdict
+from checkpoint.refuse import refuse_process, refuse_root
+from checkpoint.thread import Stop, Thread, wait_status
+from tcpstate.kernel.batch import syscall
+from tcpstate.kernel.machine import SYS
 
-__all__ = ["Process", "Stop", "Thread", "Tree", "verdicts"]
+__all__ = ["Process", "Stop", "Thread", "Tree"]
 
+#: seconds in which a tree must stand still
 STOP_TIMEOUT: Final = 5.0
+# A queued SIGSTOP is reported as soon as the thread is let go; if a SIGCONT has just removed it, nothing is.
+_SWALLOW_TIMEOUT: Final = 0.2
 
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Why a thread stopped: ``event`` (ptrace Event) and ``signal``."""
-
-    event: int
-    signal: int
-
-
-class Thread:
-    """One thread that is traced by us.
-
-    tid, inner_tid  its number here, and in its own PID namespace
-    registers       what the *application* has in its registers, as of the stop: corrected for a critical section of
-                    rseq, with a spurious EINTR (made by our stop) turned into a restart. Injected code running does
-                    not change it. `arch.for_restore(...)` makes of it what a rebuilt thread must get.
-    sigmask         its blocked signals, as of the stop
-    rseq            its rseq area or None
-    """
-
-    tid: int
-    inner_tid: int
-    registers: Registers
-    sigmask: int
-    rseq: RseqConfig | None
-
-    def seize(self, options: Option) -> None: ...
-    def interrupt(self) -> None: ...
-    def wait(self, timeout: float | None = None) -> Stop: ...
-    def get_registers(self) -> Registers: ...  # raw, now: the engine's while an injection runs
-    def set_registers(self, registers: Registers) -> None: ...
-    def get_xstate(self) -> bytes: ...
-    def set_xstate(self, data: bytes) -> None: ...
-    def get_sigmask(self) -> int: ...
-    def set_sigmask(self, mask: int) -> None: ...
-    def pending(self, *, shared: bool = False) -> list[bytes]: ...
-    def detach(self, signal: int = 0) -> None: ...
+_log = logging.getLogger(__name__)
 
 
 class Process:
     """One stopped process.
 
-    pid, inner_pid   its number here, and in its own PID namespace
-    threads          leader first
-    stat             as of the stop (ppid, pgid, sid, ...)
-    stop_signal      the signal that holds it in a group stop (state T) of its own, 0 if it runs
-    mem_fd, pagemap_fd, pidfd   opened on first use, closed by `close`
-    maps             read at first use after the stop; `forget_maps()` after something changed them
+    pid          its number in our PID namespace
+    threads      leader first
+    stat         /proc/PID/stat as of the stop
+    stop_signal  the signal that holds it in a stop of its own (state T), 0 if none does
     """
 
-    pid: int
-    inner_pid: int
-    threads: list[Thread]
-    stat: Stat
-    stop_signal: int
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.threads: list[Thread] = []
+        self.stat: Stat
+        self.stop_signal = 0
+        self.seccomp_suspended = False
+        self._inner: int | None = None
+        self._fds: dict[str, int] = {}
+        self._maps: list[Vma] | None = None
+        self._sigstops_queued = False
+        self._resend_stop = False
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.pid}: {len(self.threads)} threads>"
+
+    # -- what is known of it
 
     @property
-    def leader(self) -> Thread: ...
-    def thread(self, tid: int) -> Thread: ...
+    def leader(self) -> Thread:
+        """The thread that has the process's number."""
+        return self.threads[0]
+
+    def thread(self, tid: int) -> Thread:
+        """The thread with that number. KeyError if there is none."""
+        for each in self.threads:
+            if each.tid == tid:
+                return each
+        raise KeyError(tid)
+
     @property
-    def mem_fd(self) -> int: ...
+    def inner_pid(self) -> int:
+        """Its number in its own PID namespace."""
+        if self._inner is None:
+            self._inner = procfs.inner_ids(self.pid)[0]
+        return self._inner
+
+    def _fd(self, name: str, flags: int) -> int:
+        if name not in self._fds:
+            if name == "pidfd":
+                self._fds[name] = os.pidfd_open(self.pid)
+            else:
+                self._fds[name] = os.open(f"/proc/{self.pid}/{name}", flags | os.O_CLOEXEC)
+        return self._fds[name]
+
     @property
-    def pidfd(self) -> int: ...
+    def mem_fd(self) -> int:
+        """Its memory as a file, for reading and writing; writes reach read-only mappings, too."""
+        return self._fd("mem", os.O_RDWR)
+
     @property
-    def pagemap_fd(self) -> int: ...
+    def pagemap_fd(self) -> int:
+        """/proc/PID/pagemap, opened."""
+        return self._fd("pagemap", os.O_RDONLY)
+
     @property
-    def maps(self) -> list[Vma]: ...
-    def forget_maps(self) -> None: ...
-    def read(self, address: int, size: int) -> bytes: ...
-    def write(self, address: int, data: bytes) -> None: ...
-    def close(self) -> None: ...
+    def pidfd(self) -> int:
+        """A descriptor of ours that stands for the process."""
+        return self._fd("pidfd", 0)
+
+    @property
+    def maps(self) -> list[Vma]:
+        """Its mappings, read once; :meth:`forget_maps` when they have changed."""
+        if self._maps is None:
+            self._maps = read_maps(self.pid)
+        return self._maps
+
+    def forget_maps(self) -> None:
+        """The mappings were changed: read them again when they are asked for."""
+        self._maps = None
+
+    def read(self, address: int, size: int) -> bytes:
+        """Bytes of its memory, all of them. OSError (EIO) where nothing is mapped."""
+        parts = []
+        while size > 0:
+            part = os.pread(self.mem_fd, size, address)
+            if not part:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            parts.append(part)
+            address += len(part)
+            size -= len(part)
+        return b"".join(parts)
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Write its memory, whatever the mapping's protection."""
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(self.mem_fd, view, address)
+            address += written
+            view = view[written:]
+
+    def close(self) -> None:
+        """Close the descriptors. The process stays as it is."""
+        while self._fds:
+            os.close(self._fds.popitem()[1])
+
+    # -- stop and go
+
+    def seize_and_stop(self, deadline: float) -> None:
+        """Seize and stop all its threads. Those that had been seized are in ``threads`` also when this fails."""
+        passed: set[int] = set()  # threads that ended meanwhile
+        while True:
+            new = [tid for tid in procfs.threads(self.pid) if tid not in passed and tid not in self._tids()]
+            if not new:
+                break
+            fresh = []
+            for tid in new:
+                if (thread := self._seize(tid)) is None:
+                    passed.add(tid)
+                else:
+                    self.threads.append(thread)
+                    fresh.append(thread)
+            for thread in fresh:
+                try:
+                    thread.await_interrupt(max(deadline - time.monotonic(), 0))
+                except ProcessDied:
+                    self.threads.remove(thread)
+                    passed.add(thread.tid)
+                except StopTimeout as error:
+                    raise self._why_not_stopped(thread, error) from error
+        if not self.threads:
+            raise NoSuchProcess("the process has just ended", object=f"pid {self.pid}")
+        if self.threads[0].tid != self.pid:
+            raise LeaderExited("its main thread has ended, others run on", object=f"pid {self.pid}")
+        self.note()
+
+    def _tids(self) -> set[int]:
+        return {thread.tid for thread in self.threads}
+
+    def _seize(self, tid: int) -> Thread | None:
+        """Seize and interrupt one thread; None if it is ending."""
+        thread = Thread(self.pid, tid)
+        try:
+            self.seccomp_suspended = self._seize_with_seccomp(thread)
+            thread.interrupt()
+        except ProcessLookupError:
+            return None
+        except PermissionError as error:
+            # also the answer for a thread that has ended but is still listed
+            try:
+                state = procfs.read_stat(self.pid, tid)
+            except NoSuchProcess:
+                return None
+            if state.zombie and tid != self.pid:
+                return None
+            if not state.zombie:
+                refuse_process(self.pid)
+                raise MayNotTrace(f"tracing {state.comm} is not allowed", object=thread.name) from error
+            raise LeaderExited(f"the main thread of {state.comm} has ended", object=thread.name) from error
+        return thread
+
+    def _seize_with_seccomp(self, thread: Thread) -> bool:
+        """Seize with seccomp filters suspended, if we may; else without. Whether they are suspended."""
+        try:
+            thread.seize(Option.SUSPEND_SECCOMP)
+        except OSError as error:
+            # not allowed to us (no CAP_SYS_ADMIN, a filter of our own), or not known to the kernel
+            if error.errno not in (errno.EPERM, errno.EINVAL):
+                raise
+            thread.seize()
+            return False
+        return True
+
+    def _why_not_stopped(self, thread: Thread, error: StopTimeout) -> Refused | VforkParent | StopTimeout:
+        state = procfs.read_stat(self.pid, thread.tid)
+        if state.zombie:
+            return LeaderExited(f"the main thread of {state.comm} has ended, others run on", object=thread.name)
+        for child in procfs.children(self.pid):
+            if kcmp(self.pid, child, KcmpType.VM) == 0:
+                return VforkParent(f"{state.comm} waits for its child {child} to call exec", object=thread.name)
+        return StopTimeout(f"{error.message} (state {state.state})", object=thread.name)
+
+    def note(self) -> None:
+        """Take down what the threads have in their registers as the application's own. They must all stand still."""
+        self.stat = procfs.read_stat(self.pid)
+        self.stop_signal = 0
+        for thread in self.threads:
+            if thread.stop is not None and thread.stop.group:
+                self.stop_signal = thread.stop.signal
+            thread.raw = thread.get_registers()
+            require_native(thread.raw, thread.name)
+            thread.sigmask = thread.get_sigmask()
+            thread.rseq = ptrace.get_rseq(thread.tid)
+            thread.registers = going_on(thread.raw)
+            if thread.rseq is not None:
+                abort = abort_address(thread.rseq.address, thread.raw.ip, self.read)
+                if abort is not None:
+                    thread.registers = thread.raw.moved(abort)
+
+    def queue_sigstops(self) -> None:
+        """Queue a SIGSTOP to every thread, so that the process stays stopped should the tool die."""
+        self._sigstops_queued = True
+        for thread in self.threads:
+            syscall(SYS.tgkill, self.pid, thread.tid, signal.SIGSTOP)
+
+    def stop_later(self) -> None:
+        """A SIGSTOP from outside was taken away from it while calls were made: it gets another when it is let go."""
+        self._resend_stop = True
+
+    def resume(self) -> None:
+        """Let all threads run on without us, as if they had never been stopped."""
+        if self._resend_stop:
+            os.kill(self.pid, signal.SIGSTOP)
+        for thread in self.threads:
+            try:
+                if self._sigstops_queued:
+                    self._swallow_sigstop(thread)
+                self._let_go(thread)
+            except (ProcessDied, ProcessLookupError):
+                # killed from outside meanwhile: nothing is left that could be let go
+                _log.info("%s ended while it was stopped", thread.name)
+        self.close()
+
+    def _let_go(self, thread: Thread) -> None:
+        if thread.stop is None:
+            # seized, and still on its way to its first stop
+            thread.interrupt()
+            thread.await_interrupt(STOP_TIMEOUT)
+        elif hasattr(thread, "raw") and thread.raw.result != thread.registers.result:
+            current = thread.get_registers()
+            if current == thread.raw:
+                thread.set_registers(thread.registers)
+        thread.detach()
+
+    def _swallow_sigstop(self, thread: Thread) -> None:
+        """Take back the SIGSTOP of :meth:`queue_sigstops`. Other signals that come first are delivered."""
+        if not any(signal_of(info) == signal.SIGSTOP for info in thread.pending()):
+            return  # a SIGCONT from outside has removed it
+        deliver = 0
+        while True:
+            thread.cont(deliver)
+            try:
+                stop = thread.wait(_SWALLOW_TIMEOUT)
+            except StopTimeout:
+                # a SIGCONT came in between: the thread runs, as it should, but with us
+                thread.interrupt()
+                thread.await_interrupt(STOP_TIMEOUT)
+                return
+            if stop.event == Event.SIGNAL and stop.signal == signal.SIGSTOP:
+                return
+            deliver = stop.signal if stop.event == Event.SIGNAL else 0
+
+    def kill(self) -> None:
+        """End it, and take note of the end: its parent can then wait for it."""
+        try:
+            os.kill(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            _log.info("pid %d had ended already", self.pid)
+        # The leader is reported last, when all others are gone.
+        for thread in [*self.threads[1:], self.threads[0]]:
+            self.await_end(thread)
+        self.close()
+
+    @staticmethod
+    def await_end(thread: Thread) -> int | None:
+        """Wait for a thread's end; its wait status, None if somebody else has taken that."""
+        try:
+            while True:
+                status = wait_status(thread.tid, STOP_TIMEOUT)
+                if not os.WIFSTOPPED(status):
+                    return status
+        except ProcessDied:
+            return None
+
+
+def signal_of(info: bytes) -> int:
+    """The number of the signal that a siginfo_t tells of (its first field)."""
+    return int.from_bytes(info[:4], "little")
 
 
 class Tree:
-    """Processes that are stopped together, parents before children; `zombies`: the dead among them (stat)."""
+    """Processes that are stopped together.
 
-    processes: list[Process]
-    zombies: list[Stat]
+    processes  parents before children
+    zombies    children of theirs that have ended and were not waited for
+    """
+
+    def __init__(self, processes: Iterable[Process] = ()) -> None:
+        self.processes: list[Process] = list(processes)
+        self.zombies: list[Stat] = []
 
     @classmethod
-    def stop(cls, roots: Iterable[int], *, timeout: float = STOP_TIMEOUT) -> Tree: ...
-    def queue_sigstops(self) -> None: ...
-    def resume(self) -> None: ...
-    def kill(self) -> None: ...
+    def stop(cls, roots: Iterable[int], *, timeout: float = STOP_TIMEOUT) -> Tree:
+        """Stop the trees that begin at ``roots``.
 
+        If that fails everything runs on: :class:`~checkpoint.errors.Refused` (which, why), StopTimeout, VforkParent.
+        """
+        tree = cls()
+        roots = list(roots)
+        for root in roots:
+            refuse_root(root)
+        try:
+            tree._stop_all(roots, time.monotonic() + timeout)
+        except BaseException:
+            tree.resume()
+            raise
+        return tree
 
-def verdicts(pid: int) -> list[Verdict]: ...
+    def _stop_all(self, roots: list[int], deadline: float) -> None:
+        seen: set[int] = set()
+        todo = list(roots)
+        while todo:
+            for pid in todo:  # grows while it is walked
+                if pid in seen:
+                    continue
+                seen.add(pid)
+                process = Process(pid)
+                self.processes.append(process)
+                try:
+                    if procfs.read_stat(pid).zombie:
+                        refuse_process(pid)
+                        if pid in roots:
+                            raise NoSuchProcess("the process has just ended", object=f"pid {pid}")
+                        self.processes.remove(process)
+                        continue
+                    process.seize_and_stop(deadline)
+                except NoSuchProcess:
+                    self.processes.remove(process)
+                    if pid in roots:
+                        raise
+                    continue
+                todo += procfs.children(pid)
+            todo = [child for each in self.processes for child in procfs.children(each.pid) if child not in seen]
+        self._sort()
+        self.zombies = self._find_zombies()
+
+    def _sort(self) -> None:
+        """Parents first, else in the order found."""
+        inside = {each.pid for each in self.processes}
+        todo = self.processes
+        done: list[Process] = []
+        placed: set[int] = set()
+        while todo:
+            ready = [each for each in todo if each.stat.ppid not in inside or each.stat.ppid in placed]
+            placed.update(each.pid for each in ready)
+            done += ready
+            todo = [each for each in todo if each.pid not in placed]
+        self.processes = done
+
+    def _find_zombies(self) -> list[Stat]:
+        own = {each.pid for each in self.processes}
+        children = [child for each in self.processes for child in procfs.children(each.pid) if child not in own]
+        return [procfs.read_stat(child) for child in children]
+
+    def queue_sigstops(self) -> None:
+        """Make sure that the death of the tool leaves everything stopped (state T) instead of running.
+
+        To be called when all injected work is done and nothing of it is left, before the first socket is changed: a
+        queued SIGSTOP ends the next batch.
+        """
+        for process in self.processes:
+            process.queue_sigstops()
+
+    def resume(self) -> None:
+        """Let everything run on without us. Queued SIGSTOPs are taken back first."""
+        for process in self.processes:
+            process.resume()
+        self.processes = []
+
+    def kill(self) -> None:
+        """End everything, children first: an init of a PID namespace waits for its descendants, which we hold."""
+        for process in reversed(self.processes):
+            process.kill()
+        self.processes = []

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 __all__ = [
+    "GENERAL_SET",
     "SIGINFO_SIZE",
+    "WALL",
     "Event",
     "Option",
-    "RegisterSet",
     "RseqConfig",
     "cont",
     "detach",
@@ -86,13 +87,10 @@ class Event(enum.IntEnum):
     STOP = 128  # by PTRACE_INTERRUPT, a group stop, or a new tracee's first
 
 
-class RegisterSet(enum.IntEnum):
-    """NT_* of include/uapi/linux/elf.h."""
-
-    PRSTATUS = 1
-    X86_XSTATE = 0x202
-
-
+#: the register set of the general registers: NT_PRSTATUS of include/uapi/linux/elf.h
+GENERAL_SET: Final = 1
+#: waitpid option: children and tracees of any kind (include/uapi/linux/wait.h)
+WALL: Final = 0x40000000
 #: bytes of a siginfo_t
 SIGINFO_SIZE: Final = 128
 #: room for any register set: AMX makes an XSAVE area of 11 KB
@@ -163,7 +161,7 @@ def signal_info(tid: int) -> bytes:
     return info.raw
 
 
-def get_register_set(tid: int, which: RegisterSet, size: int = _REGISTER_SET_MAX) -> bytes:
+def get_register_set(tid: int, which: int, size: int = _REGISTER_SET_MAX) -> bytes:
     """A register set's bytes, as many as the machine has."""
     buffer = ctypes.create_string_buffer(size)
     vector = _IoVec(ctypes.addressof(buffer), size)
@@ -171,7 +169,7 @@ def get_register_set(tid: int, which: RegisterSet, size: int = _REGISTER_SET_MAX
     return ctypes.string_at(buffer, vector.size)
 
 
-def set_register_set(tid: int, which: RegisterSet, data: bytes) -> None:
+def set_register_set(tid: int, which: int, data: bytes) -> None:
     """Replace a register set. EINVAL or EFAULT if the machine does not accept the size or the content."""
     buffer = ctypes.create_string_buffer(data, len(data))
     vector = _IoVec(ctypes.addressof(buffer), len(data))
@@ -272,4 +270,5 @@ def syscall_dispatch_on(tid: int) -> bool:
         if error.errno == errno.EIO:
             return False
         raise
-    return _DISPATCH.unpack(buffer.raw)[0] != 0
+    mode: int = _DISPATCH.unpack(buffer.raw)[0]
+    return mode != 0
