@@ -14,7 +14,20 @@ from typing import Final, Self
 
 from tcpstate.kernel.machine import SYS
 
-__all__ = ["CPU_SET_SIZE", "NICE_OFFSET", "SCHED_ATTR_SIZE", "IoprioWho", "MemoryPolicy", "Policy", "SchedAttr", "set_attributes", "set_io_priority"]
+__all__ = [
+    "CPU_SET_SIZE",
+    "NICE_OFFSET",
+    "SCHED_ATTR_SIZE",
+    "IoprioWho",
+    "MemoryPolicy",
+    "Policy",
+    "SchedAttr",
+    "SchedFlag",
+    "get_attributes",
+    "online_cpus",
+    "set_attributes",
+    "set_io_priority",
+]
 
 _ATTR = struct.Struct("<IIQiIQQQ")
 #: bytes of the first published struct sched_attr (SCHED_ATTR_SIZE_VER0); the later fields are utilisation clamps
@@ -35,6 +48,14 @@ class Policy(enum.IntEnum):
     IDLE = 5
     DEADLINE = 6
     EXT = 7
+
+
+class SchedFlag(enum.IntFlag):
+    """SCHED_FLAG_* that belong to the policy (others say how to read the structure)."""
+
+    RESET_ON_FORK = 1 << 0
+    RECLAIM = 1 << 1
+    DL_OVERRUN = 1 << 2
 
 
 class IoprioWho(enum.IntEnum):
@@ -83,8 +104,24 @@ def set_attributes(tid: int, attr: SchedAttr) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
+def get_attributes(tid: int) -> SchedAttr:
+    """sched_getattr(2) of a thread. OSError as the kernel says."""
+    buffer = ctypes.create_string_buffer(SCHED_ATTR_SIZE)
+    size = ctypes.c_long(SCHED_ATTR_SIZE)
+    if _syscall(ctypes.c_long(SYS.sched_getattr), ctypes.c_long(tid), buffer, size, ctypes.c_long(0)) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return SchedAttr.unpack(buffer.raw)
+
+
 def set_io_priority(tid: int, value: int) -> None:
     """ioprio_set(2) of a thread. OSError as the kernel says."""
     who = ctypes.c_long(IoprioWho.PROCESS)
     if _syscall(ctypes.c_long(SYS.ioprio_set), who, ctypes.c_long(tid), ctypes.c_long(value)) < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def online_cpus() -> frozenset[int]:
+    """The CPUs of this host that are online: what a thread that was never bound may use, cpusets apart."""
+    with open("/sys/devices/system/cpu/online", encoding="ascii") as file:
+        ranges = [part.partition("-") for part in file.read().strip().split(",")]
+    return frozenset(cpu for first, _, last in ranges for cpu in range(int(first), int(last or first) + 1))

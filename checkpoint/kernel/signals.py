@@ -6,10 +6,14 @@ them that this project knows have ``sa_restorer``.
 
 from __future__ import annotations
 
+import ctypes
 import enum
+import os
 import struct
 from dataclasses import dataclass
 from typing import Final, Self
+
+from tcpstate.kernel.machine import SYS
 
 __all__ = [
     "NSIG",
@@ -23,6 +27,7 @@ __all__ = [
     "SsFlag",
     "StackT",
     "siginfo",
+    "tgkill",
     "timer_siginfo",
     "without_kernel_fields",
 ]
@@ -143,3 +148,10 @@ def without_kernel_fields(info: bytes) -> bytes:
     timer, overrun, value, _ = _INFO_TIMER.unpack_from(info, _INFO_UNION_OFFSET)
     end = _INFO_UNION_OFFSET + _INFO_TIMER.size
     return info[:_INFO_UNION_OFFSET] + _INFO_TIMER.pack(timer, overrun, value, 0) + info[end:]
+
+
+def tgkill(pid: int, tid: int, signal: int) -> None:
+    """Send a signal to one thread. ProcessLookupError if it has gone."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(ctypes.c_long(SYS.tgkill), ctypes.c_long(pid), ctypes.c_long(tid), ctypes.c_long(signal)):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))

@@ -70,7 +70,7 @@ class Component:
     def __post_init__(self) -> None:
         if not _FIRST_EXTENDED <= self.number <= _LAST_COMPONENT:
             raise ValueError(f"there is no extended component {self.number}")
-        if not (_LEGACY_SIZE + _HEADER_SIZE <= self.offset and 0 < self.size and self.end <= _MOST_BYTES):
+        if self.offset < _LEGACY_SIZE + _HEADER_SIZE or self.size <= 0 or self.end > _MOST_BYTES:
             raise ValueError(f"component {self.number} at {self.offset}, {self.size} bytes")
 
     @property

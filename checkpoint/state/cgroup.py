@@ -1,0 +1,124 @@
+"""The control groups that a process is in.
+
+It enters the groups of the same names at the target, where they exist, and the root group of a hierarchy where not: the
+rebuilt tree must not stay in the tool's own group, which may be an ssh session's and end with it.
+
+Source: Linux Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/cgroups.rst; /proc/PID/cgroup.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Self
+
+from checkpoint.errors import NoSuchProcess
+from checkpoint.state.base import State, TaskBuilder, TaskView, register
+
+__all__ = ["Cgroup", "Cgroups", "Mount", "mounts", "parse_cgroups"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cgroup:
+    """One membership. ``hierarchy`` is what tells the hierarchies of a host apart: empty for version 2, else the
+    controllers or the ``name=`` of version 1."""
+
+    hierarchy: str
+    path: str
+
+    def __post_init__(self) -> None:
+        if not self.path.startswith("/") or "\0" in self.path:
+            raise ValueError(f"{self.path!r} is not the path of a cgroup")
+
+    @property
+    def outside(self) -> bool:
+        """Whether it lies outside of the cgroup namespace from which it was seen."""
+        return ".." in PurePosixPath(self.path).parts
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """Where a hierarchy can be reached: ``root`` is the group that ``at`` shows."""
+
+    hierarchy: frozenset[str]
+    root: str
+    at: str
+
+    def directory(self, path: str) -> str | None:
+        """The directory of the group ``path``, or None if it is not below this mount."""
+        if PurePosixPath(path).is_relative_to(self.root):
+            return os.path.join(self.at, PurePosixPath(path).relative_to(self.root))
+        return None
+
+
+@register("cgroups")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cgroups(State):
+    """One membership per hierarchy."""
+
+    groups: tuple[Cgroup, ...]
+
+    @classmethod
+    def capture(cls, task: TaskView) -> Self:
+        return cls(groups=parse_cgroups(_read(task.pid)))
+
+    def rebuild(self, task: TaskBuilder) -> None:
+        task.outside.append(lambda: self._enter(task))
+
+    def _enter(self, task: TaskBuilder) -> None:
+        here = mounts()
+        now = {group.hierarchy: group.path for group in parse_cgroups(_read(task.pid))}
+        for group in self.groups:
+            if group.hierarchy in now and now[group.hierarchy] != group.path:
+                _enter(group, here, task)
+
+
+def _enter(group: Cgroup, here: list[Mount], task: TaskBuilder) -> None:
+    mount = next((m for m in here if frozenset(filter(None, group.hierarchy.split(","))) == m.hierarchy), None)
+    if mount is None:
+        task.warn(f"{task} was in the cgroup {group.path} of {group.hierarchy or 'cgroup2'}, which is not mounted here")
+        return
+    directory = None if group.outside else mount.directory(group.path)
+    if directory is None or not os.path.isdir(directory):
+        task.warn(f"{task} was in the cgroup {group.path} of {group.hierarchy or 'cgroup2'}, which does not exist here")
+        directory = mount.at
+    try:
+        with open(os.path.join(directory, "cgroup.procs"), "w", encoding="ascii") as file:
+            file.write(f"{task.pid}\n")
+    except OSError as error:
+        task.warn(f"{task} cannot enter the cgroup {directory}: {error.strerror}")
+
+
+def _read(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise NoSuchProcess("the process does not exist, or has just ended", object=f"pid {pid}") from error
+
+
+def parse_cgroups(text: str) -> tuple[Cgroup, ...]:
+    """The lines ``number:controllers:path`` of /proc/PID/cgroup."""
+    lines = (line.split(":", 2) for line in text.splitlines())
+    return tuple(Cgroup(hierarchy, path) for _, hierarchy, path in lines)
+
+
+def mounts(lines: Iterable[str] | None = None) -> list[Mount]:
+    """The hierarchies that are mounted in our mount namespace (``lines``: those of a mountinfo, for tests)."""
+    if lines is None:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.read().splitlines()
+    found = []
+    for line in lines:
+        left, _, right = line.partition(" - ")
+        fields, (kind, _, options) = left.split(" "), right.split(" ", 2)
+        if kind == "cgroup2":
+            found.append(Mount(frozenset(), fields[3], fields[4]))
+        elif kind == "cgroup":
+            # the mount's options are the controllers, or the name, among others that are the file system's
+            found.append(
+                Mount(frozenset(options.split(",")) - {"rw", "ro", "xattr", "release_agent"}, fields[3], fields[4])
+            )
+    return found

@@ -1,0 +1,74 @@
+"""Switches of a process's memory as a whole: no huge pages, identical pages merged, no new executable code.
+
+Source: Linux kernel/sys.c; mm/huge_memory.c, mm/ksm.c; Documentation/userspace-api/prctl.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Self
+
+from checkpoint.kernel.prctl import MdweFlag, Pr
+from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, register, unsigned
+from tcpstate.kernel.calls import Result
+from tcpstate.kernel.machine import SYS
+
+__all__ = ["MemoryDenyWriteExecute", "MemorySwitches"]
+
+_ON: Final = 1
+
+
+def _answer(result: Result) -> int:
+    """What a query says; 0 where the kernel does not know the option."""
+    return result.value if result.ok else 0
+
+
+@register("memory switches")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySwitches(State):
+    """Switches that say how the kernel manages the pages.
+
+    thp_disable  PR_GET_THP_DISABLE: 0 or 1, with flags above bit 0 from 6.18
+    merge        PR_GET_MEMORY_MERGE: all anonymous memory may be merged by KSM
+    """
+
+    thp_disable: int
+    merge: bool
+
+    def __post_init__(self) -> None:
+        unsigned("thp_disable", self.thp_disable, 32)
+
+    @classmethod
+    def capture(cls, task: TaskView) -> Capture[Self]:
+        thp = task.calls.call(SYS.prctl, Pr.GET_THP_DISABLE, ignore=True)
+        merge = task.calls.call(SYS.prctl, Pr.GET_MEMORY_MERGE, ignore=True)
+        yield
+        return cls(thp_disable=_answer(thp), merge=_answer(merge) != 0)
+
+    def rebuild(self, task: TaskBuilder) -> None:
+        if self.thp_disable:
+            flags = self.thp_disable & ~_ON
+            task.calls.call(SYS.prctl, Pr.SET_THP_DISABLE, _ON, flags, label="disable transparent huge pages")
+        if self.merge:
+            task.calls.call(SYS.prctl, Pr.SET_MEMORY_MERGE, _ON, label="let identical pages be merged")
+
+
+@register("memory-deny-write-execute")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryDenyWriteExecute(State):
+    """Whether memory that can be written may never become executable (PR_SET_MDWE).
+
+    Irrevocable, so rebuilt when no executable memory has to be made any more.
+    """
+
+    flags: MdweFlag
+
+    @classmethod
+    def capture(cls, task: TaskView) -> Capture[Self]:
+        flags = task.calls.call(SYS.prctl, Pr.GET_MDWE, ignore=True)
+        yield
+        return cls(flags=MdweFlag(_answer(flags)))
+
+    def rebuild(self, task: TaskBuilder) -> None:
+        if self.flags:
+            task.calls.call(SYS.prctl, Pr.SET_MDWE, self.flags, label="deny memory both writable and executable")

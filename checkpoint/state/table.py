@@ -1,0 +1,258 @@
+"""The kinds of state, in the order in which they are rebuilt, and the capture and rebuilding of a whole process.
+
+Capture, of a stopped process, with one run of injected calls for all its threads::
+
+    with Injection(process) as injection:
+        state = table.capture(process, injection)
+
+Rebuilding, when the process has its memory, its files and all its threads::
+
+    tasks = [TaskBuilder(pid=stub.pid, tid=thread.tid, warn=warn, elapsed=elapsed) for thread in stub.threads]
+    table.rebuild(state, tasks)
+    stub.run_all({task.tid: task.calls for task in tasks})
+    for task in tasks:
+        task.run_outside()
+    ...                             # whatever else is to be done inside
+    stub.leave()
+    table.install(stub, state)      # registers, blocked signals; nothing can be run inside afterwards
+
+A kind is added by a module with its class and one line here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from checkpoint.errors import StateUnreadable
+from checkpoint.kernel.signals import tgkill
+from checkpoint.state import clocks, pending, registers
+from checkpoint.state.addresses import ClearChildTid, RestartableSequences, RobustList
+from checkpoint.state.base import ProcessView, State, TaskBuilder, TaskView, kind_of
+from checkpoint.state.cgroup import Cgroups
+from checkpoint.state.clocks import Clocks
+from checkpoint.state.comm import Comm
+from checkpoint.state.credentials import Credentials
+from checkpoint.state.filesystem import Filesystem
+from checkpoint.state.hardening import MachineCheckPolicy, SpeculationControls, TimeStampCounter
+from checkpoint.state.itimers import IntervalTimers
+from checkpoint.state.kernel_files import CoredumpFilter, OomScoreAdjustment
+from checkpoint.state.lasting import Dumpable, ParentDeathSignal
+from checkpoint.state.limits import ResourceLimits
+from checkpoint.state.membarrier import Membarrier
+from checkpoint.state.memory_switches import MemoryDenyWriteExecute, MemorySwitches
+from checkpoint.state.mempolicy import NumaPolicy
+from checkpoint.state.pending import PendingForProcess, PendingForThread
+from checkpoint.state.personality import Personality
+from checkpoint.state.posix_timers import PosixTimers
+from checkpoint.state.registers import Registers
+from checkpoint.state.scheduling import CpuAffinity, IoPriority, Scheduling, TimerSlack
+from checkpoint.state.seccomp import Seccomp
+from checkpoint.state.signals import AlternateStack, SignalHandlers
+from checkpoint.state.subreaper import ChildSubreaper
+from tcpstate.kernel.calls import CallError
+
+if TYPE_CHECKING:
+    from checkpoint.inject import Injection
+    from checkpoint.tracee import Process
+
+__all__ = [
+    "PROCESS_STATES",
+    "THREAD_STATES",
+    "ProcessState",
+    "ThreadState",
+    "capture",
+    "install",
+    "rebuild",
+    "rebuild_process",
+    "rebuild_thread",
+]
+
+S = TypeVar("S", bound=State)
+
+#: of a process, rebuilt in its first thread before the states of the threads
+PROCESS_STATES: Final[tuple[type[State], ...]] = (
+    Filesystem,
+    ChildSubreaper,
+    MemorySwitches,
+    Membarrier,
+    SignalHandlers,  # before any signal is pending: setting SIG_IGN throws pending ones away
+    IntervalTimers,
+    PosixTimers,  # when all threads exist: a timer may signal one of them
+    PendingForProcess,
+    ResourceLimits,  # after what a low limit would refuse (timers, queued signals)
+    MemoryDenyWriteExecute,  # irrevocable
+    OomScoreAdjustment,
+    CoredumpFilter,
+    Cgroups,
+)
+
+#: of a thread
+THREAD_STATES: Final[tuple[type[State], ...]] = (
+    Comm,
+    Personality,
+    RobustList,
+    ClearChildTid,
+    RestartableSequences,
+    AlternateStack,
+    TimerSlack,
+    NumaPolicy,
+    SpeculationControls,
+    TimeStampCounter,
+    MachineCheckPolicy,
+    Scheduling,
+    CpuAffinity,
+    IoPriority,
+    PendingForThread,
+    Registers,
+    Credentials,  # ends the privileges that everything above may need
+    ParentDeathSignal,  # the change of credentials resets it
+    Dumpable,  # this as well, for the whole process: every thread sets it after its own change
+    Seccomp,  # the very last: it forbids calls
+)
+
+
+def _index(states: Sequence[State], table: tuple[type[State], ...], of: str) -> dict[type[State], State]:
+    """The states by class. ValueError if one is missing, given twice, or not of this table.
+
+    None may be missing: without credentials, for instance, a process would be left with the tool's.
+    """
+    found: dict[type[State], State] = {}
+    for state in states:
+        if type(state) in found:
+            raise ValueError(f"{of} has {kind_of(type(state))!r} twice")
+        found[type(state)] = state
+    wrong = [kind_of(cls) for cls in found if cls not in table]
+    missing = [kind_of(cls) for cls in table if cls not in found]
+    if wrong or missing:
+        what = f"does not belong there: {', '.join(wrong)}" if wrong else f"is missing: {', '.join(missing)}"
+        raise ValueError(f"among the states of {of} {what}")
+    return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThreadState:
+    """All of one thread. ``tid`` is its number in its own PID namespace."""
+
+    tid: int
+    states: tuple[State, ...]
+
+    def __post_init__(self) -> None:
+        if self.tid <= 0:
+            raise ValueError(f"there is no thread {self.tid}")
+        _index(self.states, THREAD_STATES, f"thread {self.tid}")
+
+    def get(self, kind: type[S]) -> S:
+        """Its state of one kind."""
+        return _get(self.states, kind)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessState:
+    """All of one process. ``pid`` is its number in its own PID namespace, ``clocks`` what it saw at the capture."""
+
+    pid: int
+    states: tuple[State, ...]
+    threads: tuple[ThreadState, ...]
+    clocks: Clocks
+
+    def __post_init__(self) -> None:
+        _index(self.states, PROCESS_STATES, f"process {self.pid}")
+        if not self.threads or self.threads[0].tid != self.pid:
+            raise ValueError(f"the first thread of process {self.pid} must come first")
+        if len({thread.tid for thread in self.threads}) != len(self.threads):
+            raise ValueError(f"process {self.pid} has a thread twice")
+
+    def get(self, kind: type[S]) -> S:
+        """Its state of one kind."""
+        return _get(self.states, kind)
+
+
+def _get(states: tuple[State, ...], kind: type[S]) -> S:
+    for state in states:
+        if isinstance(state, kind):
+            return state
+    raise LookupError(f"no {kind_of(kind)!r} here")
+
+
+def capture(process: Process, injection: Injection) -> ProcessState:
+    """The state of a stopped process with an open injection.
+
+    StateUnreadable if the kernel refuses a call; the errors of a kind that cannot be moved (SeccompSupervised, ...).
+    """
+    view = ProcessView(process)
+    own = [_begin(kind, view.tasks[0]) for kind in PROCESS_STATES]
+    threads = [[_begin(kind, task) for kind in THREAD_STATES] for task in view.tasks]
+    try:
+        injection.run({task.tid: task.calls for task in view.tasks})
+    except CallError as error:
+        raise StateUnreadable(f"cannot {error.label}: {error.strerror}", object=f"pid {process.pid}") from error
+    now = clocks.read(process.pid)
+    return ProcessState(
+        pid=process.inner_pid,
+        states=tuple(_end(each) for each in own),
+        threads=tuple(
+            ThreadState(tid=task.thread.inner_tid, states=tuple(_end(each) for each in states))
+            for task, states in zip(view.tasks, threads, strict=True)
+        ),
+        clocks=now,
+    )
+
+
+_Begun = State | Generator[None, None, State]
+
+
+def _begin(kind: type[State], task: TaskView) -> _Begun:
+    begun = kind.capture(task)
+    if isinstance(begun, Generator):
+        next(begun)
+    return begun
+
+
+def _end(begun: _Begun) -> State:
+    if not isinstance(begun, Generator):
+        return begun
+    try:
+        next(begun)
+    except StopIteration as stop:
+        state: State = stop.value
+        return state
+    raise RuntimeError("a capture yields once")
+
+
+def rebuild(state: ProcessState, tasks: Sequence[TaskBuilder]) -> None:
+    """Queue the whole state of a process: one task per thread, in the order of ``state.threads``."""
+    rebuild_process(state, tasks[0])
+    for thread, task in zip(state.threads, tasks, strict=True):
+        rebuild_thread(thread, task)
+
+
+def rebuild_process(state: ProcessState, task: TaskBuilder) -> None:
+    """Queue the states of the process in the task of its first thread. All threads exist."""
+    index = _index(state.states, PROCESS_STATES, f"process {state.pid}")
+    for kind in PROCESS_STATES:
+        index[kind].rebuild(task)
+
+
+def rebuild_thread(state: ThreadState, task: TaskBuilder) -> None:
+    """Queue the states of one thread; those of the process come before in its first thread's task."""
+    index = _index(state.states, THREAD_STATES, f"thread {state.tid}")
+    for kind in THREAD_STATES:
+        index[kind].rebuild_privileged(task)
+    for kind in THREAD_STATES:
+        index[kind].rebuild(task)
+
+
+def install(process: Process, state: ProcessState) -> None:
+    """The very end: registers and blocked signals of every thread, and the signals that only the tool can send.
+
+    Nothing may be run inside the process afterwards: it is released next.
+    """
+    for thread, each in zip(process.threads, state.threads, strict=True):
+        registers.install(thread, each.get(Registers))
+        for number in pending.late(each.get(PendingForThread).signals):
+            tgkill(process.pid, thread.tid, number)
+    for number in pending.late(state.get(PendingForProcess).signals):
+        os.kill(process.pid, number)
