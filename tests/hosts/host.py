@@ -200,20 +200,17 @@ class Host:
         }
 
     @contextmanager
-    def loss(self, percent: int, *, port: int) -> Iterator[None]:
-        """Random loss of TCP segments to and from that remote port, each way, within the block (netem is absent here).
+    def loss(self, percent: int, *, port: int, incoming: bool = True, outgoing: bool = True) -> Iterator[None]:
+        """Random loss of TCP segments from and to a port, each way, within the block (netem is absent here).
 
-        Made for the client's host: `port` is the server's.  Outgoing segments are dropped before, incoming ones after
-        the place where an AF_PACKET socket of this host sees them.
+        Outgoing segments are dropped before, incoming ones after the place where an AF_PACKET socket of this host sees
+        them. 100 drops all.
         """
-        drop = f"numgen random mod 100 < {percent} drop"
-        rules = (
-            "table inet tmh_loss {\n"
-            f" chain in {{ type filter hook input priority 0; tcp sport {port} {drop}; }}\n"
-            f" chain out {{ type filter hook output priority 0; tcp dport {port} {drop}; }}\n"
-            "}\n"
-        )
-        self.run(["nft", "-f", "-"], data=rules)
+        drop = "drop" if percent >= 100 else f"numgen random mod 100 < {percent} drop"
+        match = "\n".join(f"  tcp {end} {port} {drop}" for end in ("sport", "dport"))
+        ways = [way for way, wanted in (("input", incoming), ("output", outgoing)) if wanted]
+        chains = "\n".join(f" chain {way} {{\n  type filter hook {way} priority 0\n{match}\n }}" for way in ways)
+        self.run(["nft", "-f", "-"], data=f"table inet tmh_loss {{\n{chains}\n}}\n")
         try:
             yield
         finally:

@@ -84,8 +84,8 @@ def test_service_address_can_move(hosts: ThreeHosts) -> None:
 def test_loss_drops_each_way_and_is_taken_back(hosts: ThreeHosts) -> None:
     with hosts.client.loss(2, port=7000):
         rules = hosts.client.sh("nft list ruleset")
-        assert "tcp sport 7000 numgen random mod 100 < 2 drop" in rules
-        assert "tcp dport 7000 numgen random mod 100 < 2 drop" in rules
+        assert rules.count("tcp sport 7000 numgen random mod 100 < 2 drop") == 2
+        assert rules.count("tcp dport 7000 numgen random mod 100 < 2 drop") == 2
     assert hosts.client.sh("nft list ruleset") == ""
 
 

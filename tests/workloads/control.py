@@ -2,7 +2,7 @@
 
     client prints   {"ready": true}                   its connections stand
     harness writes  before | after | mark | finish    a line
-    client prints   {...}                             its answer: what it saw; "wrong" (a list of texts) is in every answer
+    client prints   {...}                             its answer: what it saw; always with "wrong", a list of texts
 
     before   a migration comes: leave requests half sent, replies unread, ...
     after    it is over: complete and check them
@@ -33,7 +33,7 @@ MAX_WRONG = 20  # after so many texts they are only counted
 class Client:
     """Base of the clients: a selector loop that never waits in one connection.
 
-    A client registers its sockets with `watch` and returns from `tick` the monotonic time when it wants to be called again.
+    A client registers its sockets with `watch` and returns from `tick` the time when it is to be called again.
     """
 
     def __init__(self) -> None:

@@ -22,6 +22,7 @@ from tests.workloads.load import Load, ask_all
 
 __all__ = ["MoveReport", "Mover", "Stage", "by_tcpmig", "pretend"]
 
+FIGURES = ("stop_ms", "total_ms", "command_ms", "bytes_sent", "connections")  # of tcpmig's summary
 CALM = 0.3  # seconds before and after a move, so that a timer which it started shows (the shortest is 200 ms)
 
 # What moves a process: (from, pid, to) -> summary as `tcpmig migrate --json` prints it
@@ -106,9 +107,7 @@ class MoveReport:
         """For files and --json."""
         return {
             "way": self.way,
-            **{
-                key: self.summary.get(key) for key in ("stop_ms", "total_ms", "command_ms", "bytes_sent", "connections")
-            },
+            **{key: self.summary.get(key) for key in FIGURES},
             "gap_ms": self.largest_gap,
             "gaps": self.gaps,
             "before_gaps": self.before_gaps,
@@ -149,7 +148,7 @@ class Stage:
         self._watcher = Watcher(hosts.client, port=port, data=data)
 
     def move(self, calm: float = CALM) -> MoveReport:
-        """Move the process to the other host and judge. Raises MigrationFailed when tcpmig says that it did not work."""
+        """Move the process to the other host and judge. Raises MigrationFailed if tcpmig says that it did not work."""
         client = self.hosts.client
         report = MoveReport(way=f"{self.here.name} -> {self.there.name}", summary={})
         report.answers = {f"{n} before": a for n, a in ask_all(self.loads, "before").items()}

@@ -1,8 +1,8 @@
 """An endless stream of bytes that both ends know: any byte lost, doubled, altered or moved shows at its position.
 
-The stream of a seed is a row of blocks.  Block n is a stamp of 16 bytes, (seed, n), and a piece of a pool of random bytes
-made from the seed; where the piece begins depends on n.  Making a block is one copy, so that the stream is as fast as
-memory; the stamp tells blocks apart, however long the stream is.
+The stream of a seed is a row of blocks.  Block n is a stamp of 16 bytes, (seed, n), and a piece of a pool of random
+bytes made from the seed; where the piece begins depends on n.  Making a block is one copy, so that the stream is as
+fast as memory; the stamp tells blocks apart, however long the stream is.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Real servers, started in a test host, listening when the function returns.
 
-Each takes the addresses it shall listen on; its files lie in a folder that all hosts share, as a shared file system would.
+Each takes the addresses it shall listen on; its files lie in a folder that all hosts share, like a shared file system.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ http {{
 
 
 def wait_listening(host: Host, process: HostProcess, address: str, port: int, log: Path | None = None) -> None:
-    """Until something accepts connections there. Raises CommandFailed when the process ends before or takes too long."""
+    """Until something accepts connections there. Raises CommandFailed when the process ends or takes too long."""
     end = time.monotonic() + START_TIMEOUT
     while True:
         with host.netns_entered():

@@ -2,9 +2,9 @@
 
     python -m tests.workloads.stream_server PORT ADDRESS...
 
-A peer begins with a header: b"TMHSTRM1", the seed of what it will send, the seed of what it wants to get.  Until the peer
-ends its stream both directions run as fast as the peer lets them; every byte that comes is checked.  With b"TMHSTATS" and
-a seed (and 8 bytes of nothing) it is told, as JSON, what became of the stream of that seed:
+A peer begins with a header: b"TMHSTRM1", the seed of what it will send, the seed of what it wants to get.  Until the
+peer ends its stream both directions run as fast as the peer lets them; every byte that comes is checked.  With
+b"TMHSTATS" and a seed (and 8 bytes of nothing) it is told, as JSON, what became of the stream of that seed:
 {"received", "sent", "ended", "wrong"}; "unknown" if there was none.
 """
 
