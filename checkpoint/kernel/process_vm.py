@@ -21,8 +21,7 @@ __all__ = ["IOV_MAX", "address_of", "readv", "writev"]
 IOV_MAX = 1024
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_Simple = type[ctypes._SimpleCData[Any]]
-_SIGNATURE: list[_Simple] = [
+_SIGNATURE: list[type[ctypes._SimpleCData[Any]]] = [
     ctypes.c_int,
     ctypes.c_void_p,
     ctypes.c_ulong,

@@ -127,7 +127,7 @@ def _region(mem: int, pagemap: int, group: list[Vma], skip: list[tuple[int, int]
     )
 
 
-def _digest(state: hashlib._Hash, mem: int, at: int, size: int, skip: list[tuple[int, int]], *, sparse: bool) -> None:
+def _digest(state: hashlib.blake2b, mem: int, at: int, size: int, skip: list[tuple[int, int]], *, sparse: bool) -> None:
     data = bytearray(_read(mem, at, size))
     for low, high in skip:
         a, b = max(low, at), min(high, at + size)

@@ -10,18 +10,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from checkpoint.arch import USER_END
 from checkpoint.errors import BadLayout, OtherVdso
 from checkpoint.kernel.mman import MM_MAP, MM_MAP_AUXV, MM_MAP_EXE_FD, Advice, Lock, Map, Prot, PrSetMm, PrSetVma, Remap
 from checkpoint.memory import scan, vdso, verdicts
 from checkpoint.memory.vma import PAGE, SPECIAL_NAMES, VSYSCALL, Vma, with_flags
-from checkpoint.procfs import Stat
-from checkpoint.spawn import Stub
-from checkpoint.tracee import Process
 from tcpstate.kernel.calls import CallTable, Result
 from tcpstate.kernel.machine import SYS
+
+if TYPE_CHECKING:
+    from checkpoint.procfs import Stat
+    from checkpoint.spawn import Stub
+    from checkpoint.tracee import Process
 
 __all__ = ["Descriptors", "MappedFiles", "Mapping", "MemoryFields", "MemoryLayout", "capture", "query_brk", "rebuild"]
 

@@ -10,13 +10,16 @@ import bisect
 import errno
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from checkpoint.errors import BadLayout, MemoryUnreadable, MemoryUnwritable
 from checkpoint.image.frames import DATA_MAX, PageRun, Space
 from checkpoint.kernel import process_vm
 from checkpoint.memory import scan
 from checkpoint.memory.layout import MemoryLayout
-from checkpoint.tracee import Process
+
+if TYPE_CHECKING:
+    from checkpoint.tracee import Process
 
 __all__ = ["PageWriter", "chunks", "read", "read_runs", "write"]
 
