@@ -1,0 +1,347 @@
+"""The messages of a migration, as they are on the wire.
+
+One codec family; the transport frames them (:mod:`migrate.wire`).  Image bytes are not messages: they travel in frames
+of their own, opaque here.  A later version may add fields with defaults and new messages; the versions are agreed in
+Hello, whose own shape never changes.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+from checkpoint.verdict import Verdict
+from migrate.addresses import AddressRecord
+from tcpstate.codec import family, member
+
+__all__ = [
+    "HIGHEST_VERSION",
+    "LOWEST_VERSION",
+    "Abort",
+    "Captured",
+    "Check",
+    "Commit",
+    "Comparison",
+    "CpuState",
+    "Difference",
+    "Done",
+    "Failure",
+    "Hello",
+    "HostFacts",
+    "Keepalive",
+    "Lost",
+    "Manifest",
+    "Measure",
+    "Measured",
+    "Message",
+    "PathNeed",
+    "Prepare",
+    "Prepared",
+    "Refused",
+    "Running",
+    "Started",
+    "Stuck",
+    "TreeNeed",
+    "Verdicts",
+]
+
+#: the versions of the protocol that this program speaks
+LOWEST_VERSION = HIGHEST_VERSION = 1
+
+TOKEN_SIZE = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuState:
+    """What the processes need of the processor, or what a processor has.
+
+    machine     as in uname(2)
+    flags       feature flags of /proc/cpuinfo
+    xsave_size  bytes of the extended register state as ptrace gives it; 0 unknown
+    xsave_mask  the components of that state that are enabled (XCR0); 0 unknown
+    """
+
+    machine: str
+    flags: frozenset[str] = frozenset()
+    xsave_size: int = 0
+    xsave_mask: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostFacts:
+    """What one host tells the other of itself.
+
+    boot_id          of this boot
+    network, pids    inode numbers of the network and PID namespaces: with boot_id they tell whether two hosts are one
+    kernel           release, for the log only: features are probed, never derived from it
+    page_size        bytes
+    """
+
+    boot_id: str
+    network: int
+    pids: int
+    kernel: str
+    page_size: int
+    cpu: CpuState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathNeed:
+    """A file that the processes have open, mapped or as their directory, and that the target must have as well.
+
+    kind      ``regular``, ``directory``, ``character``, ``block``, ``fifo``, ``socket``
+    size      bytes, of a regular file that is only read; else None
+    mtime_ns  time of last modification, likewise
+    writable  open for writing: must be the same file (a shared file system), or be shipped
+    """
+
+    path: str
+    kind: str
+    size: int | None = None
+    mtime_ns: int | None = None
+    writable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeNeed:
+    """One process tree: its root, and every process and thread of it (the target needs the numbers free)."""
+
+    root: int
+    pids: tuple[int, ...]
+    tids: tuple[int, ...]
+    command: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What has to be true at the target: N trees and M addresses, moved together or not at all.
+
+    used_addresses  local addresses of the trees' connections and bound listeners
+    addresses       those of them that move, filled in by the source's takeover
+    macs            link-layer addresses of the source
+    peers           the other ends of the connections
+    connections     their number
+    memory          bytes that will be resident
+    features        names of kernel features without which the state cannot be rebuilt
+    """
+
+    trees: tuple[TreeNeed, ...]
+    paths: tuple[PathNeed, ...] = ()
+    used_addresses: tuple[str, ...] = ()
+    addresses: tuple[AddressRecord, ...] = ()
+    macs: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+    connections: int = 0
+    memory: int = 0
+    features: frozenset[str] = frozenset()
+    cpu: CpuState | None = None
+
+    def __post_init__(self) -> None:
+        if not self.trees:
+            raise ValueError("a migration has at least one process tree")
+        for text in (*self.used_addresses, *self.peers):
+            ipaddress.ip_address(text)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """One item of a rebuilt connection that does not read back as it was sent."""
+
+    connection: str
+    item: str
+    sent: str
+    found: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What the target found when it exported the rebuilt connections again."""
+
+    connections: int = 0
+    differences: tuple[Difference, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lost:
+    """A connection that could not be brought back, with the reason."""
+
+    connection: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """An error of the other host: the fields of a TcpmigError."""
+
+    code: str
+    message: str
+    object: str = ""
+    fix: str = ""
+
+
+@family
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """Base of all messages."""
+
+
+@member(Message, "hello")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello(Message):
+    """Both, first: the versions that the sender speaks, and where it runs."""
+
+    lowest: int
+    highest: int
+    host: HostFacts
+    program: str = ""
+
+
+@member(Message, "check")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check(Message):
+    """Source: can you take this? ``migration`` names the migration in all that follows, and in both journals."""
+
+    migration: str
+    manifest: Manifest
+
+
+@member(Message, "verdicts")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdicts(Message):
+    """Target: yes; the verdicts may contain warnings."""
+
+    migration: str
+    items: tuple[Verdict, ...] = ()
+
+
+@member(Message, "refused")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused(Message):
+    """Target: no. ``failure`` is the first reason, ``items`` are all of them."""
+
+    migration: str
+    failure: Failure
+    items: tuple[Verdict, ...] = ()
+
+
+@member(Message, "measure")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure(Message):
+    """Source: what does your clock say? (See :mod:`migrate.clock`.)"""
+
+    number: int
+
+
+@member(Message, "measured")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured(Message):
+    """Target: CLOCK_MONOTONIC of this host when Measure ``number`` arrived, nanoseconds."""
+
+    number: int
+    clock_ns: int
+
+
+@member(Message, "prepare")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepare(Message):
+    """Source: the image is complete.
+
+    exported_ns  when the connections' clocks were read, by the target's CLOCK_MONOTONIC, nanoseconds
+    image_bytes  length of the image
+    """
+
+    migration: str
+    exported_ns: int
+    image_bytes: int
+
+
+@member(Message, "prepared")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared(Message):
+    """Target: everything stands and needs only to be released."""
+
+    migration: str
+    comparison: Comparison
+
+
+@member(Message, "commit")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit(Message):
+    """Source: it is yours. The addresses are gone here. Only the target that read this knows ``token``."""
+
+    migration: str
+    token: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.token) != TOKEN_SIZE:
+            raise ValueError(f"a commit's token has {TOKEN_SIZE} bytes")
+
+
+@member(Message, "captured")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captured(Message):
+    """Source, after COMMIT: segments for the connections that arrived here since the freeze, as captured. More may
+    follow until Done: peers send here until they have heard the announcement. ``first``: all that had arrived before
+    COMMIT was sent; the target waits for these, and for no others."""
+
+    segments: tuple[bytes, ...] = ()
+    first: bool = False
+
+
+@member(Message, "started")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started(Message):
+    """Target: COMMIT is in the journal here; the processes outlive this program from now on."""
+
+    migration: str
+    token: bytes
+
+
+@member(Message, "running")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running(Message):
+    """Target: they run.
+
+    released_ns  when the last thread was released, by the target's CLOCK_MONOTONIC, nanoseconds
+    pids         PID at the source (root processes) to PID here
+    lost         connections that did not come through
+    """
+
+    migration: str
+    token: bytes
+    released_ns: int
+    pids: dict[int, int]
+    lost: tuple[Lost, ...] = ()
+
+
+@member(Message, "stuck")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stuck(Message):
+    """Target: it failed after the release had begun. It holds what it has, and cannot give it back."""
+
+    migration: str
+    token: bytes
+    failure: Failure
+
+
+@member(Message, "abort")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abort(Message):
+    """Either: the sender gives up, has undone everything on its side, and will never start the processes."""
+
+    migration: str
+    failure: Failure
+
+
+@member(Message, "keepalive")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keepalive(Message):
+    """Either, at any time: still at work."""
+
+
+@member(Message, "done")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Done(Message):
+    """Source: the original is gone; nothing more will come."""
+
+    migration: str
