@@ -61,8 +61,8 @@ __all__ = [
     "SealedMapping",
     "SeccompInTheWay",
     "SeccompSupervised",
+    "SeccompUnreadable",
     "SecretMemory",
-    "ShadowStack",
     "SharedBetweenProcesses",
     "SharedDescriptors",
     "SocketHeldOutside",
@@ -77,6 +77,7 @@ __all__ = [
     "TreeChanged",
     "UnknownFrameKind",
     "UnsharedThread",
+    "UnsupportedCpuFeature",
     "UnsupportedFile",
     "UnsupportedLock",
     "UnsupportedMapping",
@@ -683,11 +684,19 @@ class DirectoryGone(Refused):
     fix = "Let the program change to a directory that exists, or run tcpmig with the process's view (nsenter)."
 
 
-class ShadowStack(Refused):
-    """A thread has a shadow stack, which only the kernel can write. It cannot be rebuilt yet."""
+class UnsupportedCpuFeature(Refused):
+    """A thread uses a feature of the CPU whose state cannot be rebuilt yet: a shadow stack, which only the kernel can
+    write, or tagged addresses."""
 
     code = "TM-0327"
-    fix = "Start the program with shadow stacks off (GLIBC_TUNABLES, glibc.cpu.hwcaps=-SHSTK)."
+    fix = "Start the program without the feature (glibc: GLIBC_TUNABLES, glibc.cpu.hwcaps=-SHSTK)."
+
+
+class SeccompUnreadable(Refused):
+    """The process has seccomp filters. To read them takes CAP_SYS_ADMIN, in a tcpmig that has no filter itself."""
+
+    code = "TM-0328"
+    fix = "Run tcpmig as root outside of any container."
 
 
 class StateUnreadable(TcpmigError):
@@ -723,8 +732,8 @@ class MachineForeign(TcpmigError):
 
 
 class ClocksNotContinued(TcpmigError):
-    """The clocks of the rebuilt processes cannot go on from where they stood: no time namespace could be made. Deadlines
-    on CLOCK_MONOTONIC would be wrong by the difference between the hosts."""
+    """The clocks of the rebuilt processes cannot go on from where they stood, since no time namespace could be made.
+    Deadlines on CLOCK_MONOTONIC would be wrong by the difference between the hosts."""
 
     code = "TM-0534"
     fix = "Use a kernel with CONFIG_TIME_NS, and CAP_SYS_ADMIN and CAP_SYS_TIME."

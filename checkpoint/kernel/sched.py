@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import enum
-import os
 import struct
 from dataclasses import astuple, dataclass
 from typing import Final, Self
 
+from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
 
 __all__ = [
@@ -92,32 +92,22 @@ class SchedAttr:
         return cls(*_ATTR.unpack_from(data)[1:])
 
 
-_syscall = ctypes.CDLL(None, use_errno=True).syscall
-_syscall.restype = ctypes.c_long
-
-
 def set_attributes(tid: int, attr: SchedAttr) -> None:
     """sched_setattr(2) of a thread. OSError as the kernel says."""
-    data = attr.pack()
-    buffer = ctypes.create_string_buffer(data, len(data))
-    if _syscall(ctypes.c_long(SYS.sched_setattr), ctypes.c_long(tid), buffer, ctypes.c_long(0)) < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    data = ctypes.create_string_buffer(attr.pack(), SCHED_ATTR_SIZE)
+    syscall(SYS.sched_setattr, tid, ctypes.addressof(data), 0)
 
 
 def get_attributes(tid: int) -> SchedAttr:
     """sched_getattr(2) of a thread. OSError as the kernel says."""
-    buffer = ctypes.create_string_buffer(SCHED_ATTR_SIZE)
-    size = ctypes.c_long(SCHED_ATTR_SIZE)
-    if _syscall(ctypes.c_long(SYS.sched_getattr), ctypes.c_long(tid), buffer, size, ctypes.c_long(0)) < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return SchedAttr.unpack(buffer.raw)
+    data = ctypes.create_string_buffer(SCHED_ATTR_SIZE)
+    syscall(SYS.sched_getattr, tid, ctypes.addressof(data), SCHED_ATTR_SIZE, 0)
+    return SchedAttr.unpack(data.raw)
 
 
 def set_io_priority(tid: int, value: int) -> None:
     """ioprio_set(2) of a thread. OSError as the kernel says."""
-    who = ctypes.c_long(IoprioWho.PROCESS)
-    if _syscall(ctypes.c_long(SYS.ioprio_set), who, ctypes.c_long(tid), ctypes.c_long(value)) < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    syscall(SYS.ioprio_set, IoprioWho.PROCESS, tid, value)
 
 
 def online_cpus() -> frozenset[int]:

@@ -6,13 +6,12 @@ them that this project knows have ``sa_restorer``.
 
 from __future__ import annotations
 
-import ctypes
 import enum
-import os
 import struct
 from dataclasses import dataclass
 from typing import Final, Self
 
+from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
 
 __all__ = [
@@ -152,6 +151,4 @@ def without_kernel_fields(info: bytes) -> bytes:
 
 def tgkill(pid: int, tid: int, signal: int) -> None:
     """Send a signal to one thread. ProcessLookupError if it has gone."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syscall(ctypes.c_long(SYS.tgkill), ctypes.c_long(pid), ctypes.c_long(tid), ctypes.c_long(signal)):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    syscall(SYS.tgkill, pid, tid, signal)

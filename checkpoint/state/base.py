@@ -93,7 +93,7 @@ class ProcessView:
 
     def inner_tid(self, tid: int) -> int:
         """A thread's number in its own PID namespace, which is the one that a record has."""
-        return next((task.thread.inner_tid for task in self.tasks if task.tid == tid), tid)
+        return next((task.inner_tid for task in self.tasks if task.tid == tid), tid)
 
     @cached_property
     def pending(self) -> list[bytes]:
@@ -134,6 +134,11 @@ class TaskView:
     def status(self) -> dict[str, str]:
         """/proc/PID/task/TID/status, read once: before the calls are made."""
         return procfs.read_status(self.pid, self.tid)
+
+    @property
+    def inner_tid(self) -> int:
+        """Its number in its own PID namespace."""
+        return int(self.status["NSpid"].split()[-1])
 
     @cached_property
     def pending(self) -> list[bytes]:

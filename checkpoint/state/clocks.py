@@ -16,7 +16,6 @@ vfork + exec, before only at fork.
 
 from __future__ import annotations
 
-import ctypes
 import enum
 import os
 import threading
@@ -28,6 +27,8 @@ from typing import Final
 from checkpoint.errors import ClocksNotContinued, NoSuchProcess
 from checkpoint.kernel.timers import NS
 from checkpoint.state.base import bounded
+from tcpstate.kernel.batch import syscall
+from tcpstate.kernel.machine import SYS
 
 __all__ = ["TOLERANCE", "Clocks", "Offsets", "continued", "enter", "offsets_for", "read"]
 
@@ -139,15 +140,13 @@ def enter(clocks: Clocks, elapsed: int) -> Offsets | None:
     if continued(wanted, now):
         return None
     offsets = offsets_for(wanted, now, own)
-    libc = ctypes.CDLL(None, use_errno=True)
-    _try(lambda: _unshare(libc), "no time namespace can be made")
+    _try(_unshare, "no time namespace can be made")
     _try(lambda: _write(offsets), "the offsets of the time namespace are refused")
     return offsets
 
 
-def _unshare(libc: ctypes.CDLL) -> None:
-    if libc.unshare(_Clone.NEWTIME):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+def _unshare() -> None:
+    syscall(SYS.unshare, _Clone.NEWTIME)
 
 
 def _write(offsets: Offsets) -> None:

@@ -191,10 +191,10 @@ def capture(process: Process, injection: Injection) -> ProcessState:
         raise StateUnreadable(f"cannot {error.label}: {error.strerror}", object=f"pid {process.pid}") from error
     now = clocks.read(process.pid)
     return ProcessState(
-        pid=process.inner_pid,
+        pid=view.tasks[0].inner_tid,
         states=tuple(_end(each) for each in own),
         threads=tuple(
-            ThreadState(tid=task.thread.inner_tid, states=tuple(_end(each) for each in states))
+            ThreadState(tid=task.inner_tid, states=tuple(_end(each) for each in states))
             for task, states in zip(view.tasks, threads, strict=True)
         ),
         clocks=now,

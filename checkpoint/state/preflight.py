@@ -1,0 +1,243 @@
+"""What of a process's state cannot be moved, found in /proc before anything is stopped.
+
+What only a stopped thread shows is refused when it is captured (a seccomp filter with user notification) or by the
+engine (32-bit code, dispatched system calls).  Not seen at all, and not moved: keys and keyrings, the undo list of SysV
+semaphores, audit IDs, a Landlock domain.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from checkpoint import procfs
+from checkpoint.errors import (
+    ConfinedBySecurityModule,
+    DirectoryGone,
+    ForeignMode,
+    ForeignNamespace,
+    KernelWorkers,
+    NoSuchProcess,
+    Refused,
+    SeccompUnreadable,
+    SharedBetweenProcesses,
+    UnsharedThread,
+    UnsupportedCpuFeature,
+)
+from checkpoint.kernel.capability import Cap
+from checkpoint.kernel.kcmp import KcmpType, kcmp
+from checkpoint.kernel.seccomp import Mode
+from checkpoint.state.filesystem import directory
+from checkpoint.verdict import Status, Verdict
+from tcpstate.errors import KernelFeatureMissing, TcpmigError
+
+__all__ = ["verdicts"]
+
+_KIND: Final = "state"
+#: include/linux/sched.h, field 9 of stat: threads of the kernel that live inside a process
+_PF_IO_WORKER: Final = 0x00000010
+_PF_USER_WORKER: Final = 0x00004000
+#: include/uapi/linux/elf.h
+_ELF_CLASS_AT: Final = 4
+_ELFCLASS64: Final = 2
+_ALL_ADDRESS_BITS: Final = (1 << 64) - 1
+#: namespaces that a rebuilt process shares with the tool
+_NAMESPACES: Final = ("user", "pid", "mnt", "net", "ipc", "uts")
+
+
+def verdicts(pid: int, *, root: int | None = None) -> list[Verdict]:
+    """What becomes of the state of one process; one verdict, OK, if all of it can be moved.
+
+    root  the root of its tree: the clocks of all its processes must be the same
+
+    NoSuchProcess if it ends meanwhile.
+    """
+    found: list[Verdict] = []
+    for check in _CHECKS:
+        found += check(pid)
+    if root is not None and root != pid:
+        found += _clocks_of_tree(pid, root)
+    return found or [Verdict(subject=f"pid {pid}", kind=_KIND)]
+
+
+def _refuse(error: TcpmigError, kind: str) -> Verdict:
+    return Verdict.refuse(error, kind)
+
+
+def _mode(pid: int) -> Iterator[Verdict]:
+    try:
+        with open(f"/proc/{pid}/exe", "rb") as file:
+            head = file.read(_ELF_CLASS_AT + 1)
+    except (FileNotFoundError, ProcessLookupError) as error:
+        raise NoSuchProcess("the process does not exist, or has just ended", object=f"pid {pid}") from error
+    if head[_ELF_CLASS_AT:] != bytes([_ELFCLASS64]):
+        yield _refuse(ForeignMode("its program is not a 64-bit one", object=f"pid {pid}"), "program")
+
+
+def _namespaces(pid: int) -> Iterator[Verdict]:
+    for name in _NAMESPACES:
+        if not _same_link(f"/proc/{pid}/ns/{name}", f"/proc/self/ns/{name}", pid):
+            error = ForeignNamespace(f"it is in another {name} namespace than tcpmig", object=f"pid {pid}")
+            yield _refuse(error, f"{name} namespace")
+    if not _same_link(f"/proc/{pid}/ns/pid", f"/proc/{pid}/ns/pid_for_children", pid):
+        error = ForeignNamespace("its children would be in another PID namespace than itself", object=f"pid {pid}")
+        yield _refuse(error, "pid namespace")
+    if not _same_link(f"/proc/{pid}/ns/time", f"/proc/{pid}/ns/time_for_children", pid):
+        error = ForeignNamespace("its children would be in another time namespace than itself", object=f"pid {pid}")
+        yield _refuse(error, "time namespace")
+    if not _same_link(f"/proc/{pid}/ns/cgroup", "/proc/self/ns/cgroup", pid):
+        yield Verdict(
+            subject=f"pid {pid}",
+            kind="cgroup namespace",
+            status=Status.WARN,
+            text="it has a cgroup namespace of its own; the rebuilt process will see all of the host's cgroups",
+        )
+
+
+def _clocks_of_tree(pid: int, root: int) -> Iterator[Verdict]:
+    if not _same_link(f"/proc/{pid}/ns/time", f"/proc/{root}/ns/time", pid):
+        error = ForeignNamespace(f"it is in another time namespace than pid {root}", object=f"pid {pid}")
+        yield _refuse(error, "time namespace")
+
+
+def _same_link(first: str, second: str, pid: int) -> bool:
+    """Whether two links to namespaces are equal; kernels without that kind of namespace have neither."""
+    try:
+        return _link(first) == _link(second)
+    except ProcessLookupError as error:
+        raise NoSuchProcess("the process does not exist, or has just ended", object=f"pid {pid}") from error
+
+
+def _link(path: str) -> str | None:
+    try:
+        return os.readlink(path)
+    except FileNotFoundError:
+        if not os.path.exists(os.path.dirname(path)):
+            raise ProcessLookupError(path) from None
+        return None
+
+
+def _label(pid: int) -> Iterator[Verdict]:
+    theirs, ours = _security_label(pid), _security_label(os.getpid())
+    if theirs != ours:
+        error = ConfinedBySecurityModule(f"it runs under the label {theirs}, tcpmig under {ours}", object=f"pid {pid}")
+        yield _refuse(error, "security label")
+
+
+def _security_label(pid: int) -> str:
+    """The label, or empty where no security module gives one."""
+    try:
+        with open(f"/proc/{pid}/attr/current", encoding="utf-8", errors="surrogateescape") as file:
+            return file.read().rstrip("\0\n")
+    except (FileNotFoundError, ProcessLookupError) as error:
+        if os.path.exists(f"/proc/{pid}"):
+            return ""
+        raise NoSuchProcess("the process does not exist, or has just ended", object=f"pid {pid}") from error
+    except OSError:
+        return ""  # EINVAL: no such module
+
+
+def _threads(pid: int) -> Iterator[Verdict]:
+    for tid in procfs.threads(pid):
+        name = f"pid {pid}" if tid == pid else f"pid {pid} thread {tid}"
+        try:
+            stat, status = procfs.read_stat(pid, tid), procfs.read_status(pid, tid)
+        except NoSuchProcess:
+            if tid == pid:
+                raise
+            continue  # this thread has just ended
+        if stat.flags & (_PF_IO_WORKER | _PF_USER_WORKER):
+            error: Refused = KernelWorkers(f"the kernel runs the worker {stat.comm} in it", object=name)
+            yield _refuse(error, "kernel worker")
+            continue
+        if any(key.endswith("_Thread_features") and "shstk" in value for key, value in status.items()):
+            yield _refuse(UnsupportedCpuFeature("it has a shadow stack", object=name), "shadow stack")
+        yield from _seccomp(name, status)
+        yield from _shared_with_leader(pid, tid, name)
+    mask = procfs.read_status(pid).get("untag_mask")
+    if mask is not None and int(mask, 16) != _ALL_ADDRESS_BITS:
+        yield _refuse(UnsupportedCpuFeature("it uses tagged addresses", object=f"pid {pid}"), "tagged addresses")
+
+
+def _seccomp(name: str, status: dict[str, str]) -> Iterator[Verdict]:
+    if int(status["Seccomp"]) != Mode.FILTER:
+        return
+    own = procfs.read_status(os.getpid())
+    if int(own["Seccomp"]) != Mode.DISABLED:
+        yield _refuse(SeccompUnreadable("its filters are hidden from us, who have one", object=name), "seccomp")
+    elif not int(own["CapEff"], 16) >> Cap.SYS_ADMIN & 1:
+        yield _refuse(SeccompUnreadable("its filters are hidden without CAP_SYS_ADMIN", object=name), "seccomp")
+
+
+def _shared_with_leader(pid: int, tid: int, name: str) -> Iterator[Verdict]:
+    for what, words in ((KcmpType.FILES, "descriptors"), (KcmpType.FS, "directories")):
+        if tid != pid and not _same(pid, tid, what, gone=True):
+            yield _refuse(UnsharedThread(f"it has {words} of its own", object=name), f"unshared {words}")
+
+
+def _sharing(pid: int) -> Iterator[Verdict]:
+    others = [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != pid]
+    for what, words in ((KcmpType.VM, "memory"), (KcmpType.FILES, "descriptors"), (KcmpType.FS, "directories")):
+        for other in others:
+            if _same(pid, other, what, gone=False):
+                error = SharedBetweenProcesses(f"it shares its {words} with process {other}", object=f"pid {pid}")
+                yield _refuse(error, f"shared {words}")
+
+
+def _same(first: int, second: int, what: KcmpType, *, gone: bool) -> bool:
+    """Whether two tasks share a thing; ``gone``: the answer for a task that has just ended.
+
+    A task that we may not trace is in another user namespace, and shares nothing with one that we may.
+    """
+    try:
+        return kcmp(first, second, what) == 0
+    except ProcessLookupError:
+        return gone
+    except PermissionError:
+        return False
+
+
+def _directories(pid: int) -> Iterator[Verdict]:
+    for which in ("cwd", "root"):
+        try:
+            directory(pid, which)
+        except DirectoryGone as error:
+            yield _refuse(error, which)
+
+
+def _cgroups(pid: int) -> Iterator[Verdict]:
+    groups = set()
+    for tid in procfs.threads(pid):
+        try:
+            with open(f"/proc/{pid}/task/{tid}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+                groups.add(file.read())
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # this thread has just ended
+    if len(groups) > 1:
+        yield Verdict(
+            subject=f"pid {pid}",
+            kind="cgroup",
+            status=Status.WARN,
+            text="its threads are in different cgroups; all of them will be in the first thread's",
+        )
+
+
+def _timers(pid: int) -> Iterator[Verdict]:
+    if not os.path.exists(f"/proc/{pid}/timers"):
+        error = KernelFeatureMissing(
+            "the kernel does not tell the timers of a process (CONFIG_CHECKPOINT_RESTORE)", object=f"pid {pid}"
+        )
+        yield _refuse(error, "posix timers")
+
+
+_CHECKS: Final[tuple[Callable[[int], Iterator[Verdict]], ...]] = (
+    _mode,
+    _namespaces,
+    _label,
+    _threads,
+    _sharing,
+    _directories,
+    _cgroups,
+    _timers,
+)
