@@ -19,6 +19,7 @@ import contextlib
 import enum
 import errno
 import fcntl
+import logging
 import os
 import re
 import struct
@@ -53,6 +54,8 @@ __all__ = [
     "journals",
     "read_journal",
 ]
+
+_log = logging.getLogger(__name__)
 
 MAGIC = b"TCPMIGJ1"
 _FRAME = struct.Struct("<II")
@@ -213,7 +216,7 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             _prune(folder)
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
             self._write(MAGIC)
             self.append(opened)
             parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -337,13 +340,15 @@ def read_journal(path: Path) -> JournalView:
 
 
 def journals(directory: Path | None = None) -> Iterator[JournalView]:
-    """The readable journals in the state directory, oldest first; damaged ones raise when they are read by name."""
+    """The readable journals in the state directory, oldest first; damaged ones are named in the log."""
     folder = (directory or state_directory()) / "journals"
     found: list[JournalView] = []
     for name in sorted(os.listdir(folder)) if folder.is_dir() else []:
         if _NAME.fullmatch(name):
-            with contextlib.suppress(JournalDamaged):
+            try:
                 found.append(read_journal(folder / name))
+            except JournalDamaged as error:
+                _log.warning("%s", error)
     yield from sorted(found, key=lambda view: view.opened.wall)
 
 
@@ -374,7 +379,8 @@ def _intact(data: bytes, at: int) -> bool:
     """Whether a whole record stands at ``at``."""
     length, checksum = _FRAME.unpack_from(data, at)
     end = at + _FRAME.size + length
-    return length > 0 and end <= len(data) and zlib.crc32(data[at + _FRAME.size : end]) == checksum
+    whole: bool = length > 0 and end <= len(data) and zlib.crc32(data[at + _FRAME.size : end]) == checksum
+    return whole
 
 
 def _lockable(fd: int) -> bool:
@@ -385,12 +391,19 @@ def _lockable(fd: int) -> bool:
     return True
 
 
+def _age(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
 def _prune(folder: Path) -> None:
     """Remove journals that were closed long ago."""
     for name in os.listdir(folder):
         path = folder / name
-        if _NAME.fullmatch(name) and time.time() - path.stat().st_mtime > KEEP:
-            # one that cannot be read is left for a person to look at
-            with contextlib.suppress(JournalDamaged):
+        if _NAME.fullmatch(name) and _age(path) > KEEP:
+            # one that cannot be read is left for a person to look at; one that is gone was pruned by another program
+            with contextlib.suppress(JournalDamaged, FileNotFoundError):
                 if read_journal(path).closed is not None:
                     path.unlink()

@@ -1,8 +1,9 @@
 """The way to the target: the child process of ``--rsh`` at the source, standard input and output at the target.
 
-``--rsh CMD`` runs ``CMD HOST tcpmig receive``, as rsync does; CMD and the remote command are split into words as a shell
-would.  The child's standard input and output are one end of a socket pair: between two processes it carries three times what a pipe does
-(6 GB/s and 2 GB/s on the development machine), because a pipe is limited to one megabyte in single pages.
+``--rsh CMD`` runs ``CMD HOST tcpmig receive``, as rsync does.  CMD is split into words as a shell would; the remote
+command only at its blanks, so that quotes in it reach the remote shell, which ssh gives the words to, joined again.  The
+child's standard input and output are one end of a socket pair: between two processes it carries three times what a pipe
+does (6 GB/s and 2 GB/s on the development machine), because a pipe is made of single pages.
 """
 
 from __future__ import annotations
@@ -42,21 +43,16 @@ STDERR_ROOM = 1 << 16
 
 def remote_words(rsh: str, host: str, remote_command: str) -> list[str]:
     """The command line: RshSyntax if a part cannot be split or is empty, or if HOST looks like an option."""
-    words: list[str] = []
-    for name, text in (("--rsh", rsh), ("HOST", ""), ("--remote-command", remote_command)):
-        if name == "HOST":
-            if not host or host.startswith("-"):
-                raise RshSyntax("HOST is empty or looks like an option", object=host)
-            words.append(host)
-            continue
-        try:
-            part = shlex.split(text)
-        except ValueError as error:
-            raise RshSyntax(f"{name} cannot be split: {error}", object=text) from None
-        if not part:
-            raise RshSyntax(f"{name} has no word", object=text)
-        words += part
-    return words
+    if not host or host.startswith("-"):
+        raise RshSyntax("HOST is empty or looks like an option", object=host)
+    try:
+        command = shlex.split(rsh)
+    except ValueError as error:
+        raise RshSyntax(f"--rsh cannot be split: {error}", object=rsh) from None
+    remote = remote_command.split()
+    if not command or not remote:
+        raise RshSyntax("--rsh or --remote-command has no word", object=rsh)
+    return [*command, host, *remote]
 
 
 class Remote:
@@ -84,7 +80,9 @@ class Remote:
         self._socket = ours
         try:
             with theirs, _interrupts_ignored():
-                self._child = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE)
+                self._child = subprocess.Popen(
+                    words, stdin=theirs.fileno(), stdout=theirs.fileno(), stderr=subprocess.PIPE
+                )
         except OSError as error:
             ours.close()
             raise RemoteStartFailed(

@@ -114,6 +114,8 @@ class Channel:
 
     read_fd, write_fd  pipe ends or a socket (then both may be the same number); they stay the caller's to close
     silence            seconds without progress after which a wait ends with LinkSilent
+    listens            read messages while a send has to wait; not on the side that receives the image, whose bytes must
+                       be taken one by one
     aside              descriptor -> function: called when it can be read while the channel waits (the remote shell's
                        standard error); the function returns False when there will be no more
     """
@@ -124,10 +126,12 @@ class Channel:
         write_fd: int,
         *,
         silence: float = SILENCE,
+        listens: bool = True,
         aside: dict[int, Callable[[], bool]] | None = None,
     ) -> None:
         self._read_fd, self._write_fd = read_fd, write_fd
         self.silence = silence
+        self._listens = listens
         self._aside = dict(aside or {})
         self._blocking = {fd: os.get_blocking(fd) for fd in {read_fd, write_fd}}
         for fd in self._blocking:
@@ -179,11 +183,13 @@ class Channel:
             except BlockingIOError:
                 # what the other side says meanwhile is read, else both could wait for each other
                 self._wait(write=True, deadline=deadline)
-                self._read_ahead()
+                if self._listens:
+                    self._read_ahead()
                 continue
             except (BrokenPipeError, ConnectionResetError) as error:
                 # its last words may be the reason
-                self._drain()
+                if self._listens:
+                    self._drain()
                 raise LinkLost("the other side closed the line") from error
             self.bytes_sent += count
             deadline = time.monotonic() + self.silence
@@ -308,10 +314,11 @@ class Channel:
         """Until the line can be read (or written, too); False at the deadline, or LinkSilent if ``fail``."""
         while True:
             poll = select.poll()
-            if not self._ended:
+            reads = not self._ended and (self._listens or not write)
+            if reads:
                 poll.register(self._read_fd, select.POLLIN)
             if write:
-                both = self._write_fd == self._read_fd and not self._ended
+                both = self._write_fd == self._read_fd and reads
                 poll.register(self._write_fd, select.POLLOUT | (select.POLLIN if both else 0))
             for fd in self._aside:
                 poll.register(fd, select.POLLIN)
