@@ -12,14 +12,25 @@ import enum
 from typing import ClassVar
 
 __all__ = [
+    "AddressInUse",
+    "AlreadyFrozen",
     "BadRecord",
     "ConnIdSyntax",
+    "ConnectionCallFailed",
+    "ForeignFilter",
     "KernelFeatureMissing",
+    "ListenerFilterRefused",
     "MissingCapability",
     "NoSuchConnection",
+    "NotFrozen",
     "NotPermitted",
     "Outcome",
+    "QueueNotRestored",
+    "StillMoving",
     "TcpmigError",
+    "UnsupportedSocket",
+    "UnsupportedState",
+    "UrgentData",
     "catalogue",
 ]
 
@@ -114,6 +125,98 @@ class BadRecord(TcpmigError):
     code = "TM-0203"
     outcome = Outcome.REFUSED
     fix = "Make the record again; do not edit it by hand."
+
+
+class ForeignFilter(TcpmigError):
+    """The application attached an eBPF program as a filter of this socket (SO_ATTACH_BPF). The kernel does not give
+    such a program back: it could neither be restored after a freeze nor rebuilt elsewhere. Nothing was changed."""
+
+    code = "TM-0210"
+    outcome = Outcome.REFUSED
+    fix = "Let the application detach its eBPF filter, or use a classic one (SO_ATTACH_FILTER)."
+
+
+class UnsupportedState(TcpmigError):
+    """The connection is in a TCP state that cannot be exported and rebuilt. Nothing was changed."""
+
+    code = "TM-0211"
+    outcome = Outcome.REFUSED
+    fix = "Wait until the connection is established or closed, and try again."
+
+
+class UnsupportedSocket(TcpmigError):
+    """The socket carries state that the kernel does not give out: an upper-layer protocol (kTLS), Multipath TCP, TCP-AO
+    or MD5 keys, or it is not a TCP socket. Nothing was changed."""
+
+    code = "TM-0212"
+    outcome = Outcome.REFUSED
+    fix = "Close this connection before, or leave its process where it is."
+
+
+class UrgentData(TcpmigError):
+    """The receive queue holds urgent data (TCP's out-of-band byte). Reading the queue from outside stops at the urgent
+    mark; what is behind it would be lost."""
+
+    code = "TM-0213"
+    fix = "Let the application read the urgent byte and try again."
+
+
+class ConnectionCallFailed(TcpmigError):
+    """A system call on a connection's socket failed. The message names the call and the kernel's reason. What had been
+    changed on the sockets of the same batch was undone."""
+
+    code = "TM-0214"
+    fix = "See the named call; CAP_NET_ADMIN is needed in the user namespace that owns the network namespace."
+
+
+class AddressInUse(TcpmigError):
+    """A connection with the same addresses and ports exists in this network namespace already, or something else keeps
+    the local port."""
+
+    code = "TM-0215"
+    fix = "Discard or close the other connection first; list it with `tcpmig conns`."
+
+
+class ListenerFilterRefused(TcpmigError):
+    """A listening socket does not take a filter (Multipath TCP listeners refuse them, SO_LOCK_FILTER forbids them), so
+    that new connections cannot be held back at it."""
+
+    code = "TM-0216"
+    outcome = Outcome.REFUSED
+    fix = "Start the server with plain TCP listeners (Go: GODEBUG=multipathtcp=0), or without SO_LOCK_FILTER."
+
+
+class StillMoving(TcpmigError):
+    """A frozen connection's queues or sequence numbers changed while they were read, several times over: something
+    still uses the socket, probably a process that shares it and was not stopped."""
+
+    code = "TM-0217"
+    fix = "Stop every process that holds this socket (see `tcpmig conns`) and try again."
+
+
+class QueueNotRestored(TcpmigError):
+    """The kernel did not take the whole send or receive queue of a connection that was being rebuilt."""
+
+    code = "TM-0218"
+    fix = "Give the host more memory for TCP (net.ipv4.tcp_mem) and try again."
+
+
+class AlreadyFrozen(TcpmigError):
+    """The connection is frozen already: by an earlier `tcpmig freeze`, or by a checkpoint or migration under way. Nothing
+    was changed."""
+
+    code = "TM-0280"
+    outcome = Outcome.REFUSED
+    fix = "Let it flow again with `tcpmig resume CONN`, or wait until the migration is done."
+
+
+class NotFrozen(TcpmigError):
+    """No `tcpmig freeze` in this boot and network namespace has frozen this connection, or it is resumed already, or the
+    freeze kept its record in another runtime directory."""
+
+    code = "TM-0281"
+    outcome = Outcome.REFUSED
+    fix = "List what is frozen with `tcpmig conns`; TCPMIG_RUNTIME_DIR must be the one of the freeze."
 
 
 def catalogue() -> dict[str, type[TcpmigError]]:

@@ -1,0 +1,67 @@
+"""Silence of frozen sockets: packets that carry their mark go nowhere.
+
+One routing rule per network namespace and family does it for all sockets.  It does not cover connections over loopback:
+the rule of the local table comes before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Iterator
+
+from tcpstate.kernel import route
+
+__all__ = ["MARK", "Blackhole", "blackhole"]
+
+#: SO_MARK of frozen sockets ("tcmi")
+MARK = 0x74636D69
+#: before the rules that a host usually has, after that of the local table
+_RULE_PRIORITIES = range(5, 105)
+
+
+class Blackhole:
+    """The rules of one user, one per family: packets with :data:`MARK` go nowhere.
+
+    Every user adds rules of its own (same selector, another priority), so that several at a time do not disturb each
+    other; :meth:`remove` takes away only one's own.
+    """
+
+    def __init__(self) -> None:
+        self.priorities: dict[int, int] = {}
+
+    def ensure(self) -> None:
+        """Add the rules in the calling thread's network namespace. OSError."""
+        for family in (socket.AF_INET, socket.AF_INET6):
+            if family in self.priorities:
+                continue
+            try:
+                self.priorities[family] = next(p for p in _RULE_PRIORITIES if route.add_blackhole_rule(family, MARK, p))
+            except StopIteration:
+                self.remove()
+                raise OSError(errno.EUSERS, "all priorities for blackhole rules are taken") from None
+            except OSError as error:
+                # no IPv6 in this kernel: nothing to keep silent
+                if family == socket.AF_INET6 and error.errno in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP):
+                    continue
+                self.remove()
+                raise
+
+    def remove(self) -> None:
+        """Remove them; none must be frozen any more. Rules that are gone already are no error."""
+        while self.priorities:
+            family, priority = self.priorities.popitem()
+            route.remove_blackhole_rule(family, MARK, priority)
+
+
+@contextlib.contextmanager
+def blackhole() -> Iterator[Blackhole]:
+    """The rules that make frozen sockets silent, as long as the block lasts. Also for the network namespace where
+    sockets are rebuilt: until they are released they carry the mark."""
+    rules = Blackhole()
+    rules.ensure()
+    try:
+        yield rules
+    finally:
+        rules.remove()

@@ -1,0 +1,285 @@
+"""Freezing connections without a firewall, and giving them back exactly.
+
+Two levels::
+
+    quiet    a filter on the socket drops every segment that arrives (no ACK leaves), the mark sends every packet of
+             it into a blackhole.  The owner may go on running; nothing comes in, nothing goes out.
+    repair   TCP_REPAIR on top, for reading and writing the connection's state.  The owner must be stopped: its send()
+             would get EINVAL, its recv() EPERM.
+
+::
+
+    with blackhole():                        # one rule per network namespace and family
+        capture.start()                      # keep what the filters will drop
+        states = quiet(socks)
+        enter_repair(socks)
+        ...                                  # read, move away, or give up:
+        thaw(socks, states)                  # and replay what was captured
+
+A quiet socket's timers go on: TCP_USER_TIMEOUT would kill it within seconds and keepalive would reset it.  So both are
+put out of action, and the originals are in the :class:`QuietState`.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tcpstate import codec
+from tcpstate.blackhole import MARK, Blackhole, blackhole
+from tcpstate.errors import ConnectionCallFailed
+from tcpstate.filters import (
+    ListenerState,
+    drop_syns,
+    give_filter,
+    own_filter,
+    read_filters,
+    remove_syn_filter,
+    undo_drop_syns,
+)
+from tcpstate.kernel import bpf
+from tcpstate.kernel.bpf import Instruction
+from tcpstate.kernel.columns import Rows
+from tcpstate.kernel.sockets import IP, IPV6, SO, Level
+from tcpstate.kernel.tcp import TCP, USER_TIMEOUT_MAX, Repair, RepairQueue
+from tcpstate.rows import describe, failures
+
+__all__ = [
+    "MARK",
+    "Blackhole",
+    "Gate",
+    "ListenerState",
+    "QuietState",
+    "blackhole",
+    "drop_syns",
+    "enter_repair",
+    "leave_repair",
+    "quiet",
+    "read_originals",
+    "remove_syn_filter",
+    "thaw",
+    "undo_drop_syns",
+]
+
+#: no packet that was forwarded even once arrives with it, and stacks start lower (RFC 5082)
+_MINIMUM_TTL = 255
+
+
+class Gate(enum.Enum):
+    """What keeps arriving segments out of a quiet socket."""
+
+    FILTER = "filter"
+    TTL = "ttl"  # SO_LOCK_FILTER forbids the filter: IP_MINTTL drops what has a smaller TTL than 255
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuietState:
+    """What :func:`quiet` changed on a socket: the originals.
+
+    filter         the application's own classic filter; () if it has none
+    filter_locked  SO_LOCK_FILTER
+    mark           SO_MARK
+    user_timeout   TCP_USER_TIMEOUT, milliseconds
+    keepalive      SO_KEEPALIVE
+    reuse_address  SO_REUSEADDR (leaving repair clears it)
+    minimum_ttl    IP_MINTTL
+    minimum_hops   IPV6_MINHOPCOUNT (0 for IPv4 sockets)
+    gate           which way was used
+    """
+
+    filter: tuple[Instruction, ...]
+    filter_locked: bool
+    mark: int
+    user_timeout: int
+    keepalive: bool
+    reuse_address: bool
+    minimum_ttl: int
+    minimum_hops: int
+    gate: Gate
+
+    def to_bytes(self) -> bytes:
+        """For a journal."""
+        return codec.pack(self)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> QuietState:
+        """Of :meth:`to_bytes`; BadRecord if it is none."""
+        return codec.unpack(cls, data)
+
+
+def read_originals(socks: Sequence[socket.socket]) -> list[QuietState]:
+    """What :func:`quiet` is going to change, to be written down before it does. ForeignFilter, ConnectionCallFailed."""
+    filters = [own_filter(f) for f in read_filters(socks)]
+    rows = Rows(len(socks))
+    fd = rows.numbers([s.fileno() for s in socks])
+    locked = rows.getsockopt(fd, Level.SOCKET, SO.LOCK_FILTER, 4)
+    mark = rows.getsockopt(fd, Level.SOCKET, SO.MARK, 4)
+    timeout = rows.getsockopt(fd, Level.TCP, TCP.USER_TIMEOUT, 4)
+    keepalive = rows.getsockopt(fd, Level.SOCKET, SO.KEEPALIVE, 4)
+    reuse = rows.getsockopt(fd, Level.SOCKET, SO.REUSEADDR, 4)
+    ttl = rows.getsockopt(fd, Level.IP, IP.MINTTL, 4, ignore=True)
+    hops = rows.getsockopt(fd, Level.IPV6, IPV6.MINHOPCOUNT, 4, ignore=True)
+    with failures(socks):
+        rows.run()
+    columns = zip(
+        filters, locked.u32(), mark.u32(), timeout.u32(), keepalive.u32(), reuse.u32(), ttl.u32(), hops.u32(),
+        strict=True,
+    )  # fmt: skip
+    return [
+        QuietState(
+            filter=own,
+            filter_locked=bool(lock),
+            mark=value,
+            user_timeout=milliseconds,
+            keepalive=bool(alive),
+            reuse_address=bool(again),
+            minimum_ttl=least,
+            minimum_hops=most,
+            gate=Gate.TTL if lock else Gate.FILTER,
+        )
+        for own, lock, value, milliseconds, alive, again, least, most in columns
+    ]
+
+
+def quiet(socks: Sequence[socket.socket]) -> list[QuietState]:
+    """Freeze connections at the quiet level; returns the originals, in the same order.
+
+    All of them, or none: at the first failure those that were changed are given back.  Nothing arrives any more when it
+    returns, but a segment that was past the filter already may still be at work for a moment; the export checks for it.
+    ForeignFilter, ConnectionCallFailed.
+    """
+    if not socks:
+        return []
+    states = read_originals(socks)
+    try:
+        _gate_filter([s for s, state in zip(socks, states, strict=True) if state.gate is Gate.FILTER])
+        _gate_ttl([s for s, state in zip(socks, states, strict=True) if state.gate is Gate.TTL])
+        rows = Rows(len(socks))
+        fd = rows.numbers([s.fileno() for s in socks])
+        rows.setsockopt(fd, Level.SOCKET, SO.MARK, rows.shared(struct.pack("I", MARK)), label="setting the mark")
+        rows.setsockopt(fd, Level.TCP, TCP.USER_TIMEOUT, USER_TIMEOUT_MAX)
+        rows.setsockopt(fd, Level.SOCKET, SO.KEEPALIVE, 0)
+        with failures(socks):
+            rows.run()
+    except BaseException:
+        thaw(socks, states)
+        raise
+    return states
+
+
+def _gate_filter(socks: Sequence[socket.socket]) -> None:
+    if not socks:
+        return
+    program = bpf.drop_program()
+    if program is not None:
+        rows = Rows(len(socks))
+        fd = rows.numbers([s.fileno() for s in socks])
+        attached = rows.setsockopt(fd, Level.SOCKET, SO.ATTACH_BPF, program, ignore=True, label="attaching the filter")
+        rows.run()
+        if all(result == 0 for result in attached.values()):
+            return
+    # classic: the same effect; the kernel translates the program for each socket
+    classic = bpf.program(bpf.DROP_ALL)
+    rows = Rows(len(socks))
+    fd = rows.numbers([s.fileno() for s in socks])
+    rows.setsockopt(
+        fd, Level.SOCKET, SO.ATTACH_FILTER, rows.shared(classic.bytes), size=len(classic.bytes),
+        label="attaching the filter",
+    )  # fmt: skip
+    with failures(socks):
+        rows.run()
+
+
+def _gate_ttl(socks: Sequence[socket.socket], values: Sequence[tuple[int, int]] | None = None) -> None:
+    """Set the minimum TTL and, on IPv6 sockets, hop count: to 255, or to ``values``."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        mine = [i for i, s in enumerate(socks) if s.family == family]
+        if not mine:
+            continue
+        ttl, hops = zip(
+            *([values[i] for i in mine] if values else [(_MINIMUM_TTL, _MINIMUM_TTL)] * len(mine)), strict=True
+        )
+        rows = Rows(len(mine))
+        fd = rows.numbers([socks[i].fileno() for i in mine])
+        rows.setsockopt(fd, Level.IP, IP.MINTTL, rows.u32(ttl), label="setting the minimum TTL")
+        if family == socket.AF_INET6:
+            rows.setsockopt(fd, Level.IPV6, IPV6.MINHOPCOUNT, rows.u32(hops), label="setting the minimum hop count")
+        with failures([socks[i] for i in mine]):
+            rows.run()
+
+
+def thaw(socks: Sequence[socket.socket], states: Sequence[QuietState], *, probe: bool = True) -> None:
+    """Give frozen connections back as they were, out of repair if they are in it. May be repeated.
+
+    What the filter dropped meanwhile nobody sends again at once: replay the capture.  ``probe``: let the kernel ask the
+    peer for its window (and so for an ACK) when it leaves repair.  All sockets are tried; ConnectionCallFailed names
+    the first that failed.
+    """
+    if len(socks) != len(states):
+        raise ValueError(f"{len(socks)} sockets, {len(states)} states")
+    rows = Rows(len(socks))
+    fd = rows.numbers([s.fileno() for s in socks])
+    done = [
+        rows.setsockopt(fd, Level.SOCKET, SO.MARK, rows.u32([s.mark for s in states]), ignore=True),
+        rows.setsockopt(fd, Level.TCP, TCP.USER_TIMEOUT, rows.u32([s.user_timeout for s in states]), ignore=True),
+        rows.setsockopt(fd, Level.SOCKET, SO.KEEPALIVE, rows.u32([s.keepalive for s in states]), ignore=True),
+    ]
+    rows.run()
+    results = zip(*(result.values() for result in done), strict=True)
+    failed = [
+        f"{describe(sock)}: {os.strerror(-min(row))}" for sock, row in zip(socks, results, strict=True) if min(row) < 0
+    ]
+    for sock, state in zip(socks, states, strict=True):
+        try:
+            if state.gate is Gate.FILTER:
+                give_filter(sock, state.filter)
+            else:
+                _gate_ttl([sock], [(state.minimum_ttl, state.minimum_hops)])
+        except (OSError, ConnectionCallFailed) as error:
+            failed.append(f"{describe(sock)}: {error}")
+    # last: only now an answer to the probe gets in
+    in_repair = [(sock, state.reuse_address) for sock, state in zip(socks, states, strict=True) if is_in_repair(sock)]
+    if in_repair:
+        leave_repair([sock for sock, _ in in_repair], [reuse for _, reuse in in_repair], probe=probe)
+    if failed:
+        raise ConnectionCallFailed(f"{len(failed)} of {len(socks)} sockets were not given back whole", object=failed[0])
+
+
+def is_in_repair(sock: socket.socket) -> bool:
+    """Whether the socket is in repair mode."""
+    return sock.getsockopt(Level.TCP, TCP.REPAIR) == Repair.ON
+
+
+def enter_repair(socks: Sequence[socket.socket]) -> None:
+    """Put sockets in repair mode. All or none; ConnectionCallFailed (EPERM: a listener, or no CAP_NET_ADMIN)."""
+    rows = Rows(len(socks))
+    fd = rows.numbers([s.fileno() for s in socks])
+    entered = rows.setsockopt(fd, Level.TCP, TCP.REPAIR, Repair.ON, ignore=True, label="entering repair mode")
+    rows.run()
+    failed = [i for i, result in enumerate(entered.values()) if result < 0]
+    if failed:
+        for i, result in enumerate(entered.values()):
+            if result == 0:
+                socks[i].setsockopt(Level.TCP, TCP.REPAIR, Repair.OFF_NO_PROBE)
+        error = os.strerror(-entered.values()[failed[0]])
+        raise ConnectionCallFailed(f"entering repair mode: {error}", object=describe(socks[failed[0]]))
+
+
+def leave_repair(socks: Sequence[socket.socket], reuse_address: Sequence[bool], *, probe: bool) -> None:
+    """Take sockets out of repair mode and give SO_REUSEADDR back, which the kernel clears on the way out.
+
+    probe: send a window probe (its answer clears the send queue of what the peer has). ConnectionCallFailed.
+    """
+    rows = Rows(len(socks))
+    fd = rows.numbers([s.fileno() for s in socks])
+    rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
+    rows.setsockopt(
+        fd, Level.TCP, TCP.REPAIR, Repair.OFF if probe else Repair.OFF_NO_PROBE, label="leaving repair mode"
+    )
+    rows.setsockopt(fd, Level.SOCKET, SO.REUSEADDR, rows.u32(reuse_address))
+    with failures(socks):
+        rows.run()

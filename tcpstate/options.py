@@ -1,0 +1,370 @@
+"""Socket options of a connection: one table, saved and given back by it.
+
+Every option that an established socket gives out and takes back stands in ``TABLE``; each that does not stands in
+``EXCLUDED`` with the reason (``tests/kernel/tcp`` tries all numbers on the running kernel against both).  What equals
+the value of a fresh socket of the same host is not recorded: a host's own defaults (sysctls) hold for it.
+
+What the freeze changes (mark, keepalive, user timeout, minimum TTL) or repair mode hides (SO_REUSEADDR) is kept in
+:class:`~tcpstate.freeze.QuietState`; the export writes those originals over what it reads here.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import functools
+import logging
+import socket
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tcpstate.kernel.columns import Field, RowError, Rows
+from tcpstate.kernel.sockets import IP, IPV6, SO, Level
+from tcpstate.kernel.tcp import TCP
+
+__all__ = ["EXCLUDED", "TABLE", "Format", "Option", "Saved", "Stage", "give", "save"]
+
+log = logging.getLogger(__name__)
+
+
+class Format(enum.Enum):
+    """Datatype of a value: how its bytes are read. Numbers in the machine's byte order become plain numbers."""
+
+    INT = "i"
+    UNSIGNED = "I"
+    UNSIGNED_64 = "Q"
+    PAIR = "ii"
+    TIME = "qq"  # seconds, microseconds
+    BYTES = "s"
+
+
+class Stage(enum.Enum):
+    """When a rebuilt socket takes it."""
+
+    BEFORE_CONNECT = "before bind and connect"  # it chooses the route, or the kernel refuses it later
+    REPAIRED = "in repair, after the queues"
+    RELEASED = "after repair"  # it would send, or kill the connection, before the address is here
+
+
+class Where(enum.Flag):
+    """Which sockets have it."""
+
+    IPV4 = enum.auto()
+    IPV6 = enum.auto()
+    ANY = IPV4 | IPV6
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One line of the table.
+
+    keyword          its name in records
+    level, number    its name for the kernel
+    format, size     datatype and largest length in bytes
+    """
+
+    keyword: str
+    level: Level
+    number: int
+    format: Format
+    stage: Stage
+    where: Where
+    size: int
+
+    def decode(self, data: bytes) -> tuple[int, ...]:
+        """Numbers of the value's bytes."""
+        return struct.unpack_from(self.format.value, data)
+
+    def encode(self, value: Sequence[int]) -> bytes:
+        """Bytes of the numbers; ValueError if they do not fit."""
+        try:
+            return struct.pack(self.format.value, *value)
+        except struct.error as error:
+            raise ValueError(f"{self.keyword}: {error}") from None
+
+
+@dataclass(slots=True)
+class Saved:
+    """What one socket's options differ in from a fresh socket's."""
+
+    numbers: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    data: dict[str, bytes] = field(default_factory=dict)
+
+
+_LEVELS: dict[type[enum.IntEnum], tuple[Level, str, Where]] = {
+    SO: (Level.SOCKET, "so", Where.ANY),
+    # an IPv6 socket that speaks IPv4 has both
+    IP: (Level.IP, "ip", Where.ANY),
+    IPV6: (Level.IPV6, "ipv6", Where.IPV6),
+    TCP: (Level.TCP, "tcp", Where.ANY),
+}
+
+
+def _line(number: enum.IntEnum, form: Format = Format.INT, stage: Stage = Stage.REPAIRED, size: int = 0) -> Option:
+    level, prefix, where = _LEVELS[type(number)]
+    keyword = f"{prefix}.{number.name.lower().removesuffix('_old')}"
+    return Option(keyword, level, number, form, stage, where, size or struct.calcsize(form.value))
+
+
+# The order is the order of setting: the _NEW forms follow the older ones, which reset the choice between them.
+TABLE: tuple[Option, ...] = (
+    _line(SO.DEBUG),
+    _line(SO.DONTROUTE, stage=Stage.BEFORE_CONNECT),
+    _line(SO.BROADCAST),
+    _line(SO.KEEPALIVE, stage=Stage.RELEASED),
+    _line(SO.OOBINLINE),
+    _line(SO.NO_CHECK),
+    _line(SO.PRIORITY),
+    _line(SO.LINGER, Format.PAIR),
+    _line(SO.REUSEPORT),
+    _line(SO.RCVLOWAT),
+    _line(SO.RCVTIMEO_NEW, Format.TIME),
+    _line(SO.SNDTIMEO_NEW, Format.TIME),
+    _line(SO.TIMESTAMP_OLD),
+    _line(SO.TIMESTAMPNS_OLD),
+    _line(SO.TIMESTAMPING_OLD, Format.PAIR),
+    _line(SO.TIMESTAMP_NEW),
+    _line(SO.TIMESTAMPNS_NEW),
+    _line(SO.TIMESTAMPING_NEW, Format.PAIR),
+    _line(SO.MARK, Format.UNSIGNED, Stage.RELEASED),
+    _line(SO.RXQ_OVFL),
+    _line(SO.WIFI_STATUS),
+    _line(SO.PEEK_OFF, stage=Stage.RELEASED),
+    _line(SO.NOFCS),
+    _line(SO.SELECT_ERR_QUEUE),
+    _line(SO.BUSY_POLL),
+    _line(SO.MAX_PACING_RATE, Format.UNSIGNED_64),
+    _line(SO.ZEROCOPY),
+    _line(SO.TXTIME, Format.PAIR),
+    _line(SO.PREFER_BUSY_POLL),
+    _line(SO.BUSY_POLL_BUDGET),
+    _line(SO.RESERVE_MEM),
+    _line(SO.TXREHASH),
+    _line(SO.RCVMARK),
+    _line(SO.RCVPRIORITY),
+    _line(SO.BINDTODEVICE, Format.BYTES, Stage.BEFORE_CONNECT, 16),
+    _line(IP.OPTIONS, Format.BYTES, Stage.REPAIRED, 40),
+    _line(IP.TOS),
+    _line(IP.TTL),
+    _line(IP.RECVOPTS),
+    _line(IP.RETOPTS),
+    _line(IP.PKTINFO),
+    _line(IP.MTU_DISCOVER),
+    _line(IP.RECVERR),
+    _line(IP.RECVTTL),
+    _line(IP.RECVTOS),
+    _line(IP.FREEBIND, stage=Stage.RELEASED),
+    _line(IP.PASSSEC),
+    _line(IP.TRANSPARENT, stage=Stage.RELEASED),
+    _line(IP.RECVORIGDSTADDR),
+    _line(IP.MINTTL, stage=Stage.RELEASED),
+    _line(IP.CHECKSUM),
+    _line(IP.BIND_ADDRESS_NO_PORT),
+    _line(IP.RECVERR_RFC4884),
+    _line(IP.MULTICAST_LOOP),
+    _line(IP.MULTICAST_ALL),
+    _line(IP.LOCAL_PORT_RANGE, Format.UNSIGNED),
+    _line(IPV6.RECVPKTINFO_2292),
+    _line(IPV6.RECVHOPOPTS_2292),
+    _line(IPV6.RECVDSTOPTS_2292),
+    _line(IPV6.RECVRTHDR_2292),
+    _line(IPV6.RECVHOPLIMIT_2292),
+    _line(IPV6.FLOWINFO),
+    _line(IPV6.UNICAST_HOPS),
+    _line(IPV6.MULTICAST_LOOP),
+    _line(IPV6.MTU_DISCOVER),
+    _line(IPV6.RECVERR),
+    _line(IPV6.V6ONLY, stage=Stage.BEFORE_CONNECT),
+    _line(IPV6.MULTICAST_ALL),
+    _line(IPV6.ROUTER_ALERT_ISOLATE),
+    _line(IPV6.RECVERR_RFC4884),
+    _line(IPV6.FLOWINFO_SEND),
+    _line(IPV6.RECVPKTINFO),
+    _line(IPV6.RECVHOPLIMIT),
+    _line(IPV6.RECVHOPOPTS),
+    _line(IPV6.RECVRTHDR),
+    _line(IPV6.RECVDSTOPTS),
+    _line(IPV6.RECVPATHMTU),
+    _line(IPV6.DONTFRAG),
+    _line(IPV6.RECVTCLASS),
+    _line(IPV6.TCLASS),
+    _line(IPV6.AUTOFLOWLABEL),
+    _line(IPV6.ADDR_PREFERENCES),
+    _line(IPV6.MINHOPCOUNT, stage=Stage.RELEASED),
+    _line(IPV6.RECVORIGDSTADDR),
+    _line(IPV6.TRANSPARENT, stage=Stage.RELEASED),
+    _line(IPV6.RECVFRAGSIZE),
+    _line(IPV6.FREEBIND, stage=Stage.RELEASED),
+    _line(TCP.NODELAY),
+    _line(TCP.KEEPIDLE),
+    _line(TCP.KEEPINTVL),
+    _line(TCP.KEEPCNT),
+    _line(TCP.SYNCNT),
+    _line(TCP.LINGER2),
+    _line(TCP.DEFER_ACCEPT),
+    _line(TCP.WINDOW_CLAMP),
+    _line(TCP.THIN_LINEAR_TIMEOUTS),
+    _line(TCP.USER_TIMEOUT, stage=Stage.RELEASED),
+    _line(TCP.NOTSENT_LOWAT, Format.UNSIGNED),
+    _line(TCP.INQ),
+    _line(TCP.TX_DELAY),
+    _line(TCP.RTO_MAX_MS),
+    _line(TCP.RTO_MIN_US),
+    _line(TCP.DELACK_MAX_US),
+    # corking and quick ACKs come after the unsent data has left
+    _line(TCP.CORK, stage=Stage.RELEASED),
+    _line(TCP.QUICKACK, stage=Stage.RELEASED),
+)
+
+BY_KEYWORD: Mapping[str, Option] = {option.keyword: option for option in TABLE}
+
+_DEVICE = "so.bindtodevice"
+_OWN_FIELD = "has a field of its own in the record"
+_DERIVED = "tells what follows from other state"
+_SAME_STATE = "another form of an option that is in the table"
+EXCLUDED: Mapping[tuple[Level, int], str] = {
+    (Level.SOCKET, SO.REUSEADDR): _OWN_FIELD,
+    (Level.SOCKET, SO.SNDBUF): _OWN_FIELD,
+    (Level.SOCKET, SO.RCVBUF): _OWN_FIELD,
+    (Level.SOCKET, SO.BUF_LOCK): _OWN_FIELD,
+    (Level.SOCKET, SO.ATTACH_FILTER): _OWN_FIELD,
+    (Level.SOCKET, SO.LOCK_FILTER): _OWN_FIELD,
+    (Level.SOCKET, SO.ERROR): "reading it clears it",
+    (Level.SOCKET, SO.RCVTIMEO_OLD): _SAME_STATE,
+    (Level.SOCKET, SO.SNDTIMEO_OLD): _SAME_STATE,
+    (Level.SOCKET, SO.BINDTOIFINDEX): "an interface index means nothing elsewhere; the name is kept",
+    (Level.SOCKET, SO.INCOMING_CPU): "tells which CPU saw the last packet",
+    (Level.SOCKET, 14): "SO_BSDCOMPAT has had no effect since Linux 2.6",
+    (Level.SOCKET, 16): "SO_PASSCRED is of unix sockets",
+    (Level.IP, 14): "IP_MTU: " + _DERIVED,
+    (Level.IP, IP.UNICAST_IF): "an interface index means nothing elsewhere",
+    (Level.IP, IP.MULTICAST_TTL): "a stream socket cannot set it",
+    (Level.IP, IP.NODEFRAG): "of raw sockets",
+    (Level.IPV6, 24): "IPV6_MTU: " + _DERIVED,
+    (Level.IPV6, IPV6.UNICAST_IF): "an interface index means nothing elsewhere",
+    (Level.IPV6, IPV6.MULTICAST_HOPS): "a stream socket cannot set it",
+    (Level.TCP, TCP.MAXSEG): "a connected socket's own limit cannot be set; the negotiated MSS is in the record",
+    (Level.TCP, TCP.INFO): _DERIVED,
+    (Level.TCP, TCP.CC_INFO): _DERIVED,
+    (Level.TCP, TCP.CONGESTION): _OWN_FIELD,
+    (Level.TCP, TCP.THIN_DUPACK): "has had no effect since Linux 4.12",
+    (Level.TCP, TCP.FASTOPEN): "of listening and connecting sockets",
+    (Level.TCP, TCP.SAVE_SYN): "of listening sockets",
+    (Level.TCP, TCP.ULP): "connections with one are refused",
+    (Level.TCP, TCP.IS_MPTCP): "connections that are are refused",
+}
+
+
+def _of_family(family: int) -> list[Option]:
+    wanted = Where.IPV6 if family == socket.AF_INET6 else Where.IPV4
+    return [option for option in TABLE if wanted & option.where]
+
+
+def _read(fds: Sequence[int], options: Sequence[Option], defaults: Mapping[str, bytes]) -> list[Field]:
+    rows = Rows(len(fds))
+    fd = rows.numbers(fds)
+    fields = [rows.getsockopt(fd, o.level, o.number, o.size, ignore=True, initial=defaults[o.keyword]) for o in options]
+    rows.run()
+    return fields
+
+
+@functools.cache
+def _defaults(family: int) -> dict[str, bytes]:
+    """Values of a fresh socket, by keyword, of the options that this kernel has."""
+    with socket.socket(family, socket.SOCK_STREAM) as fresh:
+        options = _of_family(family)
+        values = {}
+        for option in options:
+            try:
+                values[option.keyword] = fresh.getsockopt(option.level, option.number, option.size)
+            except OSError as error:
+                if error.errno not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTCONN):
+                    raise
+        return values
+
+
+def save(socks: Sequence[socket.socket]) -> list[Saved]:
+    """The options of each socket that differ from a fresh one's. OSError if a descriptor is not a socket."""
+    saved = [Saved() for _ in socks]
+    for family in (socket.AF_INET, socket.AF_INET6):
+        mine = [i for i, sock in enumerate(socks) if sock.family == family]
+        if not mine:
+            continue
+        defaults = _defaults(family)
+        options = [o for o in _of_family(family) if o.keyword in defaults]
+        columns = _read([socks[i].fileno() for i in mine], options, defaults)
+        for option, column in zip(options, columns, strict=True):
+            for place, value in _different(column, defaults[option.keyword]):
+                if option.format is Format.BYTES:
+                    saved[mine[place]].data[option.keyword] = (
+                        value.rstrip(b"\0") if option.keyword == _DEVICE else value
+                    )
+                else:
+                    saved[mine[place]].numbers[option.keyword] = option.decode(value)
+    return saved
+
+
+def _different(column: Field, default: bytes) -> Iterable[tuple[int, bytes]]:
+    """(row, value) where a column differs from ``default``; looks at whole columns first, as nearly all rows agree."""
+    if column.size == 4 and len(default) == 4:
+        (usual,) = struct.unpack("I", default)
+        numbers = column.u32()
+        if numbers.count(usual) == len(numbers):
+            return ()
+        return [(row, struct.pack("I", number)) for row, number in enumerate(numbers) if number != usual]
+    results = column.results()
+    return [(row, value) for row, value in enumerate(column.all()) if results[row] >= 0 and value != default]
+
+
+def give(
+    socks: Sequence[socket.socket],
+    numbers: Sequence[Mapping[str, Sequence[int]]],
+    data: Sequence[Mapping[str, bytes]],
+    stage: Stage,
+    *,
+    skip: frozenset[str] = frozenset(),
+) -> None:
+    """Set the recorded options of one stage.
+
+    An option that this kernel does not have is left out with a warning in the log; keywords that this version does not
+    know, too.  Raises :class:`~tcpstate.kernel.columns.RowError` (``row`` counts among ``socks``) when the kernel
+    refuses a value, ValueError when a value has the wrong shape.
+    """
+    wanted: dict[str, list[tuple[int, bytes]]] = {}
+    for row, (of_numbers, of_data) in enumerate(zip(numbers, data, strict=True)):
+        for keyword, value in of_numbers.items():
+            option = _known(keyword)
+            if option is not None and option.stage is stage and keyword not in skip:
+                wanted.setdefault(keyword, []).append((row, option.encode(value)))
+        for keyword, raw in of_data.items():
+            option = _known(keyword)
+            if option is not None and option.stage is stage and keyword not in skip:
+                if option.format is not Format.BYTES or len(raw) > option.size:
+                    raise ValueError(f"{keyword}: {len(raw)} bytes do not fit")
+                wanted.setdefault(keyword, []).append((row, raw))
+    for option in TABLE:
+        if option.keyword in wanted:
+            _set(socks, option, wanted[option.keyword])
+
+
+def _known(keyword: str) -> Option | None:
+    option = BY_KEYWORD.get(keyword)
+    if option is None:
+        log.warning("socket option %s of the record is unknown to this version, and was left out", keyword)
+    return option
+
+
+def _set(socks: Sequence[socket.socket], option: Option, values: Sequence[tuple[int, bytes]]) -> None:
+    rows = Rows(len(values))
+    fd = rows.numbers([socks[row].fileno() for row, _ in values])
+    value = rows.data([raw for _, raw in values])
+    size = rows.numbers([len(raw) for _, raw in values])
+    rows.setsockopt(fd, option.level, option.number, value, size=size, label=f"setting {option.keyword}")
+    try:
+        rows.run()
+    except RowError as error:
+        if error.errno == errno.ENOPROTOOPT:
+            log.warning("this kernel has no socket option %s; it was left out", option.keyword)
+            return
+        raise RowError(error.errno or errno.EIO, values[error.row][0], error.label) from None

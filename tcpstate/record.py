@@ -1,0 +1,288 @@
+"""The portable record of a connection: what is needed to go on with it anywhere.
+
+::
+
+    send queue   snd_una ........ snd_nxt ........ end of send_queue  [FIN]
+                     sent, unacked      not yet sent
+    recv queue   start of receive_queue .......... rcv_nxt            [peer's FIN]
+                     arrived, acknowledged, not yet read
+
+No structure of any kernel is inside: names, numbers with units, bytes of the streams.  ``to_bytes`` and ``from_bytes``
+are the wire form.  Fields that a reader does not know are skipped; ``VERSION`` changes only when that is not enough.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Self
+
+from tcpstate import codec
+from tcpstate.connid import ConnId
+from tcpstate.errors import BadRecord
+from tcpstate.kernel.bpf import MAX_INSTRUCTIONS, Instruction
+from tcpstate.segment import SEQ_MASK, before
+
+__all__ = [
+    "Buffers",
+    "ConnectionRecord",
+    "Family",
+    "LocalFin",
+    "Negotiated",
+    "SoftState",
+    "State",
+    "Timestamps",
+    "Windows",
+]
+
+VERSION = 1
+#: RFC 7323 2.3
+_SHIFT_MAX = 14
+#: no socket buffer is larger
+_QUEUE_MAX = 1 << 31
+
+
+class Family(enum.Enum):
+    """What kind of socket carries the connection."""
+
+    IPV4 = "ipv4"
+    IPV6 = "ipv6"
+    MAPPED = "v4-mapped"  # an IPv6 socket that speaks IPv4
+
+
+class State(enum.Enum):
+    """RFC 9293 3.3.2, as far as a socket with an owner can be in it."""
+
+    ESTABLISHED = "ESTABLISHED"
+    SYN_SENT = "SYN_SENT"
+    SYN_RECEIVED = "SYN_RECEIVED"
+    FIN_WAIT_1 = "FIN_WAIT_1"
+    FIN_WAIT_2 = "FIN_WAIT_2"
+    CLOSE_WAIT = "CLOSE_WAIT"
+    CLOSING = "CLOSING"
+    LAST_ACK = "LAST_ACK"
+    TIME_WAIT = "TIME_WAIT"
+    CLOSED = "CLOSED"
+
+
+class LocalFin(enum.Enum):
+    """How far our own FIN has come."""
+
+    NONE = "none"
+    QUEUED = "queued"
+    SENT = "sent"
+    ACKED = "acked"
+
+
+#: states in which the peer's FIN has arrived
+PEER_FINISHED = frozenset({State.CLOSE_WAIT, State.CLOSING, State.LAST_ACK, State.TIME_WAIT})
+#: states in which our own FIN is in the send queue or behind it
+LOCALLY_FINISHED = frozenset({State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSING, State.LAST_ACK, State.TIME_WAIT})
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _u32(name: str, value: int) -> None:
+    _check(0 <= value <= SEQ_MASK, f"{name} {value} is not a 32-bit number")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """Both windows, bytes and sequence numbers.
+
+    snd_wl1     segment sequence number of the last update of the send window
+    snd_wnd     what the peer offers
+    max_window  the largest it ever offered
+    rcv_wnd     what we offer
+    rcv_wup     rcv_nxt when we last told the peer
+    """
+
+    snd_wl1: int
+    snd_wnd: int
+    max_window: int
+    rcv_wnd: int
+    rcv_wup: int
+
+    def __post_init__(self) -> None:
+        for name in ("snd_wl1", "snd_wnd", "max_window", "rcv_wnd", "rcv_wup"):
+            _u32(name, getattr(self, name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Negotiated:
+    """What the handshake settled.
+
+    mss         largest segment that the peer takes (the clamp, before path MTU), bytes
+    snd_wscale, rcv_wscale  shifts of the peer's and of our windows, None: no scaling
+    sack, timestamps  whether both sides agreed
+    ecn         whether congestion is signalled (informative: it cannot be given back)
+    """
+
+    mss: int
+    snd_wscale: int | None
+    rcv_wscale: int | None
+    sack: bool
+    timestamps: bool
+    ecn: bool = False
+
+    def __post_init__(self) -> None:
+        _check(0 < self.mss <= 0xFFFF, f"MSS {self.mss} is out of range")
+        _check((self.snd_wscale is None) == (self.rcv_wscale is None), "window scaling takes both sides")
+        for shift in (self.snd_wscale, self.rcv_wscale):
+            _check(shift is None or 0 <= shift <= _SHIFT_MAX, f"window scale {shift} is out of range")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timestamps:
+    """Our timestamp clock at the export. It must go on, never back, else the peer drops everything (PAWS, RFC 7323 5).
+
+    value         the 32-bit number
+    microseconds  whether it counts microseconds, not milliseconds
+    """
+
+    value: int
+    microseconds: bool
+
+    def __post_init__(self) -> None:
+        _u32("timestamp", self.value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Buffers:
+    """Socket buffers: limits as SO_SNDBUF and SO_RCVBUF report them, and whether the application fixed them."""
+
+    send: int
+    receive: int
+    send_locked: bool
+    receive_locked: bool
+
+    def __post_init__(self) -> None:
+        for size in (self.send, self.receive):
+            _check(0 <= size < _QUEUE_MAX, f"buffer size {size} is out of range")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoftState:
+    """What the connection learned about its path, as read; segments and microseconds. Restoring it is optional."""
+
+    cwnd: int
+    ssthresh: int
+    srtt: int
+    rttvar: int
+    rto: int
+    min_rtt: int | None = None
+    reordering: int | None = None
+    path_mtu: int | None = None
+    advertised_mss: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("cwnd", "ssthresh", "srtt", "rttvar", "rto"):
+            _u32(name, getattr(self, name))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionRecord:
+    """One end of one TCP connection.
+
+    conn_id, family, state   which, and where in its life
+    snd_una, snd_nxt         oldest unacknowledged and next sequence number to send, our FIN not counted
+    send_queue               the bytes from snd_una on: the first (snd_nxt - snd_una) were sent at least once
+    local_fin                how far our FIN has come
+    rcv_nxt                  next sequence number expected from the peer, not counting its FIN
+    receive_queue            the bytes before rcv_nxt that the application has not read
+    windows, negotiated, timestamps, congestion   protocol state; ``congestion`` names the algorithm
+    options                  socket options by keyword (:mod:`tcpstate.options`), numbers
+    option_data              socket options by keyword whose values are bytes
+    filter, filter_locked    the application's own classic filter (instructions code, jt, jf, k); whether it is locked
+    buffers, soft            sizes; learned state (None if not read)
+    flow_info, scope         IPv6: flow label with traffic class; interface name of a link-local connection
+    reuse_address            SO_REUSEADDR before repair mode hid it
+    error                    closed connections: the name of the pending error, e.g. ``ECONNRESET``, "" for none
+    version                  of this form
+
+    Raises ValueError where the parts contradict each other.
+    """
+
+    conn_id: ConnId
+    family: Family
+    state: State
+    snd_una: int
+    snd_nxt: int
+    send_queue: bytes
+    rcv_nxt: int
+    receive_queue: bytes
+    windows: Windows
+    negotiated: Negotiated
+    buffers: Buffers
+    congestion: str
+    timestamps: Timestamps | None = None
+    local_fin: LocalFin = LocalFin.NONE
+    options: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    option_data: dict[str, bytes] = field(default_factory=dict)
+    filter: tuple[Instruction, ...] = ()
+    filter_locked: bool = False
+    reuse_address: bool = False
+    soft: SoftState | None = None
+    flow_info: int = 0
+    scope: str = ""
+    error: str = ""
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        _check(self.version == VERSION, f"version {self.version} of a connection record is unknown, {VERSION} is known")
+        for name in ("snd_una", "snd_nxt", "rcv_nxt", "flow_info"):
+            _u32(name, getattr(self, name))
+        _check(len(self.send_queue) < _QUEUE_MAX and len(self.receive_queue) < _QUEUE_MAX, "a queue is too long")
+        _check(self.sent <= len(self.send_queue), "more bytes were sent than there are")
+        _check((self.state in LOCALLY_FINISHED) == (self.local_fin is not LocalFin.NONE), "state and FIN disagree")
+        _check(
+            (self.local_fin is LocalFin.ACKED) <= (not self.send_queue), "data is unacknowledged before an acked FIN"
+        )
+        _check(
+            (self.timestamps is not None) == self.negotiated.timestamps, "timestamps without a clock, or the reverse"
+        )
+        _check(self.conn_id.v6 == (self.family is Family.IPV6), "addresses and family disagree")
+        _check(0 < len(self.congestion) < 16 and self.congestion.isascii(), "congestion control's name is malformed")
+        _check(len(self.filter) <= MAX_INSTRUCTIONS, "the filter is too long")
+        for code, jt, jf, k in self.filter:
+            _check(0 <= code <= 0xFFFF and 0 <= jt <= 0xFF and 0 <= jf <= 0xFF, "a filter instruction is malformed")
+            _u32("filter operand", k)
+
+    @property
+    def sent(self) -> int:
+        """Bytes of the send queue that were sent at least once."""
+        return (self.snd_nxt - self.snd_una) & SEQ_MASK
+
+    @property
+    def peer_fin(self) -> bool:
+        """Whether the peer's FIN has arrived."""
+        return self.state in PEER_FINISHED
+
+    @property
+    def write_seq(self) -> int:
+        """The sequence number after the send queue, not counting our FIN."""
+        return (self.snd_una + len(self.send_queue)) & SEQ_MASK
+
+    @property
+    def copied_seq(self) -> int:
+        """The sequence number of the first byte that the application has not read."""
+        return (self.rcv_nxt - len(self.receive_queue)) & SEQ_MASK
+
+    def is_new(self, seq_end: int, ack: int) -> bool:
+        """Whether a segment of the peer that ends before ``seq_end`` and acknowledges ``ack`` can tell us anything."""
+        return before(self.rcv_nxt, seq_end) or not before(ack, self.snd_una)
+
+    def to_bytes(self) -> bytes:
+        """The wire form."""
+        return codec.pack(self)
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview) -> Self:
+        """Of the wire form; :class:`~tcpstate.errors.BadRecord` for anything that is not exactly one record."""
+        try:
+            return codec.unpack(cls, data)
+        except (UnicodeError, OverflowError) as error:
+            raise BadRecord(f"not a connection record: {error}") from None

@@ -1,0 +1,45 @@
+"""Failures of batches in terms of connections."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Iterator, Sequence
+
+from tcpstate.connid import ConnId
+from tcpstate.errors import AddressInUse, ConnectionCallFailed
+from tcpstate.kernel.columns import RowError
+
+__all__ = ["describe", "failures"]
+
+_IN_USE = (errno.EADDRNOTAVAIL, errno.EADDRINUSE)
+
+
+def describe(sock: socket.socket) -> str:
+    """The socket's conn-ID, as far as it has one, for messages."""
+    try:
+        local = sock.getsockname()
+        peer = sock.getpeername()
+        return str(ConnId.tcp(local[0], local[1], peer[0], peer[1]))
+    except (OSError, ValueError):
+        # not connected (any more), or closed: its number must do
+        return f"fd {sock.fileno()}"
+
+
+@contextlib.contextmanager
+def failures(socks: Sequence[socket.socket], names: Sequence[str] | None = None) -> Iterator[None]:
+    """Turn the failure of a row into the error of its connection: AddressInUse or ConnectionCallFailed.
+
+    names: what the rows are called, if not by their sockets.
+    """
+    try:
+        yield
+    except RowError as error:
+        name = names[error.row] if names is not None else describe(socks[error.row])
+        number = error.errno or errno.EIO
+        message = f"{error.label}: {os.strerror(number)}"
+        if number in _IN_USE and error.label in ("bind", "connect"):
+            raise AddressInUse(message, object=name) from None
+        raise ConnectionCallFailed(message, object=name) from None
