@@ -17,6 +17,10 @@ __all__ = ["COMMANDS", "main", "tcpmig"]
 
 # name: what the list of commands says of it. The module is cli.commands.NAME, the command in it is called NAME too.
 COMMANDS = {
+    "conns": "Connections: who has them, what is queued in them.",
+    "get": "What can be read of one connection while it flows.",
+    "freeze": "Silence one connection until it is resumed.",
+    "resume": "Let a frozen connection flow again.",
     "inspect": "What an image holds.",
     "verify": "Is an image whole? Checks every digest.",
     "explain": "What an error code means, why it happens, what to do.",

@@ -66,6 +66,11 @@ class Session:
         options = arguments[: arguments.index("--")] if "--" in arguments else arguments
         return cls(json="--json" in options)
 
+    @property
+    def terminal(self) -> bool:
+        """Whether the result goes to a terminal."""
+        return sys.stdout.isatty()
+
     def say(self, text: str) -> None:
         """One line of progress or warning on stderr."""
         print(_printable(text), file=sys.stderr, flush=True)

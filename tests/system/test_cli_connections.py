@@ -1,0 +1,248 @@
+"""`conns`, `get`, `freeze` and `resume` on a real server with a real client, between hosts."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from tests.hosts import Host, Net
+from tests.hosts.process import HostProcess
+from tests.hosts.tcpmig import TCPMIG, tcpmig
+
+PORT = 7007
+SILENCE = 0.6  # seconds: longer than a retransmission time-out, so that a leak would be seen
+ECHO = f"""
+import socket, sys
+listener = socket.create_server((sys.argv[1], {PORT}), family=socket.AF_INET6 if ":" in sys.argv[1] else socket.AF_INET)
+print("ready", flush=True)
+connection, _ = listener.accept()
+connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 45678)
+connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+connection.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 77)
+while data := connection.recv(65536):
+    connection.sendall(data)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """An echo server in the source's host and a connection to it from the client's."""
+
+    host: Host
+    server: HostProcess
+    sock: socket.socket
+    conn_id: str
+
+    def echo(self, data: bytes, timeout: float = 5) -> bytes:
+        self.sock.settimeout(timeout)
+        self.sock.sendall(data)
+        return self.sock.recv(len(data), socket.MSG_WAITALL)
+
+    def silent(self) -> bool:
+        """Whether nothing comes back for a while."""
+        self.sock.settimeout(SILENCE)
+        try:
+            self.sock.recv(1, socket.MSG_PEEK)
+        except TimeoutError:
+            return True
+        return False
+
+    def get(self, *keywords: str) -> dict[str, Any]:
+        status, found, _ = tcpmig(self.host, "get", self.conn_id, *keywords)
+        assert status == 0
+        items: dict[str, Any] = found["items"]
+        return items
+
+
+def end(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+both_families = pytest.mark.parametrize("talk", [4, 6], indirect=True)
+
+
+@pytest.fixture
+def talk(source: Host, client: Host, net: Net, request: pytest.FixtureRequest) -> Iterator[Talk]:
+    address = net.service(getattr(request, "param", 4))
+    with source.popen([sys.executable, "-IS", "-c", ECHO, address], stdout=subprocess.PIPE) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == b"ready\n"
+        with client.netns_entered():
+            sock = socket.create_connection((address, PORT), timeout=5)
+        with sock:
+            mine = sock.getsockname()
+            found = Talk(source, server, sock, f"tcp:{end(address, PORT)}-{end(mine[0], mine[1])}")
+            assert found.echo(b"hello") == b"hello"
+            yield found
+            server.kill()
+
+
+def rules(host: Host) -> str:
+    return host.sh("ip rule; ip -6 rule")
+
+
+@both_families
+def test_conns_tells_whose_a_connection_is(talk: Talk) -> None:
+    status, found, _ = tcpmig(talk.host, "conns", talk.server.pid)
+    [one] = found["connections"]
+    assert status == 0
+    assert one["connection"] == talk.conn_id
+    assert one["state"] == "ESTABLISHED"
+    assert [owner["pid"] for owner in one["owners"]] == [talk.server.pid]
+    assert (one["receive_queue"], one["send_queue"], one["frozen"]) == (0, 0, False)
+    assert 0 < one["rtt_us"] < 1_000_000
+    assert one["cwnd"] > 0
+    _, everything, _ = tcpmig(talk.host, "conns")
+    assert talk.conn_id in [each["connection"] for each in everything["connections"]]
+
+
+def test_conns_tells_what_waits(talk: Talk) -> None:
+    talk.server.send_signal(signal.SIGSTOP)
+    talk.sock.sendall(b"x" * 1234)
+    time.sleep(0.1)
+    _, found, _ = tcpmig(talk.host, "conns", talk.server.pid)
+    assert found["connections"][0]["receive_queue"] == 1234
+    talk.server.send_signal(signal.SIGCONT)
+
+
+def test_conns_watches_until_it_is_ended(talk: Talk) -> None:
+    command = [*TCPMIG, "conns", talk.server.pid, "--watch", "--interval", "0.1", "--json"]
+    with talk.host.popen(command, stdout=subprocess.PIPE) as watching:
+        assert watching.stdout is not None
+        lines = [json.loads(watching.stdout.readline()) for _ in range(3)]
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(10) == 0
+    assert all(line["connections"][0]["connection"] == talk.conn_id for line in lines)
+
+
+@both_families
+def test_get_reads_without_disturbing(talk: Talk) -> None:
+    items = talk.get()
+    assert items["connection"] == talk.conn_id
+    assert items["tcp.user_timeout"] == 45678
+    assert (items["so.keepalive"], items["so.mark"]) == (1, 77)
+    assert items["info.snd_cwnd"] > 0
+    assert "tcp.nodelay" not in items, "it is as a fresh socket has it"
+    assert talk.get("tcp.nodelay", "state") == {"tcp.nodelay": 0, "state": "ESTABLISHED"}
+    assert talk.echo(b"still here") == b"still here"
+
+
+@both_families
+def test_a_frozen_connection_is_silent_until_it_is_resumed(talk: Talk) -> None:
+    before, rules_before = talk.get(), rules(talk.host)
+    status, found, _ = tcpmig(talk.host, "freeze", talk.conn_id)
+    assert (status, found["outcome"], found["connection"]) == (0, "done", talk.conn_id)
+
+    talk.sock.sendall(b"into the silence")
+    assert talk.silent()
+    _, listed, _ = tcpmig(talk.host, "conns", talk.server.pid)
+    assert listed["connections"][0]["frozen"] is True
+    assert listed["connections"][0]["state"] == "ESTABLISHED"
+    assert listed["connections"][0]["receive_queue"] == 0, "nothing got in"
+    frozen = talk.get()
+    assert [frozen[k] for k in ("tcp.user_timeout", "so.keepalive", "so.mark")] == [45678, 1, 77]
+
+    status, found, _ = tcpmig(talk.host, "resume", talk.conn_id)
+    assert status == 0
+    assert found["frozen_seconds"] > SILENCE
+    talk.sock.settimeout(10)
+    assert talk.sock.recv(100) == b"into the silence"
+    assert talk.echo(b"and on") == b"and on"
+    after = talk.get()
+    options = {k: v for k, v in before.items() if not k.startswith("info.")}
+    assert {k: v for k, v in after.items() if not k.startswith("info.")} == options
+    assert rules(talk.host) == rules_before
+    assert not list(talk.host.path("/run/tcpmig/frozen").glob("*.frozen"))
+
+
+def test_what_the_server_says_meanwhile_comes_later(talk: Talk) -> None:
+    talk.server.send_signal(signal.SIGSTOP)
+    talk.sock.sendall(b"question")
+    time.sleep(0.1)
+    tcpmig(talk.host, "freeze", talk.conn_id)
+    talk.server.send_signal(signal.SIGCONT)  # it answers into the blackhole
+    assert talk.silent()
+    tcpmig(talk.host, "resume", talk.conn_id)
+    talk.sock.settimeout(10)
+    assert talk.sock.recv(8, socket.MSG_WAITALL) == b"question"
+
+
+def test_freezing_twice_is_refused(talk: Talk) -> None:
+    tcpmig(talk.host, "freeze", talk.conn_id)
+    status, found, _ = tcpmig(talk.host, "freeze", talk.conn_id)
+    assert (status, found["outcome"], found["code"]) == (3, "refused", "TM-0280")
+    assert found["object"] == talk.conn_id
+    assert tcpmig(talk.host, "resume", talk.conn_id)[0] == 0
+    status, found, _ = tcpmig(talk.host, "resume", talk.conn_id)
+    assert (status, found["code"]) == (3, "TM-0281")
+    assert talk.echo(b"fine") == b"fine"
+
+
+def test_the_record_is_private_and_of_this_host(talk: Talk, target: Host) -> None:
+    tcpmig(talk.host, "freeze", talk.conn_id)
+    [record] = talk.host.path("/run/tcpmig/frozen").glob("*.frozen")
+    assert record.stat().st_mode & 0o777 == 0o600
+    assert record.parent.stat().st_mode & 0o777 == 0o700
+    # the same file on another host is nothing to it
+    there = target.path("/run/tcpmig/frozen")
+    there.mkdir(parents=True)
+    (there / record.name).write_bytes(record.read_bytes())
+    status, found, _ = tcpmig(target, "resume", talk.conn_id)
+    assert (status, found["code"]) == (3, "TM-0281")
+    assert tcpmig(talk.host, "resume", talk.conn_id)[0] == 0
+
+
+def test_a_damaged_record_hides_no_other(talk: Talk) -> None:
+    tcpmig(talk.host, "freeze", talk.conn_id)
+    (talk.host.path("/run/tcpmig/frozen") / "0.frozen").write_bytes(b"\xff")
+    status, _, printed = tcpmig(talk.host, "resume", talk.conn_id)
+    assert status == 0
+    assert "is no record of a frozen connection" in printed
+
+
+def test_a_connection_that_went_is_forgotten(talk: Talk) -> None:
+    rules_before = rules(talk.host)
+    tcpmig(talk.host, "freeze", talk.conn_id)
+    talk.server.kill()
+    talk.host.wait_until_gone(talk.server.pid)
+    status, found, _ = tcpmig(talk.host, "resume", talk.conn_id)
+    assert (status, found["code"]) == (3, "TM-0202")
+    assert rules(talk.host) == rules_before
+    assert tcpmig(talk.host, "resume", talk.conn_id)[1]["code"] == "TM-0281"
+
+
+def test_what_is_asked_wrongly(talk: Talk) -> None:
+    cases = [
+        (("get", talk.conn_id, "nothing"), 2, "TM-0113", "nothing"),
+        (("freeze", "tcp:nonsense"), 2, "TM-0201", "tcp:nonsense"),
+        (("freeze", "tcp:10.1.1.1:1-10.1.1.2:2"), 3, "TM-0202", "tcp:10.1.1.1:1-10.1.1.2:2"),
+        (("get", "tcp:[fd00::1]:1-[fd00::2]:2"), 3, "TM-0202", "tcp:[fd00::1]:1-[fd00::2]:2"),
+        (("conns", "nobody"), 2, "TM-0110", ""),
+    ]
+    for arguments, status, code, what in cases:
+        done = tcpmig(talk.host, *arguments)
+        assert (done[0], done[1]["code"], done[1]["object"]) == (status, code, what), arguments
+    assert talk.echo(b"untouched") == b"untouched"
+
+
+def test_a_connection_within_the_host_is_refused(source: Host) -> None:
+    script = (
+        "import socket, time; l = socket.create_server(('127.0.0.1', 7008));"
+        "c = socket.create_connection(('127.0.0.1', 7008)); s, _ = l.accept(); print(c.getsockname()[1], flush=True);"
+        "time.sleep(60)"
+    )
+    with source.popen([sys.executable, "-IS", "-c", script], stdout=subprocess.PIPE) as both:
+        assert both.stdout is not None
+        port = int(both.stdout.readline())
+        status, found, _ = tcpmig(source, "freeze", f"tcp:127.0.0.1:7008-127.0.0.1:{port}")
+        assert (status, found["code"]) == (3, "TM-0212")
+        both.kill()
