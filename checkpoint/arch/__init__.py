@@ -3,10 +3,12 @@
 Registers and interrupted system calls:
 
 ``Registers``          frozen; ``pack``/``unpack``, ``ip``, ``sp``, ``call``, ``result``, ``moved(ip)``
+``AUDIT_ARCH``         this machine's number for seccomp filters
 ``XSTATE_SET``         the register set (ptrace NT_*) of FP and vector registers
 ``require_native``     refuses tasks of another mode
 ``going_on``           what a thread that was stopped here goes on with
 ``for_restore``        what a rebuilt thread gets
+``interrupted_in``     whether a signal handler will return into given code
 ``xstate_layout``      where this CPU has which ``Component`` of FP and vector registers
 ``convert_xstate``     such an area of another CPU, as this one takes it
 
@@ -42,11 +44,13 @@ if _MACHINE == "x86_64":
         frame_of,
     )
     from checkpoint.arch.x86_64.registers import (
+        AUDIT_ARCH,
         XSTATE_SET,
         Registers,
         by_hand,
         for_restore,
         going_on,
+        interrupted_in,
         require_native,
     )
     from checkpoint.arch.x86_64.stub import SPAWN, USER_END, stub_elf
@@ -59,6 +63,7 @@ else:
     )
 
 __all__ = [
+    "AUDIT_ARCH",
     "BOOT",
     "BOOT_SIZE",
     "BOOT_STOP",
@@ -80,6 +85,7 @@ __all__ = [
     "for_restore",
     "frame_of",
     "going_on",
+    "interrupted_in",
     "require_native",
     "stub_elf",
     "xstate_layout",

@@ -139,7 +139,7 @@ def run(program: bytes, data: bytes) -> int:
         operand = x if op & _SOURCE_X else k
         match op:
             case Op.RET_K:
-                return k
+                return int(k)
             case Op.RET_A:
                 return a
             case Op.LD_W_ABS:

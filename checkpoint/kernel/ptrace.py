@@ -38,6 +38,7 @@ __all__ = [
     "set_register_set",
     "set_signal_mask",
     "signal_info",
+    "step",
     "syscall_dispatch_on",
 ]
 
@@ -46,6 +47,7 @@ class Request(enum.IntEnum):
     """First argument of ptrace(2)."""
 
     CONT = 7
+    SINGLESTEP = 9
     DETACH = 17
     SETOPTIONS = 0x4200
     GETEVENTMSG = 0x4201
@@ -135,6 +137,11 @@ def interrupt(tid: int) -> None:
 def cont(tid: int, signal: int = 0) -> None:
     """Let a stopped thread run on, with ``signal`` delivered (only in a signal-delivery stop)."""
     _call(Request.CONT, tid, 0, signal)
+
+
+def step(tid: int, signal: int = 0) -> None:
+    """Let a stopped thread execute one instruction; it then stops with SIGTRAP."""
+    _call(Request.SINGLESTEP, tid, 0, signal)
 
 
 def detach(tid: int, signal: int = 0) -> None:

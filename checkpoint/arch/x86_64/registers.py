@@ -9,16 +9,30 @@ import dataclasses
 import enum
 import errno
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.errors import ForeignMode
 from tcpstate.kernel.machine import SYS
 
-__all__ = ["XSTATE_SET", "Registers", "Restart", "by_hand", "for_restore", "going_on", "require_native"]
+__all__ = [
+    "AUDIT_ARCH",
+    "XSTATE_SET",
+    "Registers",
+    "Restart",
+    "by_hand",
+    "for_restore",
+    "going_on",
+    "interrupted_in",
+    "require_native",
+]
 
 #: the register set that holds FP, SSE, AVX, ...: NT_X86_XSTATE of include/uapi/linux/elf.h
 XSTATE_SET: Final = 0x202
+
+#: what seccomp filters know this machine as: AUDIT_ARCH_X86_64 of include/uapi/linux/audit.h
+AUDIT_ARCH: Final = 0xC000003E
 
 _REGISTERS = struct.Struct("<27Q")
 _MASK = (1 << 64) - 1
@@ -27,6 +41,8 @@ _USER_CS = 0x33  # __USER_CS of arch/x86/include/asm/segment.h; __USER32_CS is 0
 _X32_BIT = 0x40000000  # __X32_SYSCALL_BIT
 _SYSCALL_LENGTH = 2  # bytes of the instruction `syscall`
 _TIMER_ABSTIME = 1
+_WORD = struct.Struct("<Q")
+_CS_IN_FRAME = 16  # bytes from ip to cs in struct sigcontext (arch/x86/include/uapi/asm/sigcontext.h)
 
 
 class Restart(enum.IntEnum):
@@ -196,3 +212,15 @@ def for_restore(registers: Registers, remaining_ns: int | None = None) -> Regist
         case SYS.poll if remaining_ns is not None:
             return dataclasses.replace(again, rdx=-(-max(remaining_ns, 0) // 1_000_000))
     return again
+
+
+def interrupted_in(stack: bytes, ranges: Iterable[tuple[int, int]]) -> bool:
+    """Whether a stack (from the stack pointer upwards) holds a signal frame that returns into one of the ranges."""
+    places = list(ranges)
+    for at in range(0, len(stack) - _CS_IN_FRAME - _WORD.size + 1, _WORD.size):
+        (word,) = _WORD.unpack_from(stack, at)
+        if any(start <= word < end for start, end in places):
+            (segments,) = _WORD.unpack_from(stack, at + _CS_IN_FRAME)
+            if segments & 0xFFFF == _USER_CS:
+                return True
+    return False
