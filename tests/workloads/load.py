@@ -26,6 +26,7 @@ class Load:
         self.name = name
         self.wrongs = 0
         self.wrong: list[str] = []
+        self._told = (0, 0)
         self._buffer = b""
         pipe = subprocess.PIPE
         argv = [sys.executable, "-m", f"tests.workloads.{module}", *arguments]
@@ -70,6 +71,14 @@ class Load:
         self.wrongs = answer.pop("wrongs", self.wrongs)
         self.wrong = answer.pop("wrong", self.wrong)
         return answer
+
+    def news(self) -> list[str]:
+        """What it has complained about since the last call; of very many complaints only the first have a text."""
+        wrongs, texts = self._told
+        self._told = (self.wrongs, len(self.wrong))
+        fresh = self.wrong[texts:]
+        more = self.wrongs - wrongs - len(fresh)
+        return fresh + ([f"{more} more"] if more else [])
 
     def close(self) -> None:
         """End it."""

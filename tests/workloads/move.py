@@ -20,7 +20,7 @@ from tests.hosts import Host, ThreeHosts, tcpmig
 from tests.packets import PacketReport, Watcher
 from tests.workloads.load import Load, ask_all
 
-__all__ = ["MoveReport", "Mover", "Stage", "by_tcpmig", "pretend"]
+__all__ = ["MoveReport", "Mover", "Stage", "by_tcpmig", "outer_pid", "pretend"]
 
 FIGURES = ("stop_ms", "total_ms", "command_ms", "bytes_sent", "connections")  # of tcpmig's summary
 CALM = 0.3  # seconds before and after a move, so that a timer which it started shows (the shortest is 200 ms)
@@ -81,6 +81,7 @@ class MoveReport:
     gaps        client -> the largest gap between successive replies, ms
     before_gaps the same in the calm before the move: what this machine does to the clients by itself
     packets     what passed the client's interface
+    wrong       wrong, missing or cut-off replies that clients reported
     timeouts    retransmission timers that ran out at the client's host
     counters    counters of the kernel at the client's host that moved
     problems    everything that must not be, as texts; empty if nobody noticed
@@ -93,6 +94,7 @@ class MoveReport:
     before_gaps: dict[str, float] = dataclasses.field(default_factory=dict)
     answers: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     packets: PacketReport = dataclasses.field(default_factory=PacketReport)
+    wrong: int = 0
     timeouts: int = 0
     counters: dict[str, int] = dataclasses.field(default_factory=dict)
     problems: list[str] = dataclasses.field(default_factory=list)
@@ -115,6 +117,7 @@ class MoveReport:
             "resent_out": self.packets.resent_out,
             "resent_in": self.packets.resent_in,
             "syns_resent": self.packets.syns_resent,
+            "wrong": self.wrong,
             "timeouts": self.timeouts,
             "counters": self.counters,
             "problems": self.problems,
@@ -177,7 +180,9 @@ class Stage:
         return {name: answer["gap_ms"] for name, answer in marks.items() if "gap_ms" in answer}
 
     def _judge(self, report: MoveReport) -> None:
+        before = self._wrongs
         report.problems += self._new_wrongs()
+        report.wrong = self._wrongs - before
         report.problems += [f"RST: {packet}" for packet in report.packets.rsts]
         if report.packets.missed:
             report.problems.append(f"the watcher missed {report.packets.missed} packets")
@@ -188,9 +193,8 @@ class Stage:
 
     def _new_wrongs(self) -> list[str]:
         """What the clients have complained about since the last time."""
-        total = sum(load.wrongs for load in self.loads)
-        new, self._wrongs = total - self._wrongs, total
-        return [f"{load.name}: {text}" for load in self.loads for text in load.wrong][-new:] if new else []
+        self._wrongs = sum(load.wrongs for load in self.loads)
+        return [f"{load.name}: {text}" for load in self.loads for text in load.news()]
 
     def finish(self, timeout: float = 180) -> list[str]:
         """The clients check what is left and end; what is wrong."""

@@ -122,5 +122,8 @@ def files(folder: Path, sizes: Sequence[int]) -> Path:
     """A folder with files of random bytes: f0, f1, ..."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, size in enumerate(sizes):
-        (folder / f"f{number}").write_bytes(random.Random(number).randbytes(size))
+        source = random.Random(number)
+        with (folder / f"f{number}").open("wb") as file:
+            for start in range(0, size, 1 << 20):
+                file.write(source.randbytes(min(1 << 20, size - start)))
     return folder

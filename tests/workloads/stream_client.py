@@ -124,9 +124,10 @@ class StreamClient(Client):
         return min((stream.choose(now) for stream in self._streams), default=now + 1)
 
     def mark(self) -> dict[str, Any]:
-        """Also: bytes, of all connections so far."""
+        """Also: bytes of all connections so far, and where each connection is: [sent, received]."""
         return {
             **super().mark(),
+            "positions": [[stream.out.position, stream.into.position] for stream in self._streams],
             "sent": sum(stream.out.position for stream in self._streams),
             "received": sum(stream.into.position for stream in self._streams),
         }

@@ -1,0 +1,16 @@
+"""redis-server moves to another host and back; its clients notice nothing.
+
+Pipelined SET, GET and INCR with every value checked, a half-sent request, a backlog of megabytes unread, an idle
+connection, new connections all the time; IPv4 and IPv6.
+"""
+
+from pathlib import Path
+
+from tests.hosts import ThreeHosts
+from tests.system.moves import there_and_back
+from tests.workloads import scenes
+
+
+def test_redis_there_and_back(hosts: ThreeHosts, tmp_path: Path) -> None:
+    with scenes.redis(hosts, tmp_path, megabytes=10) as stage:
+        there_and_back(stage)
