@@ -33,6 +33,7 @@ __all__ = [
     "TargetStuck",
     "VersionMismatch",
     "from_remote",
+    "undone",
 ]
 
 
@@ -170,7 +171,8 @@ class AnotherMachine(TcpmigError):
 
 
 class RshSyntax(TcpmigError):
-    """--rsh and --remote-command are split into words as a shell would do it; this one has an open quote or no word."""
+    """--rsh is split into words as a shell would do it, and this one has an open quote or no word; or HOST is empty or
+    starts with a dash, and would be taken for an option."""
 
     code = "TM-0617"
     outcome = Outcome.USAGE
@@ -267,4 +269,12 @@ def from_remote(
     # past the subclass's own constructor, whose arguments are not known here
     error = cls.__new__(cls)
     TcpmigError.__init__(error, f"{where}: {message}", object=object, fix=fix or None)
+    return error
+
+
+def undone(error: TcpmigError) -> TcpmigError:
+    """The same error, ending the command as a failure: what it refused was found after the stop, and is undone."""
+    if error.outcome in (Outcome.REFUSED, Outcome.USAGE):
+        # of this one error, not of its class
+        error.__dict__["outcome"] = Outcome.FAILED
     return error

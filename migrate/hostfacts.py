@@ -8,9 +8,11 @@ import platform
 import resource
 from pathlib import Path
 
-from migrate.messages import CpuState, HostFacts
+from checkpoint.verdict import Verdict
+from migrate.errors import AnotherMachine
+from migrate.messages import CpuState, HostFacts, Needs
 
-__all__ = ["host_facts", "namespace", "state_directory"]
+__all__ = ["host_facts", "judge_host", "namespace", "state_directory"]
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _DEFAULT_STATE = "/var/lib/tcpmig"
@@ -48,3 +50,95 @@ def _cpu_flags() -> frozenset[str]:
         if line.partition("\t")[0].strip() in ("flags", "Features")
     ]
     return frozenset.intersection(*map(frozenset, lines)) if lines else frozenset()
+
+
+#: how the names of the CPU features begin that a program may have found and chosen its code by (ifuncs, JITs); the
+#: others are the kernel's business
+_VISIBLE = [
+    "3dnow",
+    "abm",
+    "adx",
+    "aes",
+    "amx",
+    "apx",
+    "avx",
+    "bmi",
+    "cldemote",
+    "clflush",
+    "clwb",
+    "clzero",
+    "cmpxchg",
+    "cx16",
+    "cx8",
+    "enqcmd",
+    "erms",
+    "f16c",
+    "fma4",
+    "fma",
+    "fsgsbase",
+    "fsrm",
+    "fxsr",
+    "fzrm",
+    "gfni",
+    "hle",
+    "kl",
+    "lahf",
+    "lzcnt",
+    "misalignsse",
+    "mmx",
+    "monitorx",
+    "movbe",
+    "movdir",
+    "mwaitx",
+    "pclmul",
+    "popcnt",
+    "prefetch",
+    "pku",
+    "ptwrite",
+    "rdpid",
+    "rdpru",
+    "rdrand",
+    "rdseed",
+    "rdtscp",
+    "rtm",
+    "serialize",
+    "sha",
+    "sm3",
+    "sm4",
+    "sse",
+    "ssse",
+    "tbm",
+    "tsxldtrk",
+    "uintr",
+    "umip",
+    "user_shstk",
+    "vaes",
+    "vpclmul",
+    "waitpkg",
+    "wbnoinvd",
+    "xop",
+    "xsave",
+    "xgetbv",
+]
+
+
+def judge_host(needs: Needs, theirs: HostFacts, ours: HostFacts) -> list[Verdict]:
+    """What speaks against running the other host's processes on this one, as far as machine and CPU go."""
+    verdicts = []
+    cpu = theirs.cpu if needs.cpu is None else needs.cpu
+
+    def refuse(text: str, object: str) -> None:
+        verdicts.append(Verdict.refuse(AnotherMachine(text, object=object), "machine"))
+
+    if cpu.machine != ours.cpu.machine:
+        refuse(f"the processes are of the machine {cpu.machine}, this host is {ours.cpu.machine}", "machine")
+    if theirs.page_size != ours.page_size:
+        refuse(f"the source's pages have {theirs.page_size} bytes, ours {ours.page_size}", "page size")
+    missing = sorted(f for f in cpu.flags - ours.cpu.flags if f.startswith(tuple(_VISIBLE)))
+    if missing:
+        refuse(f"this CPU lacks {' '.join(missing)}", "cpu")
+    if cpu.xsave_mask and ours.cpu.xsave_mask and cpu.xsave_mask & ~ours.cpu.xsave_mask:
+        refuse(
+            f"the register state has components {cpu.xsave_mask & ~ours.cpu.xsave_mask:#x} that this CPU lacks", "cpu"
+        )
+    return verdicts

@@ -80,7 +80,6 @@ class StepKind(enum.Enum):
     FREEZE = "freeze"  # source: connections are about to be changed; the notes say how they were
     COMMIT = "commit"  # source: COMMIT may have been sent
     STARTED = "started"  # target: COMMIT was received; the processes outlive the program
-    RELEASE = "release"  # target: no way back
     RUNNING = "running"  # either: they run at the target
     ABORTED = "aborted"  # either: all is undone on this side
 

@@ -8,7 +8,7 @@ Hello, whose own shape never changes.
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from checkpoint.verdict import Verdict
 from migrate.addresses import AddressRecord
@@ -30,10 +30,10 @@ __all__ = [
     "HostFacts",
     "Keepalive",
     "Lost",
-    "Manifest",
     "Measure",
     "Measured",
     "Message",
+    "Needs",
     "PathNeed",
     "Prepare",
     "Prepared",
@@ -113,7 +113,7 @@ class TreeNeed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
+class Needs:
     """What has to be true at the target: N trees and M addresses, moved together or not at all.
 
     used_addresses  local addresses of the trees' connections and bound listeners
@@ -199,10 +199,16 @@ class Hello(Message):
 @member(Message, "check")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check(Message):
-    """Source: can you take this? ``migration`` names the migration in all that follows, and in both journals."""
+    """Source: can you take this? ``migration`` names the migration in all that follows, and in both journals.
+
+    map_dev  ``--map-dev``: interface here to interface there
+    options  what else the rebuilding side is to be told, by name
+    """
 
     migration: str
-    manifest: Manifest
+    needs: Needs
+    map_dev: dict[str, str] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict)
 
 
 @member(Message, "verdicts")

@@ -13,7 +13,7 @@ or ABORT (then it is resumed).  In doubt it holds: the original stays stopped, t
 
 The target may give up by itself until it has begun to *release* (sockets leave repair, threads run), because until then
 nothing of the processes has been seen by anybody: no packet sent, no instruction run.  It must have undone everything,
-and journalled that, before it says ABORT.  From the release on it can only go on: RUNNING, or STUCK if something broke.
+and journalled that, before it says ABORT.  From the release on it can only go on: RUNNING, or STUCK if something broke (also if the undoing did).
 If the line is cut, a target that has not received COMMIT undoes everything; one that has goes on without the line, for
 the source holds and will ask.
 
@@ -164,7 +164,8 @@ _TARGET_SENDS: dict[tuple[TargetState, _What], TargetState] = {
     (_T.PREPARING, Prepared): _T.PREPARED,
     (_T.COMMITTED, Started): _T.STARTED,
     (_T.RELEASING, Running): _T.RUNNING,
-    (_T.RELEASING, Stuck): _T.STUCK,
+    # what was begun could not be undone, or not be finished
+    **{(state, Stuck): _T.STUCK for state in (_T.COMMITTED, _T.STARTED, _T.RELEASING)},
     **{
         (state, Abort): _T.ABORTED
         for state in (

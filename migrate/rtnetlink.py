@@ -18,6 +18,9 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from tcpstate.kernel import netlink
+from tcpstate.kernel.netlink import attribute
+
 __all__ = [
     "ADDRESS_HEADER",
     "INFINITE",
@@ -45,7 +48,6 @@ __all__ = [
 ]
 
 HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence number, port
-ATTRIBUTE = struct.Struct("=HH")  # struct rtattr: length, type
 ERROR = struct.Struct("=i")  # struct nlmsgerr, before the header of the request
 ADDRESS_HEADER = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, interface
 ROUTE_HEADER = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family, dst, src, tos, table, protocol, scope, type, flags
@@ -53,7 +55,6 @@ LINK_HEADER = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index,
 NEIGHBOUR_HEADER = struct.Struct("=BxxxiHBB")  # struct ndmsg: family, interface, state, flags, type
 
 INFINITE = 0xFFFFFFFF  # lifetime of an address that does not expire, seconds
-ATTRIBUTE_TYPE_MASK = 0x3FFF  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
 SOL_NETLINK = 270
 RECEIVE_BUFFER = 1 << 20
 RECEIVE_SIZE = 1 << 16  # the kernel builds dumps in blocks of at most 32 KiB
@@ -208,21 +209,9 @@ class NetlinkMessage:
     body: bytes
 
 
-def attribute(kind: int, value: bytes) -> bytes:
-    """One attribute, padded to four bytes."""
-    return ATTRIBUTE.pack(ATTRIBUTE.size + len(value), kind) + value + bytes(-len(value) % 4)
-
-
 def attributes(data: bytes, offset: int = 0) -> dict[int, bytes]:
-    """The attributes in ``data`` from ``offset``: type to value. ValueError if a length points outside."""
-    found: dict[int, bytes] = {}
-    while offset + ATTRIBUTE.size <= len(data):
-        length, kind = ATTRIBUTE.unpack_from(data, offset)
-        if length < ATTRIBUTE.size or offset + length > len(data):
-            raise ValueError(f"netlink attribute {kind} has length {length}")
-        found[kind & ATTRIBUTE_TYPE_MASK] = data[offset + ATTRIBUTE.size : offset + length]
-        offset += length + -length % 4
-    return found
+    """The attributes in ``data`` from ``offset``: type to value."""
+    return dict(netlink.attributes(data[offset:]))
 
 
 def packed_address(text: str) -> tuple[int, bytes]:

@@ -1,7 +1,7 @@
 """The way to the target: the child process of ``--rsh`` at the source, standard input and output at the target.
 
 ``--rsh CMD`` runs ``CMD HOST tcpmig receive``, as rsync does.  CMD is split into words as a shell would; the remote
-command only at its blanks, so that quotes in it reach the remote shell, which ssh gives the words to, joined again.  The
+command only at its blanks, so that quotes in it reach the remote shell, to which ssh gives the words joined again.  The
 child's standard input and output are one end of a socket pair: between two processes it carries three times what a pipe
 does (6 GB/s and 2 GB/s on the development machine), because a pipe is made of single pages.
 """

@@ -6,15 +6,16 @@ Source: proc(5), net/ipv4/tcp_ipv4.c get_tcp4_sock, net/ipv6/udp.c.
 
 from __future__ import annotations
 
-import contextlib
 import ipaddress
 import os
 import sys
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["AddressUser", "descendants", "held_by", "parse_socket_table", "socket_holders", "users_of"]
+from tcpstate.locate import owners_of
+
+__all__ = ["AddressUser", "descendants", "held_by", "parse_socket_table", "users_of"]
 
 _TABLES = ("tcp", "tcp6", "udp", "udp6", "udplite", "udplite6", "raw", "raw6")
 _NET = Path("/proc/thread-self/net")
@@ -72,31 +73,15 @@ def users_of(addresses: Collection[str], outside: Collection[int]) -> list[Addre
     found = [user for user in _sockets() if user.address in addresses]
     if not found:
         return []
-    holders = socket_holders({user.inode for user in found})
-    named = [
-        AddressUser(u.protocol, u.address, u.port, u.peer, u.inode, tuple(sorted(holders.get(u.inode, ()))))
-        for u in found
-    ]
+    holders = owners_of({user.inode for user in found})
+    named = [replace(u, pids=tuple(sorted({o.pid for o in holders.get(u.inode, ())}))) for u in found]
     return [u for u in named if not u.pids or not set(u.pids) <= set(outside)]
 
 
 def held_by(pids: Collection[int]) -> list[AddressUser]:
     """The sockets with a local address that one of ``pids`` has."""
-    inodes = {int(link[len("socket:[") : -1]) for pid in pids for link in _links(pid) if link.startswith("socket:[")}
-    return [user for user in _sockets() if user.inode in inodes] if inodes else []
-
-
-def socket_holders(inodes: Collection[int]) -> dict[int, set[int]]:
-    """Which processes have a descriptor of each of the sockets."""
-    wanted = {f"socket:[{inode}]": inode for inode in inodes}
-    found: dict[int, set[int]] = {}
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        for link in _links(int(name)):
-            if link in wanted:
-                found.setdefault(wanted[link], set()).add(int(name))
-    return found
+    inodes = owners_of(pids=pids)
+    return [user for user in _sockets() if user.inode in inodes]
 
 
 def _sockets() -> list[AddressUser]:
@@ -106,19 +91,6 @@ def _sockets() -> list[AddressUser]:
         if (_NET / protocol).exists()
         for user in parse_socket_table(protocol, (_NET / protocol).read_text())
     ]
-
-
-def _links(pid: int) -> list[str]:
-    """What the descriptors of ``pid`` lead to; nothing if it ended meanwhile or is not ours to look at."""
-    found = []
-    try:
-        with os.scandir(f"/proc/{pid}/fd") as entries:
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):
-                    found.append(os.readlink(entry.path))
-    except OSError:
-        return []
-    return found
 
 
 def descendants(pid: int) -> set[int]:

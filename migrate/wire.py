@@ -6,8 +6,8 @@ bytes (as PNG's signature does).  Then frames::
     0  kind   1 message, 2 image      1..3  zero      4  length      8  crc32 (of a message; 0 for image bytes)
 
 Little endian.  Image bytes carry digests of their own inside, and are neither copied nor looked at here: they go out by
-writev from where they lie, and come in by readv into one buffer.  A descriptor may be a pipe or a socket; both ends are
-set to not block, and every wait has an end.
+writev from where they lie, and come in by readv where the reader of the image wants them.  A descriptor may be a pipe or
+a socket; both ends are set to not block, and every wait has an end.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from migrate.errors import BadFrame, LinkLost, LinkSilent, NotTcpmig
 from migrate.messages import Message
@@ -37,7 +39,8 @@ __all__ = [
     "Buffer",
     "Channel",
     "FrameKind",
-    "ImageChunk",
+    "ImageFrame",
+    "ImageSink",
     "ImageWriter",
     "encode",
     "parse_header",
@@ -72,13 +75,21 @@ class FrameKind(enum.IntEnum):
     IMAGE = 2
 
 
-class ImageChunk:
-    """Bytes of the image as they arrived. ``data`` is valid until the next receive."""
+class ImageSink(Protocol):
+    """Who takes the bytes of the image (``checkpoint.image.format.FrameReader`` is one)."""
 
-    __slots__ = ("data",)
+    def buffer(self) -> memoryview:
+        """Where the next bytes are to be put. Never empty."""
 
-    def __init__(self, data: memoryview) -> None:
-        self.data = data
+    def received(self, count: int) -> object:
+        """``count`` bytes have been put at the start of buffer()."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFrame:
+    """A frame of image bytes has begun: :meth:`Channel.take_image` comes next."""
+
+    length: int
 
 
 def encode(message: Message) -> bytes:
@@ -145,7 +156,6 @@ class Channel:
         self._header_got = 0
         self._frame: tuple[FrameKind, int, int] | None = None
         self._payload_got = 0
-        self._image = memoryview(bytearray(MAX_CHUNK))
         self._message = memoryview(b"")
         self._queue: collections.deque[Message] = collections.deque()
         self._ended = False
@@ -202,9 +212,9 @@ class Channel:
 
     # --- receiving
 
-    def receive(self, timeout: float | None = None) -> Message | ImageChunk | None:
-        """The next message or piece of the image. None after ``timeout`` seconds; without a timeout LinkSilent after
-        ``silence``. LinkLost at the end of the line, NotTcpmig, BadFrame."""
+    def receive(self, timeout: float | None = None) -> Message | ImageFrame | None:
+        """The next message, or the news that a frame of the image has begun. None after ``timeout`` seconds; without a
+        timeout LinkSilent after ``silence``. LinkLost at the end of the line, NotTcpmig, BadFrame."""
         if self._queue:
             return self._queue.popleft()
         deadline = time.monotonic() + (self.silence if timeout is None else timeout)
@@ -237,7 +247,7 @@ class Channel:
                 return
             if found is None:
                 return
-            if isinstance(found, ImageChunk):
+            if isinstance(found, ImageFrame):
                 raise BadFrame("image bytes came from the side that receives the image")
             self._queue.append(found)
 
@@ -248,20 +258,38 @@ class Channel:
             if not self._ended:
                 self._wait(write=False, deadline=deadline, fail=False)
 
-    def _read(self) -> Message | ImageChunk | None:
-        """One frame if it can be completed without waiting. LinkLost at the end of the line."""
+    def take_image(self, sink: ImageSink) -> None:
+        """Put the bytes of the frame that has begun where ``sink`` wants them, without a copy on the way."""
+        if self._frame is None or self._frame[0] is not FrameKind.IMAGE:
+            raise RuntimeError("no frame of the image has begun")
+        left = self._frame[1]
+        deadline = time.monotonic() + self.silence
+        while left:
+            room = sink.buffer()[:left]
+            # the header of the next frame comes with the end of this one, in the same system call
+            views = [room, memoryview(self._header)] if len(room) == left else [room]
+            count = self._readv(views)
+            if count is None:
+                self._wait(write=False, deadline=deadline)
+                continue
+            step = min(count, len(room))
+            self._header_got = count - step
+            left -= step
+            if not left:
+                self._frame = None
+            sink.received(step)
+            deadline = time.monotonic() + self.silence
+
+    def _read(self) -> Message | ImageFrame | None:
+        """One message, or the start of a frame of the image, if that needs no waiting. LinkLost at the end."""
         while True:
             if self._frame is not None:
-                kind, length, checksum = self._frame
+                _, length, checksum = self._frame
                 if self._payload_got == length:
                     self._frame = None
                     self._payload_got = 0
-                    if kind is FrameKind.MESSAGE:
-                        return decode(self._message, checksum)
-                    return ImageChunk(self._image[:length])
-                buffer = self._message if kind is FrameKind.MESSAGE else self._image
-                # the header of the next frame comes with the end of this one, in the same system call
-                views = [buffer[self._payload_got : length], memoryview(self._header)]
+                    return decode(self._message, checksum)
+                views = [self._message[self._payload_got :], memoryview(self._header)]
             elif len(self._heard) < len(PREAMBLE):
                 if not self._hear_preamble():
                     return None
@@ -269,8 +297,9 @@ class Channel:
             elif self._header_got == HEADER.size:
                 self._header_got = 0
                 self._frame = parse_header(self._header)
-                if self._frame[0] is FrameKind.MESSAGE:
-                    self._message = memoryview(bytearray(self._frame[1]))
+                if self._frame[0] is FrameKind.IMAGE:
+                    return ImageFrame(self._frame[1])
+                self._message = memoryview(bytearray(self._frame[1]))
                 continue
             else:
                 views = [memoryview(self._header)[self._header_got :]]

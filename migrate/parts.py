@@ -1,0 +1,116 @@
+"""What a migration needs of the rooms below: processes on their way out, and on their way in.
+
+:mod:`migrate.source` and :mod:`migrate.target` drive one object of each kind through the nine steps of
+``docs/design/contracts.md``.  The numbers below are those steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from checkpoint.verdict import Verdict
+from migrate.messages import Comparison, Lost, Needs
+from migrate.wire import ImageSink, ImageWriter
+
+__all__ = ["Arrived", "Incoming", "NoteWriter", "Outgoing"]
+
+#: writes something that undoing needs into the journal, and returns when it is on disk: (name, bytes)
+NoteWriter = Callable[[str, bytes], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrived:
+    """The processes run.
+
+    pids         root processes: PID at the source to PID here
+    released_ns  when the last thread was released, CLOCK_MONOTONIC
+    lost         connections that did not come through
+    """
+
+    pids: dict[int, int]
+    released_ns: int
+    lost: tuple[Lost, ...] = ()
+
+
+class Outgoing(Protocol):
+    """N process trees at the source. Every method may raise a TcpmigError; what was done is then undone by
+    :meth:`resume`, which the driver calls."""
+
+    def needs(self) -> Needs:
+        """Step 1: look at everything, stop nothing. Raises what has to be refused. ``addresses`` and ``macs`` are left
+        empty."""
+
+    def prepare(self) -> None:
+        """Step 2: SYNs are captured, listeners take no new connections, accept queues drain."""
+
+    def stop(self) -> None:
+        """Step 3: everything stands still and is captured; nothing of ours is left inside."""
+
+    def send(self, image: ImageWriter) -> None:
+        """Steps 4 and 5: the skeleton and the pages, while the sockets still live."""
+
+    def freeze(self, image: ImageWriter, moved: Sequence[str], note: NoteWriter) -> int:
+        """Step 6: segments are captured, sockets frozen and exported, the last records sent.
+
+        moved  the addresses that will leave this host
+        note   what undoing needs, before anything is changed
+
+        Returns when the connections' clocks were read: CLOCK_MONOTONIC, nanoseconds.
+        """
+
+    @property
+    def connections(self) -> int:
+        """How many connections move; known after :meth:`freeze`."""
+
+    def segments(self) -> Sequence[bytes]:
+        """The segments captured since the last call. After :meth:`discard` too, until :meth:`close`."""
+
+    def resume(self) -> None:
+        """Undo everything, at whatever step; the addresses are back. Again: nothing more."""
+
+    def hold(self) -> None:
+        """In doubt: leave everything as it is, stopped and silent, also after this program has ended."""
+
+    def discard(self) -> None:
+        """Step 9: they run at the target. End the originals without a packet. The addresses are gone."""
+
+    def close(self) -> None:
+        """Close what is open here. Last, in every case."""
+
+
+class Incoming(ImageSink, Protocol):
+    """N process trees at the target. The image's bytes are put into it as they come (:class:`ImageSink`), and it builds
+    what can be built. Nothing of it survives this program until :meth:`keep`."""
+
+    def check(self, needs: Needs, options: dict[str, str]) -> list[Verdict]:
+        """Step 1: a verdict on every PID, path and feature that is needed here. Nothing is built."""
+
+    def rebuild(self, elapsed: Callable[[], float]) -> Comparison:
+        """Step 6: the image is complete. Sockets are rebuilt in repair, exported again and compared.
+
+        elapsed  seconds since the connections' clocks were read at the source, never below zero
+        """
+
+    def keep(self) -> None:
+        """Step 8: the processes outlive this program from now on."""
+
+    def release(self) -> None:
+        """Step 8: the addresses are here. Sockets leave repair, and send what was never sent."""
+
+    def replay(self, segments: Sequence[bytes]) -> None:
+        """Step 8: segments captured at the source (and those captured here) reach the connections. Again later, for those
+        that come after :meth:`run`."""
+
+    def run(self) -> Arrived:
+        """Step 8: threads get their registers and are let go."""
+
+    def discard(self) -> None:
+        """Leave nothing: processes, sockets, files made here. At any step before :meth:`release`; again: nothing more."""
+
+    def hold(self) -> None:
+        """Something broke after the release began: leave everything as it is."""
+
+    def close(self) -> None:
+        """Close what is open here. Last, in every case."""
