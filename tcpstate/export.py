@@ -2,13 +2,13 @@
 
 ::
 
-    send queue   snd_una ........ snd_nxt ........ write_seq        outq = write_seq - snd_una, nsd = write_seq - snd_nxt
-                     sent, unacked      not yet sent  [FIN]         our FIN counts for one in all three
-    recv queue   copied_seq ..... rcv_nxt                           inq  = rcv_nxt - copied_seq
-                     not yet read        [FIN]                      the peer's FIN counts for one in rcv_nxt
+    send queue   snd_una ........ snd_nxt ........ write_seq     outq = write_seq - snd_una, nsd = write_seq - snd_nxt
+                     sent, unacked      not yet sent  [FIN]      our FIN counts for one in all three
+    recv queue   copied_seq ..... rcv_nxt                        inq  = rcv_nxt - copied_seq
+                     not yet read        [FIN]                   the peer's FIN counts for one in rcv_nxt
 
-The owner must be stopped and the sockets quiet (:func:`tcpstate.freeze.quiet`).  A segment that was past the filter when it
-was attached may still be at work: what was read is read again, and once more if it changed.
+The owner must be stopped and the sockets quiet (:func:`tcpstate.freeze.quiet`).  A segment that was past the filter when
+it was attached may still be at work: what was read is read again, and once more if it changed.
 """
 
 from __future__ import annotations
@@ -322,9 +322,8 @@ def _peek(indices: Iterable[int], socks: Sequence[socket.socket], raw: Sequence[
     for queue, sizes in wanted.items():
         if sizes:
             for (i, size), data in zip(sizes, _peek_queue([socks[i] for i, _ in sizes], sizes, queue), strict=True):
-                if len(data) == size:
-                    pass
-                elif queue is RepairQueue.RECEIVE and len(data) < size and _stops_at_mark(socks[i], len(data)):
+                short = len(data) < size
+                if short and queue is RepairQueue.RECEIVE and _stops_at_mark(socks[i], len(data)):
                     raise UrgentData(f"an urgent mark stands {len(data)} bytes into it", object=describe(socks[i]))
                 if queue is RepairQueue.SEND:
                     raw[i].send_queue = data

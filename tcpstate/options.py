@@ -206,7 +206,8 @@ TABLE: tuple[Option, ...] = (
     _line(TCP.WINDOW_CLAMP),
     _line(TCP.THIN_LINEAR_TIMEOUTS),
     _line(TCP.USER_TIMEOUT, stage=Stage.RELEASED),
-    _line(TCP.NOTSENT_LOWAT, Format.UNSIGNED),
+    # with it the kernel would not take all unsent data back
+    _line(TCP.NOTSENT_LOWAT, Format.UNSIGNED, Stage.RELEASED),
     _line(TCP.INQ),
     _line(TCP.TX_DELAY),
     _line(TCP.RTO_MAX_MS),

@@ -1,0 +1,401 @@
+"""Portable records to sockets (paper, 5.2 and 5.4): in repair before the address is here, released once it is.
+
+::
+
+    socks = rebuild_connections(records, elapsed=...)    # silent, in repair; re-export and compare() them now
+    ...                                                  # the address moves here, until route.is_local() says so
+    release_connections(socks, records)                  # they leave repair, and send
+    capture.replay(...)                                  # what arrived while nobody was home
+
+Sent data of which no ACK came back is *not* put into the send queue as sent, as long as all of it fits a fresh
+congestion window: a lost segment would then wait for a retransmission timeout of seconds.  It is sent again at the
+release instead, and a peer that has it already acknowledges at once.  Beyond the congestion window that would deadlock
+(an ACK of what we have not sent again yet is ignored), so there it is queued as sent.
+
+Between rebuild and release the sockets carry the freeze's mark, so that their timers send nothing: keep a
+:func:`tcpstate.freeze.blackhole` in this network namespace.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tcpstate import options
+from tcpstate.errors import QueueNotRestored, UnsupportedState
+from tcpstate.export import advance, supported
+from tcpstate.filters import give_filter
+from tcpstate.freeze import MARK
+from tcpstate.kernel.columns import Rows
+from tcpstate.kernel.machine import SYS
+from tcpstate.kernel.sockets import IP, IPV6, SO, BufferLock, Ioctl, Level, ioctl_int, pack_address
+from tcpstate.kernel.tcp import INFO_SIZE, TCP, USER_TIMEOUT_MAX, Repair, RepairQueue, RepairWindow, TcpInfo
+from tcpstate.kernel.tcp import repair_options as pack_repair_options
+from tcpstate.options import Stage
+from tcpstate.record import ConnectionRecord, Family
+from tcpstate.rows import failures
+
+__all__ = ["Difference", "compare", "rebuild_connections", "release_connections"]
+
+#: room beside a queue's bytes in its buffer: the kernel counts its own bookkeeping
+_BUFFER_SLACK = 64 << 10
+#: SO_SNDBUFFORCE takes an int and doubles it
+_BUFFER_MAX = (1 << 30) - 1
+_CHUNK_FIRST = 1 << 20
+_CHUNK_LEAST = 1 << 10
+#: what release gives back itself, so that the generic table must not
+_OWN_HANDS = frozenset({"ip.transparent", "ipv6.transparent"})
+
+
+def _family(record: ConnectionRecord) -> int:
+    return socket.AF_INET if record.family is Family.IPV4 else socket.AF_INET6
+
+
+def _fresh(records: Sequence[ConnectionRecord]) -> list[socket.socket]:
+    made: list[socket.socket] = []
+    try:
+        for record in records:
+            made.append(socket.socket(_family(record), socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
+    except OSError:
+        _close(made)
+        raise
+    return made
+
+
+def _close(socks: Sequence[socket.socket]) -> None:
+    for sock in socks:
+        sock.close()
+
+
+def rebuild_connections(
+    records: Sequence[ConnectionRecord],
+    socks: Sequence[socket.socket] | None = None,
+    *,
+    elapsed: float = 0.0,
+    devices: Mapping[str, str] | None = None,
+) -> list[socket.socket]:
+    """Sockets in repair mode that continue the connections of ``records``, in the same order.
+
+    socks    fresh TCP sockets of the right families, never bound or connected, that shall become them (the new owner
+             may have their descriptors already); made here if None
+    elapsed  seconds since the export returned, measured by one clock; never two hosts' wall clocks.  Rather too much
+             than too little: a peer drops what comes with an older timestamp
+    devices  interface names of the source and what they are called here (SO_BINDTODEVICE, link-local scopes)
+
+    All or none: on failure sockets made here are closed silently, given ones are left in repair mode, to be closed.
+    UnsupportedState, AddressInUse (the 4-tuple exists here), QueueNotRestored, ConnectionCallFailed.
+    """
+    if socks is not None and len(socks) != len(records):
+        raise ValueError(f"{len(socks)} sockets for {len(records)} records")
+    for record in records:
+        if not supported(record.state):
+            raise UnsupportedState(f"its state is {record.state.value}", object=str(record.conn_id))
+    if not records:
+        return []
+    made = _fresh(records) if socks is None else list(socks)
+    try:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            mine = [i for i, record in enumerate(records) if _family(record) == family]
+            if mine:
+                _connect([made[i] for i in mine], [records[i] for i in mine], family, elapsed, devices or {})
+        _fill(made, records)
+        _finish(made, records)
+    except BaseException:
+        if socks is None:
+            # in repair closing sends nothing
+            _close(made)
+        raise
+    return made
+
+
+def _renamed(record: ConnectionRecord, devices: Mapping[str, str]) -> dict[str, bytes]:
+    """Its byte options, with the interface's name here."""
+    data = dict(record.option_data)
+    device = data.get("so.bindtodevice")
+    if device is not None:
+        name = device.decode("utf-8", "surrogateescape")
+        data["so.bindtodevice"] = devices.get(name, name).encode("utf-8", "surrogateescape")
+    return data
+
+
+def _scope(record: ConnectionRecord, devices: Mapping[str, str]) -> int:
+    return socket.if_nametoindex(devices.get(record.scope, record.scope)) if record.scope else 0
+
+
+def _connect(
+    socks: Sequence[socket.socket],
+    records: Sequence[ConnectionRecord],
+    family: int,
+    elapsed: float,
+    devices: Mapping[str, str],
+) -> None:
+    """Steps up to the queues: an established connection with the right numbers, and nothing in it."""
+    names = [str(r.conn_id) for r in records]
+    rows = Rows(len(socks))
+    fd = rows.numbers([s.fileno() for s in socks])
+    # Before bind: else the kernel finds the port taken by the listener.
+    rows.setsockopt(fd, Level.TCP, TCP.REPAIR, Repair.ON, label="entering repair mode")
+    # Bind and connect work before the address is here (IP_FREEBIND would not do for connect).
+    if family == socket.AF_INET6:
+        rows.setsockopt(fd, Level.IPV6, IPV6.TRANSPARENT, 1)
+    else:
+        rows.setsockopt(fd, Level.IP, IP.TRANSPARENT, 1)
+    sizes = [(_buffer(r.buffers.send, r.send_queue), _buffer(r.buffers.receive, r.receive_queue)) for r in records]
+    rows.setsockopt(fd, Level.SOCKET, SO.SNDBUFFORCE, rows.u32([s for s, _ in sizes]))
+    rows.setsockopt(fd, Level.SOCKET, SO.RCVBUFFORCE, rows.u32([r for _, r in sizes]))
+    with failures(socks, names):
+        rows.run()
+        before = [_renamed(r, devices) for r in records]
+        options.give(socks, [r.options for r in records], before, Stage.BEFORE_CONNECT)
+
+    rows = Rows(len(socks))
+    fd = rows.numbers([s.fileno() for s in socks])
+    # The route is chosen at connect, and the application's mark may choose it.
+    rows.setsockopt(fd, Level.SOCKET, SO.MARK, rows.u32([_number(r, "so.mark") for r in records]))
+    for queue, start in (
+        (RepairQueue.SEND, [r.snd_una for r in records]),
+        (RepairQueue.RECEIVE, [r.copied_seq for r in records]),
+    ):
+        rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, queue)
+        rows.setsockopt(fd, Level.TCP, TCP.QUEUE_SEQ, rows.u32(start))
+    rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
+    for number, label in ((SYS.bind, "bind"), (SYS.connect, "connect")):
+        addresses = [_address(r, family, label == "connect", devices) for r in records]
+        rows.call(number, fd, rows.data(addresses), len(addresses[0]), label=label)
+    negotiated = [_repair_options(r) for r in records]
+    rows.setsockopt(
+        fd, Level.TCP, TCP.REPAIR_OPTIONS, rows.data(negotiated), size=rows.numbers([len(n) for n in negotiated])
+    )
+    # Whatever the options: setting them computes the MSS anew, which connect() in repair left at 524 bytes for good.
+    rows.call(SYS.setsockopt, fd, Level.IP, IP.OPTIONS, 0, 0, label="computing the MSS anew")
+    if family == socket.AF_INET6:
+        rows.call(SYS.setsockopt, fd, Level.IPV6, IPV6.DSTOPTS, 0, 0, label="computing the MSS anew")
+    clocks = [advance(r.timestamps, elapsed).value if r.timestamps else 0 for r in records]
+    rows.setsockopt(fd, Level.TCP, TCP.TIMESTAMP, rows.u32(clocks))
+    # From here on its timers must not be heard, nor end it.
+    rows.setsockopt(fd, Level.SOCKET, SO.MARK, rows.shared(struct.pack("I", MARK)), label="setting the mark")
+    rows.setsockopt(fd, Level.TCP, TCP.USER_TIMEOUT, USER_TIMEOUT_MAX)
+    with failures(socks, names):
+        rows.run()
+
+
+def _buffer(reported: int, queue: bytes) -> int:
+    """What to ask for: the kernel doubles it and reports the double."""
+    return min(_BUFFER_MAX, max(reported // 2, 2 * len(queue) + _BUFFER_SLACK))
+
+
+def _address(record: ConnectionRecord, family: int, of_peer: bool, devices: Mapping[str, str]) -> bytes:
+    conn = record.conn_id
+    address, port = (conn.peer, conn.peer_port) if of_peer else (conn.local, conn.local_port)
+    return pack_address(
+        address.partition("%")[0], port, family=family, flow_info=record.flow_info if of_peer else 0,
+        scope=_scope(record, devices),
+    )  # fmt: skip
+
+
+def _repair_options(record: ConnectionRecord) -> bytes:
+    agreed = record.negotiated
+    scales = None
+    if agreed.snd_wscale is not None and agreed.rcv_wscale is not None:
+        scales = agreed.snd_wscale, agreed.rcv_wscale
+    return pack_repair_options(agreed.mss, wscale=scales, sack=agreed.sack, timestamps=agreed.timestamps)
+
+
+def _fits_again(record: ConnectionRecord, sock: socket.socket) -> bool:
+    """Whether all that was sent can go out again at once: the peer takes it, the new congestion window lets it."""
+    info = TcpInfo.unpack(sock.getsockopt(Level.TCP, TCP.INFO, INFO_SIZE))
+    return record.sent <= min(info.snd_cwnd * info.snd_mss, record.windows.snd_wnd)
+
+
+def _fill(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
+    """Put the bytes back that had arrived, and those that must count as sent."""
+    for sock, record in zip(socks, records, strict=True):
+        if record.receive_queue:
+            sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.RECEIVE)
+            _put(sock, record.receive_queue, record)
+        if record.sent and not _fits_again(record, sock):
+            sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.SEND)
+            _put(sock, memoryview(record.send_queue)[: record.sent], record)
+        if record.receive_queue or record.sent:
+            sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
+
+
+def _put(sock: socket.socket, data: bytes | memoryview, record: ConnectionRecord) -> None:
+    """Write all of ``data``, in pieces as large as the kernel takes; QueueNotRestored."""
+    view, at, chunk = memoryview(data), 0, _CHUNK_FIRST
+    while at < len(view):
+        try:
+            at += sock.send(view[at : at + chunk], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError as error:
+            # memory comes in powers of two: a smaller piece may still fit
+            if error.errno in (errno.ENOMEM, errno.ENOBUFS, errno.EMSGSIZE) and chunk > _CHUNK_LEAST:
+                chunk //= 2
+                continue
+            raise QueueNotRestored(
+                f"the kernel took {at} of {len(view)} bytes: {error.strerror}", object=str(record.conn_id)
+            ) from None
+
+
+def _finish(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
+    """Windows, congestion control and what else can be set before the address is here."""
+    rows = Rows(len(socks))
+    fd = rows.numbers([s.fileno() for s in socks])
+    rows.setsockopt(
+        fd, Level.TCP, TCP.REPAIR_WINDOW, rows.data([_window(r) for r in records]), size=20, label="setting the windows"
+    )
+    names = [r.congestion.encode("ascii") for r in records]
+    rows.setsockopt(
+        fd, Level.TCP, TCP.CONGESTION, rows.data(names), size=rows.numbers([len(n) for n in names]),
+        label="setting the congestion control",
+    )  # fmt: skip
+    with failures(socks, [str(r.conn_id) for r in records]):
+        rows.run()
+        options.give(socks, [r.options for r in records], [r.option_data for r in records], Stage.REPAIRED)
+
+
+def _window(record: ConnectionRecord) -> bytes:
+    w = record.windows
+    return RepairWindow(
+        snd_wl1=w.snd_wl1, snd_wnd=w.snd_wnd, max_window=w.max_window, rcv_wnd=w.rcv_wnd, rcv_wup=w.rcv_wup
+    ).pack()
+
+
+# --- release ---------------------------------------------------------------------------------------------------------
+
+
+def release_connections(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
+    """Let rebuilt connections live, once their addresses are local here: they leave repair mode, send what is to be
+    sent and have their own options.
+
+    Afterwards replay what was captured.  ConnectionCallFailed, QueueNotRestored; the other connections of the batch may
+    be released or not then: call it again with those that are still in repair.
+    """
+    if len(socks) != len(records):
+        raise ValueError(f"{len(socks)} sockets, {len(records)} records")
+    if not socks:
+        return
+    names = [str(r.conn_id) for r in records]
+    # The rebuild decided; what it did not queue as sent goes out again.
+    again = [0 if ioctl_int(s.fileno(), Ioctl.SIOCOUTQ) else r.sent for s, r in zip(socks, records, strict=True)]
+    nodelay = [_number(r, "tcp.nodelay") for r in records]
+    rows = Rows(len(socks))
+    fd = rows.numbers([s.fileno() for s in socks])
+    # Until its own mark is back nothing it sends leaves this host.
+    rows.setsockopt(fd, Level.SOCKET, SO.MARK, rows.u32([_number(r, "so.mark") for r in records]))
+    # What goes out again must go out whole: Nagle would wait for the ACK of its first part.
+    rows.setsockopt(
+        fd, Level.TCP, TCP.NODELAY, rows.u32([int(n > 0) or d for n, d in zip(again, nodelay, strict=True)])
+    )
+    # The probe asks the peer for its window and for an ACK; data that goes out again does that by itself.
+    leave = [Repair.OFF_NO_PROBE if n else Repair.OFF for n in again]
+    rows.setsockopt(fd, Level.TCP, TCP.REPAIR, rows.u32(leave), label="leaving repair mode")
+    with failures(socks, names):
+        rows.run()
+    for sock, record, count, delay_off in zip(socks, records, again, nodelay, strict=True):
+        if count:
+            _put(sock, memoryview(record.send_queue)[:count], record)
+        if len(record.send_queue) > record.sent:
+            if count and not delay_off:
+                sock.setsockopt(Level.TCP, TCP.NODELAY, 0)
+            _put(sock, memoryview(record.send_queue)[record.sent :], record)
+    _give_back(socks, records)
+
+
+def _give_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
+    """The connection's own options, buffers and filter."""
+    rows = Rows(len(socks))
+    fd = rows.numbers([s.fileno() for s in socks])
+    # Leaving repair cleared it, and the listener beside it could not be bound again.
+    rows.setsockopt(fd, Level.SOCKET, SO.REUSEADDR, rows.u32([r.reuse_address for r in records]))
+    rows.setsockopt(fd, Level.SOCKET, SO.SNDBUFFORCE, rows.u32([r.buffers.send // 2 for r in records]))
+    rows.setsockopt(fd, Level.SOCKET, SO.RCVBUFFORCE, rows.u32([r.buffers.receive // 2 for r in records]))
+    # Setting a size fixed it; this lets the kernel tune the sizes again that it tuned before. Before 5.14 it cannot be.
+    rows.setsockopt(fd, Level.SOCKET, SO.BUF_LOCK, rows.u32([_lock(r) for r in records]), ignore=True)
+    rows.setsockopt(fd, Level.IP, IP.TRANSPARENT, rows.u32([_transparent(r) for r in records]), ignore=True)
+    rows.setsockopt(fd, Level.IPV6, IPV6.TRANSPARENT, rows.u32([_transparent(r) for r in records]), ignore=True)
+    rows.setsockopt(fd, Level.TCP, TCP.NODELAY, rows.u32([r.options.get("tcp.nodelay", (0,))[0] for r in records]))
+    # The largest value kept it alive; 0, the usual one, is not among the recorded options.
+    rows.setsockopt(
+        fd, Level.TCP, TCP.USER_TIMEOUT, rows.u32([r.options.get("tcp.user_timeout", (0,))[0] for r in records])
+    )
+    names = [str(r.conn_id) for r in records]
+    with failures(socks, names):
+        rows.run()
+        numbers, data = [r.options for r in records], [r.option_data for r in records]
+        options.give(socks, numbers, data, Stage.RELEASED, skip=_OWN_HANDS)
+    for sock, record in zip(socks, records, strict=True):
+        if record.filter:
+            give_filter(sock, record.filter)
+        if record.filter_locked:
+            sock.setsockopt(Level.SOCKET, SO.LOCK_FILTER, 1)
+
+
+def _number(record: ConnectionRecord, keyword: str) -> int:
+    """The value of a recorded option; 0, which these have on a fresh socket, if it is not recorded."""
+    return record.options.get(keyword, (0,))[0]
+
+
+def _lock(record: ConnectionRecord) -> int:
+    send = BufferLock.SEND if record.buffers.send_locked else 0
+    return send | (BufferLock.RECEIVE if record.buffers.receive_locked else 0)
+
+
+def _transparent(record: ConnectionRecord) -> int:
+    return max(_number(record, keyword) for keyword in _OWN_HANDS)
+
+
+# --- comparison ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where a rebuilt connection is not what its record says."""
+
+    what: str
+    expected: object
+    found: object
+
+    def __str__(self) -> str:
+        return f"{self.what}: expected {self.expected!r}, found {self.found!r}"
+
+
+def compare(record: ConnectionRecord, found: ConnectionRecord) -> list[Difference]:
+    """Where ``found``, a rebuilt connection's export before its release, contradicts ``record``.
+
+    Its send queue may still lack what the release will send; the options that wait for the release are not compared.
+    """
+    pairs: list[tuple[str, object, object]] = [
+        ("conn-ID", record.conn_id, found.conn_id),
+        ("family", record.family, found.family),
+        ("state", record.state, found.state),
+        ("snd_una", record.snd_una, found.snd_una),
+        ("rcv_nxt", record.rcv_nxt, found.rcv_nxt),
+        ("windows", record.windows, found.windows),
+        ("what was negotiated", _without_ecn(record), _without_ecn(found)),
+        ("congestion control", record.congestion, found.congestion),
+    ]
+    differences = [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
+    # queues are told by length: their bytes may be secret and are certainly long
+    if found.receive_queue != record.receive_queue:
+        differences.append(_queue("receive queue", record.receive_queue, found.receive_queue))
+    if not record.send_queue.startswith(found.send_queue) or len(found.send_queue) not in (0, record.sent):
+        differences.append(_queue("send queue", record.send_queue[: record.sent], found.send_queue))
+    for keyword, value in record.options.items():
+        option = options.BY_KEYWORD.get(keyword)
+        if option is not None and option.stage is not Stage.RELEASED and found.options.get(keyword) != value:
+            differences.append(Difference(keyword, value, found.options.get(keyword)))
+    return differences
+
+
+def _without_ecn(record: ConnectionRecord) -> tuple[object, ...]:
+    n = record.negotiated
+    return n.mss, n.snd_wscale, n.rcv_wscale, n.sack, n.timestamps
+
+
+def _queue(what: str, expected: bytes, found: bytes) -> Difference:
+    if len(expected) != len(found):
+        return Difference(what, f"{len(expected)} bytes", f"{len(found)} bytes")
+    return Difference(what, f"{len(expected)} bytes", "other bytes of the same length")
