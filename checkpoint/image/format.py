@@ -204,7 +204,7 @@ class FrameReader:
         self._spare: list[memoryview] = []
         self._out: list[Frame] = []
         self._offset = 0
-        self._small = memoryview(bytearray(_SMALL_READ))
+        self._small = frames.aligned_buffer(_SMALL_READ)
         self._piece = bytearray()  # what has come of a piece of known length ..
         self._data = memoryview(b"")  # .. or where data are to go, of which ..
         self._filled = 0  # .. so much has come
@@ -277,7 +277,7 @@ class FrameReader:
             frames.check_padding((yield header.padding), header)
             data = memoryview(b"")
             if header.data_length:
-                data = (self._spare.pop() if self._spare else memoryview(bytearray(DATA_MAX)))[: header.data_length]
+                data = (self._spare.pop() if self._spare else frames.aligned_buffer(DATA_MAX))[: header.data_length]
                 yield data
             frame = Frame(header, record, data, self._recycle if data else None)
             self._check(header, frame)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import itertools
+import mmap
 import re
 import struct
 from collections.abc import Callable
@@ -54,6 +55,7 @@ __all__ = [
     "PageRun",
     "Runs",
     "Space",
+    "aligned_buffer",
 ]
 
 T = TypeVar("T")
@@ -304,6 +306,16 @@ class Frame:
         else:
             # the digest may still be reading the buffer
             self._check.add_done_callback(lambda _: recycle(data))
+
+
+def aligned_buffer(size: int) -> memoryview:
+    """Zeroed bytes for page data to be copied into, on a page boundary.
+
+    malloc gives blocks of this size 16 bytes behind one. Copying whole pages to there is a known bad case of ``rep
+    movsb`` on AMD's Zen processors: measured 2.2 instead of 7 GB/s for process_vm_readv, 2.6 instead of 12 with huge
+    pages.
+    """
+    return memoryview(mmap.mmap(-1, size))
 
 
 def pack_header(kind: str, flags: int, record_length: int, data_length: int, offset: int) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from checkpoint.errors import BadLayout, MemoryUnreadable, MemoryUnwritable
-from checkpoint.image.frames import DATA_MAX, PageRun, Space
+from checkpoint.image.frames import DATA_MAX, PageRun, Space, aligned_buffer
 from checkpoint.kernel import process_vm
 from checkpoint.memory import scan
 from checkpoint.memory.layout import MemoryLayout
@@ -39,7 +39,7 @@ def read(process: Process, layout: MemoryLayout, *, buffers: int = 1) -> Iterato
 
 def read_runs(process: Process, pid: int, ranges: Iterable[tuple[int, int]], *, buffers: int = 1) -> Iterator[PageRun]:
     """As read(), for given ranges [(start, end)]; ``pid``: the process's number in the image."""
-    spaces = [memoryview(bytearray(DATA_MAX)) for _ in range(buffers)]
+    spaces = [aligned_buffer(DATA_MAX) for _ in range(buffers)]
     turn = 0
     for runs in chunks(ranges):
         data = spaces[turn][: sum(length for _, length in runs)]
