@@ -80,6 +80,8 @@ class Offsets:
             if os.path.exists(f"/proc/{pid}"):
                 return cls(monotonic=0, boottime=0)
             raise NoSuchProcess("the process does not exist, or has just ended", object=f"pid {pid}") from error
+        if not text:
+            raise NoSuchProcess("the process has ended", object=f"pid {pid}")  # a zombie
         return cls.parse(text)
 
     @classmethod

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.errors import ExtendedStateForeign
+from tcpstate.kernel.batch import libc
 
 __all__ = ["Component", "convert_xstate", "same_layout", "xstate_layout"]
 
@@ -85,14 +86,14 @@ def xstate_layout() -> tuple[Component, ...]:
 
     Empty where executable memory is refused to us: then only areas of exactly our own size and XCR0 are accepted.
     """
-    try:
-        memory = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
-    except PermissionError:
-        return ()
+    memory = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.write(_CPUID)
+    code = (ctypes.c_char * mmap.PAGESIZE).from_buffer(memory)
+    # Never writable and executable at once: that is what security modules look for first.
+    if libc.mprotect(ctypes.c_void_p(ctypes.addressof(code)), mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_EXEC):
+        return ()
     out = (ctypes.c_uint32 * 4)()
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    cpuid = ctypes.CFUNCTYPE(None, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p)(address)
+    cpuid = ctypes.CFUNCTYPE(None, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p)(ctypes.addressof(code))
     cpuid(_LEAF, 0, ctypes.addressof(out))
     supported = out[0] | out[3] << 32
     found = []
