@@ -14,7 +14,7 @@ import time
 from collections import deque
 from types import TracebackType
 
-from tests.hosts.host import Host
+from tests.hosts import Host, Net
 from tests.hosts.kernel import in_namespace
 from tests.ring import PacketRing
 
@@ -96,13 +96,15 @@ class PacketReport:
 
 
 class Watcher:
-    """Watches one interface of a host until closed.
+    """Watches one interface of a host, or of the bridge (``tmh-NAME``: the port of that host), until closed.
 
     port    only packets from or to this port
     data    False: only SYN, FIN and RST are looked at: for streams at full speed, where each packet costs time
     """
 
-    def __init__(self, host: Host, interface: str = "eth0", *, port: int | None = None, data: bool = True) -> None:
+    def __init__(
+        self, host: Host | Net, interface: str = "eth0", *, port: int | None = None, data: bool = True
+    ) -> None:
         self._port = port
         with in_namespace(host.netns):
             self._ring = PacketRing(interface, 0xFF if data else int(Flag.SYN | Flag.FIN | Flag.RST))

@@ -7,11 +7,14 @@ import dataclasses
 import itertools
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import gettempdir
 
-from tests.hosts.host import Host
+from tests.hosts.host import ROOT, Host
+from tests.hosts.init import PRIVATE_TREES
 from tests.hosts.kernel import in_namespace, new_netns, write_sysctl
 
 __all__ = ["Net", "ThreeHosts", "three_hosts"]
@@ -28,9 +31,12 @@ class Net:
     number   the N of 10.77.N.0/24 and fd77:N::/64; nets do not see each other, so it may be the same for all
     """
 
+    name = "bridge"
+
     def __init__(self, number: int = 1) -> None:
         if os.geteuid() != 0:
             raise PermissionError("test hosts are made of namespaces: run this as root (sudo make test)")
+        _refuse_hidden()
         self.number = number
         self.hosts: dict[str, Host] = {}
         _sweep()
@@ -147,6 +153,18 @@ def three_hosts(number: int = 1) -> Iterator[ThreeHosts]:
         client = net.host("client", uptime_offset=3 * DAY, first_pid=21000)
         net.add_service(source)
         yield ThreeHosts(net, source, target, client)
+
+
+def _refuse_hidden() -> None:
+    """Raises RuntimeError when something that the hosts need lies where each of them has a directory of its own."""
+    for what, path in (
+        ("the checkout", ROOT),
+        ("Python", sys.prefix),
+        ("the folder for temporary files", gettempdir()),
+    ):
+        top = Path(path).resolve().parts[1:2]
+        if f"/{''.join(top)}" in PRIVATE_TREES:
+            raise RuntimeError(f"{what} is {path}, but test hosts have a /{top[0]} of their own: use another place")
 
 
 def _sweep() -> None:

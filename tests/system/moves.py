@@ -15,6 +15,5 @@ def there_and_back(stage: Stage, moves: int = 2) -> list[MoveReport]:
         reports.append(report)
         print(report.json())
         assert report.problems == [], f"move {number + 1}: {report.problems}\n{report.log}"
-        assert stage.here.state(stage.pid) in tuple("RSD"), f"pid {stage.pid} does not run on {stage.here.name}"
     assert stage.finish() == []
     return reports

@@ -30,7 +30,7 @@ def connect(hosts: ThreeHosts, family: int) -> Pair:
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("by", ["client", "server"])
 def test_a_reset_is_seen_either_way(hosts: ThreeHosts, family: int, by: str) -> None:
-    with Watcher(hosts.client, port=PORT) as watcher:
+    with Watcher(hosts.client, port=PORT) as watcher, Watcher(hosts.net, "tmh-source", port=PORT) as bridge:
         client, server = connect(hosts, family)
         with client, server:
             end = client if by == "client" else server
@@ -39,6 +39,8 @@ def test_a_reset_is_seen_either_way(hosts: ThreeHosts, family: int, by: str) -> 
             report = watcher.mark()
         assert [(p.outgoing, Flag.RST in p.flags) for p in report.rsts] == [(by == "client", True)]
         assert "RST" in watcher.log()
+        # The port of the source: what the bridge sends out there is what the client sent.
+        assert [p.outgoing for p in bridge.mark().rsts] == [by == "client"]
 
 
 @pytest.mark.parametrize("family", [4, 6])

@@ -23,6 +23,7 @@ from tests.workloads.load import Load, ask_all
 __all__ = ["MoveReport", "Mover", "Stage", "by_tcpmig", "outer_pid", "pretend"]
 
 FIGURES = ("stop_ms", "total_ms", "command_ms", "bytes_sent", "connections")  # of tcpmig's summary
+RUNNING = ("R", "S", "D")  # states of /proc/PID/stat; T and t would mean that it was left stopped
 CALM = 0.3  # seconds before and after a move, so that a timer which it started shows (the shortest is 200 ms)
 
 # What moves a process: (from, pid, to) -> summary as `tcpmig migrate --json` prints it
@@ -180,6 +181,11 @@ class Stage:
         return {name: answer["gap_ms"] for name, answer in marks.items() if "gap_ms" in answer}
 
     def _judge(self, report: MoveReport) -> None:
+        if report.summary.get("outcome") != "pretended":
+            if self.here.state(self.pid) not in RUNNING:
+                report.problems.append(f"pid {self.pid} does not run on {self.here.name}")
+            if self.there.state(self.pid) not in ("", "Z"):
+                report.problems.append(f"pid {self.pid} is still there on {self.there.name}")
         before = self._wrongs
         report.problems += self._new_wrongs()
         report.wrong = self._wrongs - before

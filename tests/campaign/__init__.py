@@ -1,0 +1,1 @@
+"""`make campaign`: hundreds of migrations at random moments, seeded, resumable."""

@@ -1,0 +1,15 @@
+"""The campaigns as tests. TMH_SEED (1) and TMH_RATE (MB/s in each direction, 0 = full speed) change them."""
+
+import os
+
+import pytest
+
+from tests.campaign.run import CAMPAIGNS, Campaign, run
+
+
+@pytest.mark.parametrize("campaign", CAMPAIGNS, ids=lambda campaign: campaign.name)
+def test_campaign(campaign: Campaign) -> None:
+    state = run(campaign, seed=int(os.environ.get("TMH_SEED", "1")), rate=float(os.environ.get("TMH_RATE", "0")))
+    problems = [problem for leg in state["legs"] for problem in leg["problems"]]
+    assert problems == []
+    assert sum(len(leg["moves"]) for leg in state["legs"]) == campaign.moves
