@@ -280,6 +280,13 @@ class Injection:
         if failure is not None:
             raise failure
 
+    def send_off(self, thread: Thread, table: CallTable) -> None:
+        """Run a table from which the thread does not come back, since it ends its process."""
+        base = self._tables
+        self.process.write(base, table.image(base))
+        start = engine_start(thread.registers, self._engines[thread.tid], table.entries(base), table.undo_entries(base))
+        self._excursions.start(thread, start)
+
     def _finish(self, thread: Thread, table: CallTable, here: int, size: int, deadline: float) -> None:
         stop = self._engines[thread.tid] + ENGINE_STOP
         registers = self._excursions.finish(thread, stop, max(deadline - time.monotonic(), 0))

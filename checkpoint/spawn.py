@@ -1,39 +1,401 @@
-"""The processes that rebuilt ones start as. (First version: the interface.)"""
+"""Stubs: the processes that rebuilt ones start as.
+
+A stub is born with the PID that is wanted, by clone3 and exec of a program of one page in which nothing happens.  It is
+made by machine code in our own process: the child borrows our memory until its exec and runs no Python.  Then it is
+stopped, and calls injected into it make of it what it shall be; other processes and threads are cloned by it.
+
+Should the tool die, so do the stubs (PTRACE_O_EXITKILL), until :meth:`Stub.survive_tool`.  Before they are traced they
+watch the tool themselves, by a pidfd.
+
+All that is ours in a stub lies in its *window*, a range of addresses that is free in every process to be rebuilt.
+
+Source: clone3(2), execveat(2), ptrace(2), kernel/pid.c (set_tid).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import ctypes
+import errno
+import functools
+import mmap
+import os
+import signal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final, Self
 
+from checkpoint import procfs
+from checkpoint.arch import SPAWN, USER_END, stub_elf
+from checkpoint.boot import Boot
+from checkpoint.errors import AddressGapMissing, PidTaken, SpawnFailed
 from checkpoint.inject import Injection
+from checkpoint.kernel import ptrace
+from checkpoint.kernel.clone import (
+    AT_EMPTY_PATH,
+    CLONE_ARGS_SIZE,
+    SET_TID_OFFSET,
+    THREAD,
+    CloneArgs,
+    CloneFlag,
+    pack_tids,
+)
+from checkpoint.kernel.ptrace import Option
+from checkpoint.memory.vma import PAGE
+from checkpoint.thread import Thread, wait_status
 from checkpoint.tracee import Process
-from tcpstate.kernel.calls import CallTable
+from tcpstate.kernel.batch import libc, syscall
+from tcpstate.kernel.calls import CallError, CallTable
+from tcpstate.kernel.machine import SYS
 
-__all__ = ["Stub", "spawn_stub"]
+__all__ = ["Stub", "find_gap", "spawn_stub"]
+
+# The window: the program's page, the parking place, the engines, the tables.
+_WINDOW_SIZE: Final = 128 << 20
+_PARKING: Final = (1 << 20, 2 << 20)
+_CODE_AT: Final = 2 << 20
+_CODE_SIZE: Final = 16 << 20
+_ROOM: Final = 96 << 20
+_GAP_ALIGN: Final = 2 << 20
+#: no window below: where small programs without address randomization lie, and null pointers point
+_LOWEST: Final = 0x1000_0000
+
+_OPTIONS: Final = Option.TRACEFORK | Option.TRACEVFORK | Option.TRACECLONE | Option.EXITKILL
+_ALL_SIGNALS: Final = (1 << 64) - 1
+_STOP_TIMEOUT: Final = 5.0
+_LAST_FD: Final = 0xFFFFFFFF
+_MFD_EXEC: Final = 0x10  # include/uapi/linux/memfd.h, 6.3
+_LEAST_ERRNO: Final = -4095
+
+
+def find_gap(avoid: Iterable[tuple[int, int]], size: int) -> int:
+    """The lowest address, not too low, from which ``size`` bytes, and a margin around them, overlap nothing in
+    ``avoid``. AddressGapMissing if there is none."""
+    at = _LOWEST
+    for start, end in sorted(avoid):
+        if start >= at + size + _GAP_ALIGN:
+            break
+        at = max(at, end + _GAP_ALIGN + -end % _GAP_ALIGN)
+    if at + size + _GAP_ALIGN > USER_END:
+        raise AddressGapMissing(f"there are no {size >> 20} MiB of address space that none of the processes uses")
+    return at
+
+
+class _StubInjection(Injection):
+    """In a stub the memory lies in the window, all of which is unmapped at the end."""
+
+    def __init__(self, stub: Stub) -> None:
+        super().__init__(stub)
+        self._window = stub.window
+
+    def open(self) -> None:
+        boot = Boot(self.process, self._excursions)
+        boot.write()
+        self._boot = boot
+        self._map(boot, _CODE_SIZE, _ROOM, self._window[0] + _CODE_AT)
+        self.add_threads(self.process.threads)
+
+    def inherited(self, stub: Stub) -> _StubInjection:
+        """That of a child: it has a copy of our memory, in which it stands."""
+        copy = _StubInjection(stub)
+        if self._boot is None:
+            raise RuntimeError("the injection is not open")
+        copy._boot = Boot(stub, copy._excursions, self._boot.address)
+        copy._start, copy._head, copy._end = self._start, self._head, self._end
+        copy._arrived(stub.threads)
+        return copy
+
+    def _arrived(self, threads: Iterable[Thread]) -> None:
+        """Threads were born that stand in our code."""
+        threads = list(threads)
+        self._excursions.away.update(thread.tid for thread in threads)
+        self.add_threads(threads)
+
+    @property
+    def born(self) -> list[int]:
+        """tids of those that the calls have made."""
+        return self._excursions.born
+
+    def close(self) -> None:
+        if self._boot is not None:
+            self._boot.find_again()
+            # The handlers of the rebuilt process may be installed by now.
+            self._excursions.caught = True
+        super().close()
+
+    def _unmap(self, boot: Boot) -> None:
+        start, end = self._window
+        boot.call(SYS.munmap, start, end - start, label="unmapping the stub's window")
 
 
 class Stub(Process):
-    """A process of ours, stopped, that will become a rebuilt one; killed if the tool dies until `survive_tool`.
+    """A process of ours, stopped, that will become a rebuilt one.
 
-    injection    open: `run` works at once
-    tool_pidfd   number of a descriptor *in the stub* that is a pidfd of the tool: pidfd_getfd(tool_pidfd, fd) takes fd.
-                 The only descriptor of the stub.
-    window       (start, end): address space that is ours, free in all images; leave its mappings alone
-    parking      (start, end): the part of the window where the vdso may wait for its place
+    window      (start, end) of the addresses that are ours until :meth:`leave`: to be left alone
+    parking     (start, end): a part of it that is free, where the kernel's own mappings may wait for their place
+    tool_pidfd  number *in the stub* of a pidfd of the tool, with which it can take our descriptors; no other descriptor
+                is open
     """
 
-    injection: Injection
-    tool_pidfd: int
-    window: tuple[int, int]
-    parking: tuple[int, int]
+    def __init__(self, pid: int, window: tuple[int, int], tool_pidfd: int) -> None:
+        super().__init__(pid)
+        self.window = window
+        self.parking = (window[0] + _PARKING[0], window[0] + _PARKING[1])
+        self.tool_pidfd = tool_pidfd
+        self._injection: _StubInjection
 
-    def run(self, table: CallTable, tid: int | None = None) -> None: ...
-    def run_all(self, tables: Mapping[int, CallTable]) -> None: ...
-    def fork(self, pid: int | None, flags: int = 0) -> Stub: ...
-    def clone_threads(self, tids: Sequence[int]) -> None: ...  # appended to `threads`
-    def leave(self) -> None: ...  # unmaps the whole window; then set registers, mask, XSAVE area by Thread
-    def survive_tool(self) -> None: ...
-    def release(self) -> None: ...  # detach all threads
-    def reap(self) -> int: ...  # after exit_group in a table or kill: the wait status
+    @property
+    def injection(self) -> Injection:
+        """Open from birth to :meth:`leave`."""
+        return self._injection
+
+    # -- birth
+
+    @classmethod
+    def _seized(cls, pid: int, window: tuple[int, int], tool_pidfd: int) -> Self:
+        stub = cls(pid, window, tool_pidfd)
+        thread = Thread(pid, pid)
+        try:
+            thread.seize(_OPTIONS | Option.SUSPEND_SECCOMP)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EINVAL):
+                raise
+            thread.seize(_OPTIONS)
+        thread.interrupt()
+        thread.await_interrupt(_STOP_TIMEOUT)
+        stub._adopt([thread])
+        return stub
+
+    def _adopt(self, threads: Iterable[Thread]) -> None:
+        """Threads that stand still become ours; what is in their registers does not matter."""
+        for thread in threads:
+            current = thread.get_registers()
+            thread.raw = thread.registers = current.moved(current.ip)
+            thread.sigmask = _ALL_SIGNALS  # no signal is to be delivered before the rebuilt thread's mask is in place
+            thread.rseq = None
+            self.threads.append(thread)
+        self.stat = procfs.read_stat(self.pid)
+
+    def _newborn(self, pid: int, tid: int) -> Thread:
+        """A thread that one of our calls has made: it is traced already."""
+        thread = Thread(pid, tid)
+        thread.await_interrupt(_STOP_TIMEOUT)
+        return thread
+
+    def fork(self, pid: int | None, flags: int = 0, *, exit_signal: int = signal.SIGCHLD) -> Stub:
+        """A child, a copy of this stub.
+
+        pid    its number in the stub's PID namespace; None: any
+        flags  CLONE_*; with CLONE_PARENT it is a sibling
+        PidTaken, SpawnFailed.
+        """
+        self._clone([pid], flags, 0 if flags & CloneFlag.PARENT else exit_signal)
+        number = self._injection.born.pop()
+        child = type(self)(number, self.window, self.tool_pidfd)
+        child._adopt([self._newborn(number, number)])
+        child._injection = self._injection.inherited(child)
+        return child
+
+    def clone_threads(self, tids: Sequence[int]) -> None:
+        """More threads, with these numbers in the stub's PID namespace, added to ``threads`` in this order.
+
+        PidTaken, SpawnFailed.
+        """
+        if not tids:
+            return
+        self._clone(tids, THREAD, 0)
+        born = [self._newborn(self.pid, tid) for tid in self._injection.born]
+        self._injection.born.clear()
+        self._adopt(born)
+        self._injection._arrived(born)
+
+    def _clone(self, numbers: Sequence[int | None], flags: int, exit_signal: int) -> None:
+        calls = CallTable()
+        for number in numbers:
+            wanted = number is not None
+            args = calls.put(CloneArgs(flags, exit_signal, 0, int(wanted)).pack())
+            if number is not None:
+                calls.pointer(args + SET_TID_OFFSET, calls.put(pack_tids(number)))
+            calls.call(SYS.clone3, args, CLONE_ARGS_SIZE, label=f"clone3 {number or ''}".rstrip())
+        try:
+            self.run(calls)
+        except CallError as error:
+            raise _clone_failed(error.errno or 0, numbers[error.index]) from error
+
+    # -- life
+
+    def run(self, table: CallTable, tid: int | None = None) -> None:
+        """Run a table in one thread, the first if none is named. See :meth:`Injection.run`."""
+        self._injection.run({self.leader.tid if tid is None else tid: table})
+
+    def run_all(self, tables: Mapping[int, CallTable]) -> None:
+        """Run a table in each of the threads named, all at once. See :meth:`Injection.run`."""
+        self._injection.run(tables)
+
+    def leave(self) -> None:
+        """Unmap the window, and with it all that is ours. The threads then stand still with all signals blocked and
+        meaningless registers: what comes next are their real registers and masks."""
+        self._injection.close()
+
+    def survive_tool(self) -> None:
+        """From now on the death of the tool lets it run on."""
+        for thread in self.threads:
+            ptrace.set_options(thread.tid, Option(0))
+
+    def release(self) -> None:
+        """Let it run, without us."""
+        for thread in self.threads:
+            thread.detach()
+        self.close()
+
+    # -- death
+
+    def exit(self, status: int) -> None:
+        """It exits, and is a zombie until its parent, if that is not the tool, has waited for it."""
+        calls = CallTable()
+        calls.call(SYS.exit_group, status)
+        self._injection.send_off(self.leader, calls)
+        self._ended()
+
+    def die(self, number: int) -> None:
+        """It is killed by a signal whose default action that is."""
+        leader = self.leader
+        leader.set_sigmask(0)
+        os.kill(self.pid, number)
+        leader.cont()
+        while os.WIFSTOPPED(status := wait_status(leader.tid, _STOP_TIMEOUT)):
+            ptrace.cont(leader.tid, os.WSTOPSIG(status) if status >> 16 == 0 else 0)
+        self.close()
+
+    def _ended(self) -> None:
+        for thread in [*self.threads[1:], self.leader]:
+            self.await_end(thread)
+        self.close()
 
 
-def spawn_stub(pid: int | None, avoid: Iterable[tuple[int, int]]) -> Stub: ...
+def _clone_failed(error: int, number: int | None) -> PidTaken | SpawnFailed:
+    """What a failed clone3 means."""
+    name = f"pid {number}" if number is not None else ""
+    if error == errno.EEXIST and number is not None:
+        users = procfs.users_of_number(number)
+        return PidTaken(f"the number is in use: {'; '.join(users) or 'in another PID namespace'}", object=name)
+    if error == errno.EINVAL and number is not None:
+        return SpawnFailed("the number is outside this PID namespace's range", object=name, fix="Raise kernel.pid_max.")
+    return SpawnFailed(os.strerror(error), object=name)
+
+
+def spawn_stub(pid: int | None, avoid: Iterable[tuple[int, int]]) -> Stub:
+    """Start a stub as our child, stopped, with calls possible.
+
+    pid    its number; None: any. In a PID namespace that the caller has unshared: the number in there
+    avoid  (start, end) of all memory that it, and all that is forked from it, shall have
+    A time namespace that the caller has unshared is entered, too (since Linux 6.2).
+    PidTaken, SpawnFailed, AddressGapMissing.
+    """
+    base = find_gap(avoid, _WINDOW_SIZE)
+    window = (base, base + _WINDOW_SIZE)
+    tool = os.pidfd_open(os.getpid())
+    program = -1
+    try:
+        program = _memfd()
+        os.write(program, stub_elf(base, tool))
+        os.set_inheritable(tool, True)
+        number = _start(program, pid)
+        return _first_steps(number, window, tool)
+    finally:
+        for fd in (tool, program):
+            if fd >= 0:
+                os.close(fd)
+
+
+def _first_steps(number: int, window: tuple[int, int], tool: int) -> Stub:
+    stub: Stub | None = None
+    try:
+        stub = Stub._seized(number, window, tool)
+        injection = _StubInjection(stub)
+        injection.open()
+        stub._injection = injection
+        calls = CallTable()
+        if tool:
+            calls.call(SYS.close_range, 0, tool - 1, 0, label="close_range")
+        calls.call(SYS.close_range, tool + 1, _LAST_FD, 0, label="close_range")
+        stub.run(calls)
+    except BaseException:
+        os.kill(number, signal.SIGKILL)
+        if stub is None:
+            os.waitpid(number, 0)
+        else:
+            stub._ended()
+        raise
+    return stub
+
+
+def _memfd() -> int:
+    flags = os.MFD_CLOEXEC
+    try:
+        return os.memfd_create("tcpmig-stub", flags | _MFD_EXEC)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise SpawnFailed(
+                f"no program can be executed from memory: {error.strerror}", fix="Set vm.memfd_noexec to 0 or 1."
+            ) from error
+    return os.memfd_create("tcpmig-stub", flags)  # before 6.3 every one can be executed
+
+
+def _start(program: int, pid: int | None) -> int:
+    """clone3 and exec; the child's number in our PID namespace."""
+    tids = ctypes.create_string_buffer(pack_tids(pid if pid is not None else 0))
+    wanted = pid is not None
+    flags = CloneFlag.VM | CloneFlag.VFORK | CloneFlag.CLEAR_SIGHAND
+    args = CloneArgs(flags, signal.SIGCHLD, ctypes.addressof(tids) if wanted else 0, int(wanted)).pack()
+    clone_args = ctypes.create_string_buffer(args, len(args))
+    empty = ctypes.create_string_buffer(1)
+    argv = (ctypes.c_void_p * 2)(ctypes.addressof(empty), None)
+    envp = (ctypes.c_void_p * 1)(None)
+    exec_args = (ctypes.c_uint64 * 5)(
+        *(program, ctypes.addressof(empty), ctypes.addressof(argv), ctypes.addressof(envp), AT_EMPTY_PATH)
+    )
+    # A signal handled by the child, in memory that is ours, would be handled twice.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        machine = _machine_spawn()
+        if machine is not None:
+            number = machine(ctypes.addressof(clone_args), len(args), ctypes.addressof(exec_args))
+        else:
+            number = _plain_spawn(args, exec_args)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    if _LEAST_ERRNO <= number < 0:
+        raise _clone_failed(-number, pid)
+    ended, status = os.waitpid(number, os.WNOHANG)
+    if ended:
+        reason = os.strerror(os.WEXITSTATUS(status)) if os.WIFEXITED(status) else f"wait status {status:#x}"
+        raise SpawnFailed(f"the stub's program cannot be executed: {reason}")
+    return number
+
+
+@functools.cache
+def _machine_spawn() -> Callable[[int, int, int], int] | None:
+    """The spawn code in executable memory of ours, for the life of the process; None if that is refused."""
+    try:
+        code = mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        return None
+    code.write(SPAWN)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(code))
+    if libc.mprotect(ctypes.c_void_p(address), ctypes.c_size_t(PAGE), mmap.PROT_READ | mmap.PROT_EXEC):
+        return None
+    function = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64)(address)
+    function._code = code  # type: ignore[attr-defined]  # the mapping must live as long as the function
+    return function
+
+
+def _plain_spawn(args: bytes, exec_args: ctypes.Array[ctypes.c_uint64]) -> int:
+    """The same by plain calls, with a copy of our memory instead of a loan: slower by the time that a fork takes."""
+    flags = int.from_bytes(args[:8], "little") & ~int(CloneFlag.VM | CloneFlag.VFORK)
+    own = ctypes.create_string_buffer(flags.to_bytes(8, "little") + args[8:], len(args))
+    number = syscall(SYS.clone3, ctypes.addressof(own), len(args))
+    if number:
+        return number
+    try:
+        syscall(SYS.execveat, *exec_args)
+    finally:
+        os._exit(ctypes.get_errno())
