@@ -117,6 +117,7 @@ class _StubInjection(Injection):
     def close(self) -> None:
         if self._boot is not None:
             self._boot.find_again()
+            self._boot.write(self._start, self._end - self._start, self._head)  # a fork has its parent's frame in there
             # The handlers of the rebuilt process may be installed by now.
             self._excursions.caught = True
         super().close()
