@@ -85,19 +85,20 @@ def scan(
     """
     if start >= end:
         return []
-    vector = array.array("Q", bytes(8 * _WORDS_PER_RUN * _RUNS))
+    room = min(_RUNS, (end - start) // _PAGE + 1)
+    vector = array.array("Q", bytes(8 * _WORDS_PER_RUN * room))
     where = vector.buffer_info()[0]
     mask = all_of | none_of
     found: list[_Run] = []
     while True:
         argument = bytearray(
-            _ARGUMENT.pack(_ARGUMENT.size, flags, start, end, 0, where, _RUNS, 0, none_of, mask, any_of, tell)
+            _ARGUMENT.pack(_ARGUMENT.size, flags, start, end, 0, where, room, 0, none_of, mask, any_of, tell)
         )
         count = fcntl.ioctl(fd, PAGEMAP_SCAN, argument)
         words = vector[: _WORDS_PER_RUN * count]
         found += zip(words[0::3], words[1::3], words[2::3], strict=True)
         walked: int = _ARGUMENT.unpack(argument)[_WALK_END]
-        if count < _RUNS or walked >= end:
+        if count < room or walked >= end:
             return found
         start = max(walked, found[-1][1])
         if start >= end:

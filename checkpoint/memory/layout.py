@@ -17,7 +17,7 @@ from checkpoint.errors import BadLayout, OtherVdso
 from checkpoint.kernel.mman import MM_MAP, MM_MAP_AUXV, MM_MAP_EXE_FD, Advice, Lock, Map, Prot, PrSetMm, PrSetVma, Remap
 from checkpoint.memory import scan, vdso, verdicts
 from checkpoint.memory.vma import PAGE, SPECIAL_NAMES, VSYSCALL, Vma, with_flags
-from tcpstate.kernel.calls import CallTable, Result
+from tcpstate.kernel.calls import CallError, CallTable, Result
 from tcpstate.kernel.machine import SYS
 
 if TYPE_CHECKING:
@@ -25,7 +25,17 @@ if TYPE_CHECKING:
     from checkpoint.spawn import Stub
     from checkpoint.tracee import Process
 
-__all__ = ["Descriptors", "MappedFiles", "Mapping", "MemoryFields", "MemoryLayout", "capture", "query_brk", "rebuild"]
+__all__ = [
+    "Descriptors",
+    "MappedFiles",
+    "Mapping",
+    "MemoryFields",
+    "MemoryLayout",
+    "build",
+    "capture",
+    "query_brk",
+    "rebuild",
+]
 
 #: flags of smaps that a rebuilt mapping is given again
 KEPT_FLAGS = frozenset({"nr", "gd", "dp", "dc", "dd", "wf", "hg", "nh", "mg", "sr", "rr", "lo", "lf"})
@@ -42,6 +52,7 @@ _ADVICE = {
 }
 #: a droppable mapping (MAP_DROPPABLE) has these by itself
 _DROPPABLE_HAS = frozenset({"nr", "wf", "dd"})
+_ANY_PROT = int(Prot.READ | Prot.WRITE | Prot.EXEC)
 _ANON_NAMES = ("[anon:", "[anon_shmem:")
 _ANON_NAME_MAX = 80  # kernel: ANON_VMA_NAME_MAX_LEN, with the zero byte
 #: the kernel keeps no more of the auxiliary vector (mm->saved_auxv)
@@ -73,9 +84,9 @@ class Mapping:
     def __post_init__(self) -> None:
         if not 0 < self.start < self.end <= USER_END or (self.start | self.end | self.offset) % PAGE:
             raise ValueError(f"a mapping cannot be at {self.start:#x}-{self.end:#x}, offset {self.offset:#x}")
-        if not 0 <= self.prot <= Prot.READ | Prot.WRITE | Prot.EXEC or not 0 <= self.offset < 1 << 63:
+        if not 0 <= self.prot <= _ANY_PROT or not 0 <= self.offset < 1 << 63:
             raise ValueError(f"{self.start:#x}: protection {self.prot}, offset {self.offset:#x}")
-        if not set(self.flags) <= KEPT_FLAGS:
+        if self.flags and not KEPT_FLAGS.issuperset(self.flags):
             raise ValueError(f"{self.start:#x}: flags {self.flags}")
         if (self.file is None and self.shared) or (self.file is not None and (self.file < 0 or self.special)):
             raise ValueError(f"{self.start:#x}: file {self.file}")
@@ -171,9 +182,13 @@ class MemoryLayout:
             if mapping.start < end:
                 raise ValueError(f"{mapping} overlaps the one before it")
             end = mapping.end
+        special = [mapping.name for mapping in self.mappings if mapping.special]
+        if len(special) != len(set(special)):
+            raise ValueError(f"mappings of the kernel's own come twice: {special}")
+        # a region that is in no mapping fails when it is made: it cannot reach further than madvise
         for start, stop in self.guards:
-            if (start | stop) % PAGE or not any(m.start <= start < stop <= m.end for m in self.mappings):
-                raise ValueError(f"a guard region at {start:#x}-{stop:#x} is in no mapping")
+            if (start | stop) % PAGE or not 0 < start < stop <= USER_END:
+                raise ValueError(f"a guard region cannot be at {start:#x}-{stop:#x}")
         if not 0 < len(self.auxv) <= _AUXV_MAX or self.pid <= 0:
             raise ValueError("auxiliary vector or pid out of range")
         if self.exe_file < 0:
@@ -270,6 +285,17 @@ def _mapping(vma: Vma, file: int | None) -> Mapping:
         name=vma.name,
         flags=() if vma.special else tuple(sorted(vma.flags & KEPT_FLAGS)),
     )
+
+
+def build(layout: MemoryLayout, stub: Stub, descriptor_of: Descriptors) -> None:
+    """rebuild(), and run it. OtherVdso, BadLayout."""
+    calls = CallTable()
+    rebuild(layout, stub, calls, descriptor_of)
+    try:
+        stub.run(calls)
+    except CallError as error:
+        raise BadLayout(f"the kernel refused {error.strerror}", object=f"pid {layout.pid}") from error
+    stub.forget_maps()
 
 
 def rebuild(layout: MemoryLayout, stub: Stub, calls: CallTable, descriptor_of: Descriptors) -> None:

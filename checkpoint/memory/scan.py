@@ -46,41 +46,80 @@ class Area(Protocol):
 def private_pages(pagemap_fd: int, areas: Iterable[Area]) -> Iterator[tuple[int, int]]:
     """[(start, end)]: pages of private mappings that hold something of their own, by address.
 
+    areas  all mappings, by address
+
     Anonymous memory: what was written (a page that was only read is the kernel's zero page). Files: pages copied on
-    write. Swapped pages count. The shared and the special are left out.
+    write. Swapped pages count. The shared and the special are left out. A run may span neighbouring mappings.
     """
-    scan = _by_scan
-    for area in areas:
-        if area.shared or area.special:
-            continue
+    find = _by_scan
+    for ranges, anonymous in _spans(areas):
+        start, end = ranges[0][0], ranges[-1][1]
         try:
-            yield from scan(pagemap_fd, area)
+            found = find(pagemap_fd, start, end, anonymous)
         except OSError as error:
-            if scan is _by_entries or error.errno != errno.ENOTTY:
+            if find is _by_entries or error.errno != errno.ENOTTY:
                 raise
-            scan = _by_entries  # Linux before 6.7
-            yield from scan(pagemap_fd, area)
-
-
-def _by_scan(fd: int, area: Area) -> list[tuple[int, int]]:
-    none_of = Category.PFNZERO
-    if not area.anonymous:
-        none_of |= Category.FILE
-    if pagemap.guards_known():
-        none_of |= Category.GUARD
-    # nothing is to be told: so pages that are present and pages that are swapped out are one run
-    return [run[:2] for run in pagemap.scan(fd, area.start, area.end, none_of=none_of, any_of=_THERE)]
-
-
-def _by_entries(fd: int, area: Area) -> list[tuple[int, int]]:
-    return list(pagemap.entries(fd, area.start, area.end, with_file=False))
+            find = _by_entries  # Linux before 6.7
+            found = find(pagemap_fd, start, end, anonymous)
+        yield from _clipped(found, ranges)
 
 
 def guards(pagemap_fd: int, areas: Iterable[Area]) -> Iterator[tuple[int, int]]:
     """[(start, end)]: guard regions (MADV_GUARD_INSTALL), by address. None on a kernel that cannot tell them."""
     if not pagemap.guards_known():
         return
+    for ranges, _ in _spans(areas):
+        found = pagemap.scan(pagemap_fd, ranges[0][0], ranges[-1][1], all_of=Category.GUARD)
+        yield from _clipped((run[:2] for run in found), ranges)
+
+
+_Range = tuple[int, int]
+
+
+def _spans(areas: Iterable[Area]) -> Iterator[tuple[list[_Range], bool]]:
+    """(ranges, anonymous): private mappings of one sort without one of another sort between them, neighbours joined. A
+    process may have thousands of mappings; one call for each would be the longer part of the scan."""
+    ranges: list[_Range] = []
+    sort = False
     for area in areas:
-        if not area.special:
-            for start, end, _ in pagemap.scan(pagemap_fd, area.start, area.end, all_of=Category.GUARD):
-                yield start, end
+        private = not area.shared and not area.special
+        if ranges and not (private and area.anonymous == sort):
+            yield ranges, sort
+            ranges = []
+        if not private:
+            continue
+        if ranges and ranges[-1][1] == area.start:
+            ranges[-1] = ranges[-1][0], area.end
+        else:
+            ranges.append((area.start, area.end))
+        sort = area.anonymous
+    if ranges:
+        yield ranges, sort
+
+
+def _clipped(runs: Iterable[_Range], ranges: list[_Range]) -> Iterator[_Range]:
+    """The parts of ``runs`` that lie in ``ranges``: between them may be memory that is not to be told of."""
+    at = 0
+    for start, end in runs:
+        while ranges[at][1] <= start:
+            at += 1
+            if at == len(ranges):
+                return
+        for low, high in ranges[at:]:
+            if low >= end:
+                break
+            yield max(start, low), min(end, high)
+
+
+def _by_scan(fd: int, start: int, end: int, anonymous: bool) -> list[_Range]:
+    none_of = Category.PFNZERO
+    if not anonymous:
+        none_of |= Category.FILE
+    if pagemap.guards_known():
+        none_of |= Category.GUARD
+    # nothing is to be told: so pages that are present and pages that are swapped out are one run
+    return [run[:2] for run in pagemap.scan(fd, start, end, none_of=none_of, any_of=_THERE)]
+
+
+def _by_entries(fd: int, start: int, end: int, anonymous: bool) -> list[_Range]:
+    return list(pagemap.entries(fd, start, end, with_file=False))

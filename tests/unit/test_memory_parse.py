@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -24,7 +25,7 @@ from checkpoint.errors import (
     UserfaultMapping,
 )
 from checkpoint.image.frames import PageRun, Space
-from checkpoint.memory import vdso, verdicts
+from checkpoint.memory import scan, vdso, verdicts
 from checkpoint.memory.compare import Region, differences
 from checkpoint.memory.layout import Mapping, MemoryFields, MemoryLayout, _without
 from checkpoint.memory.pages import PageWriter, chunks
@@ -200,13 +201,14 @@ def test_hostile_layouts_are_bad_records() -> None:
         lambda: layout(a, auxv=b""),
         lambda: layout(a, auxv=b"x" * 2000),
         lambda: layout(a, exe_file=-1),
-        lambda: layout(a, guards=((0x2000, 0x4000),)),
+        lambda: layout(a, guards=((0x2000, 1 << 47),)),
+        lambda: layout(*(Mapping(start=i << 12, end=i + 1 << 12, prot=5, name="[vdso]") for i in (1, 2))),
         lambda: layout(a, guards=((0x2000, 0x2000),)),
         lambda: layout(a, guards=((0x2001, 0x3000),)),
         lambda: fields(brk=-1),
         lambda: fields(brk=1 << 63),
     ):
-        with pytest.raises(ValueError, match=r"(?i)mapping|overlaps|range|cannot"):
+        with pytest.raises(ValueError, match=r"(?i)mapping|overlaps|range|cannot|twice"):
             make()
 
 
@@ -223,6 +225,50 @@ def test_chunks_cover_the_ranges_in_order(gaps: list[tuple[int, int]], limit: in
     assert all(0 < sum(length for _, length in group) <= limit * 4096 for group in groups)
     pages = [p for group in groups for start, length in group for p in range(start, start + length, 4096)]
     assert pages == [p for start, end in ranges() for p in range(start, end, 4096)]
+
+
+def areas(text: str) -> list[Mapping]:
+    """One page per character: a, b anonymous, f file, s shared, blank nothing; letters that repeat are one mapping."""
+    found = []
+    for match in re.finditer(r"a+|b+|f+|s+", text):
+        file = None if match[0][0] in "ab" else 1
+        start, end = match.start() + 1 << 12, match.end() + 1 << 12
+        found.append(Mapping(start=start, end=end, prot=3, file=file, shared=match[0][0] == "s"))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "spans"),
+    [
+        ("", []),
+        ("aabb", [([(1, 5)], True)]),
+        ("aa bb", [([(1, 3), (4, 6)], True)]),
+        ("aaffbb", [([(1, 3)], True), ([(3, 5)], False), ([(5, 7)], True)]),
+        ("asbs f", [([(1, 2)], True), ([(3, 4)], True), ([(6, 7)], False)]),
+        ("s", []),
+    ],
+)
+def test_mappings_of_one_sort_are_scanned_together(text: str, spans: list[tuple[list[tuple[int, int]], bool]]) -> None:
+    assert [
+        ([(low >> 12, high >> 12) for low, high in ranges], anonymous) for ranges, anonymous in scan._spans(areas(text))
+    ] == spans
+
+
+@given(st.text(alphabet="ab fs", max_size=20), st.sets(st.integers(1, 20)))
+def test_only_pages_of_private_mappings_are_told(text: str, there: set[int]) -> None:
+    private = {p for m in areas(text) if not m.shared for p in range(m.start >> 12, m.end >> 12)}
+    found = []
+    for ranges, _ in scan._spans(areas(text)):
+        pages = [p for p in sorted(there) if ranges[0][0] <= p << 12 < ranges[-1][1]]
+        # runs as the kernel gives them: neighbours joined
+        runs: list[tuple[int, int]] = []
+        for page in pages:
+            if runs and runs[-1][1] == page << 12:
+                runs[-1] = runs[-1][0], page + 1 << 12
+            else:
+                runs.append((page << 12, page + 1 << 12))
+        found += [p >> 12 for low, high in scan._clipped(runs, ranges) for p in range(low, high, 4096)]
+    assert found == sorted(private & there)
 
 
 def test_the_engines_own_memory_is_cut_out_even_when_merged() -> None:
