@@ -106,7 +106,7 @@ def _transparent() -> None:
 
 def _filter() -> None:
     with socket.socket() as sock:
-        sock.setsockopt(Level.SOCKET, SO.ATTACH_FILTER, bpf.program(bpf.DROP_ALL).bytes)
+        bpf.attach(sock, bpf.DROP_ALL)
 
 
 def _packet() -> None:

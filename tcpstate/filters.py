@@ -92,7 +92,7 @@ def _read_filter(sock: socket.socket, count: int) -> tuple[Instruction, ...]:
 def give_filter(sock: socket.socket, instructions: tuple[Instruction, ...]) -> None:
     """Attach the filter, or detach what is there if it is (). OSError as the kernel says."""
     if instructions:
-        sock.setsockopt(Level.SOCKET, SO.ATTACH_FILTER, bpf.program(instructions).bytes)
+        bpf.attach(sock, instructions)
         return
     try:
         sock.setsockopt(Level.SOCKET, SO.DETACH_FILTER, 0)

@@ -31,12 +31,13 @@ from tcpstate.filters import give_filter
 from tcpstate.freeze import MARK
 from tcpstate.kernel.columns import Rows
 from tcpstate.kernel.machine import SYS
-from tcpstate.kernel.sockets import IP, IPV6, SO, BufferLock, Ioctl, Level, ioctl_int, pack_address
+from tcpstate.kernel.sockets import IP, IPV6, SO, BufferLock, Level, pack_address
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, USER_TIMEOUT_MAX, Repair, RepairQueue, RepairWindow, TcpInfo
 from tcpstate.kernel.tcp import repair_options as pack_repair_options
 from tcpstate.options import Stage
 from tcpstate.record import ConnectionRecord, Family
 from tcpstate.rows import failures
+from tcpstate.segment import SEQ_MASK
 
 __all__ = ["Difference", "compare", "rebuild_connections", "release_connections"]
 
@@ -278,8 +279,7 @@ def release_connections(socks: Sequence[socket.socket], records: Sequence[Connec
     if not socks:
         return
     names = [str(r.conn_id) for r in records]
-    # The rebuild decided; what it did not queue as sent goes out again.
-    again = [0 if ioctl_int(s.fileno(), Ioctl.SIOCOUTQ) else r.sent for s, r in zip(socks, records, strict=True)]
+    again = _to_send_again(socks, records, names)
     nodelay = [_number(r, "tcp.nodelay") for r in records]
     rows = Rows(len(socks))
     fd = rows.numbers([s.fileno() for s in socks])
@@ -302,6 +302,21 @@ def release_connections(socks: Sequence[socket.socket], records: Sequence[Connec
                 sock.setsockopt(Level.TCP, TCP.NODELAY, 0)
             _put(sock, memoryview(record.send_queue)[record.sent :], record)
     _give_back(socks, records)
+
+
+def _to_send_again(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord], names: list[str]) -> list[int]:
+    """How many of the bytes that were sent before the rebuild did not queue as sent.
+
+    The end of the send queue tells. No ACK changes it; since the address is here, ACKs may have arrived already.
+    """
+    rows = Rows(len(socks))
+    fd = rows.numbers([s.fileno() for s in socks])
+    rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.SEND)
+    end = rows.getsockopt(fd, Level.TCP, TCP.QUEUE_SEQ, 4)
+    rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
+    with failures(socks, names):
+        rows.run()
+    return [(record.snd_nxt - write_seq) & SEQ_MASK for record, write_seq in zip(records, end.u32(), strict=True)]
 
 
 def _give_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:

@@ -77,7 +77,9 @@ class Host(Space):
         port = f"p{number}"
         sh(f"ip -n {name} link add eth0 type veth peer name {port} netns {bridge.name}")
         sh(f"ip -n {bridge.name} link set {port} master br0 up")
-        self.sh("sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.eth0.accept_dad=0 net.ipv4.conf.all.arp_accept=1")
+        self.sh(
+            "sysctl -qw net.ipv6.conf.all.accept_dad=0 net.ipv6.conf.eth0.accept_dad=0 net.ipv4.conf.all.arp_accept=1"
+        )
         sh(f"ip -n {name} link set eth0 up")
         sh(f"ip -n {name} addr add {V4}{number}/24 dev eth0; ip -n {name} addr add {V6}{number}/64 dev eth0 nodad")
         self.mac = bytes.fromhex(self.sh("cat /sys/class/net/eth0/address").strip().replace(":", ""))
@@ -99,8 +101,11 @@ class Host(Space):
         with self.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as out:
             out.bind(("eth0", 0))
             if family == socket.AF_INET:
-                head = struct.pack("!HHBBH", 1, 0x800, 6, 4, 2)
-                out.send(b"\xff" * 6 + self.mac + b"\x08\x06" + head + self.mac + raw + b"\xff" * 6 + raw)
+                # A gratuitous request is believed at once; a reply, unless its target is its sender, not within a second
+                # of the last change (arp_process, locktime).
+                for operation, target in ((1, bytes(6)), (2, self.mac)):
+                    head = struct.pack("!HHBBH", 1, 0x800, 6, 4, operation)
+                    out.send(b"\xff" * 6 + self.mac + b"\x08\x06" + head + self.mac + raw + target + raw)
                 return
             to = socket.inet_pton(family, "ff02::1")
             body = struct.pack("!BBHI", 136, 0, 0, 0x20000000) + raw + b"\x02\x01" + self.mac

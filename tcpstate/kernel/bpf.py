@@ -10,10 +10,12 @@ import ctypes
 import enum
 import functools
 import os
+import socket
 import struct
 
 from tcpstate.kernel import batch
 from tcpstate.kernel.machine import SYS
+from tcpstate.kernel.sockets import SO, Level
 
 __all__ = [
     "ACCEPT_ALL",
@@ -21,6 +23,7 @@ __all__ = [
     "INSTRUCTION_SIZE",
     "Instruction",
     "Op",
+    "attach",
     "drop_program",
     "pack",
     "program",
@@ -93,6 +96,13 @@ class Program:
 def program(instructions: tuple[Instruction, ...]) -> Program:
     """The argument of SO_ATTACH_FILTER."""
     return Program(instructions)
+
+
+def attach(sock: socket.socket, instructions: tuple[Instruction, ...]) -> None:
+    """SO_ATTACH_FILTER. OSError: EPERM (SO_LOCK_FILTER), EINVAL (the kernel's verifier), EOPNOTSUPP."""
+    # in a name: it must outlive the call, which follows its pointer
+    argument = program(instructions)
+    sock.setsockopt(Level.SOCKET, SO.ATTACH_FILTER, argument.bytes)
 
 
 class _Cmd(enum.IntEnum):

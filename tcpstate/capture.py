@@ -1,0 +1,268 @@
+"""What arrives while nobody is home: captured on the wire, replayed into the connection once it lives again.
+
+A frozen connection drops what arrives, and nobody tells the peer: it would wait for its own retransmission timer (at
+least 200 ms, and doubling).  So the segments are kept by an AF_PACKET socket, on the source from before the freeze, on
+the target from before the address comes, and injected by a raw socket, through the loopback interface, once released.
+
+::
+
+    capture = Capture(ports={6379})          # in the network namespace of the calling thread
+    capture.start()
+    states = freeze.quiet(socks)
+    ...
+    arrived = capture.segments()             # plain values: they can be sent to the target
+    rebuild.release_connections(socks, records)
+    replay(arrived, records)
+    capture.close()                          # takes some 10 ms: not inside the stop
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import socket
+import struct
+from collections.abc import Callable, Collection, Iterable, Sequence
+from types import TracebackType
+from typing import Self
+
+from tcpstate.connid import PORT_MAX, ConnId
+from tcpstate.kernel import bpf
+from tcpstate.kernel.bpf import Ancillary, Instruction, Op
+from tcpstate.kernel.packet import ARPHRD_LOOPBACK, ETH_P_ALL, PACKET_OUTGOING, SOL_PACKET, Packet, bind_packet
+from tcpstate.kernel.sockets import SO, Level, is_v6
+from tcpstate.record import ConnectionRecord
+from tcpstate.segment import Flag, Segment, before, build, parse, split
+
+__all__ = ["Capture", "replay"]
+
+log = logging.getLogger(__name__)
+
+#: bytes of memory for packets that wait to be fetched
+_BUFFER = 64 << 20
+#: no merged packet is larger (GRO_MAX_SIZE)
+_PACKET_MAX = 512 << 10
+#: two instructions per port, and the kernel takes 4096
+_PORTS_MAX = 1000
+#: the segment size where none is known: what every IPv6 path carries, less the headers (RFC 8200 5)
+_SEGMENT_DEFAULT = 1220
+_V4_PROTOCOL = 9
+_V6_PROTOCOL = 6
+_V6_HEADER = 40
+_FLAGS = 13
+
+
+def _filter(*, syn_only: bool, ports: Collection[int] | None) -> tuple[Instruction, ...]:
+    """Arriving TCP, not over loopback (what :func:`replay` injects comes that way); of ``ports``, and SYNs, only.
+
+    The program sees a packet from its IP header on.
+    """
+    drop: list[Instruction] = [(Op.RETURN, 0, 0, 0)]
+    head: list[Instruction] = [
+        (Op.LOAD_WORD, 0, 0, Ancillary.PKTTYPE),
+        (Op.JUMP_EQUAL, 0, 1, PACKET_OUTGOING),
+        *drop,
+        (Op.LOAD_HALF, 0, 0, Ancillary.HATYPE),
+        (Op.JUMP_EQUAL, 0, 1, ARPHRD_LOOPBACK),
+        *drop,
+        (Op.LOAD_BYTE, 0, 0, 0),
+        (Op.SHIFT_RIGHT, 0, 0, 4),
+        (Op.JUMP_EQUAL, 0, 5, 4),
+        # IPv4: X = where TCP begins
+        (Op.LOAD_BYTE, 0, 0, _V4_PROTOCOL),
+        (Op.JUMP_EQUAL, 1, 0, socket.IPPROTO_TCP),
+        *drop,
+        (Op.LOAD_X_HEADER, 0, 0, 0),
+        (Op.JUMP, 0, 0, 6),
+        # IPv6; extension headers before TCP are rare enough to be left to the peer's retransmission
+        (Op.JUMP_EQUAL, 1, 0, 6),
+        *drop,
+        (Op.LOAD_BYTE, 0, 0, _V6_PROTOCOL),
+        (Op.JUMP_EQUAL, 1, 0, socket.IPPROTO_TCP),
+        *drop,
+        (Op.SET_X, 0, 0, _V6_HEADER),
+    ]
+    rest: list[Instruction] = []
+    if syn_only:
+        rest += [
+            (Op.LOAD_BYTE_X, 0, 0, _FLAGS),
+            (Op.AND, 0, 0, int(Flag.SYN | Flag.ACK)),
+            (Op.JUMP_EQUAL, 1, 0, int(Flag.SYN)),
+            *drop,
+        ]
+    if ports is not None and len(ports) <= _PORTS_MAX:
+        rest.append((Op.LOAD_HALF_X, 0, 0, 2))
+        for port in sorted(ports):
+            rest += [(Op.JUMP_EQUAL, 0, 1, port), (Op.RETURN, 0, 0, bpf.ACCEPT_ALL)]
+        rest += drop
+    else:
+        rest.append((Op.RETURN, 0, 0, bpf.ACCEPT_ALL))
+    return tuple(head + rest)
+
+
+class Capture:
+    """Arriving TCP segments of the calling thread's network namespace. A context manager: starts and closes.
+
+    interfaces  names; None: all but loopback
+    syn_only    only the beginnings of new connections
+    ports       only those for these local ports (1,000 at most, else all are taken); without it a host's bulk traffic,
+                such as the migration's own, is captured too
+    """
+
+    def __init__(
+        self,
+        interfaces: Sequence[str] | None = None,
+        *,
+        syn_only: bool = False,
+        ports: Collection[int] | None = None,
+    ) -> None:
+        for port in ports or ():
+            if not 0 <= port <= PORT_MAX:
+                raise ValueError(f"port {port} is out of range")
+        self._interfaces = interfaces
+        self._filter = _filter(syn_only=syn_only, ports=ports)
+        self._socks: list[socket.socket] = []
+        self._lost = 0
+
+    def start(self) -> None:
+        """Begin to capture. OSError (EPERM without CAP_NET_RAW, ENODEV for an unknown interface)."""
+        if self._socks:
+            raise RuntimeError("the capture runs already")
+        try:
+            for name in self._interfaces if self._interfaces is not None else [None]:
+                # Protocol 0: nothing arrives before filter and size are set.
+                kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+                sock = socket.socket(socket.AF_PACKET, kind, 0)
+                self._socks.append(sock)
+                bpf.attach(sock, self._filter)
+                sock.setsockopt(Level.SOCKET, SO.RCVBUFFORCE, _BUFFER)
+                # ETH_P_IP would see a packet only after the bridge or bond above its interface took it
+                bind_packet(sock, ETH_P_ALL, 0 if name is None else socket.if_nametoindex(name))
+        except OSError:
+            self.close()
+            raise
+
+    def segments(self, matching: Callable[[Segment], bool] | None = None) -> list[Segment]:
+        """What has arrived since the last time, in order, without waiting; ``matching`` chooses."""
+        found = []
+        buffer = bytearray(_PACKET_MAX)
+        view = memoryview(buffer)
+        for sock in self._socks:
+            while True:
+                try:
+                    size = sock.recv_into(buffer)
+                except BlockingIOError:
+                    break
+                except OSError as error:
+                    # an interface went away: what it had brought is here already
+                    if error.errno != errno.ENETDOWN:
+                        raise
+                    continue
+                segment = parse(view[:size])
+                if segment is not None and (matching is None or matching(segment)):
+                    found.append(segment)
+        return found
+
+    @property
+    def lost(self) -> int:
+        """Packets that found no room since the start. Their senders will send them again, after a time-out."""
+        for sock in self._socks:
+            _, dropped = struct.unpack("II", sock.getsockopt(SOL_PACKET, Packet.STATISTICS, 8))
+            # reading clears the kernel's counter
+            self._lost += dropped
+        return self._lost
+
+    def close(self) -> None:
+        """Stop. What was not fetched is forgotten. May be called again."""
+        while self._socks:
+            self._socks.pop().close()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _worth(segment: Segment, record: ConnectionRecord) -> bool:
+    """Whether the connection does not know yet what the segment says."""
+    if segment.flags & (Flag.SYN | Flag.RST):
+        # a reset is believed only where it is exactly in order; the kernel judges
+        return bool(segment.flags & Flag.RST)
+    acknowledges = bool(segment.flags & Flag.ACK) and not before(segment.ack, record.snd_una)
+    if segment.sequence_length:
+        return before(record.rcv_nxt, segment.end) or (acknowledges and segment.ack != record.snd_una)
+    # a pure ACK: a new acknowledgement or another window
+    return acknowledges
+
+
+def replay(
+    segments: Iterable[Segment],
+    records: Iterable[ConnectionRecord],
+    *,
+    unknown: Callable[[Segment], bool] | None = None,
+) -> int:
+    """Inject segments into the local stack as if they had just arrived; returns how many packets that were.
+
+    What a connection of ``records`` knows already is left out, and what belongs to no such connection, too (the stack
+    would answer with a RST): but for SYNs, which begin connections, and what ``unknown`` says yes to.  Merged segments
+    are split again.  The addresses must be local.  OSError.
+    """
+    known = {record.conn_id: record for record in records}
+    seen: set[object] = set()
+    count = 0
+    with contextlib.ExitStack() as stack:
+        socks: dict[int, socket.socket] = {}
+        for segment in segments:
+            record = _bare(known, segment.conn_id)
+            if record is not None and not (segment.flags & Flag.SYN):
+                if not _worth(segment, record):
+                    continue
+            elif not (segment.flags & (Flag.SYN | Flag.ACK) == Flag.SYN or (unknown is not None and unknown(segment))):
+                continue
+            # a bridge and its port both bring a packet, and so do a bond and its members
+            if segment in seen:
+                continue
+            seen.add(segment)
+            family = socket.AF_INET6 if is_v6(segment.destination) else socket.AF_INET
+            if family not in socks:
+                socks[family] = stack.enter_context(
+                    socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW)
+                )
+            scope = socket.if_nametoindex(record.scope) if record is not None and record.scope else 0
+            for part in split(segment, _segment_size(record)):
+                count += _inject(socks[family], part, scope)
+    return count
+
+
+def _segment_size(record: ConnectionRecord | None) -> int:
+    """What the peer may send in one segment: what we once told it."""
+    learned = None if record is None or record.soft is None else record.soft.advertised_mss
+    return learned or _SEGMENT_DEFAULT
+
+
+def _bare(known: dict[ConnId, ConnectionRecord], conn_id: ConnId) -> ConnectionRecord | None:
+    """The record of a connection; segments do not know the scopes of link-local addresses."""
+    record = known.get(conn_id)
+    if record is None and conn_id.local.startswith("fe80:"):
+        for scope in {r.scope for r in known.values() if r.scope}:
+            ends = (f"{conn_id.local}%{scope}", conn_id.local_port, f"{conn_id.peer}%{scope}", conn_id.peer_port)
+            record = record or known.get(ConnId.tcp(*ends))
+    return record
+
+
+def _inject(sock: socket.socket, segment: Segment, scope: int) -> int:
+    to = (segment.destination, 0, 0, scope) if is_v6(segment.destination) else (segment.destination, 0)
+    try:
+        sock.sendto(build(segment), to)
+    except OSError as error:
+        # No room just now: as if it had been lost on its way, the peer sends it again.
+        if error.errno in (errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN):
+            log.debug("no room to inject a segment of %s", segment.conn_id)
+            return 0
+        raise
+    return 1

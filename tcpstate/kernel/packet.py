@@ -1,0 +1,36 @@
+"""Packet sockets. Source: include/uapi/linux/if_packet.h, if_ether.h, if_arp.h."""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import socket
+import struct
+
+from tcpstate.kernel import batch
+from tcpstate.kernel.machine import SYS
+
+__all__ = ["ARPHRD_LOOPBACK", "ETH_P_ALL", "PACKET_OUTGOING", "SOL_PACKET", "Packet", "bind_packet"]
+
+SOL_PACKET = 263
+
+ETH_P_ALL = 3
+ARPHRD_LOOPBACK = 772
+#: sll_pkttype of what this host sends
+PACKET_OUTGOING = 4
+
+
+class Packet(enum.IntEnum):
+    """Options of level SOL_PACKET."""
+
+    STATISTICS = 6
+
+
+def bind_packet(sock: socket.socket, protocol: int, interface: int) -> None:
+    """Bind to an interface by index; 0 for all, which socket.bind() cannot say. Now packets arrive. OSError."""
+    # struct sockaddr_ll
+    address = (
+        struct.pack("=H", socket.AF_PACKET) + struct.pack("!H", protocol) + struct.pack("=iHBB8x", interface, 0, 0, 0)
+    )
+    memory = ctypes.create_string_buffer(address, len(address))
+    batch.syscall(SYS.bind, sock.fileno(), ctypes.addressof(memory), len(address))
