@@ -32,9 +32,7 @@ class PacketOption(enum.IntEnum):
     VERSION = 10
 
 
-BLOCK = struct.Struct(
-    "=8xIII"
-)  # tpacket_block_desc: version, offset_to_priv; block_status, num_pkts, offset_to_first_pkt
+BLOCK = struct.Struct("=8xIII")  # tpacket_block_desc: block_status, num_pkts, offset_to_first_pkt
 PACKET = struct.Struct("=6IHH")  # tpacket3_hdr: next, sec, nsec, snaplen, len, status, mac, net
 PACKET_TYPE = 48 + 10  # the sockaddr_ll follows at 48; sll_pkttype in it
 

@@ -2,12 +2,13 @@
 
 A campaign is cut into legs.  A leg starts fresh hosts, a server and its clients, moves the server a number of times at
 random moments, lets the clients finish (every byte of both directions accounted for), and is then written to the state
-file.  A campaign that was interrupted goes on with the next leg; one of another commit or seed begins anew.
+file.  A campaign that was interrupted goes on with the next leg; one of other code or another seed begins anew.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import random
 import subprocess
@@ -48,17 +49,19 @@ CAMPAIGNS = (
 )
 
 
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+def _code() -> str:
+    """Git's hash of what is tested, as committed: commits of documents or tests do not begin a campaign anew."""
+    rooms = [f"HEAD:{room}" for room in ("tcpstate", "checkpoint", "migrate", "cli")]
+    done = subprocess.run(["git", "rev-parse", *rooms], cwd=ROOT, capture_output=True, text=True, check=False)
+    return hashlib.sha256(done.stdout.encode()).hexdigest()[:16] if done.returncode == 0 else "unknown"
 
 
 def run(
     campaign: Campaign, *, seed: int, rate: float = 0, mover: Mover | None = None, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Do what is left of a campaign; its state: {name, seed, commit, legs: [{moves, problems}, ...]}."""
+    """Do what is left of a campaign; its state: {name, seed, code, legs: [{moves, problems}, ...]}."""
     file = STATE / f"{campaign.name}-{seed}.json"
-    identity = {"name": campaign.name, "moves": campaign.moves, "seed": seed, "rate": rate, "commit": _commit()}
+    identity = {"name": campaign.name, "moves": campaign.moves, "seed": seed, "rate": rate, "code": _code()}
     state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     if {key: state.get(key) for key in identity} != identity:
         state = {**identity, "legs": []}
@@ -84,7 +87,7 @@ def _leg(campaign: Campaign, seed: str, moves: int, rate: float, mover: Mover | 
     chance = random.Random(seed)
     reports: list[MoveReport] = []
     problems: list[str] = []
-    with three_hosts() as hosts, tempfile.TemporaryDirectory(prefix="tmh-campaign-", dir="/tmp") as folder:
+    with three_hosts() as hosts, tempfile.TemporaryDirectory(dir=hosts.net.directory) as folder:
         try:
             with scenes.stream(
                 hosts,

@@ -93,7 +93,7 @@ def play(name: str, given: argparse.Namespace, mover: Mover) -> dict[str, Any]:
     part = PARTS[name]
     reports: list[MoveReport] = []
     problems: list[str] = []
-    with three_hosts() as hosts, tempfile.TemporaryDirectory(prefix="tmh-demo-", dir="/tmp") as folder:
+    with three_hosts() as hosts, tempfile.TemporaryDirectory(dir=hosts.net.directory) as folder:
         try:
             with part.scene(hosts, Path(folder), given, mover) as stage:
                 for number in range(given.moves):

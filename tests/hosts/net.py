@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,8 @@ _numbers = itertools.count(1)
 class Net:
     """A bridge in a network namespace of its own, which is held by a descriptor and so ends with this process.
 
-    number   the N of 10.77.N.0/24 and fd77:N::/64; nets do not see each other, so it may be the same for all
+    directory   shared by its hosts, for the sockets of their inits and for files of tests; removed at the end
+    number      the N of 10.77.N.0/24 and fd77:N::/64; nets do not see each other, so it may be the same for all
     """
 
     name = "bridge"
@@ -118,10 +120,7 @@ class Net:
             os.close(self.netns)
             self.netns = -1
         # The last keeper may have removed it already.
-        with contextlib.suppress(FileNotFoundError):
-            for left in self.directory.iterdir():
-                left.unlink()
-            self.directory.rmdir()
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     def __enter__(self) -> Net:
         return self
@@ -168,11 +167,8 @@ def _refuse_hidden() -> None:
 
 
 def _sweep() -> None:
-    """Remove directories of harnesses that were killed (their hosts ended with them; only log files can be left)."""
+    """Remove directories of harnesses that were killed (their hosts ended with them; only files are left)."""
     for directory in Path("/tmp").glob("tmh-*-*-*"):
         owner = directory.name.split("-")[1]
         if owner.isdigit() and not Path("/proc", owner).exists():
-            for left in directory.glob("*"):
-                left.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # another harness sweeps at the same time
-                directory.rmdir()
+            shutil.rmtree(directory, ignore_errors=True)  # another harness may sweep at the same time

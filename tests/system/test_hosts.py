@@ -103,7 +103,7 @@ def test_run_passes_everything(source: Host, tmp_path: Path) -> None:
 
 def test_popen_pids_signals_and_big_output(source: Host) -> None:
     with source.popen(["sleep", "60"]) as process:
-        assert source.processes()[process.pid] == "sleep"
+        wait_for(lambda: source.processes()[process.pid] == "sleep")  # exec names it a little after it succeeds
         assert Path(f"/proc/{process.outer_pid}/comm").read_text() == "sleep\n"
         assert process.poll() is None
         process.send_signal(signal.SIGUSR1)
