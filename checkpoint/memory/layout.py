@@ -301,7 +301,7 @@ def build(layout: MemoryLayout, stub: Stub, descriptor_of: Descriptors) -> None:
 def rebuild(layout: MemoryLayout, stub: Stub, calls: CallTable, descriptor_of: Descriptors) -> None:
     """Queue, for ``stub``, everything that gives it this layout. Run the table, then ``stub.forget_maps()``.
 
-    The stub keeps its window; of the rest only the kernel's own mappings survive, moved to where they were. The
+    The stub keeps its window, but for its program; of the rest only the kernel's own mappings survive, moved to where they were. The
     descriptors of ``descriptor_of`` must stay open until the table has run.
 
     OtherVdso; BadLayout if the layout reaches into the stub's window.
@@ -332,7 +332,8 @@ def rebuild(layout: MemoryLayout, stub: Stub, calls: CallTable, descriptor_of: D
 def _clear(layout: MemoryLayout, stub: Stub, calls: CallTable) -> None:
     """Unmap all that the stub was born with; bring the kernel's own mappings to their places."""
     low, high = stub.window
-    mine = [vma for vma in stub.maps if vma.name != VSYSCALL and not low <= vma.start < high]
+    # In the window too: the page of the stub's program. As long as it is mapped, the exe link stays (EBUSY).
+    mine = [vma for vma in stub.maps if vma.name != VSYSCALL and not (low <= vma.start < high and vma.anonymous)]
     special = {vma.name: vma for vma in mine if vma.special}
     wanted = [mapping for mapping in layout.mappings if mapping.special]
     _check_vdso(layout, stub, special)

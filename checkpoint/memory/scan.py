@@ -101,14 +101,13 @@ def _clipped(runs: Iterable[_Range], ranges: list[_Range]) -> Iterator[_Range]:
     """The parts of ``runs`` that lie in ``ranges``: between them may be memory that is not to be told of."""
     at = 0
     for start, end in runs:
-        while ranges[at][1] <= start:
+        while at < len(ranges) and ranges[at][1] <= start:
             at += 1
-            if at == len(ranges):
-                return
-        for low, high in ranges[at:]:
-            if low >= end:
-                break
-            yield max(start, low), min(end, high)
+        while at < len(ranges) and ranges[at][0] < end:
+            yield max(start, ranges[at][0]), min(end, ranges[at][1])
+            if ranges[at][1] > end:
+                break  # the next run may begin in this range
+            at += 1
 
 
 def _by_scan(fd: int, start: int, end: int, anonymous: bool) -> list[_Range]:
