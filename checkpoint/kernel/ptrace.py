@@ -245,7 +245,7 @@ def get_rseq(tid: int) -> RseqConfig | None:
 
 
 def seccomp_filter(tid: int, index: int) -> bytes | None:
-    """The classic BPF program of a thread's filter, newest first (index 0); None behind the last.
+    """The classic BPF program of a thread's filter, oldest first (index 0); None behind the last.
 
     Needs CAP_SYS_ADMIN, and ourselves without a filter; a thread with no filter at all gives EINVAL.
     """

@@ -17,6 +17,7 @@ vfork + exec, before only at fork.
 from __future__ import annotations
 
 import enum
+import functools
 import os
 import threading
 import time
@@ -96,6 +97,12 @@ class Offsets:
         return "".join("{} {} {}\n".format(name, *divmod(value, NS)) for name, value in values)
 
 
+@functools.cache
+def _own_offsets() -> Offsets:
+    """Those of the tool's own namespace. Asked once: after :func:`enter` /proc tells those of the new one."""
+    return Offsets.of(os.getpid())
+
+
 def _own_clocks() -> Clocks:
     monotonic = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
     return Clocks(monotonic=monotonic, boottime=time.clock_gettime_ns(time.CLOCK_BOOTTIME))
@@ -103,7 +110,8 @@ def _own_clocks() -> Clocks:
 
 def read(pid: int) -> Clocks:
     """What the clocks show now inside a process, in whatever time namespace it is."""
-    theirs, ours, now = Offsets.of(pid), Offsets.of(os.getpid()), _own_clocks()
+    ours = _own_offsets()
+    theirs, now = Offsets.of(pid), _own_clocks()
     return Clocks(
         monotonic=now.monotonic + theirs.monotonic - ours.monotonic,
         boottime=now.boottime + theirs.boottime - ours.boottime,
@@ -137,7 +145,7 @@ def enter(clocks: Clocks, elapsed: int) -> Offsets | None:
         raise RuntimeError("the time namespace must be entered by the main thread")
     if elapsed < 0:
         raise ValueError(f"{elapsed} ns cannot have passed")
-    own, now = Offsets.of(os.getpid()), _own_clocks()
+    own, now = _own_offsets(), _own_clocks()
     wanted = clocks.after(elapsed)
     if continued(wanted, now):
         return None

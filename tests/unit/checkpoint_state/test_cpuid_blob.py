@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from pathlib import Path
 
@@ -20,4 +21,4 @@ def test_this_cpu_has_a_layout():
     layout = xstate.xstate_layout()
     assert layout
     ordered = sorted(layout, key=lambda component: component.offset)
-    assert all(a.end <= b.offset for a, b in zip(ordered, ordered[1:], strict=False))
+    assert all(a.end <= b.offset for a, b in itertools.pairwise(ordered))
