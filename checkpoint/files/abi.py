@@ -14,13 +14,15 @@ import struct
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
+from tcpstate.kernel import batch
 from tcpstate.kernel.machine import SYS
+from tcpstate.kernel.sockets import pidfd_getfd
 
 __all__ = [
     "CAPTURED_FLAGS",
     "EPOLL_CTL_ADD",
     "EPOLL_CTL_MOD",
-    "F_DUPFD_CLOEXEC",
+    "REOPEN_FLAGS",
     "SETTABLE_FLAGS",
     "AccessMode",
     "EpollEvent",
@@ -62,11 +64,22 @@ class FileFlag(enum.IntFlag):
     NOFOLLOW = 0o400000
     NOATIME = 0o1000000
     CLOEXEC = 0o2000000
+    SYNC = 0o4010000  # __O_SYNC | O_DSYNC
     PATH = 0o10000000
 
 
 #: what F_SETFL can change afterwards (fs/fcntl.c, SETFL_MASK); O_ASYNC only once the owner is known
 SETTABLE_FLAGS: Final = FileFlag.APPEND | FileFlag.NONBLOCK | FileFlag.DIRECT | FileFlag.NOATIME
+#: what open(2) is given again: nothing that creates or truncates, whatever an image may say
+REOPEN_FLAGS: Final = (
+    SETTABLE_FLAGS
+    | FileFlag.ACCMODE
+    | FileFlag.SYNC
+    | FileFlag.LARGEFILE
+    | FileFlag.DIRECTORY
+    | FileFlag.NOFOLLOW
+    | FileFlag.PATH
+)
 #: what the record keeps of the flags in fdinfo: O_CLOEXEC belongs to the descriptor, not to the description
 CAPTURED_FLAGS: Final = 0xFFFFFFFF & ~int(FileFlag.CLOEXEC)
 
@@ -110,9 +123,6 @@ class Fcntl(enum.IntEnum):
     GETPIPE_SZ = 1032
     ADD_SEALS = 1033
     GET_SEALS = 1034
-
-
-F_DUPFD_CLOEXEC: Final = Fcntl.DUPFD_CLOEXEC
 
 
 class OwnerType(enum.IntEnum):
@@ -254,25 +264,11 @@ class TimerSpec:
         return cls(interval=interval_s * NS_PER_SECOND + interval_ns, value=value_s * NS_PER_SECOND + value_ns)
 
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-
-
-def _checked(name: str, result: int) -> int:
-    if result == -1:
-        error = ctypes.get_errno()
-        raise OSError(error, f"{name}: {os.strerror(error)}")
-    return result
-
-
 def _syscall(number: SYS, *args: int) -> int:
-    result: int = _libc.syscall(ctypes.c_long(number), *(ctypes.c_long(a) for a in args))
-    return _checked(number.name, result)
-
-
-def pidfd_getfd(pidfd: int, fd: int) -> int:
-    """A duplicate of the other process's descriptor ``fd`` (close-on-exec). Since 5.6."""
-    return _syscall(SYS.pidfd_getfd, pidfd, fd, 0)
+    try:
+        return batch.syscall(number, *args)
+    except OSError as error:
+        raise OSError(error.errno, f"{number.name}: {error.strerror}") from None
 
 
 def kcmp(pid: int, other_pid: int, type: Kcmp, first: int, second: int) -> int:
@@ -332,5 +328,7 @@ def unshare_filesystem() -> None:
 def filesystem_magic(fd: int) -> int:
     """``f_type`` of the file system that the file lies on (statfs(2); os.statvfs does not tell)."""
     data = ctypes.create_string_buffer(120)  # struct statfs
-    _checked("fstatfs", _libc.fstatfs(fd, data))
+    if batch.libc.fstatfs(fd, data):
+        error = ctypes.get_errno()
+        raise OSError(error, f"fstatfs: {os.strerror(error)}")
     return int(struct.unpack_from("<q", data)[0])

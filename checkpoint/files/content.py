@@ -1,0 +1,162 @@
+"""Contents: bytes of files that live nowhere but in this tree of processes, and therefore travel with it.
+
+A memfd, a deleted file that is still open or mapped, shared anonymous memory. The record says how to make an empty one;
+the bytes follow as page frames of the space ``content``, addressed by the index of the record, so that a pre-copy can
+send them again and a large one need not fit in one message.
+
+Sources: mm/memfd.c, mm/shmem.c; lseek(2) SEEK_DATA for the holes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from checkpoint.errors import FileMissing, FileRebuildFailed
+from checkpoint.files.abi import Fcntl, Seal
+
+__all__ = ["Content", "ContentKind", "data_runs"]
+
+#: the suffix that the kernel puts behind the name of a file without links
+DELETED: Final = " (deleted)"
+_MFD_ALLOW_SEALING: Final = os.MFD_ALLOW_SEALING
+#: asm-generic/mman-common.h; Python has it from 3.13 on
+_MAP_NORESERVE: Final = 0x4000
+
+
+class ContentKind(enum.Enum):
+    """How an empty one is made."""
+
+    MEMFD = "memfd"
+    DELETED = "deleted file"
+    SHARED = "shared anonymous memory"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Content:
+    """A file that travels with the processes.
+
+    name   of a memfd: what memfd_create was given; of a deleted file: its last path
+    size   bytes
+    mode   permission bits
+    uid    owner
+    gid    group
+    seals  of a memfd
+    """
+
+    kind: ContentKind
+    name: str
+    size: int
+    mode: int
+    uid: int
+    gid: int
+    seals: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.size < 1 << 62 or not 0 <= self.mode <= 0o7777 or not 0 <= self.seals < 64:
+            raise ValueError("size, mode or seals out of range")
+        if "\0" in self.name:
+            raise ValueError("a name holds a zero byte")
+        if self.kind is ContentKind.DELETED and not self.name.startswith("/"):
+            raise ValueError("the path of a deleted file is not absolute")
+
+    def check(self, path: Callable[[str], str]) -> None:
+        """FileMissing if the directory of a deleted file is not here."""
+        if self.kind is ContentKind.DELETED:
+            folder = os.path.dirname(path(self.name))
+            if not os.path.isdir(folder):
+                raise FileMissing("the directory of a deleted file that is still open is not here", object=folder)
+
+    def make(self, path: Callable[[str], str]) -> int:
+        """An empty file of this size, open for reading and writing; ``path`` maps paths of the source to ours."""
+        try:
+            if self.kind is ContentKind.MEMFD:
+                fd = self._memfd()
+            elif self.kind is ContentKind.SHARED:
+                return self._shared()
+            else:
+                fd = self._deleted(path(self.name))
+            os.ftruncate(fd, self.size)
+            os.fchown(fd, self.uid, self.gid)
+            os.fchmod(fd, self.mode)
+        except OSError as error:
+            raise FileRebuildFailed(
+                f"{self.kind.value} of {self.size} bytes: {error.strerror}", object=self.name
+            ) from error
+        return fd
+
+    def _memfd(self) -> int:
+        # F_SEAL_SEAL without any other seal is what a memfd has that did not ask for sealing
+        sealing = 0 if self.seals == Seal.SEAL else _MFD_ALLOW_SEALING
+        return os.memfd_create(self.name, os.MFD_CLOEXEC | sealing)
+
+    def _shared(self) -> int:
+        # Memory that is mapped shared and anonymous is a file of the kernel's own ("/dev/zero (deleted)"). Made the
+        # same way and reopened through map_files it stays one, also in the maps of the rebuilt process.
+        if self.size == 0:
+            raise FileRebuildFailed("shared anonymous memory of no size", object=self.name)
+        with mmap.mmap(-1, self.size, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_NORESERVE) as area:
+            return os.open(_map_file(area), os.O_RDWR | os.O_CLOEXEC)
+
+    def _deleted(self, path: str) -> int:
+        folder, name = os.path.split(path)
+        # Under its own name for a moment, so that links in /proc and maps read as before; another name if that is
+        # taken.
+        for attempt in (path, os.path.join(folder, f"{name[:200]}.{secrets.token_hex(6)}")):
+            try:
+                fd = os.open(attempt, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            except FileExistsError:
+                continue
+            os.unlink(attempt)
+            return fd
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+
+    def seal(self, fd: int) -> None:
+        """Put the seals on, once the bytes are there and the mappings are made."""
+        wanted = self.seals & ~fcntl.fcntl(fd, Fcntl.GET_SEALS) if self.kind is ContentKind.MEMFD else 0
+        if wanted:
+            try:
+                fcntl.fcntl(fd, Fcntl.ADD_SEALS, wanted)
+            except OSError as error:
+                raise FileRebuildFailed(f"seals {wanted:#x}: {error.strerror}", object=self.name) from error
+
+
+def _map_file(area: mmap.mmap) -> str:
+    """The path that opens the file behind a mapping of our own."""
+    import ctypes
+
+    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    end = start + (len(area) + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
+    return f"/proc/self/map_files/{start:x}-{end:x}"
+
+
+def data_runs(fd: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of the parts of the file that are not holes."""
+    offset = 0
+    while True:
+        try:
+            start = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                return
+            raise
+        offset = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, offset - start
+
+
+@contextlib.contextmanager
+def reopened(magic: str) -> Iterator[int]:
+    """A descriptor of its own for reading a file, whatever way it was opened by its owner."""
+    fd = os.open(magic, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)

@@ -1,0 +1,122 @@
+"""epoll: a set of watched files.
+
+Source: fs/eventpoll.c; fdinfo lines ``tfd: N events: MASK data: X pos:P ino:I sdev:D`` (all but N hexadecimal). An
+entry's key is the pair (file, number that it had when it was added). The number may lead elsewhere by now: the
+descriptor was duplicated and the first one closed. kcmp(KCMP_EPOLL_TFD) tells which file is meant.
+
+The registrations are not made here but by calls injected in the new process (:mod:`checkpoint.files.install`): there
+the number is right, and a signalfd is watched for the right process.
+"""
+
+from __future__ import annotations
+
+import re
+import select
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Self
+
+from checkpoint.errors import EpollTargetLost, FileCaptureFailed
+from checkpoint.files.abi import kcmp_epoll
+from checkpoint.files.base import FdView, OpenFile, register, set_flags
+
+if TYPE_CHECKING:
+    from checkpoint.files.rebuild import Rebuilder
+
+__all__ = ["Epoll", "EpollWatch"]
+
+_LINE: Final = re.compile(
+    r"tfd:\s*(\d+)\s+events:\s*([0-9a-f]+)\s+data:\s*([0-9a-f]+)\s+pos:-?\w+\s+ino:([0-9a-f]+)\s+sdev:([0-9a-f]+)"
+)
+#: the minor number's bits in the kernel's dev_t
+_MINOR_BITS: Final = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpollWatch:
+    """One entry of an epoll instance.
+
+    number  descriptor number under which the file was added
+    pid     process in which it is added again
+    file    index of the watched file
+    events  mask; one without any event is a one-shot entry that has fired
+    data    the 64 bits that epoll_wait hands back
+    """
+
+    number: int
+    pid: int
+    file: int
+    events: int
+    data: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < 1 << 30 or self.file < 0 or self.pid <= 0:
+            raise ValueError("number, process or file of an epoll entry out of range")
+        if not 0 <= self.events < 1 << 32 or not 0 <= self.data < 1 << 64:
+            raise ValueError("events or data of an epoll entry out of range")
+
+
+@register("epoll", link=r"anon_inode:\[eventpoll\]")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Epoll(OpenFile):
+    """One open epoll instance. Each of its watches is added again in the process that it names."""
+
+    watches: tuple[EpollWatch, ...]
+
+    @classmethod
+    def examine(cls, view: FdView) -> str:
+        if not view.table.live:
+            _watches(view)
+        return ""
+
+    @classmethod
+    def capture(cls, view: FdView) -> Self:
+        view.refresh()
+        return cls(watches=tuple(_watches(view)), **view.common())
+
+    def rebuild(self, host: Rebuilder) -> int:
+        instance = select.epoll()
+        fd = host.duplicate(instance.fileno())
+        instance.close()
+        set_flags(fd, self.flags)
+        return fd
+
+
+def _watches(view: FdView) -> list[EpollWatch]:
+    found: list[EpollWatch] = []
+    for line in view.lines:
+        if not line.startswith("tfd:"):
+            continue
+        parts = _LINE.match(line)
+        if parts is None:
+            raise FileCaptureFailed(f"epoll entry not understood: {line}", object=view.object)
+        number = int(parts[1])
+        nth = sum(1 for other in found if other.number == number)
+        pid, index = _target(view, number, nth, int(parts[4], 16), int(parts[5], 16))
+        found.append(EpollWatch(number=number, pid=pid, file=index, events=int(parts[2], 16), data=int(parts[3], 16)))
+    return found
+
+
+def _target(view: FdView, number: int, nth: int, inode: int, sdev: int) -> tuple[int, int]:
+    """(process, index) of the file that an entry watches."""
+    table = view.table
+    # Nearly always: the same number, in a process that has the instance.
+    for pid, _ in view.places:
+        place = table.tables.get(pid, {}).get(number)
+        if place is not None and kcmp_epoll(pid, number, view.pid, view.fd, number, nth):
+            return pid, place[0]
+    pid = view.places[0][0] if view.places else view.pid
+    device = (sdev >> _MINOR_BITS, sdev & ((1 << _MINOR_BITS) - 1))
+    for index, other in enumerate(table.entries):
+        if other.fd < 0 or other.stat.st_ino != inode or _device(other) != device:
+            continue
+        if kcmp_epoll(other.pid, other.fd, view.pid, view.fd, number, nth):
+            return pid, index
+    raise EpollTargetLost(
+        f"an epoll instance watches a file (number {number}) that no descriptor leads to", object=view.object
+    )
+
+
+def _device(view: FdView) -> tuple[int, int]:
+    import os
+
+    return os.major(view.stat.st_dev), os.minor(view.stat.st_dev)

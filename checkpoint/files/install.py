@@ -1,0 +1,214 @@
+"""Giving a new process its descriptors, by calls injected in it.
+
+The process takes each file out of ours with pidfd_getfd, which always returns the lowest free number; dup3 moves it to
+the right one. So the numbers are filled from the lowest up, and which number comes is known beforehand: where it is the
+wanted one already, dup3 to itself would fail.
+
+Epoll registrations are made here as well, since the number under which a file is added is part of the key. An entry
+whose number leads elsewhere by now is made first, while that number is still free.
+
+Record locks come last: closing any descriptor of a file drops the process's locks on it. So this whole step comes after
+the mappings are made.
+"""
+
+from __future__ import annotations
+
+import resource
+from typing import Final, Protocol
+
+from checkpoint.errors import BadFileRecord, LockTaken, TooManyDescriptors
+from checkpoint.files.abi import EPOLL_CTL_ADD, EPOLL_CTL_MOD, EpollEvent, EpollFlag, Fcntl, FileFlag, Flock, LockType
+from checkpoint.files.epoll import Epoll, EpollWatch
+from checkpoint.files.rebuild import Rebuilder
+from tcpstate.kernel.calls import CallTable, Result
+from tcpstate.kernel.machine import SYS
+
+__all__ = ["Installation", "Target", "install"]
+
+_ALL: Final = 0xFFFFFFFF
+#: numbers above the process's own that the work needs: our pidfd, an epoll instance
+_WORKING_NUMBERS: Final = 2
+#: what stays of an entry that has fired (EP_PRIVATE_BITS of fs/eventpoll.c)
+_PRIVATE: Final = EpollFlag.EXCLUSIVE | EpollFlag.WAKEUP | EpollFlag.ONESHOT | EpollFlag.ET
+
+
+class Target(Protocol):
+    """What is needed of a new process (``spawn.Stub`` has it)."""
+
+    @property
+    def pid(self) -> int: ...
+    @property
+    def tool_pidfd(self) -> int: ...
+    def run(self, table: CallTable) -> None: ...
+
+
+def install(rebuilder: Rebuilder, pid: int, stub: Target) -> None:
+    """Give the process that is ``pid`` in the image its descriptors, and nothing else. Its mappings are made."""
+    calls = CallTable()
+    work = Installation(calls, rebuilder, pid, stub.tool_pidfd)
+    _allow(stub.pid, work.highest)
+    stub.run(calls)
+    again = CallTable()
+    work.settle(again)
+    if len(again):
+        stub.run(again)
+
+
+def _allow(pid: int, highest: int) -> None:
+    """Raise the process's own soft limit for the time being; its real limits are given to it later."""
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft > highest:
+        return
+    if hard != resource.RLIM_INFINITY and hard <= highest:
+        hard = highest + 1
+    try:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (highest + 1, hard))
+    except (ValueError, OSError):
+        raise TooManyDescriptors(f"descriptor {highest} is beyond the limit", object=f"pid {pid}") from None
+
+
+class Installation:
+    """The calls for one process.
+
+    pid    of the process in the image
+    pidfd  number, in the new process, of a pidfd of ours
+    """
+
+    def __init__(self, calls: CallTable, rebuilder: Rebuilder, pid: int, pidfd: int) -> None:
+        self._calls = calls
+        self._host = rebuilder
+        self._pid = pid
+        self._table = rebuilder.records.tables.get(pid, {})
+        self._special, self._ordinary = self._watches()
+        numbers = [*self._table, *(watch.number for _, watch in self._special)]
+        #: our pidfd's place during the work: above all numbers of the process
+        self._tool = max(numbers, default=-1) + 1
+        self._work = self._tool + 1
+        self._pidfd = pidfd
+        self._deaf: list[tuple[Result, int, EpollWatch]] = []
+        self._record_locks: list[tuple[Result, int]] = []
+        self._fill()
+
+    @property
+    def highest(self) -> int:
+        """The highest number that the calls use."""
+        return self._tool + _WORKING_NUMBERS
+
+    def _watches(self) -> tuple[list[tuple[int, EpollWatch]], list[tuple[int, EpollWatch]]]:
+        """(special, ordinary) entries of epoll instances that this process adds: (index of the instance, entry)."""
+        special: list[tuple[int, EpollWatch]] = []
+        ordinary: list[tuple[int, EpollWatch]] = []
+        held = {index for index, _ in self._table.values()}
+        for index, record in enumerate(self._host.files):
+            if not isinstance(record, Epoll):
+                continue
+            for watch in record.watches:
+                if watch.pid == self._pid:
+                    place = self._table.get(watch.number)
+                    usual = index in held and place is not None and place[0] == watch.file
+                    (ordinary if usual else special).append((index, watch))
+        return special, ordinary
+
+    def _call(self, label: str, number: SYS, *args: int | Result) -> Result:
+        return self._calls.call(number, *args, label=f"{label} of pid {self._pid}")
+
+    def _fill(self) -> None:
+        if self._pidfd != self._tool:
+            self._call("moving our pidfd", SYS.dup3, self._pidfd, self._tool, FileFlag.CLOEXEC)
+        if self._tool:
+            self._call("closing descriptors", SYS.close_range, 0, self._tool - 1, 0)
+        self._call("closing descriptors", SYS.close_range, self._tool + 1, _ALL, 0)
+        for index, watch in self._special:
+            self._special_watch(index, watch)
+        where = self._descriptors()
+        # those that have fired come first: nothing else may be ready when they fire again
+        for index, watch in sorted(self._ordinary, key=lambda pair: not _fired(pair[1])):
+            self._watch(where[index], watch)
+        self._call("closing our pidfd", SYS.close, self._tool)
+        self._locks()
+
+    def _fetch(self, index: int) -> Result:
+        fd = self._host.descriptor(index)
+        return self._call(f"taking {self._host.name(index)}", SYS.pidfd_getfd, self._tool, fd, 0)
+
+    def _descriptors(self) -> dict[int, int]:
+        """Every descriptor at its number; where each file is."""
+        where: dict[int, int] = {}
+        taken = {self._tool}
+        lowest = 0
+        for number in sorted(self._table):
+            index, cloexec = self._table[number]
+            flags = FileFlag.CLOEXEC if cloexec else 0
+            while lowest in taken:
+                lowest += 1
+            if index in where:
+                self._call(f"fd {number}", SYS.dup3, where[index], number, flags)
+            else:
+                got = self._fetch(index)
+                if lowest == number:
+                    # what pidfd_getfd returns is close-on-exec
+                    if not cloexec:
+                        self._call(f"fd {number}", SYS.fcntl, number, Fcntl.SETFD, 0)
+                else:
+                    self._call(f"fd {number}", SYS.dup3, got, number, flags)
+                    self._call(f"closing after fd {number}", SYS.close, got)
+                where[index] = number
+            taken.add(number)
+        return where
+
+    def _special_watch(self, index: int, watch: EpollWatch) -> None:
+        # The table is empty but for our pidfd, far above: what is taken comes as 0.
+        self._call("epoll instance", SYS.dup3, self._fetch(index), self._work, FileFlag.CLOEXEC)
+        self._call("epoll instance", SYS.close, 0)
+        self._fetch(watch.file)
+        if watch.number:
+            self._call("watched file", SYS.dup3, 0, watch.number, FileFlag.CLOEXEC)
+            self._call("watched file", SYS.close, 0)
+        self._watch(self._work, watch)
+        self._call("watched file", SYS.close, watch.number)
+        self._call("epoll instance", SYS.close, self._work)
+
+    def _watch(self, instance: int, watch: EpollWatch) -> None:
+        label = f"epoll entry {watch.number}"
+        if not _fired(watch):
+            self._control(self._calls, EPOLL_CTL_ADD, instance, watch, watch.events)
+            return
+        # A one-shot entry that has fired is deaf until the application arms it. Adding an entry arms it: so it is
+        # added for anything and made to fire at once, if the file is ready for something. If not: settle().
+        self._control(self._calls, EPOLL_CTL_ADD, instance, watch, watch.events | EpollFlag.IN | EpollFlag.OUT)
+        event = self._calls.room(EpollEvent.FORMAT.size)
+        count = self._calls.call(SYS.epoll_wait, instance, event, 1, 0, ignore=True, label=label)
+        self._deaf.append((count, instance, watch))
+
+    def _control(self, calls: CallTable, what: int, instance: int, watch: EpollWatch, events: int) -> None:
+        event = calls.put(EpollEvent(events=events, data=watch.data).pack())
+        calls.call(SYS.epoll_ctl, instance, what, watch.number, event, label=f"epoll entry {watch.number}")
+
+    def _locks(self) -> None:
+        for held in self._host.records.locks.get(self._pid, []):
+            numbers = [n for n, (index, _) in sorted(self._table.items()) if index == held.file]
+            if not numbers:
+                raise BadFileRecord("a record lock on a file that is not open", object=f"pid {self._pid}")
+            for lock in held.locks:
+                kind = LockType(lock.type)
+                region = self._calls.put(Flock(type=kind, start=lock.start, length=lock.length).pack())
+                label = f"record lock on fd {numbers[0]}"
+                done = self._calls.call(SYS.fcntl, numbers[0], Fcntl.SETLK, region, ignore=True, label=label)
+                self._record_locks.append((done, numbers[0]))
+
+    def settle(self, calls: CallTable) -> None:
+        """What follows from how the first calls went: entries that could not fire wait for errors only, and a lock that
+        somebody else holds (on a shared file system, the original) is told."""
+        for count, instance, watch in self._deaf:
+            # (an instance that was only passing there has been closed: its entry stays armed)
+            if count.value != 1 and instance != self._work:
+                self._control(calls, EPOLL_CTL_MOD, instance, watch, watch.events)
+        for done, number in self._record_locks:
+            if not done.ok:
+                self._host.warn(
+                    str(LockTaken("a record lock could not be taken", object=f"pid {self._pid} fd {number}"))
+                )
+
+
+def _fired(watch: EpollWatch) -> bool:
+    return bool(watch.events & EpollFlag.ONESHOT) and not watch.events & ~_PRIVATE

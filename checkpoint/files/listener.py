@@ -1,0 +1,131 @@
+"""Listening TCP sockets.
+
+Source: net/ipv4/inet_connection_sock.c. The backlog is TCP_INFO's ``tcpi_sacked`` of a listener. At the target a
+listener is bound and listens early, also on an address that is not local yet, but drops SYNs until the release;
+connections that wait to be accepted are not kept (the dump lets them drain first).
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Self
+
+from checkpoint.errors import AddressTaken, FileRebuildFailed, UnsupportedProtocol
+from checkpoint.files.base import FdView, OpenFile, register, set_flags
+from checkpoint.files.inet import Endpoint
+from checkpoint.files.sockopts import SocketOptions, before_bind, give_late, give_own_filter, save
+from checkpoint.files.unix import held_outside
+from tcpstate.filters import drop_syns
+from tcpstate.kernel.sockets import SO, Level
+from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpInfo
+
+if TYPE_CHECKING:
+    from checkpoint.files.rebuild import Rebuilder
+
+__all__ = ["Listener", "bind", "is_tcp", "new_socket", "try_bind"]
+
+_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+_TAKEN: Final = (errno.EADDRINUSE,)
+
+
+def is_tcp(view: FdView) -> bool:
+    """Whether the file is a TCP socket of either family."""
+    if view.dup < 0 or not stat.S_ISSOCK(view.stat.st_mode):
+        return False
+    sock = view.socket
+    return sock.family in _FAMILIES and sock.type == socket.SOCK_STREAM and sock.proto == socket.IPPROTO_TCP
+
+
+def _listens(view: FdView) -> bool:
+    return is_tcp(view) and bool(view.socket.getsockopt(Level.SOCKET, SO.ACCEPTCONN))
+
+
+def new_socket(family: int, type: int, object: str) -> socket.socket:
+    """A fresh socket; FileRebuildFailed if this host has no such family."""
+    try:
+        return socket.socket(family, type)
+    except OSError as error:
+        raise FileRebuildFailed(f"socket: {error.strerror}", object=object) from error
+
+
+def bind(sock: socket.socket, name: Endpoint) -> None:
+    """Bind, with AddressTaken if somebody else has the address."""
+    try:
+        sock.bind(name.sockaddr)
+    except OSError as error:
+        if error.errno in _TAKEN:
+            raise AddressTaken("bind: the address is in use", object=str(name)) from error
+        raise FileRebuildFailed(f"bind: {error.strerror}", object=str(name)) from error
+
+
+def try_bind(family: int, type: int, name: Endpoint, options: SocketOptions) -> None:
+    """Whether the address could be bound now: AddressTaken or FileRebuildFailed if not. Nothing stays bound."""
+    with new_socket(family, type, str(name)) as sock:
+        before_bind(sock, options, str(name))
+        bind(sock, name)
+
+
+@register("tcp listener", mode=stat.S_IFSOCK, match=_listens)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listener(OpenFile):
+    """One listening TCP socket.
+
+    family   AF_INET or AF_INET6
+    name     what it is bound to
+    backlog  the argument of listen(), as the kernel limited it
+    """
+
+    family: int
+    name: Endpoint
+    backlog: int
+    options: SocketOptions
+
+    def __post_init__(self) -> None:
+        if self.family not in _FAMILIES or not 0 <= self.backlog < 1 << 31:
+            raise ValueError("family or backlog of a listener out of range")
+
+    @classmethod
+    def examine(cls, view: FdView) -> str:
+        held_outside(view)
+        save(view.socket, view.object)
+        ulp = view.socket.getsockopt(Level.TCP, TCP.ULP, 16)
+        if ulp.strip(b"\0"):
+            raise UnsupportedProtocol(f"listener with an upper-layer protocol ({ulp!r})", object=view.object)
+        return ""
+
+    @classmethod
+    def capture(cls, view: FdView) -> Self:
+        sock = view.socket
+        info = TcpInfo.unpack(sock.getsockopt(Level.TCP, TCP.INFO, INFO_SIZE))
+        return cls(
+            family=int(sock.family),
+            name=Endpoint.of(sock.getsockname()),
+            backlog=info.sacked,
+            options=save(sock, view.object),
+            **view.common(),
+        )
+
+    def check(self, host: Rebuilder) -> str:
+        try_bind(self.family, socket.SOCK_STREAM, self.name, self.options)
+        return ""
+
+    def rebuild(self, host: Rebuilder) -> int:
+        sock = new_socket(self.family, socket.SOCK_STREAM, str(self.name))
+        before_bind(sock, self.options, str(self.name))
+        # the filter comes first: no SYN may be answered before the connections are here
+        drop_syns([sock])
+        bind(sock, self.name)
+        try:
+            sock.listen(self.backlog)
+        except OSError as error:
+            raise AddressTaken(f"listen: {error.strerror}", object=str(self.name)) from error
+        set_flags(sock.fileno(), self.flags)
+        return sock.detach()
+
+    def release(self, host: Rebuilder, fd: int) -> None:
+        with socket.socket(fileno=host.duplicate(fd)) as sock:
+            give_late(sock, self.options, str(self.name))
+            give_own_filter(sock, self.options)

@@ -1,0 +1,53 @@
+"""memfd: a file in memory that has no path, perhaps sealed.
+
+Source: mm/memfd.c; the link reads ``/memfd:NAME (deleted)``. Descriptions and mappings of one memfd share one content.
+"""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from checkpoint.errors import UnsupportedFile
+from checkpoint.files.abi import Magic, filesystem_magic
+from checkpoint.files.base import FdView, OpenFile, register
+from checkpoint.files.content import DELETED, ContentKind, reopened
+
+if TYPE_CHECKING:
+    from checkpoint.files.rebuild import Rebuilder
+
+__all__ = ["Memfd"]
+
+_PREFIX = "/memfd:"
+
+
+@register("memfd", link=r"/memfd:.*", mode=stat.S_IFREG, match=lambda view: view.stat.st_nlink == 0)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memfd(OpenFile):
+    """One description of a memfd, or the one behind a mapping.
+
+    content  index of its bytes, name, size and seals
+    """
+
+    mappable: ClassVar[bool] = True
+
+    content: int
+
+    @classmethod
+    def examine(cls, view: FdView) -> str:
+        with reopened(view.magic) as fd:
+            if filesystem_magic(fd) == Magic.HUGETLBFS:
+                raise UnsupportedFile("memfd of huge pages (MFD_HUGETLB)", object=view.object)
+        return ""
+
+    @classmethod
+    def capture(cls, view: FdView) -> Self:
+        cls.examine(view)
+        name = view.link[len(_PREFIX) :].removesuffix(DELETED)
+        return cls(content=view.table.content(view, ContentKind.MEMFD, name), **view.common())
+
+    def rebuild(self, host: Rebuilder) -> int:
+        fd = host.reopen(host.content(self.content), self.flags)
+        host.seek(fd, self.pos)
+        return fd

@@ -1,0 +1,265 @@
+"""The open files of a tree made again, in our process; the new processes take them from here.
+
+::
+
+    rebuild()           a descriptor per record; queues, names, locks.  The new processes' PIDs exist already: records
+                        refer to them (receivers of signals, senders of messages, /proc/PID)
+    write_content(..)   bytes of files that travel along
+    take(..)            records told again (FILES_DELTA)
+    complete(..)        contents sealed, connections rebuilt in repair
+    compare()           what the rebuilt connections read back as
+    release()           the addresses are local, the original is gone: connections live, listeners listen, names appear
+    close()             our descriptors; the processes keep theirs
+
+``abort`` instead of ``release`` takes everything away; nothing has been changed that somebody else could see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from checkpoint.errors import BadFileRecord, FileRebuildFailed
+from checkpoint.files.abi import REOPEN_FLAGS, Fcntl, FileFlag
+from checkpoint.files.base import OpenFile, kind_name
+from checkpoint.files.listener import Listener
+from checkpoint.files.locks import Locks
+from checkpoint.files.table import TreeFiles, ensure_descriptors
+from checkpoint.files.tcp import RebuiltTcp
+
+__all__ = ["Rebuilder"]
+
+_log = logging.getLogger(__name__)
+
+_OWNER: Final = struct.Struct("<ii")  # struct f_owner_ex
+#: descriptors per file while it is made: itself, a passing duplicate
+_PER_FILE: Final = 2
+
+
+class Rebuilder:
+    """The open files of one tree on their way. See the module's docstring for the order of calls.
+
+    records  what TreeFiles holds
+    path     maps a path of the source to one here
+    warn     told, in one sentence, of whatever will differ from the original
+
+    Kinds use: ``files`` (all records), ``descriptor``, ``content``, ``shared`` (things that several descriptions have
+    in common while they are made), ``at_end`` and ``on_abort``.
+    """
+
+    def __init__(
+        self,
+        records: TreeFiles,
+        *,
+        path: Callable[[str], str] = lambda path: path,
+        warn: Callable[[str], None] = _log.warning,
+    ) -> None:
+        self.records = records
+        self.files: list[OpenFile] = list(records.files)
+        self.path = path
+        self.warn = warn
+        self.shared: dict[tuple[str, object], object] = {}
+        self._descriptors: list[int | None] = [None] * len(self.files)
+        self._building: set[int] = set()
+        self._contents: list[int | None] = [None] * len(records.contents)
+        self._at_end: list[Callable[[], None]] = []
+        self._on_abort: list[Callable[[], None]] = []
+        self._locks = Locks()
+        self._tcp: RebuiltTcp | None = None
+
+    # ---- what kinds ask for
+
+    def descriptor(self, index: int) -> int:
+        """Our descriptor of a file of the tree; it is made now if it is not there yet."""
+        if not 0 <= index < len(self.files):
+            raise BadFileRecord(f"file {index} of {len(self.files)} is referred to", object=f"file {index}")
+        made = self._descriptors[index]
+        if made is not None:
+            return made
+        if index in self._building:
+            raise BadFileRecord("a file needs itself to be made", object=f"file {index}")
+        self._building.add(index)
+        record = self.files[index]
+        try:
+            fd = record.rebuild(self)
+        except OSError as error:
+            raise FileRebuildFailed(f"{kind_name(type(record))}: {error}", object=self.name(index)) from error
+        self._building.discard(index)
+        self._descriptors[index] = fd
+        return fd
+
+    def content(self, index: int) -> int:
+        """Our descriptor, for reading and writing, of a file that travels along."""
+        made = self._contents[self._checked(index)]
+        if made is None:
+            made = self._contents[index] = self.records.contents[index].make(self.path)
+        return made
+
+    def _checked(self, index: int) -> int:
+        if not 0 <= index < len(self._contents):
+            raise BadFileRecord(f"content {index} of {len(self._contents)} is referred to", object=f"content {index}")
+        return index
+
+    def reopen(self, fd: int, flags: int) -> int:
+        """Another description of the same file, opened with ``flags``."""
+        return os.open(f"/proc/self/fd/{fd}", flags & REOPEN_FLAGS & ~FileFlag.DIRECTORY | os.O_CLOEXEC)
+
+    def duplicate(self, fd: int) -> int:
+        """A duplicate, close-on-exec."""
+        return fcntl.fcntl(fd, Fcntl.DUPFD_CLOEXEC, 0)
+
+    def seek(self, fd: int, pos: int) -> None:
+        """Give a description its file position."""
+        if pos:
+            os.lseek(fd, pos, os.SEEK_SET)
+
+    def listens(self, port: int) -> bool:
+        """Whether a listener of the tree has this port."""
+        return any(isinstance(f, Listener) and f.name.port == port for f in self.files)
+
+    def at_end(self, action: Callable[[], None]) -> None:
+        """To be done when every descriptor has been made."""
+        self._at_end.append(action)
+
+    def on_abort(self, action: Callable[[], None]) -> None:
+        """To be done if the rebuild is given up."""
+        self._on_abort.append(action)
+
+    def name(self, index: int) -> str:
+        """The file in the words of errors: a process and descriptor that has it."""
+        for pid, table in self.records.tables.items():
+            for fd, (file, _) in table.items():
+                if file == index:
+                    return f"pid {pid} fd {fd}"
+        return f"file {index} ({kind_name(type(self.files[index]))})"
+
+    # ---- the stages
+
+    def check(self) -> list[str]:
+        """Look, before anything is built, for what would stand in the way. Warnings; the first obstacle is raised."""
+        warnings = [warning for record in self.files if (warning := record.check(self))]
+        for content in self.records.contents:
+            content.check(self.path)
+        return warnings
+
+    def rebuild(self) -> None:
+        """Every descriptor, and all that does not change any more. Nothing is left if it fails."""
+        ensure_descriptors(_PER_FILE * len(self.files) + len(self._contents))
+        try:
+            for index in range(len(self.files)):
+                self.descriptor(index)
+            self._do_at_end()
+            for index, record in enumerate(self.files):
+                fd = self.descriptor(index)
+                try:
+                    record.complete(self, fd)
+                    self._own(fd, record)
+                except OSError as error:
+                    raise FileRebuildFailed(f"{kind_name(type(record))}: {error}", object=self.name(index)) from error
+                self._locks.take(fd, record.locks, self.name(index))
+            self._tcp = RebuiltTcp(self)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _do_at_end(self) -> None:
+        actions, self._at_end = self._at_end, []
+        for action in actions:
+            action()
+
+    def _own(self, fd: int, record: OpenFile) -> None:
+        """The receiver of signals of readiness; only then O_ASYNC, else the first signal would go to nobody."""
+        owner = record.owner
+        if owner is None:
+            return
+        if owner.pid:
+            try:
+                fcntl.fcntl(fd, Fcntl.SETOWN_EX, _OWNER.pack(owner.type, owner.pid))
+            except ProcessLookupError:
+                self.warn(f"pid {owner.pid}, who was told of a file's readiness by signal, does not exist")
+        if owner.signal:
+            fcntl.fcntl(fd, Fcntl.SETSIG, owner.signal)
+        if record.flags & FileFlag.ASYNC:
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | FileFlag.ASYNC)
+
+    def write_content(self, index: int, runs: Sequence[tuple[int, int]], data: bytes | memoryview) -> None:
+        """Bytes of a content: ``runs`` are (offset, length), ``data`` what belongs there, one after the other."""
+        fd = self.content(index)
+        size = self.records.contents[index].size
+        view = memoryview(data)
+        for offset, length in runs:
+            if offset < 0 or length < 0 or offset + length > size or length > len(view):
+                raise BadFileRecord(f"{length} bytes at {offset} do not fit {size}", object=f"content {index}")
+            part, view = view[:length], view[length:]
+            while part:
+                try:
+                    written = os.pwrite(fd, part, offset)
+                except OSError as error:
+                    raise FileRebuildFailed(
+                        f"writing a content: {error.strerror}", object=f"content {index}"
+                    ) from error
+                part, offset = part[written:], offset + written
+        if view:
+            raise BadFileRecord(f"{len(view)} bytes too many", object=f"content {index}")
+
+    def take(self, delta: Mapping[int, OpenFile]) -> None:
+        """Records that replace earlier ones."""
+        for index, record in delta.items():
+            if not 0 <= index < len(self.files) or type(record) is not type(self.files[index]):
+                raise BadFileRecord("a record that is told again is of another kind", object=f"file {index}")
+            self.files[index] = record
+            record.late(self, self.descriptor(index))
+
+    def complete(self, *, elapsed: float = 0.0) -> None:
+        """Contents are written, connections have come: seal the ones, rebuild the others (in repair, silent).
+
+        elapsed  seconds since the connections were exported
+        """
+        for index, fd in enumerate(self._contents):
+            if fd is not None:
+                self.records.contents[index].seal(fd)
+        self._connections.rebuild(elapsed)
+
+    def compare(self) -> list[str]:
+        """Where the rebuilt connections read back otherwise than they were told; none, normally."""
+        return self._connections.compare()
+
+    def release(self) -> None:
+        """The addresses are local and the original is gone. Connections first: their peers wait."""
+        self._connections.release()
+        for index, record in enumerate(self.files):
+            try:
+                record.release(self, self.descriptor(index))
+            except OSError as error:
+                raise FileRebuildFailed(f"{kind_name(type(record))}: {error}", object=self.name(index)) from error
+        self._locks.insist(self.warn)
+
+    @property
+    def _connections(self) -> RebuiltTcp:
+        if self._tcp is None:
+            raise RuntimeError("rebuild() comes first")
+        return self._tcp
+
+    def abort(self) -> None:
+        """Take everything away. May be repeated."""
+        actions, self._on_abort = self._on_abort, []
+        for action in actions:
+            action()
+        self.close()
+
+    def close(self) -> None:
+        """Give up our descriptors; the processes that took them have their own. May be repeated."""
+        with contextlib.suppress(OSError):
+            self._do_at_end()
+        if self._tcp is not None:
+            self._tcp.close()
+        for descriptors in (self._descriptors, self._contents):
+            for index, fd in enumerate(descriptors):
+                if fd is not None:
+                    descriptors[index] = None
+                    os.close(fd)

@@ -1,0 +1,279 @@
+"""Regular files and directories: by their path, or with their bytes where no path leads to them any more.
+
+Sources: fs/d_path.c (" (deleted)"), fs/open.c; /proc/PID/map_files for what is only mapped.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Final, Self
+
+from checkpoint.errors import FileDiffers, FileMissing, FileRebuildFailed, FileUnreachable, UnsupportedFile
+from checkpoint.files.abi import REOPEN_FLAGS, FileFlag, Magic, filesystem_magic
+from checkpoint.files.base import FdView, OpenFile, register
+from checkpoint.files.content import DELETED, ContentKind
+
+if TYPE_CHECKING:
+    from checkpoint.files.rebuild import Rebuilder
+
+__all__ = ["DeletedFile", "Directory", "PathOnly", "RegularFile", "SharedMemory"]
+
+#: file systems whose files are made up by the kernel when they are read: size and times say nothing
+_VOLATILE: Final = frozenset(
+    {Magic.PROC, Magic.SYSFS, Magic.CGROUP, Magic.CGROUP2, Magic.DEBUGFS, Magic.TRACEFS, Magic.SECURITYFS}
+)
+
+
+def _same(path: str, wanted: os.stat_result, *, follow: bool = True) -> bool:
+    try:
+        found = os.stat(path, follow_symlinks=follow)
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino)
+
+
+def path_of(view: FdView, *, follow: bool = True) -> str:
+    """A path that leads to the open file; FileUnreachable if there is none."""
+    if _same(view.link, view.stat, follow=follow):
+        return view.link
+    if view.link.endswith(DELETED):
+        # The name is gone, but not the file: a hard link, most often beside it (a rotated log).
+        gone = view.link[: -len(DELETED)]
+        folder = os.path.dirname(gone)
+        try:
+            names = [entry.path for entry in os.scandir(folder) if entry.inode() == view.stat.st_ino]
+        except OSError:
+            names = []
+        for name in sorted(names):
+            if _same(name, view.stat, follow=follow):
+                return name
+        raise FileUnreachable(f"{gone} was deleted, and its other hard link is not beside it", object=view.object)
+    raise FileUnreachable(f"{view.link} is not the file that is open", object=view.object)
+
+
+def _open(path: str, flags: int, object: str) -> int:
+    try:
+        return os.open(path, flags & REOPEN_FLAGS | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError as error:
+        raise FileRebuildFailed(f"open: {error.strerror}", object=object) from error
+
+
+def _seek(fd: int, pos: int, object: str) -> None:
+    if pos:
+        try:
+            os.lseek(fd, pos, os.SEEK_SET)
+        except OSError as error:
+            raise FileRebuildFailed(f"file position {pos}: {error.strerror}", object=object) from error
+
+
+def _found(path: str, test: str, *, follow: bool = True) -> os.stat_result:
+    """stat of ``path``; FileMissing if there is none or it is of another type than ``test`` (regular, directory)."""
+    try:
+        found = os.stat(path, follow_symlinks=follow)
+    except OSError as error:
+        raise FileMissing(f"{test}: {error.strerror}", object=path) from None
+    right = {"regular file": stat.S_ISREG, "directory": stat.S_ISDIR}.get(test)
+    if right is not None and not right(found.st_mode):
+        raise FileMissing(f"not a {test}", object=path)
+    return found
+
+
+def _absolute(path: str) -> None:
+    if not path.startswith("/") or "\0" in path:
+        raise ValueError(f"{path!r} is not an absolute path")
+
+
+@register("path only", match=lambda view: bool(view.flags & FileFlag.PATH))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathOnly(OpenFile):
+    """A file of any type opened with O_PATH: a place in the tree of names, nothing can be read or written."""
+
+    path: str
+
+    def __post_init__(self) -> None:
+        _absolute(self.path)
+
+    @classmethod
+    def examine(cls, view: FdView) -> str:
+        path_of(view, follow=not view.flags & FileFlag.NOFOLLOW)
+        return ""
+
+    @classmethod
+    def capture(cls, view: FdView) -> Self:
+        return cls(path=path_of(view, follow=not view.flags & FileFlag.NOFOLLOW), **view.common())
+
+    def check(self, host: Rebuilder) -> str:
+        _found(host.path(self.path), "file opened by O_PATH", follow=not self.flags & FileFlag.NOFOLLOW)
+        return ""
+
+    def rebuild(self, host: Rebuilder) -> int:
+        path = host.path(self.path)
+        return _open(path, self.flags | FileFlag.PATH, path)
+
+
+@register(
+    "shared memory",
+    link=r"/dev/zero \(deleted\)",
+    mode=stat.S_IFREG,
+    match=lambda view: os.major(view.stat.st_dev) == 0,
+)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedMemory(OpenFile):
+    """Shared anonymous memory (a shmem file of the kernel's own), behind a mapping.
+
+    content  index of its bytes
+    """
+
+    mappable: ClassVar[bool] = True
+
+    content: int
+
+    @classmethod
+    def capture(cls, view: FdView) -> Self:
+        return cls(content=view.table.content(view, ContentKind.SHARED, view.link), **view.common())
+
+    def rebuild(self, host: Rebuilder) -> int:
+        return host.reopen(host.content(self.content), self.flags)
+
+
+@register(
+    "deleted file",
+    link=rf"/.*{DELETED.replace('(', '[(]').replace(')', '[)]')}",
+    mode=stat.S_IFREG,
+    match=lambda view: (
+        view.stat.st_nlink == 0 and not view.link.startswith(("/memfd:", "/SYSV", "/[aio]", "/anon_hug"))
+    ),
+)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeletedFile(OpenFile):
+    """A regular file without a name that is still open or mapped. Its bytes travel.
+
+    content  index of its bytes
+    """
+
+    mappable: ClassVar[bool] = True
+
+    content: int
+
+    @classmethod
+    def examine(cls, view: FdView) -> str:
+        return "" if view.stat.st_size < 1 << 30 else f"deleted file of {view.stat.st_size} bytes travels along"
+
+    @classmethod
+    def capture(cls, view: FdView) -> Self:
+        name = view.link[: -len(DELETED)]
+        return cls(content=view.table.content(view, ContentKind.DELETED, name), **view.common())
+
+    def rebuild(self, host: Rebuilder) -> int:
+        fd = host.reopen(host.content(self.content), self.flags)
+        _seek(fd, self.pos, "deleted file")
+        return fd
+
+
+@register(
+    "file", link=r"/.*", mode=stat.S_IFREG, match=lambda view: not view.link.startswith(("/memfd:", "/SYSV", "/[aio]"))
+)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegularFile(OpenFile):
+    """A regular file that has a path.
+
+    path      of the source
+    size      bytes, when it was captured
+    mtime_ns  time of modification, likewise
+    inode     number, a hint that it is the very same file (shared file system)
+    volatile  on a file system like /proc: size and time mean nothing
+    """
+
+    mappable: ClassVar[bool] = True
+
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+    volatile: bool
+
+    def __post_init__(self) -> None:
+        _absolute(self.path)
+
+    @classmethod
+    def examine(cls, view: FdView) -> str:
+        path_of(view)
+        return ""
+
+    @classmethod
+    def capture(cls, view: FdView) -> Self:
+        path = path_of(view)
+        # only pseudo files have no size; asking the others for their file system costs a system call each
+        volatile = view.stat.st_size == 0 and view.dup >= 0 and filesystem_magic(view.dup) in _VOLATILE
+        if (
+            view.dup >= 0
+            and not volatile
+            and view.stat.st_blocks == 0
+            and filesystem_magic(view.dup) == Magic.HUGETLBFS
+        ):
+            raise UnsupportedFile("file of huge pages", object=view.object)
+        return cls(
+            path=path,
+            size=view.stat.st_size,
+            mtime_ns=view.stat.st_mtime_ns,
+            inode=view.stat.st_ino,
+            volatile=volatile,
+            **view.common(),
+        )
+
+    def check(self, host: Rebuilder) -> str:
+        path = host.path(self.path)
+        found = _found(path, "regular file")
+        if self.volatile or (found.st_size == self.size and found.st_mtime_ns == self.mtime_ns):
+            return ""
+        what = f"{found.st_size} bytes here, {self.size} at the source"
+        if found.st_size == self.size:
+            what = "same size, other time of modification"
+        if self.access.writes and found.st_ino != self.inode:
+            raise FileDiffers(f"open for writing, but not the same file: {what}", object=path)
+        if found.st_size < self.size:
+            raise FileDiffers(f"shorter than at the source: {what}", object=path)
+        return f"{path}: {what}"
+
+    def rebuild(self, host: Rebuilder) -> int:
+        path = host.path(self.path)
+        # the type is looked at first: opening a fifo of that name would wait for ever
+        _found(path, "regular file")
+        fd = _open(path, self.flags, path)
+        _seek(fd, self.pos, path)
+        return fd
+
+
+@register("directory", link=r"/.*", mode=stat.S_IFDIR)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Directory(OpenFile):
+    """An open directory. Its position is a cookie of the file system, good for the same file system.
+
+    path  of the source
+    """
+
+    path: str
+
+    def __post_init__(self) -> None:
+        _absolute(self.path)
+
+    @classmethod
+    def examine(cls, view: FdView) -> str:
+        path_of(view)
+        return ""
+
+    @classmethod
+    def capture(cls, view: FdView) -> Self:
+        return cls(path=path_of(view), **view.common())
+
+    def check(self, host: Rebuilder) -> str:
+        _found(host.path(self.path), "directory")
+        return ""
+
+    def rebuild(self, host: Rebuilder) -> int:
+        path = host.path(self.path)
+        fd = _open(path, self.flags | FileFlag.DIRECTORY, path)
+        _seek(fd, self.pos, path)
+        return fd

@@ -1,0 +1,446 @@
+"""The open files of a tree of processes: one entry per open file description.
+
+Descriptors are added first, all of them; then every entry is given its kind and captured, so that a kind may ask for
+what else is in the tree (the other end of a pipe, the file behind a number in an epoll instance). Two descriptors are
+the same description if kcmp(2) says so; a socket has one description only, its inode tells.
+
+All descriptors are read through duplicates of our own (pidfd_getfd), which stay open until :meth:`FileTable.close`: the
+sockets are worked through them, and contents are read from them after the descriptors were listed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import resource
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from checkpoint.errors import FileCaptureFailed, SharedDescriptors, TooManyDescriptors, UnsupportedMapping
+from checkpoint.files import (
+    abi,
+    kinds,  # noqa: F401 (importing it fills the register)
+)
+from checkpoint.files.abi import CAPTURED_FLAGS, AccessMode, FileFlag, Kcmp
+from checkpoint.files.base import FdView, OpenFile, PosixLock, kind_for, kind_name, locks_of, parse_info, read_info
+from checkpoint.files.content import Content, ContentKind, data_runs
+from checkpoint.files.outside import Outside
+from checkpoint.files.unixdiag import UnixSocket, unix_sockets
+from tcpstate.errors import KernelFeatureMissing
+
+__all__ = ["FileTable", "LocksOfFile", "Mapping", "Owner", "TreeFiles"]
+
+#: descriptors that the tool needs besides one per open file
+_OWN_DESCRIPTORS: Final = 256
+
+
+class Owner(Protocol):
+    """What is needed of a process (``tracee.Process`` has it)."""
+
+    @property
+    def pid(self) -> int: ...
+
+
+class Mapping(Protocol):
+    """What is needed of a mapping (``memory.vma.Vma`` has it)."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def end(self) -> int: ...
+    @property
+    def shared(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocksOfFile:
+    """The record locks that a process has on one file.
+
+    file   index of a description that the process has of the file
+    locks  the ranges
+    """
+
+    file: int
+    locks: tuple[PosixLock, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeFiles:
+    """Everything that the processes of a tree hold open or mapped. One record of the image.
+
+    files     one per open file description, and one per file that is only mapped
+    contents  files whose bytes travel along
+    tables    by PID: descriptor -> (index in files, close-on-exec)
+    locks     by PID: record locks (F_SETLK)
+    """
+
+    files: list[OpenFile]
+    contents: list[Content]
+    tables: dict[int, dict[int, tuple[int, bool]]]
+    locks: dict[int, list[LocksOfFile]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for pid, table in self.tables.items():
+            for fd, (index, _) in table.items():
+                if not 0 <= fd < 1 << 30 or not 0 <= index < len(self.files):
+                    raise ValueError(f"pid {pid} fd {fd} leads to file {index} of {len(self.files)}")
+        for pid, held in self.locks.items():
+            for lock in held:
+                if not 0 <= lock.file < len(self.files):
+                    raise ValueError(f"pid {pid} has locks on file {lock.file} of {len(self.files)}")
+
+
+class FileTable:
+    """The open files of the source. ``add_process`` for each process, ``add_mapped`` for each file mapping, then
+    ``records``. Close it when the capture is over.
+
+    ``live``: the processes run; descriptors that vanish meanwhile are left out, and nothing is captured.
+    """
+
+    def __init__(self, *, live: bool = False) -> None:
+        self.live = live
+        self.entries: list[FdView] = []
+        self.contents: list[Content] = []
+        self.tables: dict[int, dict[int, tuple[int, bool]]] = {}
+        self.warnings: list[str] = []
+        self.outside = Outside(self)
+        self._pidfds: dict[int, int] = {}
+        self._by_socket: dict[int, int] = {}
+        self._by_mapping: dict[tuple[int, int, bool], int] = {}
+        # per file: indexes in kcmp's order
+        self._by_file: dict[tuple[int, int, str], list[int]] = {}
+        self._content_of: dict[tuple[int, int], int] = {}
+        self._content_source: list[str] = []
+        self._content_fd: dict[int, int] = {}
+        self._files: list[OpenFile] = []
+        self._posix: dict[int, dict[tuple[int, int], tuple[int, tuple[PosixLock, ...]]]] = {}
+
+    def __enter__(self) -> FileTable:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes that were added."""
+        return list(self._pidfds)
+
+    # ---- listing
+
+    def add_process(self, process: Owner) -> dict[int, tuple[int, bool]]:
+        """All descriptors of a process; its table. SharedDescriptors if the table is not one process's own."""
+        self._own_table(process)
+        numbers = sorted(int(name) for name in os.listdir(f"/proc/{process.pid}/fd"))
+        self._pidfd(process.pid)
+        ensure_descriptors(len(self.entries) + len(numbers))
+        for number in numbers:
+            try:
+                self.add(process, number)
+            except (FileNotFoundError, ProcessLookupError) as error:
+                if not self.live:
+                    raise FileCaptureFailed(
+                        "the descriptor vanished", object=f"pid {process.pid} fd {number}"
+                    ) from error
+        return self.tables.setdefault(process.pid, {})
+
+    def _own_table(self, process: Owner) -> None:
+        pid = process.pid
+        for tid in os.listdir(f"/proc/{pid}/task"):
+            if int(tid) != pid and self._kcmp(pid, int(tid), Kcmp.FILES, 0, 0) != 0:
+                raise SharedDescriptors(f"thread {tid} has a descriptor table of its own", object=f"pid {pid}")
+        for other in self._pidfds:
+            if other != pid and self._kcmp(pid, other, Kcmp.FILES, 0, 0) == 0:
+                raise SharedDescriptors(f"shares its descriptor table with pid {other}", object=f"pid {pid}")
+
+    def _kcmp(self, pid: int, other: int, type: Kcmp, first: int, second: int) -> int:
+        try:
+            return abi.kcmp(pid, other, type, first, second)
+        except OSError as error:
+            if error.errno == errno.ENOSYS:
+                raise KernelFeatureMissing("kcmp(2) (CONFIG_KCMP)", object="kernel") from None
+            if error.errno in (errno.ESRCH, errno.EBADF) and self.live:
+                return 1
+            raise FileCaptureFailed(f"kcmp: {error.strerror}", object=f"pid {pid} fd {first}") from error
+
+    def add(self, process: Owner, fd: int) -> int:
+        """The index of the open file description behind a descriptor. FileNotFoundError if there is none."""
+        pid = process.pid
+        magic = f"/proc/{pid}/fd/{fd}"
+        link = os.readlink(magic)
+        lines, info = parse_info(read_info(pid, fd))
+        try:
+            flags = int(info["flags"], 8)
+            inode = int(link[8:-1]) if link.startswith("socket:[") else 0
+        except (KeyError, ValueError):
+            raise FileCaptureFailed(f"not understood: {link} {lines}", object=f"pid {pid} fd {fd}") from None
+        index = self._by_socket.get(inode, -1) if inode else -1
+        if index < 0:
+            index = self._describe(pid, fd, magic, link, flags & CAPTURED_FLAGS, lines, info)
+            if inode:
+                self._by_socket[inode] = index
+        self.entries[index].places.append((pid, fd))
+        self.tables.setdefault(pid, {})[fd] = (index, bool(flags & FileFlag.CLOEXEC))
+        self._note_posix(pid, index, lines)
+        return index
+
+    def _pidfd(self, pid: int) -> int:
+        if pid not in self._pidfds:
+            self._pidfds[pid] = os.pidfd_open(pid)
+        return self._pidfds[pid]
+
+    def _describe(
+        self, pid: int, fd: int, magic: str, link: str, flags: int, lines: tuple[str, ...], info: dict[str, str]
+    ) -> int:
+        try:
+            dup = abi.pidfd_getfd(self._pidfd(pid), fd)
+        except OSError as error:
+            if error.errno in (errno.EBADF, errno.ESRCH):
+                raise FileNotFoundError(error.errno, error.strerror, magic) from None
+            raise
+        view = FdView(
+            pid=pid,
+            fd=fd,
+            dup=dup,
+            magic=magic,
+            link=link,
+            flags=flags,
+            pos=int(info.get("pos", 0)),
+            info=info,
+            lines=lines,
+            stat=os.fstat(dup),
+            table=self,
+            places=[],
+        )
+        return self._place(view)
+
+    def _place(self, view: FdView) -> int:
+        """The index of an equal entry, else of a new one."""
+        if stat.S_ISSOCK(view.stat.st_mode):
+            known = self._by_socket.get(view.stat.st_ino)
+            if known is not None:
+                view.close()
+                return known
+            self._by_socket[view.stat.st_ino] = len(self.entries)
+        else:
+            same = self._by_file.setdefault((view.stat.st_dev, view.stat.st_ino, view.link), [])
+            # kcmp orders the descriptions: a search by halves, since all eventfds and the like share one inode
+            low, high = 0, len(same)
+            while low < high:
+                middle = (low + high) // 2
+                other = self.entries[same[middle]]
+                order = self._kcmp(view.pid, other.pid, Kcmp.FILE, view.fd, other.fd)
+                if order == 0:
+                    view.close()
+                    return same[middle]
+                low, high = (low, middle) if order == 1 else (middle + 1, high)
+            same.insert(low, len(self.entries))
+        self.entries.append(view)
+        return len(self.entries) - 1
+
+    def add_in_flight(self, fd: int) -> int:
+        """The index of a description that a message in a socket's queue carries; ``fd`` is ours, and given up to us."""
+        lines, info = parse_info(read_info(os.getpid(), fd))
+        flags = int(info["flags"], 8) & CAPTURED_FLAGS
+        magic = f"/proc/{os.getpid()}/fd/{fd}"
+        view = FdView(
+            pid=os.getpid(),
+            fd=fd,
+            dup=fd,
+            magic=magic,
+            link=os.readlink(magic),
+            flags=flags,
+            pos=int(info.get("pos", 0)),
+            info=info,
+            lines=lines,
+            stat=os.fstat(fd),
+            table=self,
+            places=[],
+        )
+        return self._place(view)
+
+    def add_mapped(self, process: Owner, vma: Mapping) -> int:
+        """The index of the file behind a mapping. Mappings of one file in one way share an entry. UnsupportedMapping
+        for what is neither a file nor shared memory."""
+        magic = f"/proc/{process.pid}/map_files/{vma.start:x}-{vma.end:x}"
+        link = os.readlink(magic)
+        found = os.stat(magic)
+        # the permissions of the link say how the file was opened
+        writable = vma.shared and bool(os.lstat(magic).st_mode & stat.S_IWUSR)
+        key = (found.st_dev, found.st_ino, writable)
+        index = self._by_mapping.get(key)
+        if index is not None:
+            return index
+        view = FdView(
+            pid=process.pid,
+            fd=-1,
+            dup=-1,
+            magic=magic,
+            link=link,
+            flags=AccessMode.BOTH if writable else AccessMode.READ,
+            pos=0,
+            info={},
+            lines=(),
+            stat=found,
+            table=self,
+            places=[],
+        )
+        kind = kind_for(view)
+        if not kind.mappable:
+            raise UnsupportedMapping(f"mapping of {link} ({kind_name(kind)})", object=view.object)
+        kind.examine(view)
+        self.entries.append(view)
+        self._by_mapping[key] = len(self.entries) - 1
+        return len(self.entries) - 1
+
+    def _note_posix(self, pid: int, index: int, lines: tuple[str, ...]) -> None:
+        if not any(line.startswith("lock:") for line in lines):
+            return
+        view = self.entries[index]
+        locks = tuple(lock for kind, lock in locks_of(lines, f"pid {pid}") if kind == "POSIX")
+        if not locks:
+            return
+        held = self._posix.setdefault(pid, {})
+        inode = (view.stat.st_dev, view.stat.st_ino)
+        # any descriptor of the file shows them; to set a lock again it must be open in the way of the lock
+        known = held.get(inode)
+        if known is None or (view.access is AccessMode.BOTH and self.entries[known[0]].access is not AccessMode.BOTH):
+            held[inode] = (index, locks)
+
+    # ---- asking
+
+    def index_of_socket(self, inode: int) -> int | None:
+        """The entry of the socket with this inode, if the tree has it."""
+        return self._by_socket.get(inode)
+
+    def same_file(self, view: FdView) -> list[FdView]:
+        """Every entry of the tree that is the same file (same inode, link): the ends of a pipe."""
+        return [self.entries[i] for i in self._by_file.get((view.stat.st_dev, view.stat.st_ino, view.link), [])]
+
+    @functools.cached_property
+    def unix_sockets(self) -> dict[int, UnixSocket]:
+        """The AF_UNIX sockets of this network namespace, as they were when first asked for."""
+        return unix_sockets()
+
+    # ---- contents
+
+    def content(self, view: FdView, kind: ContentKind, name: str) -> int:
+        """The index of the content of a file, recorded when it is first asked for."""
+        key = (view.stat.st_dev, view.stat.st_ino)
+        index = self._content_of.get(key)
+        if index is not None:
+            return index
+        seals = 0
+        if kind is ContentKind.MEMFD:
+            seals = _seals(view)
+        found = view.stat
+        self.contents.append(
+            Content(
+                kind=kind,
+                name=name,
+                size=found.st_size,
+                mode=stat.S_IMODE(found.st_mode),
+                uid=found.st_uid,
+                gid=found.st_gid,
+                seals=seals,
+            )
+        )
+        self._content_source.append(view.magic)
+        self._content_of[key] = len(self.contents) - 1
+        return len(self.contents) - 1
+
+    def _content(self, index: int) -> int:
+        if index not in self._content_fd:
+            self._content_fd[index] = os.open(self._content_source[index], os.O_RDONLY | os.O_CLOEXEC)
+        return self._content_fd[index]
+
+    def content_runs(self, index: int) -> Iterator[tuple[int, int]]:
+        """(offset, length) of the data of a content, in ascending order, holes left out."""
+        return data_runs(self._content(index))
+
+    def read_content(self, index: int, offset: int, length: int) -> bytes:
+        """Bytes of a content; short at its end only."""
+        parts = []
+        while length:
+            part = os.pread(self._content(index), length, offset)
+            if not part:
+                break
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return b"".join(parts)
+
+    # ---- capturing
+
+    def records(self) -> TreeFiles:
+        """Every entry captured (those added since, if it is called again). Entries that come to light meanwhile (in
+        flight in messages) are captured as well."""
+        index = len(self._files)
+        while index < len(self.entries):
+            view = self.entries[index]
+            try:
+                self._files.append(kind_for(view).capture(view))
+            except OSError as error:
+                raise FileCaptureFailed(f"{view.link}: {error}", object=view.object) from error
+            index += 1
+        return TreeFiles(
+            files=list(self._files), contents=list(self.contents), tables=self.tables, locks=self._posix_locks()
+        )
+
+    def record(self, index: int) -> OpenFile:
+        """The record of an entry, after :meth:`records`."""
+        return self._files[index]
+
+    def recapture(self) -> dict[int, OpenFile]:
+        """The entries that differ from what :meth:`records` told: what changed while the processes rested. Connections
+        are not among them (:class:`checkpoint.files.tcp.TcpGroup` brings those)."""
+        changed = {}
+        for index, old in enumerate(self._files):
+            if type(old).late is not OpenFile.late and not getattr(type(old), "in_group", False):
+                new = type(old).capture(self.entries[index])
+                if new != old:
+                    changed[index] = self._files[index] = new
+        return changed
+
+    def _posix_locks(self) -> dict[int, list[LocksOfFile]]:
+        return {
+            pid: [LocksOfFile(file=index, locks=locks) for index, locks in held.values()]
+            for pid, held in self._posix.items()
+        }
+
+    def close(self) -> None:
+        """Give up all duplicates."""
+        for view in self.entries:
+            view.close()
+        for descriptors in (self._content_fd, self._pidfds):
+            for fd in descriptors.values():
+                os.close(fd)
+            descriptors.clear()
+
+
+def _seals(view: FdView) -> int:
+    import fcntl
+
+    fd = os.open(view.magic, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return fcntl.fcntl(fd, abi.Fcntl.GET_SEALS)
+    finally:
+        os.close(fd)
+
+
+def ensure_descriptors(count: int) -> None:
+    """Raise our own soft limit of descriptors so that ``count`` open files fit; TooManyDescriptors if they cannot."""
+    needed = count + _OWN_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, needed))
+            return
+        raise TooManyDescriptors(f"{needed} descriptors are needed, the hard limit is {hard}", object="RLIMIT_NOFILE")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(needed, soft), hard))

@@ -1,0 +1,120 @@
+"""TCP sockets that do not listen: connections, and sockets that are not connected (any more).
+
+The descriptor is made early, as a fresh socket; its connection is exported when the sockets are frozen, arrives as a
+FILES_DELTA and is rebuilt on the same descriptor, all connections of the tree together
+(:mod:`checkpoint.files.tcp`). A socket that was reset or never connected becomes a fresh one, bound if it was.
+"""
+
+from __future__ import annotations
+
+import socket
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Final, Self
+
+from checkpoint.errors import AddressTaken
+from checkpoint.files.base import FdView, OpenFile, register, set_flags
+from checkpoint.files.inet import Endpoint
+from checkpoint.files.listener import bind, is_tcp, new_socket
+from checkpoint.files.sockopts import SocketOptions, before_bind, give_late, give_own_filter, save
+from checkpoint.files.unix import held_outside
+from tcpstate.export import refusal, state_of
+from tcpstate.kernel.sockets import Ioctl, ioctl_int
+from tcpstate.record import ConnectionRecord, State
+from tcpstate.rows import describe
+
+if TYPE_CHECKING:
+    from checkpoint.files.rebuild import Rebuilder
+
+__all__ = ["TcpFile"]
+
+_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+
+
+@register("tcp", mode=stat.S_IFSOCK, match=is_tcp)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TcpFile(OpenFile):
+    """One TCP socket.
+
+    family      AF_INET or AF_INET6
+    conn_id     its connection when it was captured first; empty: it has none
+    connection  the connection's record, once it was frozen
+    name        without connection: what it is bound to
+    options     without connection
+    """
+
+    in_group: ClassVar[bool] = True
+
+    family: int
+    conn_id: str = ""
+    connection: ConnectionRecord | None = None
+    name: Endpoint | None = None
+    options: SocketOptions | None = None
+
+    def __post_init__(self) -> None:
+        if self.family not in _FAMILIES:
+            raise ValueError("not an internet socket")
+        if not self.conn_id and self.options is None:
+            raise ValueError("a TCP socket with neither connection nor options")
+
+    @classmethod
+    def examine(cls, view: FdView) -> str:
+        held_outside(view)
+        if state_of(view.socket) is State.CLOSED:
+            return _unread(view)
+        problem = refusal(view.socket)
+        if problem is not None:
+            problem.object = f"{view.object}, {problem.object}"
+            raise problem
+        return ""
+
+    @classmethod
+    def capture(cls, view: FdView) -> Self:
+        if state_of(view.socket) is State.CLOSED:
+            return cls.without_connection(view)
+        return cls(family=int(view.socket.family), conn_id=describe(view.socket), **view.common())
+
+    @classmethod
+    def without_connection(cls, view: FdView) -> Self:
+        """The record of a socket that has none (any more)."""
+        sock = view.socket
+        warning = _unread(view)
+        if warning:
+            view.table.warnings.append(f"{view.object}: {warning}")
+        name = Endpoint.of(sock.getsockname())
+        return cls(
+            family=int(sock.family),
+            name=name if name.port else None,
+            options=save(sock, view.object),
+            **view.common(),
+        )
+
+    def rebuild(self, host: Rebuilder) -> int:
+        sock = new_socket(self.family, socket.SOCK_STREAM, self.conn_id or "tcp socket")
+        if self.options is not None:
+            before_bind(sock, self.options, str(self.name or "tcp socket"))
+        set_flags(sock.fileno(), self.flags)
+        return sock.detach()
+
+    def complete(self, host: Rebuilder, fd: int) -> None:
+        if self.name is None:
+            return
+        with socket.socket(fileno=host.duplicate(fd)) as sock:
+            # After the listeners: a connection that was accepted from one and reset still shows its port. It cannot be
+            # bound beside the listener, and nobody can tell whether it is.
+            try:
+                bind(sock, self.name)
+            except AddressTaken:
+                if not host.listens(self.name.port):
+                    raise
+
+    def release(self, host: Rebuilder, fd: int) -> None:
+        if self.options is not None:
+            with socket.socket(fileno=host.duplicate(fd)) as sock:
+                give_late(sock, self.options, str(self.name or "tcp socket"))
+                give_own_filter(sock, self.options)
+
+
+def _unread(view: FdView) -> str:
+    unread = ioctl_int(view.dup, Ioctl.SIOCINQ) if view.socket.getsockname()[1] else 0
+    return f"its connection was reset; {unread} unread bytes of it will be lost" if unread else ""

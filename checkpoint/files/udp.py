@@ -1,0 +1,191 @@
+"""UDP sockets, with the datagrams that wait in them.
+
+Source: net/ipv4/udp.c, net/core/datagram.c (SO_PEEK_OFF). Datagrams keep arriving while the process rests: the record
+is taken again at the freeze. At the target the socket drops everything until the release; then the waiting datagrams
+are delivered from their senders' addresses, by a raw socket through the loopback device, as they could have arrived.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Self
+
+from checkpoint.errors import FileCaptureFailed, FileRebuildFailed
+from checkpoint.files import multicast
+from checkpoint.files.base import FdView, OpenFile, register, set_flags
+from checkpoint.files.inet import Endpoint
+from checkpoint.files.listener import bind, new_socket, try_bind
+from checkpoint.files.multicast import Membership
+from checkpoint.files.sockopts import SocketOptions, before_bind, give_late, give_own_filter, save
+from checkpoint.files.udpsend import deliver
+from checkpoint.files.unix import held_outside
+from tcpstate.filters import give_filter
+from tcpstate.kernel import bpf
+from tcpstate.kernel.sockets import SO, Level
+
+if TYPE_CHECKING:
+    from checkpoint.files.rebuild import Rebuilder
+
+__all__ = ["Datagram", "UdpFile"]
+
+_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+_IP_PKTINFO: Final = 8
+_IPV6_RECVPKTINFO: Final = 49
+_IPV6_PKTINFO: Final = 50
+_LONGEST: Final = 1 << 16
+_PEEK: Final = socket.MSG_PEEK | socket.MSG_DONTWAIT
+_UNREACHABLE: Final = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EINVAL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Datagram:
+    """One unread datagram.
+
+    sender  where it came from
+    to      the address that it was sent to
+    """
+
+    data: bytes
+    sender: Endpoint
+    to: str
+
+    def __post_init__(self) -> None:
+        Endpoint(address=self.to, port=0)
+        if len(self.data) >= _LONGEST:
+            raise ValueError("a datagram is too long")
+
+
+def _is_udp(view: FdView) -> bool:
+    if view.dup < 0:
+        return False
+    sock = view.socket
+    return sock.family in _FAMILIES and sock.type == socket.SOCK_DGRAM and sock.proto == socket.IPPROTO_UDP
+
+
+@register("udp", mode=stat.S_IFSOCK, match=_is_udp)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UdpFile(OpenFile):
+    """One UDP socket.
+
+    family       AF_INET or AF_INET6
+    name         what it is bound to, None: nothing
+    peer         what it is connected to, None: nothing
+    queue        unread datagrams
+    memberships  multicast groups that it joined
+    peek_off     SO_PEEK_OFF, -1: off
+    """
+
+    family: int
+    name: Endpoint | None
+    peer: Endpoint | None
+    queue: tuple[Datagram, ...]
+    memberships: tuple[Membership, ...]
+    options: SocketOptions
+    peek_off: int
+
+    def __post_init__(self) -> None:
+        if self.family not in _FAMILIES:
+            raise ValueError("not an internet socket")
+
+    @classmethod
+    def examine(cls, view: FdView) -> str:
+        held_outside(view)
+        save(view.socket, view.object)
+        multicast.of_socket(view.socket, view.object)
+        return ""
+
+    @classmethod
+    def capture(cls, view: FdView) -> Self:
+        sock = view.socket
+        name = Endpoint.of(sock.getsockname())
+        peer = None
+        with contextlib.suppress(OSError):  # ENOTCONN
+            peer = Endpoint.of(sock.getpeername())
+        return cls(
+            family=int(sock.family),
+            name=name if name.port else None,
+            peer=peer,
+            queue=_queue(sock, name, view.object),
+            memberships=multicast.of_socket(sock, view.object),
+            options=save(sock, view.object),
+            peek_off=sock.getsockopt(Level.SOCKET, SO.PEEK_OFF),
+            **view.common(),
+        )
+
+    def check(self, host: Rebuilder) -> str:
+        if self.name is not None:
+            try_bind(self.family, socket.SOCK_DGRAM, self.name, self.options)
+        return ""
+
+    def rebuild(self, host: Rebuilder) -> int:
+        sock = new_socket(self.family, socket.SOCK_DGRAM, str(self.name))
+        before_bind(sock, self.options, str(self.name))
+        give_filter(sock, bpf.DROP_ALL)
+        if self.name is not None:
+            bind(sock, self.name)
+        if self.peer is not None:
+            try:
+                sock.connect(self.peer.sockaddr)
+            except OSError as error:
+                # No route yet: it comes with the address, and release tries again.
+                if error.errno not in _UNREACHABLE:
+                    raise FileRebuildFailed(f"connect: {error.strerror}", object=str(self.peer)) from error
+        set_flags(sock.fileno(), self.flags)
+        return sock.detach()
+
+    def late(self, host: Rebuilder, fd: int) -> None:
+        """The datagrams wait in the record until the release."""
+
+    def release(self, host: Rebuilder, fd: int) -> None:
+        with socket.socket(fileno=host.duplicate(fd)) as sock:
+            if self.peer is not None:
+                try:
+                    sock.connect(self.peer.sockaddr)
+                except OSError as error:
+                    raise FileRebuildFailed(f"connect: {error.strerror}", object=str(self.peer)) from error
+            give_late(sock, self.options, str(self.name))
+            multicast.join(sock, self.memberships, host.warn)
+            give_filter(sock, ())
+            if self.name is not None:
+                for datagram in self.queue:
+                    deliver(datagram.data, datagram.sender, datagram.to, self.name.port, host.warn)
+            give_own_filter(sock, self.options)
+            sock.setsockopt(Level.SOCKET, SO.PEEK_OFF, self.peek_off)
+
+
+def _queue(sock: socket.socket, name: Endpoint, object: str) -> tuple[Datagram, ...]:
+    """All unread datagrams, which stay. The address that each was sent to is asked for, then forgotten again."""
+    level, option = (Level.IP, _IP_PKTINFO) if sock.family == socket.AF_INET else (Level.IPV6, _IPV6_RECVPKTINFO)
+    peek_before = sock.getsockopt(Level.SOCKET, SO.PEEK_OFF)
+    info_before = sock.getsockopt(level, option)
+    found: list[Datagram] = []
+    try:
+        sock.setsockopt(level, option, 1)
+        sock.setsockopt(Level.SOCKET, SO.PEEK_OFF, 0)
+        while True:
+            try:
+                data, ancillary, flags, sender = sock.recvmsg(_LONGEST, 512, _PEEK)
+            except BlockingIOError:
+                return tuple(found)
+            if flags & socket.MSG_TRUNC:
+                raise FileCaptureFailed("a datagram cannot be read whole", object=object)
+            found.append(Datagram(data=data, sender=Endpoint.of(sender), to=_destination(ancillary, name)))
+    except OSError as error:
+        raise FileCaptureFailed(f"unread datagrams: {error.strerror}", object=object) from error
+    finally:
+        sock.setsockopt(level, option, info_before)
+        sock.setsockopt(Level.SOCKET, SO.PEEK_OFF, peek_before)
+
+
+def _destination(ancillary: list[tuple[int, int, bytes]], name: Endpoint) -> str:
+    for level, number, data in ancillary:
+        if (level, number) == (Level.IP, _IP_PKTINFO):
+            # struct in_pktinfo: interface, address of the interface, destination of the header
+            return socket.inet_ntop(socket.AF_INET, data[8:12])
+        if (level, number) == (Level.IPV6, _IPV6_PKTINFO):
+            return socket.inet_ntop(socket.AF_INET6, data[:16])
+    return name.address
