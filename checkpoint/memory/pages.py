@@ -79,7 +79,7 @@ def _copy(process: Process, runs: Sequence[tuple[int, int]], local: int, data: m
             count = transfer(process.pid, local + done, left[: process_vm.IOV_MAX])
         except OSError as error:
             if error.errno not in _UNREACHABLE:
-                raise
+                raise _failed(process, left[0][0], error, write=write) from error
             count = 0
         if not count:
             # the run that could not be begun goes the other way; the next is tried fast again
@@ -106,10 +106,14 @@ def _by_mem(process: Process, start: int, data: memoryview, *, write: bool) -> N
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             done += count
     except OSError as error:
-        where = f"pid {process.pid} address {start + done:#x}"
-        if write:
-            raise MemoryUnwritable(f"a page could not be written: {error.strerror}", object=where) from error
-        raise MemoryUnreadable(f"a page could not be read: {error.strerror}", object=where) from error
+        raise _failed(process, start + done, error, write=write) from error
+
+
+def _failed(process: Process, address: int, error: OSError, *, write: bool) -> MemoryUnreadable | MemoryUnwritable:
+    where = f"pid {process.pid} address {address:#x}"
+    if write:
+        return MemoryUnwritable(f"a page could not be written: {error.strerror}", object=where)
+    return MemoryUnreadable(f"a page could not be read: {error.strerror}", object=where)
 
 
 class PageWriter:

@@ -10,7 +10,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from checkpoint.errors import MemoryUnreadable, MemoryUnwritable
+from checkpoint.image.frames import PageRun, Space
 from checkpoint.kernel import process_vm
+from checkpoint.memory import pages
+from checkpoint.memory.layout import Mapping, MemoryFields, MemoryLayout
 from checkpoint.memory.vma import PAGE
 
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -85,3 +89,67 @@ def test_the_number_of_ranges_is_checked() -> None:
     for count in (0, process_vm.IOV_MAX + 1):
         with pytest.raises(ValueError, match="ranges"):
             process_vm.readv(os.getpid(), 0, [(0, 1)] * count)
+
+
+class Ourselves:
+    """As much of a stopped process as copying needs."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.mem_fd = os.open("/proc/self/mem", os.O_RDWR)
+
+
+@pytest.fixture
+def ourselves() -> Iterator[Ourselves]:
+    made = Ourselves()
+    yield made
+    os.close(made.mem_fd)
+
+
+def layout_of(area: mmap.mmap) -> MemoryLayout:
+    start = address(area)
+    return MemoryLayout(
+        pid=1,
+        mappings=(Mapping(start=start, end=start + 4 * PAGE, prot=3),),
+        fields=MemoryFields(**dict.fromkeys(MemoryFields.__slots__, PAGE)),
+        auxv=b"x",
+        exe="",
+        exe_file=0,
+        vdso=b"",
+    )
+
+
+def test_pages_of_every_protection_are_read_and_written(area: mmap.mmap, ourselves: Ourselves) -> None:
+    start = address(area)
+    for page, prot in enumerate((0, 1, 3, 0)):
+        protect(area, page, 1, prot)
+    # a run that begins in memory that process_vm cannot reach, and goes on in memory that it can
+    ranges = [(start, start + 3 * PAGE), (start + 3 * PAGE, start + 4 * PAGE)]
+    run = next(pages.read_runs(ourselves, 1, ranges))  # type: ignore[arg-type]
+    assert bytes(run.data) == b"".join(bytes([65 + i]) * PAGE for i in range(4))
+    new = PageRun(space=Space.MEMORY, id=1, runs=run.runs, data=memoryview(b"n" * 4 * PAGE))
+    assert pages.write(ourselves, layout_of(area), [new]) == 4 * PAGE  # type: ignore[arg-type]
+    protect(area, 0, 4, 3)
+    assert area[:] == b"n" * 4 * PAGE
+
+
+def test_pages_that_are_not_there_are_named(area: mmap.mmap, ourselves: Ourselves) -> None:
+    start = address(area)
+    with mmap.mmap(-1, PAGE) as other:
+        gone = address(other)
+    with pytest.raises(MemoryUnreadable) as unreadable:
+        list(pages.read_runs(ourselves, 1, [(start, start + PAGE), (gone, gone + PAGE)]))  # type: ignore[arg-type]
+    assert f"{gone:#x}" in unreadable.value.object
+    memory = layout_of(area)
+    wrong = MemoryLayout(
+        pid=1,
+        mappings=(Mapping(start=gone, end=gone + PAGE, prot=3),),
+        fields=memory.fields,
+        auxv=b"x",
+        exe="",
+        exe_file=0,
+        vdso=b"",
+    )
+    run = PageRun(space=Space.MEMORY, id=1, runs=((gone, PAGE),), data=memoryview(b"n" * PAGE))
+    with pytest.raises(MemoryUnwritable):
+        pages.write(ourselves, wrong, [run])  # type: ignore[arg-type]
