@@ -745,3 +745,11 @@ class TimerOutOfReach(TcpmigError):
 
     code = "TM-0535"
     fix = "Move to a kernel from 6.16, which creates a timer under a wanted number."
+
+
+class LocalPeer(Refused):
+    """Both ends of a TCP connection are sockets of this host. If the address of one end moved away, the other end
+    would be left talking to nobody."""
+
+    code = "TM-0383"
+    fix = "Close the connection, or let the peer connect from another host."

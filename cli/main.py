@@ -12,6 +12,7 @@ import click
 
 from cli.errors import Interrupted, UsageMistake
 from cli.session import Session
+from tcpstate.version import VERSION
 
 __all__ = ["COMMANDS", "main", "tcpmig"]
 
@@ -70,15 +71,9 @@ def _usage_mistake(error: click.ClickException) -> UsageMistake:
 
 
 def _print_version(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:
-    if not wanted:
-        return
-    from importlib import metadata
-
-    try:
-        click.echo(f"tcpmig {metadata.version('tcpmig')}")
-    except metadata.PackageNotFoundError:
-        click.echo("tcpmig (a checkout that is not installed)")
-    ctx.exit()
+    if wanted:
+        click.echo(f"tcpmig {VERSION}")
+        ctx.exit()
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -1,0 +1,317 @@
+"""A process tree taken apart into records and pages, while it stands still.
+
+The stages, each a method, in the order in which they are called::
+
+    check          verdicts on everything, from /proc; nothing is stopped
+    prepare        what can be read or opened beforehand
+    hold_off       listeners take no new connections; those that wait are accepted by the application
+    stop           all threads stopped; state, descriptors, mappings captured; nothing of ours left inside
+    skeleton       records MANIFEST, TREE, FILES, MAPPINGS
+    pages          memory and contents.  The sockets still live: the kernel keeps acknowledging, so that no peer runs
+                   into a time-out while gigabytes are copied
+    freeze         sockets quiet, then in repair; exported
+    delta          the record FILES_DELTA: sockets, and what else changed since the stop
+    resume         everything as it was, or ...
+    discard        ... the connections ended silently, the processes killed: the copy runs
+
+``resume`` undoes whatever has been done, at any stage.  Should the tool die, the kernel lets the threads go; from
+``freeze`` on a SIGSTOP is queued to each of them, so that they cannot meet a socket in repair.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+
+from checkpoint import preflight, procfs
+from checkpoint.errors import NoSuchProcess, Refused, TreeChanged
+from checkpoint.files.table import FileTable, TreeFiles
+from checkpoint.files.tcp import TcpGroup
+from checkpoint.holdoff import Holdoff, wait_for_last_segments
+from checkpoint.image.format import PageRun
+from checkpoint.image.frames import Kind, Space
+from checkpoint.inject import Injection
+from checkpoint.memory import layout, pages
+from checkpoint.memory.layout import MemoryLayout
+from checkpoint.memory.vma import Vma, read_smaps
+from checkpoint.procfs import Stat
+from checkpoint.records import FilesDelta, Manifest, ProcessRecord, TreeRecord
+from checkpoint.state import table
+from checkpoint.state.table import ProcessState
+from checkpoint.tracee import Process, Tree
+from checkpoint.tree import Task, plan
+from checkpoint.verdict import Verdict
+from tcpstate.errors import TcpmigError
+from tcpstate.filters import remove_syn_filter
+from tcpstate.kernel.calls import CallTable
+from tcpstate.version import VERSION
+
+__all__ = ["Dump"]
+
+_log = logging.getLogger(__name__)
+
+#: how often the stop is tried when connections still wait to be accepted at that moment
+_STOP_ATTEMPTS = 5
+
+
+class Dump:
+    """One or more process trees on their way out. See the module's docstring for the order of calls.
+
+    roots  PIDs of the trees' roots
+    """
+
+    def __init__(self, roots: Sequence[int]) -> None:
+        self.roots = tuple(roots)
+        self.tree: Tree | None = None
+        self.warnings: list[str] = []
+        self._smaps: dict[int, list[Vma]] = {}
+        self._holdoff: Holdoff | None = None
+        self._listeners_of: FileTable | None = None
+        self._table: FileTable | None = None
+        self._group: TcpGroup | None = None
+        self._files: TreeFiles | None = None
+        self._layouts: dict[int, MemoryLayout] = {}
+        self._states: dict[int, ProcessState] = {}
+        self._collecting = gc.isenabled()
+        #: CLOCK_MONOTONIC, nanoseconds: first thread stopped; connections exported
+        self.stopped_ns = 0
+        self.exported_ns = 0
+
+    # -- before the stop ------------------------------------------------------------------------------------------
+
+    def check(self) -> list[Verdict]:
+        """A verdict on every thread, descriptor, mapping and connection. NoSuchProcess, Refused for the roots."""
+        return preflight.check(self.roots)
+
+    def prepare(self) -> None:
+        """Refuse what has to be refused, and read beforehand what is slow to read. Refused names the first reason."""
+        refused = preflight.first_refusal(self.check())
+        if refused is not None:
+            raise refused
+        for pid in preflight.pids(self.roots):
+            try:
+                # the flags of mappings take milliseconds per gigabyte: in the stop only changes are read
+                self._smaps[pid] = read_smaps(pid)
+            except (NoSuchProcess, FileNotFoundError, ProcessLookupError):
+                _log.debug("pid %d ended before the stop", pid)
+
+    def hold_off(self) -> None:
+        """From now on no new connection begins. Capture SYNs before this. BacklogNotDrained."""
+        self._listeners_of = preflight.live_files(preflight.pids(self.roots))
+        self._holdoff = Holdoff(TcpGroup(self._listeners_of).listeners)
+        self._holdoff.begin()
+        self._holdoff.drain()
+
+    # -- the stop -------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Stop the trees and capture all but pages and connections. On any error everything runs on."""
+        for attempt in range(_STOP_ATTEMPTS):
+            self._collecting = gc.isenabled()
+            gc.disable()  # a collection in the stop would cost milliseconds
+            self.stopped_ns = time.monotonic_ns()
+            self.tree = Tree.stop(self.roots)
+            if self._holdoff is None or self._holdoff.drained:
+                break
+            # a handshake was completed between the last look and the stop
+            self.tree.resume()
+            self.tree = None
+            self._restore_gc()
+            if attempt == _STOP_ATTEMPTS - 1:
+                self._holdoff.complain()
+            self._holdoff.drain()
+        try:
+            self._capture(self._tree)
+        except BaseException:
+            self.resume()
+            raise
+
+    @property
+    def _tree(self) -> Tree:
+        if self.tree is None:
+            raise RuntimeError("the tree is not stopped")
+        return self.tree
+
+    @property
+    def _files_table(self) -> FileTable:
+        if self._table is None:
+            raise RuntimeError("nothing is captured")
+        return self._table
+
+    @property
+    def _connections(self) -> TcpGroup:
+        if self._group is None:
+            raise RuntimeError("nothing is captured")
+        return self._group
+
+    def _capture(self, tree: Tree) -> None:
+        self._table = FileTable()
+        for process in tree.processes:
+            with Injection(process) as injection:
+                self._states[process.pid] = table.capture(process, injection)
+                calls = CallTable()
+                brk = layout.query_brk(calls)
+                injection.run({process.leader.tid: calls})
+                ours = list(injection.ranges)
+            process.forget_maps()
+            self._table.add_process(process)
+            self._layouts[process.pid] = layout.capture(
+                process, self._table, brk=brk.value, before=self._smaps.get(process.pid, ()), ours=ours
+            )
+        try:
+            self._files = self._table.records()
+        except Refused as error:
+            raise TreeChanged(f"{error.message} [{error.code}]", object=error.object) from error
+        self.warnings += self._table.warnings
+        self._group = TcpGroup(self._table)
+
+    # -- what is sent ---------------------------------------------------------------------------------------------
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the image is of."""
+        tree = self._tree
+        return Manifest(
+            program=VERSION,
+            host=os.uname().nodename,
+            boot_id=_boot_id(),
+            kernel=os.uname().release,
+            machine=os.uname().machine,
+            created=int(time.time()),
+            roots=self.roots,
+            pids=tuple(p.pid for p in tree.processes) + tuple(z.pid for z in tree.zombies),
+            tids=tuple(t.tid for p in tree.processes for t in p.threads) + tuple(z.pid for z in tree.zombies),
+        )
+
+    def skeleton(self) -> Iterator[tuple[Kind, object]]:
+        """The records from which everything but bytes and connections can be built."""
+        tree = self._tree
+        yield Kind.MANIFEST, self.manifest
+        records = [self._process_record(p) for p in tree.processes] + [_zombie_record(z) for z in tree.zombies]
+        plan([r.task for r in records])  # refuses what cannot be grown again
+        yield Kind.TREE, TreeRecord(processes=tuple(records), clocks=self._states[self.roots[0]].clocks)
+        yield Kind.FILES, self._files
+        for process in tree.processes:
+            yield Kind.MAPPINGS, self._layouts[process.pid]
+
+    def _process_record(self, process: Process) -> ProcessRecord:
+        return ProcessRecord(
+            task=_task(process.stat),
+            comm=process.stat.comm,
+            exit_signal=process.stat.exit_signal,
+            stop_signal=process.stop_signal,
+            state=self._states[process.pid],
+        )
+
+    def pages(self, *, buffers: int = 1) -> Iterator[PageRun]:
+        """Contents of files that travel along, then the memory of every process. A run is valid until the
+        ``buffers``-th one after it is asked for."""
+        files = self._files_table
+        for index in range(len(files.contents)):
+            for runs in pages.chunks((o, o + n) for o, n in files.content_runs(index)):
+                data = b"".join(files.read_content(index, start, length) for start, length in runs)
+                if data:
+                    yield PageRun(space=Space.CONTENT, id=index, runs=runs, data=memoryview(data))
+        for process in self._tree.processes:
+            yield from pages.read(process, self._layouts[process.pid], buffers=buffers)
+
+    @property
+    def connections(self) -> int:
+        """How many TCP connections the trees hold."""
+        return 0 if self._group is None else self._group.connections
+
+    @property
+    def connection_addresses(self) -> set[str]:
+        """The local addresses of the trees' connections."""
+        return set() if self._group is None else self._group.local_addresses
+
+    def freeze(self, addresses: Sequence[str] = ()) -> None:
+        """Make the connections quiet and export them. Capture segments before this.
+
+        addresses  those that will move: closed connections on them get a moment for their last segments
+        """
+        wait_for_last_segments(addresses)
+        # from here on the application must not run, even if we die
+        self._tree.queue_sigstops()
+        self._connections.freeze()
+        self._connections.export()
+        self.exported_ns = time.monotonic_ns()
+
+    def delta(self) -> FilesDelta:
+        """The connections as exported, and every other open file that changed since the stop."""
+        return FilesDelta(files={**self._files_table.recapture(), **self._connections.records()})
+
+    # -- the two ends ---------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Undo everything: connections thawed, listeners open, processes running. May be called at any stage, and
+        again. All is tried; the first failure is raised at the end."""
+        failed: list[Exception] = []
+        for step in (self._thaw, self._end_holdoff, self._resume_tree):
+            try:
+                step()
+            except (TcpmigError, OSError) as error:
+                _log.error("while undoing: %s", error)
+                failed.append(error)
+        self.close()
+        if failed:
+            raise failed[0]
+
+    def _thaw(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            group.thaw()
+
+    def _end_holdoff(self) -> None:
+        if self._holdoff is None:
+            return
+        holdoff, self._holdoff = self._holdoff, None
+        holdoff.end()
+        # what was accepted meanwhile has inherited the listener's filter
+        with preflight.live_files(preflight.pids([root for root in self.roots if procfs.exists(root)])) as now:
+            remove_syn_filter(TcpGroup(now).established)
+
+    def _resume_tree(self) -> None:
+        tree, self.tree = self.tree, None
+        if tree is not None:
+            tree.resume()
+        self._restore_gc()
+
+    def discard(self) -> None:
+        """The copy runs: end the connections without a packet, then the processes. The addresses must be gone."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.discard()
+        self._holdoff = None  # its listeners go with the processes
+        tree, self.tree = self.tree, None
+        if tree is not None:
+            tree.kill()
+        self.close()
+
+    def close(self) -> None:
+        """Close our descriptors."""
+        self._restore_gc()
+        for each in (self._table, self._listeners_of):
+            if each is not None:
+                each.close()
+        self._table = self._listeners_of = None
+
+    def _restore_gc(self) -> None:
+        if self._collecting:
+            gc.enable()
+
+
+def _task(stat: Stat, wait_code: int | None = None) -> Task:
+    return Task(pid=stat.pid, ppid=stat.ppid, pgid=stat.pgid, sid=stat.sid, wait_code=wait_code)
+
+
+def _zombie_record(stat: Stat) -> ProcessRecord:
+    return ProcessRecord(task=_task(stat, stat.exit_code), comm=stat.comm, exit_signal=stat.exit_signal)
+
+
+def _boot_id() -> str:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()

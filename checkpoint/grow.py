@@ -1,0 +1,148 @@
+"""The plan of births (:mod:`checkpoint.tree`) carried out with stubs: the tree stands, as empty processes.
+
+A stand-in for a session or group leader from outside the tree gets that leader's number if it is free here.  If not,
+any number will do, and the user is told: the session or group then has another number than it had.
+
+Source: kernel/fork.c (CLONE_PARENT), kernel/exit.c: a child's end leaves a SIGCHLD with its parent, which is taken
+away again before the parent has its handlers.
+"""
+
+from __future__ import annotations
+
+import signal
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from checkpoint.errors import PidTaken
+from checkpoint.kernel.clone import CloneFlag
+from checkpoint.records import ProcessRecord
+from checkpoint.spawn import Stub, spawn_stub
+from checkpoint.tree import Death, End, Fork, SetPgid, SetSid, Spawn, plan
+from tcpstate.kernel.calls import CallTable
+from tcpstate.kernel.machine import SYS
+
+__all__ = ["grow"]
+
+_NO_WAIT: Final = struct.pack("<qq", 0, 0)  # struct timespec
+_SIGSET_SIZE: Final = 8
+_RLIMIT_CORE: Final = 4  # include/uapi/asm-generic/resource.h
+
+
+def grow(
+    records: Sequence[ProcessRecord],
+    avoid: Iterable[tuple[int, int]],
+    stubs: dict[int, Stub],
+    warn: Callable[[str], None],
+) -> None:
+    """Make a stub for every process, in its place of the tree; zombies die at the end.
+
+    avoid  (start, end) of memory that the processes will need
+    stubs  filled in as they are born, by PID: what is to be undone if this fails
+
+    PidTaken, SpawnFailed, UnsupportedSession.
+    """
+    _Grower(records, list(avoid), stubs, warn).run()
+
+
+class _Grower:
+    def __init__(
+        self,
+        records: Sequence[ProcessRecord],
+        avoid: list[tuple[int, int]],
+        stubs: dict[int, Stub],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._records = {r.task.pid: r for r in records}
+        self._avoid = avoid
+        self._stubs = stubs
+        self._warn = warn
+        self._stand_ins: dict[int, Stub] = {}
+        self._renumbered: dict[int, int] = {}
+
+    def run(self) -> None:
+        try:
+            for step in plan(r.task for r in self._records.values()):
+                match step:
+                    case Spawn(pid, stand_in):
+                        self._born(pid, stand_in, lambda number: spawn_stub(number, self._avoid))
+                    case Fork(creator, pid, sibling, stand_in):
+                        self._born(pid, stand_in, self._forker(creator, pid, sibling))
+                    case SetSid(pid):
+                        self._call(self._stub(pid), SYS.setsid)
+                    case SetPgid(pid, pgid):
+                        self._call(self._stub(pid), SYS.setpgid, 0, self._number(pgid))
+                    case End(pid, reaper):
+                        self._end(self._stand_ins.pop(pid), reaper)
+                    case Death(pid, parent, wait_code):
+                        self._die(pid, parent, wait_code)
+        finally:
+            for stub in self._stand_ins.values():
+                stub.kill()
+
+    def _stub(self, pid: int) -> Stub:
+        return self._stand_ins[pid] if pid in self._stand_ins else self._stubs[pid]
+
+    def _number(self, pid: int) -> int:
+        """The number here of a leader: of one that is gone it is the number that its group kept."""
+        if pid in self._stand_ins:
+            return self._stand_ins[pid].pid
+        return self._renumbered.get(pid, pid)
+
+    def _born(self, pid: int, stand_in: bool, make: Callable[[int | None], Stub]) -> None:
+        if not stand_in:
+            self._stubs[pid] = make(pid)
+            return
+        try:
+            self._stand_ins[pid] = make(pid if pid > 0 else None)
+        except PidTaken:
+            stub = make(None)
+            self._stand_ins[pid] = stub
+            self._renumbered[pid] = stub.pid
+            self._warn(
+                f"the number {pid} of a session or group from outside the tree is taken here; it becomes {stub.pid}"
+            )
+
+    def _forker(self, creator: int, pid: int, sibling: bool) -> Callable[[int | None], Stub]:
+        flags = CloneFlag.PARENT if sibling else 0
+        record = self._records.get(pid)
+        exit_signal = signal.SIGCHLD if record is None else record.exit_signal
+        return lambda number: self._stub(creator).fork(number, flags, exit_signal=exit_signal)
+
+    @staticmethod
+    def _call(stub: Stub, nr: int, *args: int) -> None:
+        calls = CallTable()
+        calls.call(nr, *args, label=SYS(nr).name)
+        stub.run(calls)
+
+    def _end(self, stub: Stub, reaper: int | None) -> None:
+        """A stand-in leaves."""
+        stub.exit(0)
+        if reaper is not None:
+            parent = self._stub(reaper)
+            calls = CallTable()
+            calls.call(SYS.wait4, stub.pid, 0, 0, 0, label="wait for a stand-in")
+            _take_sigchld(calls)
+            parent.run(calls)
+
+    def _die(self, pid: int, parent: int, wait_code: int) -> None:
+        """A stub becomes the zombie that its record tells of."""
+        stub = self._stubs.pop(pid)
+        if wait_code & 0x7F:
+            # no core file of a stub, whatever the core pattern says
+            calls = CallTable()
+            calls.call(SYS.prlimit64, 0, _RLIMIT_CORE, calls.put(bytes(16)), 0, label="no core file")
+            stub.run(calls)
+            stub.die(wait_code & 0x7F)
+        else:
+            stub.exit(wait_code >> 8 & 0xFF)
+        if parent in self._stubs:
+            calls = CallTable()
+            _take_sigchld(calls)
+            self._stubs[parent].run(calls)
+
+
+def _take_sigchld(calls: CallTable) -> None:
+    """Take away the SIGCHLD that a child's end has left; it is no error if there is none."""
+    mask = calls.put(struct.pack("<Q", 1 << (signal.SIGCHLD - 1)))
+    calls.call(SYS.rt_sigtimedwait, mask, 0, calls.put(_NO_WAIT), _SIGSET_SIZE, ignore=True, label="take SIGCHLD")

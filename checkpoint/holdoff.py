@@ -1,0 +1,100 @@
+"""New connections are held off before the stop, so that none is caught half-way.
+
+A connection whose handshake is going on, or that waits in an accept queue, has no descriptor yet.  So, while the
+application still runs, its listeners drop SYNs unanswered (the peer's kernel keeps them, and our capture does too, so
+that they can be replayed), handshakes that have begun complete, and the application accepts what waits.  Then it is
+stopped.
+
+After the stop a second kind of leftovers may be there: connections that the application has closed and whose last
+segments are on their way (FIN_WAIT1, CLOSING, LAST_ACK without an owner).  They are given a moment as well: if the
+address went away under them, the peer's last ACK would draw a RST at the target.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Final
+
+from checkpoint.errors import BacklogNotDrained
+from tcpstate import locate
+from tcpstate.filters import ListenerState, drop_syns, undo_drop_syns
+from tcpstate.kernel.tcp import TcpState
+
+__all__ = ["DRAIN_TIMEOUT", "Holdoff", "wait_for_last_segments"]
+
+_log = logging.getLogger(__name__)
+
+#: seconds that the application gets to accept what waits
+DRAIN_TIMEOUT: Final = 1.0
+#: seconds that closed connections get for their last segments: a few round trips of a network without loss
+LAST_SEGMENTS_TIMEOUT: Final = 0.05
+_POLL: Final = 0.0005
+_CLOSING: Final = frozenset({TcpState.FIN_WAIT1, TcpState.CLOSING, TcpState.LAST_ACK})
+
+
+class Holdoff:
+    """Listeners that take no new connections until :meth:`end`. The listening sockets are ours (duplicates)."""
+
+    def __init__(self, listeners: Sequence[socket.socket]) -> None:
+        self._listeners = list(listeners)
+        self._states: list[ListenerState] | None = None
+
+    def begin(self) -> None:
+        """Drop SYNs from now on. ListenerFilterRefused, ForeignFilter: nothing has changed then."""
+        if self._listeners:
+            self._states = drop_syns(self._listeners)
+
+    @property
+    def drained(self) -> bool:
+        """Whether no connection waits on any listener."""
+        return not self._listeners or all(b.empty for b in locate.listener_backlog(self._listeners))
+
+    def drain(self, timeout: float = DRAIN_TIMEOUT) -> None:
+        """Wait until nothing waits to be accepted. BacklogNotDrained after ``timeout`` seconds."""
+        if not _until(lambda: self.drained, timeout):
+            self.complain()
+
+    def complain(self) -> None:
+        """Raise BacklogNotDrained, naming the first listener with a queue."""
+        for listener, backlog in zip(self._listeners, locate.listener_backlog(self._listeners), strict=True):
+            if not backlog.empty:
+                address, port = listener.getsockname()[:2]
+                raise BacklogNotDrained(
+                    f"{backlog.accepted} connections wait to be accepted, {backlog.half_open} are half open",
+                    object=f"listener {address}:{port}",
+                )
+        raise BacklogNotDrained("connections waited to be accepted when the process stopped")
+
+    def end(self) -> None:
+        """Let the listeners take connections again, as before. Nothing if it has not begun. May be repeated."""
+        if self._states is not None:
+            undo_drop_syns(self._listeners, self._states)
+            self._states = None
+
+
+def wait_for_last_segments(addresses: Collection[str], timeout: float = LAST_SEGMENTS_TIMEOUT) -> int:
+    """Wait until no closed connection of these local addresses has segments under way; how many still have after
+    ``timeout`` seconds."""
+    left = 0
+
+    def gone() -> bool:
+        nonlocal left
+        left = sum(1 for c in locate.orphans(_CLOSING) if c.conn_id.local in addresses)
+        return not left
+
+    if addresses and not _until(gone, timeout):
+        _log.debug("%d closed connections still wait for their last segments", left)
+    return left
+
+
+def _until(condition: Callable[[], bool], timeout: float) -> bool:
+    end = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        # sleeping, not spinning: on a machine with few cores the application needs them to accept
+        time.sleep(_POLL)
+    return True

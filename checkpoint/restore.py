@@ -1,0 +1,227 @@
+"""A process tree put together again from the frames of an image, as they come: from a file, or from a migration's line.
+
+::
+
+    apply(frame)      for each frame.  MANIFEST: are the numbers free?  With the last MAPPINGS the tree grows, of stubs,
+                      with its memory laid out and its files open; PAGES fill it; FILES_DELTA brings the connections
+    prepare()         threads and state, connections rebuilt in repair and compared, registers set
+    survive()         from here on the death of the tool does not end the processes
+    start()           connections released (their addresses are local by now), threads let go
+    abort()           nothing is left; possible until start()
+
+Until ``survive`` the stubs die with the tool (PTRACE_O_EXITKILL).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Final
+
+from checkpoint import procfs
+from checkpoint.errors import ImageIncomplete, NoSuchProcess, PidTaken
+from checkpoint.files.install import install
+from checkpoint.files.rebuild import Rebuilder
+from checkpoint.files.table import TreeFiles
+from checkpoint.grow import grow
+from checkpoint.image.frames import Frame, Kind, PageRun, Space
+from checkpoint.memory import layout
+from checkpoint.memory.layout import MemoryLayout
+from checkpoint.memory.pages import PageWriter
+from checkpoint.records import FilesDelta, Manifest, ProcessRecord, TreeRecord
+from checkpoint.spawn import Stub
+from checkpoint.state import clocks, table
+from checkpoint.state.base import TaskBuilder
+from tcpstate.kernel.calls import CallTable
+
+__all__ = ["Restore", "check_numbers"]
+
+_log = logging.getLogger(__name__)
+
+_KNOWN: Final = frozenset({Kind.MANIFEST, Kind.TREE, Kind.FILES, Kind.MAPPINGS, Kind.PAGES, Kind.FILES_DELTA, Kind.END})
+
+
+class Restore:
+    """The target's half of a dump. See the module's docstring for the order of calls.
+
+    path  maps a path of the source to one here
+    warn  told, in one sentence, of whatever will differ from the original
+    """
+
+    def __init__(
+        self, *, path: Callable[[str], str] = lambda path: path, warn: Callable[[str], None] | None = None
+    ) -> None:
+        self.warnings: list[str] = []
+        self.manifest: Manifest | None = None
+        self.stubs: dict[int, Stub] = {}
+        self._path = path
+        self._warn = self._keep_warning if warn is None else warn
+        self._tree: TreeRecord | None = None
+        self._files: TreeFiles | None = None
+        self._layouts: dict[int, MemoryLayout] = {}
+        self._writers: dict[int, PageWriter] = {}
+        self._rebuilder: Rebuilder | None = None
+        self._arrived_ns = 0
+        self._complete = False
+
+    def _keep_warning(self, text: str) -> None:
+        self.warnings.append(text)
+        _log.warning("%s", text)
+
+    # -- frames ---------------------------------------------------------------------------------------------------
+
+    def apply(self, frame: Frame) -> None:
+        """Take one frame in, and do what it allows. ImageError, ImageIncomplete, BadLayout, PidTaken, ..."""
+        match frame.kind:
+            case Kind.PAGES:
+                self._write(frame.pages())
+            case Kind.MANIFEST:
+                self.manifest = frame.decode(Manifest)
+                check_numbers(self.manifest)
+            case Kind.TREE:
+                self._arrived_ns = time.monotonic_ns()
+                self._tree = frame.decode(TreeRecord)
+            case Kind.FILES:
+                self._files = frame.decode(TreeFiles)
+            case Kind.MAPPINGS:
+                one = frame.decode(MemoryLayout)
+                self._layouts[one.pid] = one
+                if self._layouts.keys() == {r.task.pid for r in self._living()}:
+                    self._build()
+            case Kind.FILES_DELTA:
+                self._files_rebuilder.take(frame.decode(FilesDelta).files)
+            case Kind.END:
+                self._complete = True
+        frame.release()
+
+    def _living(self) -> list[ProcessRecord]:
+        if self._tree is None:
+            raise ImageIncomplete("the record TREE did not come where it is needed")
+        return [r for r in self._tree.processes if r.state is not None]
+
+    @property
+    def _files_rebuilder(self) -> Rebuilder:
+        if self._rebuilder is None:
+            raise ImageIncomplete("the records TREE, FILES and MAPPINGS did not come where they are needed")
+        return self._rebuilder
+
+    # -- building -------------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        if self._files is None or self._tree is None or self.manifest is None:
+            raise ImageIncomplete("a record MANIFEST or FILES did not come where it is needed")
+        gc.disable()  # a collection would cost milliseconds in which the original stands still
+        clocks.enter(self._tree.clocks, 0)
+        taken = [(m.start, m.end) for one in self._layouts.values() for m in one.mappings]
+        grow(self._tree.processes, taken, self.stubs, self._warn)
+        self._rebuilder = Rebuilder(self._files, path=self._path, warn=self._warn)
+        self._rebuilder.rebuild()
+        for record in self._living():
+            pid = record.task.pid
+            stub, one = self.stubs[pid], self._layouts[pid]
+            calls = CallTable()
+            layout.rebuild(one, stub, calls, self._rebuilder.descriptor)
+            stub.run(calls)
+            stub.forget_maps()
+            self._writers[pid] = PageWriter(stub, one)
+        for record in self._living():
+            install(self._rebuilder, record.task.pid, self.stubs[record.task.pid])
+
+    def _write(self, run: PageRun) -> None:
+        if run.space is Space.CONTENT:
+            self._files_rebuilder.write_content(run.id, run.runs, run.data)
+            return
+        writer = self._writers.get(run.id)
+        if writer is None:
+            raise ImageIncomplete(f"pages of process {run.id} came before its memory was laid out, or it has none")
+        writer.write(run)
+
+    # -- the end --------------------------------------------------------------------------------------------------
+
+    def prepare(self, *, elapsed: float = 0.0) -> list[str]:
+        """Everything but the release. ``elapsed``: seconds since the connections were exported.
+
+        Returns the differences between what was sent and what the rebuilt connections read back as; none, normally.
+        """
+        if not self._complete:
+            raise ImageIncomplete("the image has not come to its end")
+        rebuilder = self._files_rebuilder
+        for record in self._living():
+            self._give_state(record)
+        rebuilder.complete(elapsed=elapsed)
+        differences = rebuilder.compare()
+        for record in self._living():
+            stub = self.stubs[record.task.pid]
+            stub.leave()
+            if record.state is not None:
+                table.install(stub, record.state)
+        return differences
+
+    def _give_state(self, record: ProcessRecord) -> None:
+        state = record.state
+        if state is None:
+            return
+        stub = self.stubs[record.task.pid]
+        stub.clone_threads([thread.tid for thread in state.threads[1:]])
+        elapsed = time.monotonic_ns() - self._arrived_ns
+        tasks = [TaskBuilder(pid=stub.pid, tid=thread.tid, warn=self._warn, elapsed=elapsed) for thread in stub.threads]
+        table.rebuild(state, tasks)
+        stub.run_all({task.tid: task.calls for task in tasks})
+        for task in tasks:
+            task.run_outside()
+
+    def survive(self) -> None:
+        """The processes outlive the tool from now on."""
+        for stub in self.stubs.values():
+            stub.survive_tool()
+
+    def start(self) -> dict[int, int]:
+        """Release the connections, whose addresses are local, and let the processes go. Their PIDs, as in the image."""
+        self._files_rebuilder.release()
+        for record in self._living():
+            if record.stop_signal:
+                os.kill(self.stubs[record.task.pid].pid, record.stop_signal)
+        for stub in self.stubs.values():
+            stub.release()
+        self.close()
+        roots = () if self.manifest is None else self.manifest.roots
+        return {root: self.stubs[root].pid for root in roots}
+
+    def abort(self) -> None:
+        """Nothing is left of what was built. May be repeated."""
+        while self.stubs:
+            # leaves first: a process's end is only complete when its parent's is not
+            _, stub = self.stubs.popitem()
+            stub.kill()
+        if self._rebuilder is not None:
+            self._rebuilder.abort()
+            self._rebuilder = None
+        gc.enable()
+
+    def close(self) -> None:
+        """Close our descriptors."""
+        if self._rebuilder is not None:
+            self._rebuilder.close()
+            self._rebuilder = None
+        gc.enable()
+
+
+def check_numbers(manifest: Manifest) -> None:
+    """PidTaken, naming the first number that is in use here, and by what."""
+    groups: set[int] = set()
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                stat = procfs.read_stat(int(name))
+            except NoSuchProcess:
+                continue
+            groups |= {stat.pgid, stat.sid}
+    for number in manifest.tids:
+        # /proc/N is there for the number of every thread, although only processes are listed
+        if number in groups or os.path.exists(f"/proc/{number}"):
+            users = procfs.users_of_number(number)
+            by = users[0] if users else "a process that has just ended"
+            raise PidTaken(f"the number is in use by {by}", object=f"pid {number}")
