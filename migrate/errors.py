@@ -268,7 +268,7 @@ def from_remote(
     cls = catalogue().get(code, otherwise)
     # past the subclass's own constructor, whose arguments are not known here
     error = cls.__new__(cls)
-    TcpmigError.__init__(error, f"{where}: {message}", object=object, fix=fix or None)
+    TcpmigError.__init__(error, f"{where}: {message}" if where else message, object=object, fix=fix or None)
     return error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import resource
 from pathlib import Path
 
@@ -54,72 +55,16 @@ def _cpu_flags() -> frozenset[str]:
 
 #: how the names of the CPU features begin that a program may have found and chosen its code by (ifuncs, JITs); the
 #: others are the kernel's business
-_VISIBLE = [
-    "3dnow",
-    "abm",
-    "adx",
-    "aes",
-    "amx",
-    "apx",
-    "avx",
-    "bmi",
-    "cldemote",
-    "clflush",
-    "clwb",
-    "clzero",
-    "cmpxchg",
-    "cx16",
-    "cx8",
-    "enqcmd",
-    "erms",
-    "f16c",
-    "fma4",
-    "fma",
-    "fsgsbase",
-    "fsrm",
-    "fxsr",
-    "fzrm",
-    "gfni",
-    "hle",
-    "kl",
-    "lahf",
-    "lzcnt",
-    "misalignsse",
-    "mmx",
-    "monitorx",
-    "movbe",
-    "movdir",
-    "mwaitx",
-    "pclmul",
-    "popcnt",
-    "prefetch",
-    "pku",
-    "ptwrite",
-    "rdpid",
-    "rdpru",
-    "rdrand",
-    "rdseed",
-    "rdtscp",
-    "rtm",
-    "serialize",
-    "sha",
-    "sm3",
-    "sm4",
-    "sse",
-    "ssse",
-    "tbm",
-    "tsxldtrk",
-    "uintr",
-    "umip",
-    "user_shstk",
-    "vaes",
-    "vpclmul",
-    "waitpkg",
-    "wbnoinvd",
-    "xop",
-    "xsave",
-    "xgetbv",
-]
+_VISIBLE = re.compile(
+    r"""
+    3dnow | abm | adx | aes | amx | apx | avx | bmi | cldemote | clflush | clwb | clzero | cmpxchg | cx16 | cx8 |
+    enqcmd | erms | f16c | fma | fsgsbase | fsrm | fxsr | fzrm | gfni | hle | lahf | lzcnt | misalignsse | mmx |
+    monitorx | movbe | movdir | mwaitx | pclmul | popcnt | prefetch | pku | ptwrite | rdpid | rdpru | rdrand |
+    rdseed | rdtscp | rtm | serialize | sha | sm3 | sm4 | sse | ssse | tbm | tsxldtrk | uintr | user_shstk | vaes
+    | vpclmul | waitpkg | wbnoinvd | xop | xsave | xgetbv
+    """,
+    re.VERBOSE,
+)
 
 
 def judge_host(needs: Needs, theirs: HostFacts, ours: HostFacts) -> list[Verdict]:
@@ -134,7 +79,7 @@ def judge_host(needs: Needs, theirs: HostFacts, ours: HostFacts) -> list[Verdict
         refuse(f"the processes are of the machine {cpu.machine}, this host is {ours.cpu.machine}", "machine")
     if theirs.page_size != ours.page_size:
         refuse(f"the source's pages have {theirs.page_size} bytes, ours {ours.page_size}", "page size")
-    missing = sorted(f for f in cpu.flags - ours.cpu.flags if f.startswith(tuple(_VISIBLE)))
+    missing = sorted(f for f in cpu.flags - ours.cpu.flags if _VISIBLE.match(f))
     if missing:
         refuse(f"this CPU lacks {' '.join(missing)}", "cpu")
     if cpu.xsave_mask and ours.cpu.xsave_mask and cpu.xsave_mask & ~ours.cpu.xsave_mask:

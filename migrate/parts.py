@@ -100,14 +100,15 @@ class Incoming(ImageSink, Protocol):
         """Step 8: the addresses are here. Sockets leave repair, and send what was never sent."""
 
     def replay(self, segments: Sequence[bytes]) -> None:
-        """Step 8: segments captured at the source (and those captured here) reach the connections. Again later, for those
-        that come after :meth:`run`."""
+        """Step 8: segments captured at the source (and those captured here) reach the connections. Again after
+        :meth:`run`, for those that came late."""
 
     def run(self) -> Arrived:
         """Step 8: threads get their registers and are let go."""
 
     def discard(self) -> None:
-        """Leave nothing: processes, sockets, files made here. At any step before :meth:`release`; again: nothing more."""
+        """Leave nothing: no process, socket or file made here. At any step before :meth:`release`; again: nothing
+        more."""
 
     def hold(self) -> None:
         """Something broke after the release began: leave everything as it is."""

@@ -6,8 +6,8 @@ bytes (as PNG's signature does).  Then frames::
     0  kind   1 message, 2 image      1..3  zero      4  length      8  crc32 (of a message; 0 for image bytes)
 
 Little endian.  Image bytes carry digests of their own inside, and are neither copied nor looked at here: they go out by
-writev from where they lie, and come in by readv where the reader of the image wants them.  A descriptor may be a pipe or
-a socket; both ends are set to not block, and every wait has an end.
+writev from where they lie, and come in by readv where the reader of the image wants them.  A descriptor may be a pipe
+or a socket; both ends are set to not block, and every wait has an end.
 """
 
 from __future__ import annotations

@@ -1,0 +1,459 @@
+"""The source's half of a migration: the protocol's machine, the line, the addresses and the processes, in step.
+
+Any failure before COMMIT ends in :meth:`Source._undo`: the target is told, the addresses and the connections are given
+back, the original runs on.  After COMMIT only the target's word changes anything: RUNNING ends the original, ABORT
+undoes as above, and without a word everything is held (InDoubt).  Signals that would interrupt are held back from
+COMMIT on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+from checkpoint.verdict import Verdict, refusals
+from migrate.clock import Offset, monotonic_ns
+from migrate.driving import failure_of, logged, remote_error, signals_held
+from migrate.errors import (
+    InDoubt,
+    LinkLost,
+    LinkSilent,
+    PreparedDiffers,
+    ProtocolError,
+    TargetAborted,
+    TargetRefused,
+    TargetStuck,
+    from_remote,
+    undone,
+)
+from migrate.hostfacts import host_facts
+from migrate.journal import AddressesLeave, End, Journal, Role, Step, StepKind
+from migrate.messages import (
+    HIGHEST_VERSION,
+    LOWEST_VERSION,
+    TOKEN_SIZE,
+    Abort,
+    Captured,
+    Check,
+    Commit,
+    Done,
+    Failure,
+    Hello,
+    Keepalive,
+    Lost,
+    Measure,
+    Measured,
+    Message,
+    Needs,
+    Prepare,
+    Prepared,
+    Refused,
+    Running,
+    Started,
+    Stuck,
+    Verdicts,
+)
+from migrate.parts import Outgoing
+from migrate.protocol import SourceMachine
+from migrate.rtnetlink import Netlink
+from migrate.takeover import AddressPlan, AddressPolicy, Departure, control_addresses, plan, select
+from migrate.transport import Remote
+from migrate.wire import ImageWriter
+from tcpstate.errors import Outcome, TcpmigError
+
+__all__ = ["Checked", "Round", "Source", "SourceOptions", "Summary"]
+
+_log = logging.getLogger(__name__)
+
+#: exchanges by which the target's clock is measured; the best one counts
+MEASUREMENTS = 5
+#: seconds between two looks at the capture while the target takes over
+CAPTURE_LOOK = 0.001
+#: seconds after RUNNING in which segments that still came here are passed on
+STRAGGLERS = 0.25
+
+_M = TypeVar("_M", bound=Message)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceOptions:
+    """What the command line says.
+
+    address         ``--address``: auto, none, or addresses
+    policy          ``--address-policy``
+    map_dev         ``--map-dev``: interface here to interface there
+    forwarded       options for the rebuilding side, by name
+    rsh, remote_command  for the journal: how `recover` reaches the target
+    state_directory  where the journal goes; None: TCPMIG_STATE_DIR
+    """
+
+    address: str = "auto"
+    policy: AddressPolicy = AddressPolicy.REFUSE
+    map_dev: dict[str, str] = field(default_factory=dict)
+    forwarded: dict[str, str] = field(default_factory=dict)
+    rsh: str = ""
+    remote_command: str = ""
+    state_directory: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One transfer of memory."""
+
+    bytes: int
+    ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a migration did; the fields of ``--json``.
+
+    pid, target_pid  the (first) root here and there; ``pids`` all roots
+    stop_ms          from the first thread stopped here to the last one released there, by this host's clock
+    total_ms         from the first word to the last
+    bytes_sent       on the line
+    phases           milliseconds of each phase
+    lost             connections that did not come through
+    """
+
+    outcome: str
+    migration: str
+    pid: int
+    target_pid: int
+    pids: dict[int, int]
+    connections: int
+    addresses: tuple[str, ...]
+    rounds: tuple[Round, ...]
+    stop_ms: float
+    total_ms: float
+    bytes_sent: int
+    phases: dict[str, float]
+    lost: tuple[Lost, ...] = ()
+
+    @property
+    def status(self) -> Outcome:
+        """The exit status."""
+        return Outcome.PARTIAL if self.lost else Outcome.DONE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What both sides say before anything is stopped: all verdicts, none of which refuses."""
+
+    needs: Needs
+    here: tuple[Verdict, ...]
+    there: tuple[Verdict, ...]
+
+
+class Source:
+    """One migration from here to ``remote``. Call :meth:`run`, or :meth:`check` for a dry run; once.
+
+    The caller closes ``remote``.
+    """
+
+    def __init__(self, outgoing: Outgoing, remote: Remote, options: SourceOptions | None = None) -> None:
+        self._outgoing = outgoing
+        self._remote = remote
+        self._channel = remote.channel
+        self._options = options or SourceOptions()
+        self.migration = secrets.token_hex(16)
+        self._machine = SourceMachine(self.migration, secrets.token_bytes(TOKEN_SIZE))
+        self._offset = Offset()
+        self._journal: Journal | None = None
+        self._departure: Departure | None = None
+        self._phases: dict[str, float] = {}
+        self._began = monotonic_ns()
+        self._stopped_ns = 0
+
+    # --- the steps
+
+    def check(self) -> Checked:
+        """Step 1 alone: `--dry-run`, `check --to`. Raises the first refusal, of this side or of the other."""
+        with Netlink() as netlink:
+            try:
+                checked, _ = self._check(netlink)
+                self._say(Abort(migration=self.migration, failure=Failure(code="", message="only a check")))
+                return checked
+            except TcpmigError as error:
+                raise self._remote.explain(error) from None
+            finally:
+                self._outgoing.close()
+
+    def run(self) -> Summary:
+        """All steps. Raises the error that ended it; its ``outcome`` says whether anything was stopped (REFUSED: no),
+        whether the original runs on (FAILED), or nobody here knows (IN_DOUBT)."""
+        with Netlink() as netlink, contextlib.ExitStack() as signals:
+            try:
+                checked, addresses = self._check(netlink)
+                return self._move(netlink, checked, addresses, signals)
+            except BaseException as error:
+                self._fail(error)
+                if self._machine.in_doubt and not isinstance(error, InDoubt | TargetStuck):
+                    # whatever it was, it does not end the doubt
+                    raise InDoubt(f"after COMMIT: {error}", object=self._remote.host) from error
+                if isinstance(error, TcpmigError):
+                    self._remote.explain(error)
+                    if self._stopped_ns and self._machine.may_resume:
+                        undone(error)
+                raise
+            finally:
+                self._outgoing.close()
+
+    def _check(self, netlink: Netlink) -> tuple[Checked, AddressPlan]:
+        with self._phase("check"):
+            self._say(
+                Hello(lowest=LOWEST_VERSION, highest=HIGHEST_VERSION, host=host_facts(), program="tcpmig migrate")
+            )
+            self._machine.receive(self._remote.first())
+            needs = self._outgoing.needs()
+            control = control_addresses(netlink, self._remote.pid, self._remote.host)
+            pids = {pid for tree in needs.trees for pid in tree.pids}
+            wanted = select(self._options.address, needs.used_addresses)
+            addresses = plan(netlink, wanted, pids=pids, control=control, policy=self._options.policy)
+            for refusal in refusals(addresses.verdicts):
+                raise from_remote(
+                    refusal.code, refusal.text, refusal.subject, refusal.fix, otherwise=TargetRefused, where=""
+                )
+            needs = replace(needs, addresses=addresses.records, macs=addresses.macs)
+            self._say(
+                Check(
+                    migration=self.migration,
+                    needs=needs,
+                    map_dev=self._options.map_dev,
+                    options=self._options.forwarded,
+                )
+            )
+            answer = self._hear(Verdicts)
+            return Checked(needs=needs, here=addresses.verdicts, there=answer.items), addresses
+
+    def _move(
+        self, netlink: Netlink, checked: Checked, addresses: AddressPlan, signals: contextlib.ExitStack
+    ) -> Summary:
+        outgoing, channel = self._outgoing, self._channel
+        roots = tuple(tree.root for tree in checked.needs.trees)
+        moved = tuple(record.address for record in addresses.records)
+        self._journal = journal = Journal.open(
+            Role.SOURCE,
+            self.migration,
+            roots=roots,
+            host=self._remote.host,
+            rsh=self._options.rsh,
+            remote_command=self._options.remote_command,
+            directory=self._options.state_directory,
+        )
+        with self._phase("prepare"):
+            outgoing.prepare()
+            # again: routes may have changed, and this is what will be given back
+            self._departure = departure = Departure(netlink, moved)
+            self._measure()
+
+        image = ImageWriter(channel, self._machine.send_image, self._attend)
+        self._stopped_ns = monotonic_ns()
+        with self._phase("stop"):
+            outgoing.stop()
+        with self._phase("copy"):
+            outgoing.send(image)
+            image.flush()
+        copied = Round(bytes=image.written, ms=self._phases["copy"])
+        with self._phase("freeze"):
+            exported_ns = outgoing.freeze(image, moved, journal.note)
+            image.flush()
+        with self._phase("rebuild"):
+            self._say(
+                Prepare(
+                    migration=self.migration,
+                    exported_ns=max(0, self._offset.there(exported_ns)),
+                    image_bytes=image.written,
+                )
+            )
+            # The target is busy now, and so the disk's time costs nothing.  Written before COMMIT is certain, this only
+            # makes `recover` ask the target where it need not have asked.
+            journal.append(AddressesLeave(departure=departure.record), Step(step=StepKind.COMMIT))
+            self._examine(self._hear(Prepared))
+
+        with self._phase("commit"):
+            signals.enter_context(signals_held())
+            departure.remove()
+            first = Captured(segments=tuple(outgoing.segments()), first=True)
+            commit = self._machine.send(Commit(migration=self.migration, token=self._machine.token))
+            self._transmit(commit, self._machine.send(first))
+        with self._phase("takeover"):
+            running = self._await_running()
+        stop_ns = max(0, self._offset.here(running.released_ns) - self._stopped_ns)
+        with self._phase("discard"):
+            journal.step(StepKind.RUNNING, pids=running.pids)
+            self._afterwards(departure)
+        journal.finish(End.MOVED)
+        return Summary(
+            outcome="partial" if running.lost else "done",
+            migration=self.migration,
+            pid=roots[0],
+            target_pid=running.pids.get(roots[0], 0),
+            pids=running.pids,
+            connections=outgoing.connections,
+            addresses=moved,
+            rounds=(copied,),
+            stop_ms=stop_ns / 1e6,
+            total_ms=(monotonic_ns() - self._began) / 1e6,
+            bytes_sent=channel.bytes_sent,
+            phases=self._phases,
+            lost=running.lost,
+        )
+
+    def _measure(self) -> None:
+        for number in range(MEASUREMENTS):
+            sent = monotonic_ns()
+            self._say(Measure(number=number))
+            answer = self._hear(Measured)
+            self._offset.exchange(sent, answer.clock_ns, monotonic_ns())
+
+    def _examine(self, prepared: Prepared) -> None:
+        for found in prepared.comparison.differences:
+            raise PreparedDiffers(f"{found.item} was {found.sent}, reads back {found.found}", object=found.connection)
+
+    def _await_running(self) -> Running:
+        """The target's word after COMMIT, while the segments that arrive here are passed on. InDoubt, TargetStuck, or
+        the error for which the target aborted (the machine's state says the same)."""
+        deadline = time.monotonic() + self._channel.silence
+        failure: Failure | None = None
+        try:
+            while time.monotonic() < deadline:
+                message = self._channel.receive(CAPTURE_LOOK)
+                match message and self._machine.receive(self._expect(message)):
+                    case Running() as running:
+                        return running
+                    case Abort(failure=failure):
+                        break
+                    case Stuck(failure=failure):
+                        raise TargetStuck(f"the target failed after the release: {failure.message} [{failure.code}]")
+                    case Started() | Keepalive():
+                        deadline = time.monotonic() + self._channel.silence
+                self._forward()
+        except TargetStuck:
+            raise
+        except TcpmigError as error:
+            raise InDoubt(f"no word from the target after COMMIT: {error.message}", object=self._remote.host) from error
+        if failure is not None:
+            raise remote_error(failure, TargetAborted)
+        raise InDoubt("no word from the target after COMMIT", object=self._remote.host)
+
+    def _forward(self) -> None:
+        segments = tuple(self._outgoing.segments())
+        if segments:
+            self._transmit(self._machine.send(Captured(segments=segments)))
+
+    def _transmit(self, *messages: Message) -> None:
+        """Send after COMMIT: a line that is cut is told by the next receive, after what the target said before."""
+        with contextlib.suppress(LinkLost):
+            self._channel.send(*messages)
+
+    def _afterwards(self, departure: Departure) -> None:
+        """They run there: nothing that fails here changes that."""
+        with logged("discarding the original"):
+            self._outgoing.discard()
+        with logged("putting back what depended on the addresses"):
+            departure.settle()
+        with logged("passing on late segments"):
+            end = time.monotonic() + STRAGGLERS
+            while (left := end - time.monotonic()) > 0:
+                self._forward()
+                time.sleep(min(left, CAPTURE_LOOK))
+            self._say(Done(migration=self.migration))
+
+    # --- failing
+
+    def _fail(self, error: BaseException) -> None:
+        """Undo, or hold, whatever the state of the protocol asks for."""
+        if self._machine.may_discard:
+            # RUNNING was heard: the original must go, whatever else went wrong
+            _log.warning("after the move: %s", error)
+            with logged("discarding the original"):
+                self._outgoing.discard()
+        elif self._machine.in_doubt:
+            _log.warning("in doubt: everything is held; `tcpmig recover %s` settles it", self.migration)
+            with logged("holding"):
+                self._outgoing.hold()
+            if self._journal is not None:
+                self._journal.leave()
+        else:
+            self._undo(error)
+
+    def _undo(self, error: BaseException) -> None:
+        failures: list[Exception] = []
+        # first the processes and addresses, then the courtesies
+        for step in (self._restore_addresses, self._outgoing.resume, lambda: self._tell(error), self._close_journal):
+            try:
+                step()
+            except Exception as failure:  # all is tried, whatever the first of them meets
+                _log.error("while undoing: %s", failure)
+                failures.append(failure)
+        if failures and isinstance(error, TcpmigError):
+            error.message += f"; and undoing failed: {failures[0]}"
+
+    def _restore_addresses(self) -> None:
+        if self._departure is not None:
+            self._departure.restore()
+
+    def _tell(self, error: BaseException) -> None:
+        if not self._machine.may_abort:
+            self._machine.lost()
+            return
+        with contextlib.suppress(LinkLost, LinkSilent):
+            # a line that is cut tells the same
+            self._say(Abort(migration=self.migration, failure=failure_of(error)))
+
+    def _close_journal(self) -> None:
+        if self._journal is not None:
+            self._journal.append(Step(step=StepKind.ABORTED))
+            self._journal.finish(End.ABORTED)
+
+    # --- messages
+
+    def _say(self, message: Message) -> None:
+        self._channel.send(self._machine.send(message))
+
+    def _expect(self, message: object) -> Message:
+        if not isinstance(message, Message):
+            raise ProtocolError("image bytes came from the target")
+        return message
+
+    def _hear(self, kind: type[_M]) -> _M:
+        """The next message, which must be of this kind; what else may come raises."""
+        while True:
+            message = self._machine.receive(self._expect(self._channel.receive()))
+            if isinstance(message, kind):
+                return message
+            self._object(message)
+
+    def _object(self, message: Message) -> None:
+        if isinstance(message, Abort):
+            raise remote_error(message.failure, TargetAborted)
+        if isinstance(message, Refused):
+            raise remote_error(message.failure, TargetRefused)
+        if not isinstance(message, Keepalive):
+            raise ProtocolError(f"{type(message).__name__} was not asked for")
+
+    def _attend(self) -> None:
+        """Between two frames of the image: has the target given up?"""
+        self._channel.look()
+        while self._channel.pending:
+            self._object(self._machine.receive(self._expect(self._channel.receive())))
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = monotonic_ns()
+        try:
+            yield
+        except LinkLost as error:
+            # the target's last words, if it had time for them, are the better reason
+            if self._channel.pending:
+                self._attend()
+            raise error
+        finally:
+            self._phases[name] = (monotonic_ns() - start) / 1e6
