@@ -90,6 +90,12 @@ class Injection:
         return [(self._start, self._end)] if self.is_open else []
 
     @property
+    def foreign(self) -> Mapping[int, bytes]:
+        """siginfo_t of signals from elsewhere that stopped our code and count as pending: by tid, 0: of the process.
+        :meth:`close` queues them again."""
+        return self._excursions.foreign
+
+    @property
     def room(self) -> int:
         """Bytes that a table may have."""
         return self._end - self._tables

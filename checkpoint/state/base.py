@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -78,6 +78,8 @@ class ProcessView:
         self.pid = process.pid
         self.process = process
         self.tasks = [TaskView(self, thread) for thread in process.threads]
+        #: signals that the injection keeps back, by tid, 0: of the process; known when the calls have been made
+        self.foreign: Mapping[int, bytes] = {}
         #: what each thread's seccomp filters are, for the others to compare
         self.seccomp: dict[int, object] = {}
 
@@ -98,7 +100,11 @@ class ProcessView:
     @cached_property
     def pending(self) -> list[bytes]:
         """siginfo of the signals that are pending for the process as a whole; to be read after the calls."""
-        return self.tasks[0].thread.pending(shared=True)
+        return self.tasks[0].thread.pending(shared=True) + self.kept_back(0)
+
+    def kept_back(self, tid: int) -> list[bytes]:
+        """siginfo of a pending signal that stopped the injected code, and so is in no queue; of a thread, 0: process."""
+        return [self.foreign[tid]] if tid in self.foreign else []
 
     def timer_pending(self, timer: int) -> bool:
         """Whether a signal of this POSIX timer waits for delivery, anywhere in the process."""
@@ -143,7 +149,7 @@ class TaskView:
     @cached_property
     def pending(self) -> list[bytes]:
         """siginfo of the signals that are pending for this thread alone; to be read after the calls."""
-        return self.thread.pending()
+        return self.thread.pending() + self.view.kept_back(self.tid)
 
     def __str__(self) -> str:
         return f"pid {self.pid}" if self.leader else f"pid {self.pid} thread {self.tid}"

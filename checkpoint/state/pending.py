@@ -1,8 +1,9 @@
 """Signals that were sent and not yet delivered, of a thread or of the process as a whole, with all they carry.
 
 They are queued again by the process itself: from another one the kernel accepts no siginfo that says the kernel sent
-it.  Two cannot be queued while calls are made inside: SIGSTOP would stop it there and then, and the routine that makes
-the calls stops itself by SIGURG; the tool sends these two at the very end (:func:`late`).
+it.  The signal by which injected code stops itself (SIGURG) may be among them: the engine keeps it back, and queues it
+when it leaves.  SIGSTOP, which nobody can block, would stop the process there and then: the tool sends it at the very
+end (:func:`late`).
 
 Source: Linux kernel/signal.c; PTRACE_PEEKSIGINFO; /proc/PID/status, SigPnd and ShdPnd.
 """
@@ -21,8 +22,6 @@ from tcpstate.kernel.machine import SYS
 
 __all__ = ["PendingForProcess", "PendingForThread", "late"]
 
-#: sent by the tool itself, at the very end
-_LATE: Final = (signal.SIGSTOP, signal.SIGURG)
 #: the kernel bounds the queue by RLIMIT_SIGPENDING; a record with more is not one of ours
 _MOST: Final = 1 << 20
 
@@ -109,9 +108,9 @@ class PendingForThread(State):
 
 
 def _early(signals: tuple[bytes, ...]) -> list[bytes]:
-    return [info for info in signals if SigInfo.unpack(info).signal not in _LATE]
+    return [info for info in signals if SigInfo.unpack(info).signal != signal.SIGSTOP]
 
 
 def late(signals: tuple[bytes, ...]) -> list[int]:
     """The numbers of those that the tool must send itself, when nothing runs inside any more."""
-    return [n for n in (SigInfo.unpack(info).signal for info in signals) if n in _LATE]
+    return [n for n in (SigInfo.unpack(info).signal for info in signals) if n == signal.SIGSTOP]

@@ -190,6 +190,7 @@ def capture(process: Process, injection: Injection) -> ProcessState:
     except CallError as error:
         raise StateUnreadable(f"cannot {error.label}: {error.strerror}", object=f"pid {process.pid}") from error
     now = clocks.read(process.pid)
+    view.foreign = injection.foreign
     return ProcessState(
         pid=view.tasks[0].inner_tid,
         states=tuple(_end(each) for each in own),

@@ -482,11 +482,11 @@ def test_pending_signals_are_queued_with_what_they_carry():
     assert in_child(work) == [(10, SiCode.KERNEL, 0), (40, SiCode.QUEUE, 4711), (40, SiCode.QUEUE, 4711)]
 
 
-def test_signals_that_only_the_tool_can_send_wait_for_the_end():
-    urgent, stop, user = (siginfo(n, SiCode.USER) for n in (signal.SIGURG, signal.SIGSTOP, signal.SIGUSR1))
-    assert late((urgent, user, stop)) == [signal.SIGURG, signal.SIGSTOP]
-    # neither is queued from inside: this process would stop
-    in_child(lambda: rebuild(PendingForProcess(signals=(urgent, stop))))
+def test_a_stop_that_is_pending_waits_for_the_end():
+    stop, user = siginfo(signal.SIGSTOP, SiCode.USER), siginfo(signal.SIGUSR1, SiCode.USER)
+    assert late((user, stop)) == [signal.SIGSTOP]
+    # it is not queued from inside: this process would stop
+    in_child(lambda: rebuild(PendingForProcess(signals=(stop,))))
 
 
 def test_our_own_sigstop_is_no_part_of_the_state():
