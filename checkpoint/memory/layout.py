@@ -301,8 +301,8 @@ def build(layout: MemoryLayout, stub: Stub, descriptor_of: Descriptors) -> None:
 def rebuild(layout: MemoryLayout, stub: Stub, calls: CallTable, descriptor_of: Descriptors) -> None:
     """Queue, for ``stub``, everything that gives it this layout. Run the table, then ``stub.forget_maps()``.
 
-    The stub keeps its window, but for its program; of the rest only the kernel's own mappings survive, moved to where they were. The
-    descriptors of ``descriptor_of`` must stay open until the table has run.
+    The stub keeps its window, but for its program; of the rest only the kernel's own mappings survive, moved to where
+    they were. The descriptors of ``descriptor_of`` must stay open until the table has run.
 
     OtherVdso; BadLayout if the layout reaches into the stub's window.
     """

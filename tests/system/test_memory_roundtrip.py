@@ -8,17 +8,21 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from checkpoint.errors import BadLayout, OtherVdso
+from checkpoint.files.rebuild import Rebuilder
+from checkpoint.files.table import FileTable
 from checkpoint.image.format import Kind
 from checkpoint.image.inspect import describe
 from checkpoint.image.reader import open_image
 from checkpoint.image.writer import ImageFile
 from checkpoint.inject import Injection
 from checkpoint.memory import compare, layout, pages
-from checkpoint.memory.layout import MemoryLayout
+from checkpoint.memory.layout import Mapping, MemoryLayout
 from checkpoint.memory.verdicts import verdicts
 from checkpoint.memory.vma import Vma, read_maps, read_smaps
 from checkpoint.procfs import read_stat
@@ -119,6 +123,33 @@ def round_trip(process: Process, path: Path, before: list[Vma]) -> list[str]:
         return found
 
 
+def round_trip_with_files(process: Process) -> list[str]:
+    """As round_trip(), with the files of the real table: those that live nowhere else are made anew."""
+    with ExitStack() as stack:
+        table = FileTable()
+        stack.callback(table.close)
+        with Injection(process) as injection:
+            calls = CallTable()
+            brk = layout.query_brk(calls)
+            injection.run({process.leader.tid: calls})
+        process.forget_maps()
+        memory = layout.capture(process, table, brk=brk.value)
+        old = compare.snapshot(process.pid)
+        warnings: list[str] = []
+        rebuilder = Rebuilder(table.records(), warn=warnings.append)
+        stack.callback(rebuilder.close)
+        rebuilder.rebuild()
+        stub = stack.enter_context(stub_for(memory))
+        layout.build(memory, stub, rebuilder.descriptor)
+        for index in range(len(table.contents)):
+            for start, length in table.content_runs(index):
+                rebuilder.write_content(index, [(start, length)], table.read_content(index, start, length))
+        pages.write(stub, memory, pages.read(process, memory))
+        stub.leave()
+        assert len(table.contents) == 3  # shared anonymous memory, a memfd, a deleted file
+        return compare.differences(old, compare.snapshot(stub.pid)) + warnings
+
+
 def kernel_fields(a: int, b: int) -> list[str]:
     names = [
         *("start_code", "end_code", "start_data", "end_data", "start_brk", "start_stack"),
@@ -157,6 +188,11 @@ def test_every_kind_of_mapping_comes_back_with_every_byte(zoo: Path, tmp_path: P
         assert process.poll() is None
 
 
+def test_memory_behind_files_that_live_nowhere_else_comes_back(zoo: Path, tmp_path: Path) -> None:
+    with running(str(zoo), str(tmp_path)) as (process, _), stopped(process.pid) as tracee:
+        assert round_trip_with_files(tracee) == []
+
+
 def test_an_interpreter_comes_back_with_every_byte(tmp_path: Path) -> None:
     code = "import json, ssl, time\nx = [str(i) * 50 for i in range(20000)]\nprint(1, flush=True)\ntime.sleep(60)"
     with running(sys.executable, "-c", code) as (process, _):
@@ -173,3 +209,49 @@ def test_a_difference_of_one_byte_is_found(zoo: Path, tmp_path: Path) -> None:
         found = compare.differences(old, compare.snapshot(process.pid))
         assert len(found) == 1
         assert "[heap]: digest" in found[0]
+
+
+@pytest.fixture(scope="module")
+def simple(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[MemoryLayout, SameFiles]]:
+    """The layout of a small process, and its files."""
+    path = tmp_path_factory.mktemp("simple") / "image"
+    files = SameFiles()
+    with running("sh", "-c", "echo; exec sleep 60") as (process, _), stopped(process.pid) as tracee:
+        save(tracee, files, path, [])
+    with open_image(path) as image:
+        yield next(image.records(Kind.MAPPINGS)).decode(MemoryLayout), files
+    files.close()
+
+
+def test_another_vdso_is_refused(simple: tuple[MemoryLayout, SameFiles]) -> None:
+    memory, files = simple
+    code = bytearray(memory.vdso)
+    code[-1] ^= 1
+    larger = tuple(
+        replace(m, start=m.start - 4096) if m.name == "[vdso]" else m
+        for m in memory.mappings
+        if not m.name.startswith("[vvar")
+    )
+    with stub_for(memory) as stub:
+        with pytest.raises(OtherVdso, match="other code"):
+            layout.build(replace(memory, vdso=bytes(code)), stub, files.descriptor)
+        with pytest.raises(OtherVdso, match="bytes, here"):
+            layout.build(replace(memory, mappings=larger), stub, files.descriptor)
+
+
+def test_a_layout_that_reaches_into_the_stubs_window_is_refused(simple: tuple[MemoryLayout, SameFiles]) -> None:
+    memory, files = simple
+    with stub_for(memory) as stub:
+        inside = Mapping(start=stub.window[1] - 4096, end=stub.window[1] + 4096, prot=3)
+        bad = replace(memory, mappings=(inside, *memory.mappings))
+        with pytest.raises(BadLayout, match="where the stub works"):
+            layout.build(bad, stub, files.descriptor)
+
+
+def test_what_the_kernel_refuses_is_named(simple: tuple[MemoryLayout, SameFiles]) -> None:
+    memory, files = simple
+    # more than the whole address space of a file may be asked for
+    far = Mapping(start=1 << 40, end=(1 << 40) + 4096, prot=1, file=0, offset=(1 << 63) - 4096, name="far out")
+    mappings = sorted((far, *memory.mappings), key=lambda m: m.start)
+    with stub_for(memory) as stub, pytest.raises(BadLayout, match="far out"):
+        layout.build(replace(memory, mappings=tuple(mappings)), stub, files.descriptor)
