@@ -24,7 +24,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from checkpoint import preflight, procfs
 from checkpoint.errors import NoSuchProcess, Refused, TreeChanged
@@ -44,9 +44,11 @@ from checkpoint.state.table import ProcessState
 from checkpoint.tracee import Process, Tree
 from checkpoint.tree import Task, plan
 from checkpoint.verdict import Verdict
+from tcpstate.capture import replay
 from tcpstate.errors import TcpmigError
 from tcpstate.filters import remove_syn_filter
 from tcpstate.kernel.calls import CallTable
+from tcpstate.segment import Segment
 from tcpstate.version import VERSION
 
 __all__ = ["Dump"]
@@ -228,12 +230,20 @@ class Dump:
         """The local addresses of the trees' connections."""
         return set() if self._group is None else self._group.local_addresses
 
-    def freeze(self, addresses: Sequence[str] = ()) -> None:
+    @property
+    def ports(self) -> set[int]:
+        """The local ports of the trees' connections and listeners."""
+        return set() if self._group is None else self._group.ports
+
+    def freeze(self, addresses: Sequence[str] = (), note: Callable[[bytes], None] | None = None) -> None:
         """Make the connections quiet and export them. Capture segments before this.
 
         addresses  those that will move: closed connections on them get a moment for their last segments
+        note       given, before anything is changed, what giving the sockets back takes
         """
         wait_for_last_segments(addresses)
+        if note is not None and self._connections.connections:
+            note(self._connections.originals())
         # from here on the application must not run, even if we die
         self._tree.queue_sigstops()
         self._connections.freeze()
@@ -246,11 +256,15 @@ class Dump:
 
     # -- the two ends ---------------------------------------------------------------------------------------------
 
-    def resume(self) -> None:
+    def resume(self, arrived: Sequence[Segment] = ()) -> None:
         """Undo everything: connections thawed, listeners open, processes running. May be called at any stage, and
-        again. All is tried; the first failure is raised at the end."""
+        again. All is tried; the first failure is raised at the end.
+
+        arrived  segments captured meanwhile: the connections get them now, and no peer waits for a retransmission
+        """
+        exported = [] if self._group is None else self._group.exported
         failed: list[Exception] = []
-        for step in (self._thaw, self._end_holdoff, self._resume_tree):
+        for step in (self._thaw, self._end_holdoff, lambda: replay(arrived, exported), self._resume_tree):
             try:
                 step()
             except (TcpmigError, OSError) as error:
@@ -278,6 +292,11 @@ class Dump:
         tree, self.tree = self.tree, None
         if tree is not None:
             tree.resume()
+        self._restore_gc()
+
+    def hold(self) -> None:
+        """Leave everything as it is, stopped and silent, also when this program ends: the queued SIGSTOPs see to it."""
+        self._group = self._holdoff = self.tree = None
         self._restore_gc()
 
     def discard(self) -> None:

@@ -6,8 +6,9 @@
                       with its memory laid out and its files open; PAGES fill it; FILES_DELTA brings the connections
     prepare()         threads and state, connections rebuilt in repair and compared, registers set
     survive()         from here on the death of the tool does not end the processes
-    start()           connections released (their addresses are local by now), threads let go
-    abort()           nothing is left; possible until start()
+    release()         connections live: their addresses are local by now
+    run()             threads let go
+    abort()           nothing is left; possible until release()
 
 Until ``survive`` the stubs die with the tool (PTRACE_O_EXITKILL).
 """
@@ -18,7 +19,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from checkpoint import procfs
@@ -34,10 +35,11 @@ from checkpoint.memory.pages import PageWriter
 from checkpoint.records import FilesDelta, Manifest, ProcessRecord, TreeRecord
 from checkpoint.spawn import Stub
 from checkpoint.state import clocks, table
-from checkpoint.state.base import TaskBuilder
 from tcpstate.kernel.calls import CallTable
+from tcpstate.rebuild import Difference
+from tcpstate.record import ConnectionRecord
 
-__all__ = ["Restore", "check_numbers"]
+__all__ = ["Restore", "check_numbers", "first_user"]
 
 _log = logging.getLogger(__name__)
 
@@ -141,10 +143,10 @@ class Restore:
 
     # -- the end --------------------------------------------------------------------------------------------------
 
-    def prepare(self, *, elapsed: float = 0.0) -> list[str]:
+    def prepare(self, *, elapsed: float = 0.0) -> list[tuple[str, Difference]]:
         """Everything but the release. ``elapsed``: seconds since the connections were exported.
 
-        Returns the differences between what was sent and what the rebuilt connections read back as; none, normally.
+        Returns (conn-ID, difference) for whatever the rebuilt connections read back otherwise than was sent.
         """
         if not self._complete:
             raise ImageIncomplete("the image has not come to its end")
@@ -164,31 +166,39 @@ class Restore:
         state = record.state
         if state is None:
             return
-        stub = self.stubs[record.task.pid]
-        stub.clone_threads([thread.tid for thread in state.threads[1:]])
         elapsed = time.monotonic_ns() - self._arrived_ns
-        tasks = [TaskBuilder(pid=stub.pid, tid=thread.tid, warn=self._warn, elapsed=elapsed) for thread in stub.threads]
-        table.rebuild(state, tasks)
-        stub.run_all({task.tid: task.calls for task in tasks})
-        for task in tasks:
-            task.run_outside()
+        table.build(self.stubs[record.task.pid], state, warn=self._warn, elapsed=elapsed)
 
     def survive(self) -> None:
         """The processes outlive the tool from now on."""
         for stub in self.stubs.values():
             stub.survive_tool()
 
-    def start(self) -> dict[int, int]:
-        """Release the connections, whose addresses are local, and let the processes go. Their PIDs, as in the image."""
+    @property
+    def ports(self) -> set[int]:
+        """The local ports of the tree's connections and listeners."""
+        return self._files_rebuilder.tcp_ports
+
+    @property
+    def connections(self) -> list[ConnectionRecord]:
+        """The rebuilt connections, after :meth:`prepare`."""
+        return self._files_rebuilder.connections
+
+    def release(self) -> None:
+        """The addresses are local: connections send and answer again, listeners listen."""
         self._files_rebuilder.release()
+
+    def run(self) -> dict[int, int]:
+        """Let the processes go. Root PIDs in the image to PIDs here."""
         for record in self._living():
             if record.stop_signal:
                 os.kill(self.stubs[record.task.pid].pid, record.stop_signal)
+        roots = () if self.manifest is None else self.manifest.roots
+        pids = {root: self.stubs[root].pid for root in roots}
         for stub in self.stubs.values():
             stub.release()
-        self.close()
-        roots = () if self.manifest is None else self.manifest.roots
-        return {root: self.stubs[root].pid for root in roots}
+        self.stubs = {}
+        return pids
 
     def abort(self) -> None:
         """Nothing is left of what was built. May be repeated."""
@@ -209,8 +219,8 @@ class Restore:
         gc.enable()
 
 
-def check_numbers(manifest: Manifest) -> None:
-    """PidTaken, naming the first number that is in use here, and by what."""
+def first_user(numbers: Iterable[int]) -> tuple[int, str] | None:
+    """(number, by what) of the first of ``numbers`` that is in use here, as process, thread, group or session."""
     groups: set[int] = set()
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -219,9 +229,16 @@ def check_numbers(manifest: Manifest) -> None:
             except NoSuchProcess:
                 continue
             groups |= {stat.pgid, stat.sid}
-    for number in manifest.tids:
+    for number in numbers:
         # /proc/N is there for the number of every thread, although only processes are listed
         if number in groups or os.path.exists(f"/proc/{number}"):
             users = procfs.users_of_number(number)
-            by = users[0] if users else "a process that has just ended"
-            raise PidTaken(f"the number is in use by {by}", object=f"pid {number}")
+            return number, users[0] if users else "a process that has just ended"
+    return None
+
+
+def check_numbers(manifest: Manifest) -> None:
+    """PidTaken, naming the first number that is in use here, and by what."""
+    taken = first_user(manifest.tids)
+    if taken is not None:
+        raise PidTaken(f"the number is in use by {taken[1]}", object=f"pid {taken[0]}")

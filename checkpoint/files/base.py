@@ -241,6 +241,11 @@ class OpenFile:
         """How it was opened."""
         return AccessMode.of(self.flags)
 
+    @property
+    def tcp_port(self) -> int:
+        """The local port of a TCP connection or listener; 0 for all else."""
+        return 0
+
 
 def set_flags(fd: int, flags: int) -> None:
     """Give the descriptor those status flags that can be given afterwards (not O_ASYNC: that comes with the owner)."""

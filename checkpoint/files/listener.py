@@ -87,6 +87,10 @@ class Listener(OpenFile):
         if self.family not in _FAMILIES or not 0 <= self.backlog < 1 << 31:
             raise ValueError("family or backlog of a listener out of range")
 
+    @property
+    def tcp_port(self) -> int:
+        return self.name.port
+
     @classmethod
     def examine(cls, view: FdView) -> str:
         held_outside(view)

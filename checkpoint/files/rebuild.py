@@ -31,6 +31,8 @@ from checkpoint.files.listener import Listener
 from checkpoint.files.locks import Locks
 from checkpoint.files.table import TreeFiles, ensure_descriptors
 from checkpoint.files.tcp import RebuiltTcp
+from tcpstate.rebuild import Difference
+from tcpstate.record import ConnectionRecord
 
 __all__ = ["Rebuilder"]
 
@@ -225,8 +227,18 @@ class Rebuilder:
                 self.records.contents[index].seal(fd)
         self._connections.rebuild(elapsed)
 
-    def compare(self) -> list[str]:
-        """Where the rebuilt connections read back otherwise than they were told; none, normally."""
+    @property
+    def tcp_ports(self) -> set[int]:
+        """The local ports of all TCP connections and listeners that were told."""
+        return {port for file in self.files if (port := file.tcp_port)}
+
+    @property
+    def connections(self) -> list[ConnectionRecord]:
+        """The connections, once they are rebuilt: what a replay must know."""
+        return self._connections.records
+
+    def compare(self) -> list[tuple[str, Difference]]:
+        """(conn-ID, difference) where the rebuilt connections read back otherwise than was told; none, normally."""
         return self._connections.compare()
 
     def release(self) -> None:

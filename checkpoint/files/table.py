@@ -318,8 +318,9 @@ class FileTable:
         return self._by_socket.get(inode)
 
     def same_file(self, view: FdView) -> list[FdView]:
-        """Every entry of the tree that is the same file (same inode, link): the ends of a pipe."""
-        return [self.entries[i] for i in self._by_file.get((view.stat.st_dev, view.stat.st_ino, view.link), [])]
+        """Every entry of the tree that is the same file (same inode, link), in the order of the entries: the ends of a pipe."""
+        same = self._by_file.get((view.stat.st_dev, view.stat.st_ino, view.link), [])
+        return [self.entries[i] for i in sorted(same)]
 
     @functools.cached_property
     def unix_sockets(self) -> dict[int, UnixSocket]:

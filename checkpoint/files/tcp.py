@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import socket
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from checkpoint.errors import BadFileRecord
 from checkpoint.files.base import FdView, OpenFile
 from checkpoint.files.listener import is_tcp
 from checkpoint.files.tcpfile import TcpFile
+from tcpstate import codec
 from tcpstate.blackhole import Blackhole
 from tcpstate.discard import discard_connections
 from tcpstate.export import export_connections, state_of
 from tcpstate.freeze import QuietState, quiet, read_originals, thaw
 from tcpstate.kernel.sockets import SO, Level
-from tcpstate.rebuild import compare, rebuild_connections, release_connections
+from tcpstate.rebuild import Difference, compare, rebuild_connections, release_connections
 from tcpstate.record import ConnectionRecord, State
 from tcpstate.rows import describe
 
@@ -27,7 +29,19 @@ if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
     from checkpoint.files.table import FileTable
 
-__all__ = ["RebuiltTcp", "TcpGroup"]
+__all__ = ["Original", "RebuiltTcp", "TcpGroup"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Original:
+    """One connection's socket as it was before the freeze: what giving it back by hand takes.
+
+    places  every (pid, fd) that it has
+    state   its own filter, mark and time-outs
+    """
+
+    places: list[tuple[int, int]]
+    state: QuietState
 
 
 class TcpGroup:
@@ -62,6 +76,17 @@ class TcpGroup:
     def connections(self) -> int:
         """How many connections there are."""
         return len(self._views)
+
+    @property
+    def ports(self) -> set[int]:
+        """The local ports of connections and listeners."""
+        return {sock.getsockname()[1] for sock in (*self._listeners, *self.established)}
+
+    def originals(self) -> bytes:
+        """What :meth:`freeze` is about to change, for a journal: by PID and descriptor, packed."""
+        states = read_originals(self.established)
+        places = [view.places for _, view in self._views]
+        return codec.pack([Original(places=p, state=s) for p, s in zip(places, states, strict=True)])
 
     @property
     def local_addresses(self) -> set[str]:
@@ -157,16 +182,21 @@ class RebuiltTcp:
         self._blackhole.ensure()
         rebuild_connections(self._records, self._socks, elapsed=elapsed)
 
-    def compare(self) -> list[str]:
-        """Differences between what was told and what the sockets read back."""
+    def compare(self) -> list[tuple[str, Difference]]:
+        """(conn-ID, difference) wherever the sockets read back otherwise than was told."""
         if not self._socks:
             return []
         found = export_connections(self._socks, read_originals(self._socks))
         return [
-            f"{told.conn_id}: {difference}"
+            (str(told.conn_id), difference)
             for told, again in zip(self._records, found, strict=True)
             for difference in compare(told, again)
         ]
+
+    @property
+    def records(self) -> list[ConnectionRecord]:
+        """The connections that were rebuilt."""
+        return list(self._records)
 
     def release(self) -> None:
         """Let them live."""

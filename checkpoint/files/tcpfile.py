@@ -18,6 +18,7 @@ from checkpoint.files.inet import Endpoint
 from checkpoint.files.listener import bind, is_tcp, new_socket
 from checkpoint.files.sockopts import SocketOptions, before_bind, give_late, give_own_filter, save
 from checkpoint.files.unix import held_outside
+from tcpstate.connid import ConnId
 from tcpstate.export import refusal, state_of
 from tcpstate.kernel.sockets import Ioctl, ioctl_int
 from tcpstate.record import ConnectionRecord, State
@@ -56,6 +57,10 @@ class TcpFile(OpenFile):
             raise ValueError("not an internet socket")
         if not self.conn_id and self.options is None:
             raise ValueError("a TCP socket with neither connection nor options")
+
+    @property
+    def tcp_port(self) -> int:
+        return ConnId.parse(self.conn_id).local_port if self.conn_id else 0
 
     @classmethod
     def examine(cls, view: FdView) -> str:

@@ -64,6 +64,8 @@ class Config:
 def main() -> int:
     """The keeper: make the namespaces, fork the init into them, wait for it."""
     config = Config(**json.loads(sys.argv[1]))
+    # It came to us across an exec; the host's commands must not have it, they would hold a pipe of the harness.
+    os.set_inheritable(config.lifetime, False)
     unshare(Clone.NEWNS | Clone.NEWUTS | Clone.NEWIPC | Clone.NEWPID | Clone.NEWNET | Clone.NEWTIME)
     # A time namespace takes its offsets only while nothing runs in it: the fork below is the first to enter.
     offsets = f"monotonic {config.uptime_offset} 0\nboottime {config.uptime_offset} 0\n"

@@ -1,0 +1,89 @@
+"""``tcpmig migrate``: a running process tree moves to another host."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import click
+
+from cli.command import command
+from cli.commands.check import report
+from cli.errors import UsageMistake
+from cli.session import Result, Session
+from migrate.run import check as check_with
+from migrate.run import migrate as move
+from migrate.source import SourceOptions, Summary
+from migrate.takeover import AddressPolicy
+from migrate.transport import DEFAULT_REMOTE_COMMAND, DEFAULT_RSH
+
+__all__ = ["migrate"]
+
+
+@command("migrate")
+@click.argument("pids", metavar="PID...", nargs=-1, required=True, type=click.IntRange(1))
+@click.argument("host")
+@click.option("--rsh", metavar="CMD", default=DEFAULT_RSH, help=f"The remote shell.  [default: {DEFAULT_RSH}]")
+@click.option(
+    "--remote-command",
+    metavar="CMD",
+    default=DEFAULT_REMOTE_COMMAND,
+    help=f"What it runs on HOST.  [default: {DEFAULT_REMOTE_COMMAND}]",
+)
+@click.option("--address", metavar="auto|none|ADDR,...", default="auto", help="Which addresses move.  [default: auto]")
+@click.option(
+    "--address-policy",
+    type=click.Choice([policy.value for policy in AddressPolicy]),
+    default=AddressPolicy.REFUSE.value,
+    help="What if others use such an address.  [default: refuse]",
+)
+@click.option("--map-dev", metavar="OLD=NEW", multiple=True, help="An interface here and the one there for its addresses.")
+@click.option("--dry-run", is_flag=True, help="Only ask both hosts whether it can be done.")
+def migrate(
+    session: Session,
+    pids: tuple[int, ...],
+    host: str,
+    rsh: str,
+    remote_command: str,
+    address: str,
+    address_policy: str,
+    map_dev: tuple[str, ...],
+    dry_run: bool,
+) -> Result:
+    """Move the process trees PID to HOST, with their connections and addresses.
+
+    Nobody who is connected to them is disconnected. Whatever goes wrong before the very last step leaves everything as
+    it was.
+    """
+    options = SourceOptions(
+        address=address,
+        policy=AddressPolicy(address_policy),
+        map_dev=dict(map(_pair, map_dev)),
+        rsh=rsh,
+        remote_command=remote_command,
+    )
+    if dry_run:
+        checked = check_with(pids, host, rsh=rsh, remote_command=remote_command, options=options)
+        return report([*checked.here, *checked.there], every=session.verbose)
+    summary = move(pids, host, rsh=rsh, remote_command=remote_command, options=options)
+    return Result(data=_fields(summary), body=list(_lines(summary, host)), outcome=summary.status)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not (old and equals and new):
+        raise UsageMistake("--map-dev wants OLD=NEW", object=text)
+    return old, new
+
+
+def _fields(summary: Summary) -> dict[str, object]:
+    # the outcome is the session's to print, beside the fields
+    return {f.name: getattr(summary, f.name) for f in dataclasses.fields(summary) if f.name != "outcome"}
+
+
+def _lines(summary: Summary, host: str) -> list[str]:
+    where = f" with {', '.join(summary.addresses)}" if summary.addresses else ""
+    lines = [
+        f"pid {summary.pid} runs on {host}{where}: {summary.connections} connections, stopped for {summary.stop_ms:.1f} ms",
+        f"{summary.bytes_sent} bytes in {summary.total_ms:.0f} ms",
+    ]
+    return lines + [f"lost: {lost.connection}: {lost.reason}" for lost in summary.lost]

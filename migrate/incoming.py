@@ -1,0 +1,140 @@
+"""Process trees on their way in: :class:`checkpoint.restore.Restore` as the target's driver wants it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from checkpoint import hostcheck
+from checkpoint.errors import FileDiffers, FileMissing, PidTaken
+from checkpoint.image.format import FrameReader
+from checkpoint.restore import Restore, first_user
+from checkpoint.verdict import Verdict, refusals
+from migrate.clock import monotonic_ns
+from migrate.messages import Comparison, Difference, Needs, PathNeed
+from migrate.parts import Arrived
+from tcpstate import codec
+from tcpstate.capture import Capture, replay
+from tcpstate.errors import TcpmigError
+from tcpstate.segment import Segment
+
+__all__ = ["IncomingTrees"]
+
+_log = logging.getLogger(__name__)
+
+_FORMATS = {
+    "regular": stat.S_IFREG,
+    "directory": stat.S_IFDIR,
+    "character": stat.S_IFCHR,
+    "block": stat.S_IFBLK,
+    "fifo": stat.S_IFIFO,
+}
+
+
+class IncomingTrees:
+    """See :class:`migrate.parts.Incoming` for the order of calls."""
+
+    def __init__(self) -> None:
+        self._restore = Restore()
+        self._executor = ThreadPoolExecutor(1)
+        self._reader = FrameReader(executor=self._executor)
+        self._capture: Capture | None = None
+
+    # -- the image ------------------------------------------------------------------------------------------------
+
+    def buffer(self) -> memoryview:
+        """Where the next bytes of the image go."""
+        return self._reader.buffer()
+
+    def received(self, count: int) -> object:
+        """They have come: build what can be built."""
+        for frame in self._reader.received(count):
+            self._restore.apply(frame)
+        return None
+
+    # -- the steps ------------------------------------------------------------------------------------------------
+
+    def check(self, needs: Needs, options: dict[str, str]) -> list[Verdict]:
+        """A verdict on this host, and on every PID and path."""
+        found = refusals(hostcheck.check())
+        for tree in needs.trees:
+            taken = first_user(tree.tids)
+            found.append(
+                Verdict(subject=f"pid {tree.root}", kind="process", text=f"{len(tree.tids)} numbers are free")
+                if taken is None
+                else Verdict.refuse(
+                    PidTaken(f"the number is in use by {taken[1]}", object=f"pid {taken[0]}"), "process"
+                )
+            )
+        return found + [_judge(need) for need in needs.paths]
+
+    def rebuild(self, elapsed: Callable[[], float]) -> Comparison:
+        """Everything stands in repair."""
+        self._reader.close()
+        ports = self._restore.ports
+        if ports:
+            # before the address comes: what arrives between its coming and the release is kept
+            self._capture = Capture(ports=ports)
+            self._capture.start()
+        differences = tuple(
+            Difference(connection=connection, item=d.what, sent=str(d.expected), found=str(d.found))
+            for connection, d in self._restore.prepare(elapsed=elapsed())
+        )
+        return Comparison(connections=len(self._restore.connections), differences=differences)
+
+    def keep(self) -> None:
+        """The processes outlive this program."""
+        self._restore.survive()
+
+    def release(self) -> None:
+        """Connections send and answer."""
+        self._restore.release()
+
+    def replay(self, segments: Sequence[bytes]) -> None:
+        """What the source captured, then what was captured here."""
+        arrived = [codec.unpack(Segment, segment) for segment in segments]
+        if self._capture is not None:
+            arrived += self._capture.segments()
+        replay(arrived, self._restore.connections)
+
+    def run(self) -> Arrived:
+        """Let them go."""
+        pids = self._restore.run()
+        return Arrived(pids=pids, released_ns=monotonic_ns())
+
+    def discard(self) -> None:
+        """Nothing is left."""
+        self._restore.abort()
+
+    def hold(self) -> None:
+        """Everything stays as it is."""
+        _log.warning("processes are held as they are: %s", " ".join(map(str, self._restore.stubs)) or "none")
+
+    def close(self) -> None:
+        """Captures, threads, descriptors."""
+        if self._capture is not None:
+            self._capture.close()
+        self._restore.close()
+        self._executor.shutdown()
+
+
+def _judge(need: PathNeed) -> Verdict:
+    """Whether a path leads here to what it led to at the source."""
+
+    def refuse(error: TcpmigError) -> Verdict:
+        return Verdict.refuse(error, f"{need.kind} file" if need.kind != "directory" else need.kind)
+
+    try:
+        found = os.stat(need.path)
+    except OSError as error:
+        return refuse(FileMissing(f"it is not here: {error.strerror}", object=need.path))
+    if stat.S_IFMT(found.st_mode) != _FORMATS.get(need.kind, stat.S_IFMT(found.st_mode)):
+        return refuse(FileDiffers(f"it is not a {need.kind} file here", object=need.path))
+    if need.size is not None and found.st_size != need.size:
+        return refuse(FileDiffers(f"it has {found.st_size} bytes here, {need.size} at the source", object=need.path))
+    if need.mtime_ns is not None and found.st_mtime_ns != need.mtime_ns:
+        return refuse(FileDiffers("it was modified at another time than at the source", object=need.path))
+    return Verdict(subject=need.path, kind=need.kind)

@@ -1,0 +1,187 @@
+"""Process trees on their way out: :class:`checkpoint.dump.Dump` as the source's driver wants it.
+
+Two captures run.  From ``prepare`` on one keeps the SYNs that the listeners drop; from ``freeze`` on another keeps
+every segment for the moved ports, until ``close``: peers send here until they have heard where the address has gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from checkpoint import preflight, procfs
+from checkpoint.dump import Dump
+from checkpoint.errors import NoSuchProcess
+from checkpoint.files.base import FdView
+from checkpoint.files.content import DELETED
+from checkpoint.files.tcp import TcpGroup
+from checkpoint.image.format import FrameWriter, page_frames
+from checkpoint.image.frames import Kind
+from checkpoint.memory.vma import read_maps
+from migrate.messages import Needs, PathNeed, TreeNeed
+from migrate.parts import NoteWriter
+from migrate.wire import ImageWriter
+from tcpstate import codec
+from tcpstate.capture import Capture
+from tcpstate.connid import ConnId
+from tcpstate.rows import describe
+
+__all__ = ["OutgoingTrees"]
+
+_log = logging.getLogger(__name__)
+
+_AHEAD = 2  # page frames whose digests are computed while another is sent
+_ANYWHERE = frozenset({"0.0.0.0", "::"})
+_KINDS = {
+    stat.S_IFREG: "regular",
+    stat.S_IFDIR: "directory",
+    stat.S_IFCHR: "character",
+    stat.S_IFBLK: "block",
+    stat.S_IFIFO: "fifo",
+}
+
+
+class OutgoingTrees:
+    """The trees that begin at ``roots``. See :class:`migrate.parts.Outgoing` for the order of calls."""
+
+    def __init__(self, roots: Sequence[int]) -> None:
+        self._roots = tuple(roots)
+        self._dump = Dump(roots)
+        self._writer = FrameWriter()
+        self._syns: Capture | None = None
+        self._segments: Capture | None = None
+
+    def needs(self) -> Needs:
+        """What has to be true at the target; raises the first refusal."""
+        self._dump.prepare()
+        members = preflight.pids(self._roots)
+        with preflight.live_files(members) as files:
+            group = TcpGroup(files)
+            names = [describe(sock) for sock in group.established]
+            bound = {sock.getsockname()[0].partition("%")[0].removeprefix("::ffff:") for sock in group.listeners}
+            paths = {need.path: need for need in _paths(members, files.entries)}
+        peers = {ConnId.parse(name).peer.partition("%")[0] for name in names if name.startswith("tcp:")}
+        used = {address.partition("%")[0] for address in group.local_addresses} | (bound - _ANYWHERE)
+        return Needs(
+            trees=tuple(_tree(root) for root in self._roots),
+            paths=tuple(paths.values()),
+            used_addresses=tuple(sorted(used)),
+            peers=tuple(sorted(peers)),
+            connections=len(names),
+            memory=sum(map(_resident, members)),
+        )
+
+    def prepare(self) -> None:
+        """New connections are held off and captured."""
+        members = preflight.pids(self._roots)
+        with preflight.live_files(members) as files:
+            ports = {sock.getsockname()[1] for sock in TcpGroup(files).listeners}
+        if ports:
+            self._syns = Capture(syn_only=True, ports=ports)
+            self._syns.start()
+        self._dump.hold_off()
+
+    def stop(self) -> None:
+        """Everything stands still."""
+        self._dump.stop()
+
+    def send(self, image: ImageWriter) -> None:
+        """Skeleton and pages."""
+        image.write(self._writer.begin())
+        for kind, record in self._dump.skeleton():
+            image.write(self._writer.frame(kind, record))
+        image.flush()
+        with ThreadPoolExecutor(1) as executor:
+            for frame in page_frames(self._writer, self._dump.pages(buffers=_AHEAD + 2), executor, _AHEAD):
+                image.write(frame)
+
+    def freeze(self, image: ImageWriter, moved: Sequence[str], note: NoteWriter) -> int:
+        """Connections, and the end of the image."""
+        if self._dump.ports:
+            self._segments = Capture(ports=self._dump.ports)
+            self._segments.start()
+        self._dump.freeze(moved, note=lambda originals: note("connections", originals))
+        image.write(self._writer.frame(Kind.FILES_DELTA, self._dump.delta()))
+        image.write(self._writer.end())
+        for warning in self._dump.warnings:
+            _log.warning("%s", warning)
+        return self._dump.exported_ns
+
+    @property
+    def connections(self) -> int:
+        """How many move."""
+        return self._dump.connections
+
+    def segments(self) -> Sequence[bytes]:
+        """Captured since the last call, packed."""
+        found = []
+        for capture in (self._syns, self._segments):
+            if capture is not None:
+                found += [codec.pack(segment) for segment in capture.segments()]
+        return found
+
+    def resume(self) -> None:
+        """Everything as it was; what was captured is delivered here."""
+        arrived = [s for c in (self._syns, self._segments) if c is not None for s in c.segments()]
+        self._dump.resume(arrived)
+
+    def hold(self) -> None:
+        """In doubt: stopped and silent, also after this program has ended."""
+        self._dump.hold()
+
+    def discard(self) -> None:
+        """The originals end."""
+        self._dump.discard()
+
+    def close(self) -> None:
+        """The captures, and what else is open."""
+        for capture in (self._syns, self._segments):
+            if capture is not None:
+                capture.close()
+        self._dump.close()
+
+
+def _tree(root: int) -> TreeNeed:
+    pids = preflight.pids([root])
+    tids = []
+    for pid in pids:
+        with contextlib.suppress(NoSuchProcess):
+            tids += procfs.threads(pid)
+    return TreeNeed(root=root, pids=tuple(pids), tids=tuple(tids), command=procfs.read_stat(root).comm)
+
+
+def _resident(pid: int) -> int:
+    """Bytes of memory that the process has in use; 0 if it has ended."""
+    try:
+        return int(procfs.read_status(pid).get("VmRSS", "0 kB").split()[0]) << 10
+    except NoSuchProcess:
+        return 0
+
+
+def _paths(members: Sequence[int], views: Sequence[FdView]) -> Iterator[PathNeed]:
+    """The files that must be at the target, those that are written last: they win over a second, read-only mention."""
+    for pid in members:
+        with contextlib.suppress(NoSuchProcess, OSError):
+            yield _need(os.readlink(f"/proc/{pid}/cwd"), os.stat(f"/proc/{pid}/cwd"), writable=False)
+            for path in {vma.name for vma in read_maps(pid) if vma.name.startswith("/")}:
+                if not path.endswith(DELETED) and os.path.exists(path):
+                    yield _need(path, os.stat(path), writable=False)
+    for view in sorted(views, key=lambda v: v.access.writes):
+        if view.link.startswith("/") and not view.link.endswith(DELETED) and stat.S_IFMT(view.stat.st_mode) in _KINDS:
+            yield _need(view.link, view.stat, writable=view.access.writes)
+
+
+def _need(path: str, found: os.stat_result, *, writable: bool) -> PathNeed:
+    kind = _KINDS[stat.S_IFMT(found.st_mode)]
+    exact = kind == "regular" and not writable
+    return PathNeed(
+        path=path,
+        kind=kind,
+        size=found.st_size if exact else None,
+        mtime_ns=found.st_mtime_ns if exact else None,
+        writable=writable,
+    )

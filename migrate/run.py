@@ -1,0 +1,51 @@
+"""A migration as a whole, put together from its parts: what the commands call."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from migrate.incoming import IncomingTrees
+from migrate.outgoing import OutgoingTrees
+from migrate.source import Checked, Source, SourceOptions, Summary
+from migrate.target import Received, Target
+from migrate.transport import DEFAULT_REMOTE_COMMAND, DEFAULT_RSH, Remote
+from migrate.wire import Channel
+
+__all__ = ["check", "migrate", "receive"]
+
+
+def migrate(
+    roots: Sequence[int],
+    host: str,
+    *,
+    rsh: str = DEFAULT_RSH,
+    remote_command: str = DEFAULT_REMOTE_COMMAND,
+    options: SourceOptions | None = None,
+) -> Summary:
+    """Move the process trees at ``roots`` to ``host``. Raises the TcpmigError that ended it; see
+    :meth:`migrate.source.Source.run`."""
+    with Remote(host, rsh=rsh, remote_command=remote_command) as remote:
+        return Source(OutgoingTrees(roots), remote, options).run()
+
+
+def check(
+    roots: Sequence[int],
+    host: str,
+    *,
+    rsh: str = DEFAULT_RSH,
+    remote_command: str = DEFAULT_REMOTE_COMMAND,
+    options: SourceOptions | None = None,
+) -> Checked:
+    """Could they be moved? Both hosts are asked; nothing is stopped or changed. Raises the first refusal."""
+    with Remote(host, rsh=rsh, remote_command=remote_command) as remote:
+        return Source(OutgoingTrees(roots), remote, options).check()
+
+
+def receive() -> Received | None:
+    """The target's half, on our standard input and output; what is printed from now on goes to standard error."""
+    sys.stdout.flush()
+    line = os.dup(1)
+    os.dup2(2, 1)
+    return Target(IncomingTrees(), Channel(0, line, listens=False)).run()
