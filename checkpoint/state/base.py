@@ -103,7 +103,7 @@ class ProcessView:
         return self.tasks[0].thread.pending(shared=True) + self.kept_back(0)
 
     def kept_back(self, tid: int) -> list[bytes]:
-        """siginfo of a pending signal that stopped the injected code, and so is in no queue; of a thread, 0: process."""
+        """siginfo of a signal that stopped the injected code, and so is in no queue; of a thread, 0: of the process."""
         return [self.foreign[tid]] if tid in self.foreign else []
 
     def timer_pending(self, timer: int) -> bool:

@@ -5,16 +5,12 @@ Capture, of a stopped process, with one run of injected calls for all its thread
     with Injection(process) as injection:
         state = table.capture(process, injection)
 
-Rebuilding, when the process has its memory, its files and all its threads::
+Rebuilding, when the process has its memory and its files, but not yet its threads::
 
-    tasks = [TaskBuilder(pid=stub.pid, tid=thread.tid, warn=warn, elapsed=elapsed) for thread in stub.threads]
-    table.rebuild(state, tasks)
-    stub.run_all({task.tid: task.calls for task in tasks})
-    for task in tasks:
-        task.run_outside()
+    build(stub, state, warn=warn, elapsed=elapsed)
     ...                             # whatever else is to be done inside
     stub.leave()
-    table.install(stub, state)      # registers, blocked signals; nothing can be run inside afterwards
+    install(stub, state)            # registers, blocked signals; nothing can be run inside afterwards
 
 A kind is added by a module with its class and one line here.
 """
@@ -22,11 +18,11 @@ A kind is added by a module with its class and one line here.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from checkpoint.errors import StateUnreadable
+from checkpoint.errors import StateRefused, StateUnreadable
 from checkpoint.kernel.signals import tgkill
 from checkpoint.state import clocks, pending, registers
 from checkpoint.state.addresses import ClearChildTid, RestartableSequences, RobustList
@@ -56,28 +52,36 @@ from tcpstate.kernel.calls import CallError
 
 if TYPE_CHECKING:
     from checkpoint.inject import Injection
+    from checkpoint.spawn import Stub
     from checkpoint.tracee import Process
 
 __all__ = [
+    "FIRST_STATES",
     "PROCESS_STATES",
     "THREAD_STATES",
     "ProcessState",
     "ThreadState",
+    "build",
     "capture",
     "install",
-    "rebuild",
+    "rebuild_first",
     "rebuild_process",
     "rebuild_thread",
 ]
 
 S = TypeVar("S", bound=State)
 
+#: of a process, rebuilt while it has one thread only
+FIRST_STATES: Final[tuple[type[State], ...]] = (
+    Membarrier,  # with several threads each registration takes an RCU grace period, 2 to 15 ms
+)
+
 #: of a process, rebuilt in its first thread before the states of the threads
 PROCESS_STATES: Final[tuple[type[State], ...]] = (
+    *FIRST_STATES,
     Filesystem,
     ChildSubreaper,
     MemorySwitches,
-    Membarrier,
     SignalHandlers,  # before any signal is pending: setting SIG_IGN throws pending ones away
     IntervalTimers,
     PosixTimers,  # when all threads exist: a timer may signal one of them
@@ -188,7 +192,7 @@ def capture(process: Process, injection: Injection) -> ProcessState:
     try:
         injection.run({task.tid: task.calls for task in view.tasks})
     except CallError as error:
-        raise StateUnreadable(f"cannot {error.label}: {error.strerror}", object=f"pid {process.pid}") from error
+        raise StateUnreadable(f"cannot {error.label}: {os.strerror(error.errno or 0)}", object=f"pid {process.pid}") from error
     now = clocks.read(process.pid)
     view.foreign = injection.foreign
     return ProcessState(
@@ -223,27 +227,53 @@ def _end(begun: _Begun) -> State:
     raise RuntimeError("a capture yields once")
 
 
-def rebuild(state: ProcessState, tasks: Sequence[TaskBuilder]) -> None:
-    """Queue the whole state of a process: one task per thread, in the order of ``state.threads``."""
-    rebuild_process(state, tasks[0])
-    for thread, task in zip(state.threads, tasks, strict=True):
-        rebuild_thread(thread, task)
+def rebuild_first(state: ProcessState, task: TaskBuilder) -> None:
+    """Queue what is to be done while the process has one thread only."""
+    for kind in FIRST_STATES:
+        state.get(kind).rebuild(task)
 
 
 def rebuild_process(state: ProcessState, task: TaskBuilder) -> None:
     """Queue the states of the process in the task of its first thread. All threads exist."""
-    index = _index(state.states, PROCESS_STATES, f"process {state.pid}")
     for kind in PROCESS_STATES:
-        index[kind].rebuild(task)
+        if kind not in FIRST_STATES:
+            state.get(kind).rebuild(task)
 
 
 def rebuild_thread(state: ThreadState, task: TaskBuilder) -> None:
     """Queue the states of one thread; those of the process come before in its first thread's task."""
-    index = _index(state.states, THREAD_STATES, f"thread {state.tid}")
     for kind in THREAD_STATES:
-        index[kind].rebuild_privileged(task)
+        state.get(kind).rebuild_privileged(task)
     for kind in THREAD_STATES:
-        index[kind].rebuild(task)
+        state.get(kind).rebuild(task)
+
+
+def build(stub: Stub, state: ProcessState, *, warn: Callable[[str], None], elapsed: int = 0) -> None:
+    """Give a stub its threads, with their numbers, and all state but the registers.
+
+    warn     told of whatever will differ from the original
+    elapsed  nanoseconds since the capture, at this moment, as measured by the caller
+
+    StateRefused if the kernel refuses a call, PidTaken, SpawnFailed, TimerOutOfReach, MachineForeign.
+    """
+    first = TaskBuilder(pid=stub.pid, tid=stub.pid, warn=warn, elapsed=elapsed)
+    rebuild_first(state, first)
+    _run(stub, [first])
+    stub.clone_threads([thread.tid for thread in state.threads[1:]])
+    tasks = [TaskBuilder(pid=stub.pid, tid=thread.tid, warn=warn, elapsed=elapsed) for thread in stub.threads]
+    rebuild_process(state, tasks[0])
+    for thread, task in zip(state.threads, tasks, strict=True):
+        rebuild_thread(thread, task)
+    _run(stub, tasks)
+
+
+def _run(stub: Stub, tasks: Sequence[TaskBuilder]) -> None:
+    try:
+        stub.run_all({task.tid: task.calls for task in tasks if len(task.calls)})
+    except CallError as error:
+        raise StateRefused(f"cannot {error.label}: {os.strerror(error.errno or 0)}", object=f"pid {stub.pid}") from error
+    for task in tasks:
+        task.run_outside()
 
 
 def install(process: Process, state: ProcessState) -> None:

@@ -23,7 +23,7 @@ from checkpoint.memory.vma import PAGE
 from checkpoint.spawn import Stub, spawn_stub
 from checkpoint.state import table
 from checkpoint.state.addresses import RestartableSequences
-from checkpoint.state.base import State, TaskBuilder, kind_of
+from checkpoint.state.base import State, kind_of
 from checkpoint.state.comm import Comm
 from checkpoint.state.credentials import Credentials
 from checkpoint.state.filesystem import Filesystem
@@ -97,16 +97,6 @@ def give_memory(stub: Stub, state: ProcessState) -> None:
         stub.run(calls)
 
 
-def give_state(stub: Stub, state: ProcessState, warnings: list[str], elapsed: int) -> None:
-    tasks = [TaskBuilder(pid=stub.pid, tid=t.tid, warn=warnings.append, elapsed=elapsed) for t in stub.threads]
-    table.rebuild(state, tasks)
-    stub.run_all({task.tid: task.calls for task in tasks})
-    for task in tasks:
-        task.run_outside()
-    stub.leave()
-    table.install(stub, state)
-
-
 def move(pid: int) -> Moved:
     """End the process, and give a stub with its numbers its state."""
     tree = Tree.stop([pid])
@@ -122,10 +112,11 @@ def move(pid: int) -> Moved:
     warnings: list[str] = []
     stub = spawn_stub(pid, avoid)
     try:
-        stub.clone_threads([thread.tid for thread in before.threads[1:]])
         give_memory(stub, before)
         begun = time.monotonic_ns()
-        give_state(stub, before, warnings, begun - captured)
+        table.build(stub, before, warn=warnings.append, elapsed=begun - captured)
+        stub.leave()
+        table.install(stub, before)
         rebuilt = time.monotonic_ns()
         stub.seccomp_suspended = True  # by the options that stubs are seized with
         stub.note()
