@@ -36,7 +36,7 @@ __all__ = ["migrate"]
     default=AddressPolicy.REFUSE.value,
     help="What if others use such an address.  [default: refuse]",
 )
-@click.option("--map-dev", metavar="OLD=NEW", multiple=True, help="An interface here and the one there for its addresses.")
+@click.option("--map-dev", metavar="OLD=NEW", multiple=True, help="Interface OLD's addresses go to NEW there.")
 @click.option("--dry-run", is_flag=True, help="Only ask both hosts whether it can be done.")
 def migrate(
     session: Session,
@@ -82,8 +82,9 @@ def _fields(summary: Summary) -> dict[str, object]:
 
 def _lines(summary: Summary, host: str) -> list[str]:
     where = f" with {', '.join(summary.addresses)}" if summary.addresses else ""
+    moved = f"{summary.connections} connections, stopped for {summary.stop_ms:.1f} ms"
     lines = [
-        f"pid {summary.pid} runs on {host}{where}: {summary.connections} connections, stopped for {summary.stop_ms:.1f} ms",
+        f"pid {summary.pid} runs on {host}{where}: {moved}",
         f"{summary.bytes_sent} bytes in {summary.total_ms:.0f} ms",
     ]
     return lines + [f"lost: {lost.connection}: {lost.reason}" for lost in summary.lost]

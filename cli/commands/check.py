@@ -1,0 +1,80 @@
+"""``tcpmig check``: what would become of it? Nothing is stopped or changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import click
+
+from checkpoint import hostcheck, preflight
+from checkpoint.verdict import Status, Verdict, refusals
+from cli.command import command
+from cli.errors import UsageMistake
+from cli.session import Result, Session, Table
+from tcpstate.errors import Outcome
+
+__all__ = ["check", "report"]
+
+_STYLES = {"ok": "green", "warn": "yellow", "refuse": "bold red"}
+
+
+@command("check")
+@click.argument("pids", metavar="[PID]...", nargs=-1, type=click.IntRange(1))
+@click.option("--to", "host", metavar="HOST", help="Ask the target of a migration, too.")
+@click.option("--rsh", metavar="CMD", help="With --to: the remote shell.  [default: ssh]")
+@click.option("--remote-command", metavar="CMD", help="With --to: what it runs there.  [default: tcpmig receive]")
+@click.option("--address", metavar="auto|none|ADDR,...", default="auto", help="With --to: which addresses would move.")
+def check(
+    session: Session, pids: tuple[int, ...], host: str | None, rsh: str | None, remote_command: str | None, address: str
+) -> Result:
+    """Can this host do it, and can the process trees PID be moved? One verdict per item, those that are fine with -v.
+
+    Nothing is stopped or changed. Exit status 3 if anything is refused.
+    """
+    if host is not None and not pids:
+        raise UsageMistake("--to wants the PID of what would move")
+    found = hostcheck.check()
+    if pids:
+        found += preflight.check(pids)
+    if host is not None and not refusals(found):
+        found += _of_target(pids, host, rsh, remote_command, address)
+    return report(found, every=session.verbose)
+
+
+def _of_target(
+    pids: Sequence[int], host: str, rsh: str | None, remote_command: str | None, address: str
+) -> list[Verdict]:
+    """What the addresses and the target have to say; raises the first refusal."""
+    from migrate.run import check as ask
+    from migrate.source import SourceOptions
+    from migrate.transport import DEFAULT_REMOTE_COMMAND, DEFAULT_RSH
+
+    checked = ask(
+        pids,
+        host,
+        rsh=rsh or DEFAULT_RSH,
+        remote_command=remote_command or DEFAULT_REMOTE_COMMAND,
+        options=SourceOptions(address=address),
+    )
+    return [*checked.here, *checked.there]
+
+
+def report(found: Sequence[Verdict], *, every: bool) -> Result:
+    """The verdicts as the result of a command; ``every``: those that are fine, too."""
+    refused = refusals(found)
+    data: dict[str, object] = {"verdicts": list(found)}
+    if refused:
+        # what a caller finds in any failure
+        first = refused[0]
+        data |= {"code": first.code, "message": first.text, "object": first.subject, "fix": first.fix}
+    count = Counter(verdict.status for verdict in found)
+    summary = f"{count[Status.OK]} ok, {count[Status.WARN]} with a warning, {count[Status.REFUSE]} refused"
+    shown = [verdict for verdict in found if every or verdict.status is not Status.OK]
+    rows = [[v.status.value, v.subject, v.kind, v.code, " ".join(filter(None, [v.text, v.fix]))] for v in shown]
+    table = Table(columns=["verdict", "what", "kind", "code", ""], rows=rows, styles=_STYLES)
+    return Result(
+        data=data,
+        body=[table, summary] if rows else [summary],
+        outcome=Outcome.REFUSED if refused else Outcome.DONE,
+    )
