@@ -78,6 +78,8 @@ class Dump:
         self._layouts: dict[int, MemoryLayout] = {}
         self._states: dict[int, ProcessState] = {}
         self._collecting = gc.isenabled()
+        #: how many TCP connections the trees hold, once they are stopped
+        self.connections = 0
         #: CLOCK_MONOTONIC, nanoseconds: first thread stopped; connections exported
         self.stopped_ns = 0
         self.exported_ns = 0
@@ -169,6 +171,7 @@ class Dump:
             raise TreeChanged(f"{error.message} [{error.code}]", object=error.object) from error
         self.warnings += self._table.warnings
         self._group = TcpGroup(self._table)
+        self.connections = self._group.connections
 
     # -- what is sent ---------------------------------------------------------------------------------------------
 
@@ -219,11 +222,6 @@ class Dump:
                     yield PageRun(space=Space.CONTENT, id=index, runs=runs, data=memoryview(data))
         for process in self._tree.processes:
             yield from pages.read(process, self._layouts[process.pid], buffers=buffers)
-
-    @property
-    def connections(self) -> int:
-        """How many TCP connections the trees hold."""
-        return 0 if self._group is None else self._group.connections
 
     @property
     def connection_addresses(self) -> set[str]:

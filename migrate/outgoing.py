@@ -64,8 +64,9 @@ class OutgoingTrees:
             names = [describe(sock) for sock in group.established]
             bound = {sock.getsockname()[0].partition("%")[0].removeprefix("::ffff:") for sock in group.listeners}
             paths = {need.path: need for need in _paths(members, files.entries)}
+            local = group.local_addresses
         peers = {ConnId.parse(name).peer.partition("%")[0] for name in names if name.startswith("tcp:")}
-        used = {address.partition("%")[0] for address in group.local_addresses} | (bound - _ANYWHERE)
+        used = {address.partition("%")[0] for address in local} | (bound - _ANYWHERE)
         return Needs(
             trees=tuple(_tree(root) for root in self._roots),
             paths=tuple(paths.values()),

@@ -12,8 +12,8 @@ congestion window: a lost segment would then wait for a retransmission timeout o
 release instead, and a peer that has it already acknowledges at once.  Beyond the congestion window that would deadlock
 (an ACK of what we have not sent again yet is ignored), so there it is queued as sent.
 
-Between rebuild and release the sockets carry the freeze's mark, so that their timers send nothing: keep a
-:func:`tcpstate.freeze.blackhole` in this network namespace.
+Between rebuild and release the sockets are as quiet as frozen ones: the filter drops what arrives (the capture has it),
+and their timers send nothing, as long as there is a :func:`tcpstate.freeze.blackhole` in this network namespace.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tcpstate import options
-from tcpstate.errors import QueueNotRestored, UnsupportedState
-from tcpstate.export import advance, supported
+from tcpstate.errors import ConnectionCallFailed, QueueNotRestored, UnsupportedState
+from tcpstate.export import advance, export_connections, supported
 from tcpstate.filters import give_filter
-from tcpstate.freeze import MARK
+from tcpstate.freeze import MARK, Gate, QuietState, shut
 from tcpstate.kernel.columns import Rows
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import IP, IPV6, SO, BufferLock, Level, pack_address
@@ -39,7 +39,7 @@ from tcpstate.record import ConnectionRecord, Family
 from tcpstate.rows import failures
 from tcpstate.segment import SEQ_MASK
 
-__all__ = ["Difference", "compare", "rebuild_connections", "release_connections"]
+__all__ = ["Difference", "compare", "read_back", "rebuild_connections", "release_connections"]
 
 #: room beside a queue's bytes in its buffer: the kernel counts its own bookkeeping
 _BUFFER_SLACK = 64 << 10
@@ -181,6 +181,7 @@ def _connect(
     rows.setsockopt(fd, Level.TCP, TCP.USER_TIMEOUT, USER_TIMEOUT_MAX)
     with failures(socks, names):
         rows.run()
+        shut(socks)
 
 
 def _buffer(reported: int, queue: bytes) -> int:
@@ -294,6 +295,12 @@ def release_connections(socks: Sequence[socket.socket], records: Sequence[Connec
     rows.setsockopt(fd, Level.TCP, TCP.REPAIR, rows.u32(leave), label="leaving repair mode")
     with failures(socks, names):
         rows.run()
+    for sock, record in zip(socks, records, strict=True):
+        try:
+            give_filter(sock, record.filter)
+        except OSError as error:
+            what = f"giving its filter back: {error.strerror}"
+            raise ConnectionCallFailed(what, object=str(record.conn_id)) from None
     for sock, record, count, delay_off in zip(socks, records, again, nodelay, strict=True):
         if count:
             _put(sock, memoryview(record.send_queue)[:count], record)
@@ -342,8 +349,6 @@ def _give_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecor
         numbers, data = [r.options for r in records], [r.option_data for r in records]
         options.give(socks, numbers, data, Stage.RELEASED, skip=_OWN_HANDS)
     for sock, record in zip(socks, records, strict=True):
-        if record.filter:
-            give_filter(sock, record.filter)
         if record.filter_locked:
             sock.setsockopt(Level.SOCKET, SO.LOCK_FILTER, 1)
 
@@ -375,6 +380,25 @@ class Difference:
 
     def __str__(self) -> str:
         return f"{self.what}: expected {self.expected!r}, found {self.found!r}"
+
+
+def read_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> list[ConnectionRecord]:
+    """Export rebuilt connections that are not released yet, to be compared with their records."""
+    states = [
+        QuietState(
+            filter=record.filter,
+            filter_locked=record.filter_locked,
+            mark=_number(record, "so.mark"),
+            user_timeout=_number(record, "tcp.user_timeout"),
+            keepalive=bool(_number(record, "so.keepalive")),
+            reuse_address=record.reuse_address,
+            minimum_ttl=_number(record, "ip.minttl"),
+            minimum_hops=_number(record, "ipv6.minhopcount"),
+            gate=Gate.FILTER,
+        )
+        for record in records
+    ]
+    return export_connections(socks, states)
 
 
 def compare(record: ConnectionRecord, found: ConnectionRecord) -> list[Difference]:

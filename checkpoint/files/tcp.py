@@ -21,7 +21,7 @@ from tcpstate.discard import discard_connections
 from tcpstate.export import export_connections, state_of
 from tcpstate.freeze import QuietState, quiet, read_originals, thaw
 from tcpstate.kernel.sockets import SO, Level
-from tcpstate.rebuild import Difference, compare, rebuild_connections, release_connections
+from tcpstate.rebuild import Difference, compare, read_back, rebuild_connections, release_connections
 from tcpstate.record import ConnectionRecord, State
 from tcpstate.rows import describe
 
@@ -186,7 +186,7 @@ class RebuiltTcp:
         """(conn-ID, difference) wherever the sockets read back otherwise than was told."""
         if not self._socks:
             return []
-        found = export_connections(self._socks, read_originals(self._socks))
+        found = read_back(self._socks, self._records)
         return [
             (str(told.conn_id), difference)
             for told, again in zip(self._records, found, strict=True)
