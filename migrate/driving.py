@@ -45,5 +45,5 @@ def logged(what: str) -> Iterator[None]:
     """An error in here is told and does not change the outcome."""
     try:
         yield
-    except (TcpmigError, OSError) as error:
-        _log.warning("%s failed: %s", what, error)
+    except Exception as error:  # a defect too must not keep the rest from being done
+        _log.warning("%s failed: %s", what, error, exc_info=not isinstance(error, TcpmigError | OSError))

@@ -1,8 +1,8 @@
 """The target's half of a migration: `tcpmig receive`.
 
 Until the release begins, every failure ends in :meth:`Target._undo`: nothing stays on this host, that is journalled,
-and then the source is told.  From the release on there is only forward: a line that is cut does not stop it, and a failure
-leaves everything held (STUCK).
+and then the source is told.  From the release on there is only forward: a line that is cut does not stop it, and a
+failure leaves everything held (STUCK).
 """
 
 from __future__ import annotations

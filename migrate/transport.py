@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from migrate.errors import LinkLost, LinkSilent, NotTcpmig, RemoteStartFailed, RshSyntax
+from migrate.errors import InDoubt, LinkLost, LinkSilent, NotTcpmig, RemoteStartFailed, RshSyntax
 from migrate.messages import Message
 from migrate.wire import SILENCE, Channel
 from tcpstate.errors import TcpmigError
@@ -36,6 +36,8 @@ DEFAULT_REMOTE_COMMAND = "tcpmig receive"
 CONNECT_WAIT = 60.0
 #: seconds that the child gets to end by itself, and again after SIGTERM
 END_WAIT = 3.0
+#: seconds that a child whose line broke gets to say why
+LAST_WORDS_WAIT = 0.2
 #: lines of the child's standard error that an error message shows
 LAST_LINES = 4
 STDERR_ROOM = 1 << 16
@@ -127,8 +129,8 @@ class Remote:
 
     def explain(self, error: TcpmigError) -> TcpmigError:
         """The same error, with what the remote shell said last, if it was the line that broke."""
-        if isinstance(error, LinkLost | LinkSilent) and not error.object:
-            self._ended(0.2)
+        if isinstance(error, LinkLost | LinkSilent | InDoubt):
+            self._ended(LAST_WORDS_WAIT)
             error.object = self.host
             error.message += self.last_words
         return error
