@@ -37,10 +37,10 @@ class NumaPolicy(State):
         # ENOSYS from kernels without NUMA. The kernel takes one bit fewer than it is told.
         known = task.calls.call(SYS.get_mempolicy, mode, mask, _NODES + 1, 0, 0, ignore=True)
         yield
-        if not known.ok:
+        if not known.ok or mode.u32() == MemoryPolicy.DEFAULT:
             return cls(mode=MemoryPolicy.DEFAULT, nodes=())
         bits = int.from_bytes(mask.bytes(), "little")
-        return cls(mode=mode.u32(), nodes=tuple(node for node in range(_NODES) if bits >> node & 1))
+        return cls(mode=mode.u32(), nodes=tuple(node for node in range(bits.bit_length()) if bits >> node & 1))
 
     def rebuild(self, task: TaskBuilder) -> None:
         if self.mode == MemoryPolicy.DEFAULT:

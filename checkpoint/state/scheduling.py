@@ -22,7 +22,6 @@ from checkpoint.kernel.sched import (
     Policy,
     SchedAttr,
     SchedFlag,
-    get_attributes,
     online_cpus,
     set_attributes,
     set_io_priority,
@@ -75,7 +74,7 @@ class Scheduling(State):
         yield
         attr = SchedAttr.unpack(room.bytes())
         # The kernel shows a slice also where it is only this host's default, which our own thread has as well.
-        own_slice = attr.policy in _FAIR and attr.runtime != get_attributes(0).runtime
+        own_slice = attr.policy in _FAIR and attr.runtime != task.view.default_slice
         return cls(
             policy=Policy(attr.policy),
             nice=NICE_OFFSET - nice.value,

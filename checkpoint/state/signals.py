@@ -70,14 +70,16 @@ class SignalHandlers(State):
     @classmethod
     def capture(cls, task: TaskView) -> Capture[Self]:
         room = task.calls.room(SIGACTION_SIZE * len(_CATCHABLE))
-        places = [room + SIGACTION_SIZE * i for i in range(len(_CATCHABLE))]
-        for number, place in zip(_CATCHABLE, places, strict=True):
-            task.calls.call(SYS.rt_sigaction, number, 0, place, SIGSET_SIZE, label=f"read the handler of {number}")
+        call = task.calls.call
+        for i, number in enumerate(_CATCHABLE):
+            call(SYS.rt_sigaction, number, 0, room + SIGACTION_SIZE * i, SIGSET_SIZE, label="read a signal handler")
         yield
         found = []
-        for number, place in zip(_CATCHABLE, places, strict=True):
-            a = Sigaction.unpack(place.bytes(SIGACTION_SIZE))
-            if a != _DEFAULT:
+        actions, default = room.bytes(), _DEFAULT.pack()
+        for i, number in enumerate(_CATCHABLE):
+            data = actions[SIGACTION_SIZE * i : SIGACTION_SIZE * (i + 1)]
+            if data != default:
+                a = Sigaction.unpack(data)
                 found.append(Handler(signal=number, handler=a.handler, flags=a.flags, restorer=a.restorer, mask=a.mask))
         return cls(handlers=tuple(found))
 

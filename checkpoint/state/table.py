@@ -192,7 +192,9 @@ def capture(process: Process, injection: Injection) -> ProcessState:
     try:
         injection.run({task.tid: task.calls for task in view.tasks})
     except CallError as error:
-        raise StateUnreadable(f"cannot {error.label}: {os.strerror(error.errno or 0)}", object=f"pid {process.pid}") from error
+        raise StateUnreadable(
+            f"cannot {error.label}: {os.strerror(error.errno or 0)}", object=f"pid {process.pid}"
+        ) from error
     now = clocks.read(process.pid)
     view.foreign = injection.foreign
     return ProcessState(
@@ -271,7 +273,9 @@ def _run(stub: Stub, tasks: Sequence[TaskBuilder]) -> None:
     try:
         stub.run_all({task.tid: task.calls for task in tasks if len(task.calls)})
     except CallError as error:
-        raise StateRefused(f"cannot {error.label}: {os.strerror(error.errno or 0)}", object=f"pid {stub.pid}") from error
+        raise StateRefused(
+            f"cannot {error.label}: {os.strerror(error.errno or 0)}", object=f"pid {stub.pid}"
+        ) from error
     for task in tasks:
         task.run_outside()
 
