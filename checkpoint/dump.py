@@ -4,7 +4,8 @@ The stages, each a method, in the order in which they are called::
 
     check          verdicts on everything, from /proc; nothing is stopped
     prepare        what can be read or opened beforehand
-    hold_off       listeners take no new connections; those that wait are accepted by the application
+    find_listeners, hold_off, drain
+                   listeners take no new connections; those that wait are accepted by the application
     stop           all threads stopped; state, descriptors, mappings captured; nothing of ours left inside
     skeleton       records MANIFEST, TREE, FILES, MAPPINGS
     pages          memory and contents.  The sockets still live: the kernel keeps acknowledging, so that no peer runs
@@ -102,12 +103,23 @@ class Dump:
             except (NoSuchProcess, FileNotFoundError, ProcessLookupError):
                 _log.debug("pid %d ended before the stop", pid)
 
-    def hold_off(self) -> None:
-        """From now on no new connection begins. Capture SYNs before this. BacklogNotDrained."""
+    def find_listeners(self) -> set[int]:
+        """Take duplicates of the listening sockets; their ports."""
         self._listeners_of = preflight.live_files(preflight.pids(self.roots))
-        self._holdoff = Holdoff(TcpGroup(self._listeners_of).listeners)
+        listeners = TcpGroup(self._listeners_of).listeners
+        self._holdoff = Holdoff(listeners)
+        return {sock.getsockname()[1] for sock in listeners}
+
+    def hold_off(self) -> None:
+        """From now on no new connection begins. Capture SYNs before this."""
+        if self._holdoff is None:
+            raise RuntimeError("find_listeners() comes first")
         self._holdoff.begin()
-        self._holdoff.drain()
+
+    def drain(self) -> None:
+        """Wait until the application has accepted what waited. BacklogNotDrained."""
+        if self._holdoff is not None:
+            self._holdoff.drain()
 
     # -- the stop -------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 __all__ = ["REPEATS", "Claim", "LinkSocket", "announcement", "claim", "probe"]
 
 #: seconds after the first announcement at which it is repeated
-REPEATS = (0.001, 0.01, 0.05, 0.2, 0.5, 1.0)
+REPEATS = (0.001, 0.01, 0.05, 0.2, 0.5)
 
 
 class EtherType(enum.IntEnum):

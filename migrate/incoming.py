@@ -19,6 +19,7 @@ from migrate.parts import Arrived
 from tcpstate import codec
 from tcpstate.capture import Capture, replay
 from tcpstate.errors import TcpmigError
+from tcpstate.record import ConnectionRecord
 from tcpstate.segment import Segment
 
 __all__ = ["IncomingTrees"]
@@ -42,6 +43,8 @@ class IncomingTrees:
         self._executor = ThreadPoolExecutor(1)
         self._reader = FrameReader(executor=self._executor)
         self._capture: Capture | None = None
+        self._replayed = False
+        self._connections: list[ConnectionRecord] = []
 
     # -- the image ------------------------------------------------------------------------------------------------
 
@@ -83,7 +86,8 @@ class IncomingTrees:
             Difference(connection=connection, item=d.what, sent=str(d.expected), found=str(d.found))
             for connection, d in self._restore.prepare(elapsed=elapsed())
         )
-        return Comparison(connections=len(self._restore.connections), differences=differences)
+        self._connections = self._restore.connections
+        return Comparison(connections=len(self._connections), differences=differences)
 
     def keep(self) -> None:
         """The processes outlive this program."""
@@ -94,11 +98,15 @@ class IncomingTrees:
         self._restore.release()
 
     def replay(self, segments: Sequence[bytes]) -> None:
-        """What the source captured, then what was captured here."""
+        """What the source captured and, the first time, what was captured here before the release.
+
+        Not later: what arrives after the release is answered, and a SYN that was must not come again.
+        """
         arrived = [codec.unpack(Segment, segment) for segment in segments]
-        if self._capture is not None:
+        if self._capture is not None and not self._replayed:
             arrived += self._capture.segments()
-        replay(arrived, self._restore.connections)
+        self._replayed = True
+        replay(arrived, self._connections)
 
     def run(self) -> Arrived:
         """Let them go."""

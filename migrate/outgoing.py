@@ -28,7 +28,9 @@ from migrate.wire import ImageWriter
 from tcpstate import codec
 from tcpstate.capture import Capture
 from tcpstate.connid import ConnId
+from tcpstate.kernel import diag
 from tcpstate.rows import describe
+from tcpstate.segment import Segment
 
 __all__ = ["OutgoingTrees"]
 
@@ -54,6 +56,7 @@ class OutgoingTrees:
         self._writer = FrameWriter()
         self._syns: Capture | None = None
         self._segments: Capture | None = None
+        self._early: list[Segment] = []
 
     def needs(self) -> Needs:
         """What has to be true at the target; raises the first refusal."""
@@ -78,13 +81,16 @@ class OutgoingTrees:
 
     def prepare(self) -> None:
         """New connections are held off and captured."""
-        members = preflight.pids(self._roots)
-        with preflight.live_files(members) as files:
-            ports = {sock.getsockname()[1] for sock in TcpGroup(files).listeners}
+        ports = self._dump.find_listeners()
         if ports:
             self._syns = Capture(syn_only=True, ports=ports)
             self._syns.start()
         self._dump.hold_off()
+        if self._syns is not None:
+            # What came in the moment before the listeners fell silent may have been answered: such a SYN must not be
+            # replayed, the connection would begin twice and be reset.
+            self._early = [syn for syn in self._syns.segments() if diag.get(syn.conn_id) is None]
+        self._dump.drain()
 
     def stop(self) -> None:
         """Everything stands still."""
@@ -119,16 +125,18 @@ class OutgoingTrees:
 
     def segments(self) -> Sequence[bytes]:
         """Captured since the last call, packed."""
-        found = []
+        return [codec.pack(segment) for segment in self._captured()]
+
+    def _captured(self) -> list[Segment]:
+        found, self._early = self._early, []
         for capture in (self._syns, self._segments):
             if capture is not None:
-                found += [codec.pack(segment) for segment in capture.segments()]
+                found += capture.segments()
         return found
 
     def resume(self) -> None:
         """Everything as it was; what was captured is delivered here."""
-        arrived = [s for c in (self._syns, self._segments) if c is not None for s in c.segments()]
-        self._dump.resume(arrived)
+        self._dump.resume(self._captured())
 
     def hold(self) -> None:
         """In doubt: stopped and silent, also after this program has ended."""

@@ -202,7 +202,9 @@ class Target:
         # not earlier: a segment that acknowledges what was not resent yet would be dropped with its data (TCP.md 8)
         with logged("announcing the addresses"):
             arrival.announce(time.monotonic())
-        incoming.replay(self._first_segments())
+        with logged("replaying captured segments"):
+            # without them the peers send again
+            incoming.replay(self._first_segments())
         arrived = incoming.run()
         self._tell(
             Running(
