@@ -230,6 +230,13 @@ class Source:
                 )
             )
             answer = self._hear(Verdicts)
+            _log.info(
+                "%s can take pid %s with %d connections; addresses: %s",
+                self._remote.host,
+                " ".join(str(tree.root) for tree in needs.trees),
+                needs.connections,
+                " ".join(map(str, needs.addresses)) or "none",
+            )
             return Checked(needs=needs, here=addresses.verdicts, there=answer.items), addresses
 
     def _move(
@@ -286,6 +293,7 @@ class Source:
         with self._phase("takeover"):
             running = self._await_running()
         stop_ns = max(0, self._offset.here(running.released_ns) - self._stopped_ns)
+        _log.info("they run on %s after a stop of %.1f ms", self._remote.host, stop_ns / 1e6)
         with self._phase("discard"):
             journal.step(StepKind.RUNNING, pids=running.pids)
             self._afterwards(departure)

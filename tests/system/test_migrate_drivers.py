@@ -403,9 +403,10 @@ def test_a_target_that_cannot_undo_does_not_say_that_it_did(tmp_path: Path) -> N
     assert world.here == "stopped"
 
 
-def test_a_failure_of_the_discard_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("point", ["replay", "discard"])
+def test_what_is_not_essential_after_the_release_changes_nothing(tmp_path: Path, point: str) -> None:
     world = World()
-    world.fail["discard"] = Broken("no")
+    world.fail[point] = Broken("no")
     run = Run(world, tmp_path).go()
     assert isinstance(run.sent, Summary)
     assert (world.here, world.there) == ("gone", "running")
