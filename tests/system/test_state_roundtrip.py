@@ -5,25 +5,18 @@ Needs neither memory nor files: what the kernel keeps by address is only an addr
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from state_moves import TIMES, differences, move, running, shown
 
-from checkpoint.inject import Injection
-from checkpoint.kernel.mman import Map, Prot
 from checkpoint.kernel.signals import SigInfo
 from checkpoint.kernel.timers import NS
-from checkpoint.memory.vma import PAGE
-from checkpoint.spawn import Stub, spawn_stub
-from checkpoint.state import table
 from checkpoint.state.addresses import RestartableSequences
-from checkpoint.state.base import State, kind_of
 from checkpoint.state.comm import Comm
 from checkpoint.state.credentials import Credentials
 from checkpoint.state.filesystem import Filesystem
@@ -36,11 +29,7 @@ from checkpoint.state.registers import Registers
 from checkpoint.state.scheduling import CpuAffinity, Scheduling
 from checkpoint.state.seccomp import Seccomp
 from checkpoint.state.table import ProcessState
-from checkpoint.tracee import Process, Tree
 from checkpoint.verdict import Status
-from tcpstate.codec import pack, unpack
-from tcpstate.kernel.calls import CallTable
-from tcpstate.kernel.machine import SYS
 
 PROGRAM = Path(__file__).parent / "programs" / "all_state.c"
 
@@ -52,91 +41,6 @@ def all_state(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@contextlib.contextmanager
-def running(*command: object) -> Iterator[int]:
-    """PID of a program that has said that it is ready."""
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, start_new_session=True)
-    assert process.stdout is not None
-    try:
-        assert process.stdout.readline() == b"ready\n"
-        yield process.pid
-    finally:
-        process.stdout.close()
-        process.kill()
-        process.wait()
-
-
-@dataclasses.dataclass
-class Moved:
-    """What was captured, before and after, and what was told."""
-
-    before: ProcessState
-    after: ProcessState
-    warnings: list[str]
-    capture_ms: float
-    rebuild_ms: float
-
-
-def capture(process: Process) -> ProcessState:
-    with Injection(process) as injection:
-        return table.capture(process, injection)
-
-
-def give_memory(stub: Stub, state: ProcessState) -> None:
-    """Map where the threads' rseq areas lie: the kernel writes there."""
-    calls = CallTable()
-    pages = set()
-    for thread in state.threads:
-        rseq = thread.get(RestartableSequences)
-        if rseq.address:
-            pages |= {rseq.address // PAGE, (rseq.address + rseq.size - 1) // PAGE}
-    for page in pages:
-        flags = Map.PRIVATE | Map.ANONYMOUS | Map.FIXED_NOREPLACE
-        calls.call(SYS.mmap, page * PAGE, PAGE, Prot.READ | Prot.WRITE, flags, -1, 0, label="map an rseq area")
-    if len(calls):
-        stub.run(calls)
-
-
-def move(pid: int) -> Moved:
-    """End the process, and give a stub with its numbers its state."""
-    tree = Tree.stop([pid])
-    (process,) = tree.processes
-    try:
-        start = time.monotonic_ns()
-        before = capture(process)
-        captured = time.monotonic_ns()
-        avoid = [(vma.start, vma.end) for vma in process.maps]
-    finally:
-        tree.kill()
-    before = unpack(ProcessState, pack(before))
-    warnings: list[str] = []
-    stub = spawn_stub(pid, avoid)
-    try:
-        give_memory(stub, before)
-        begun = time.monotonic_ns()
-        table.build(stub, before, warn=warnings.append, elapsed=begun - captured)
-        stub.leave()
-        table.install(stub, before)
-        rebuilt = time.monotonic_ns()
-        stub.seccomp_suspended = True  # by the options that stubs are seized with
-        stub.note()
-        after = capture(stub)
-    finally:
-        stub.kill()
-    return Moved(before, after, warnings, (captured - start) / 1e6, (rebuilt - begun) / 1e6)
-
-
-#: remaining times differ by what the test takes, and CPU time by ticks
-TIMES = (IntervalTimers, PosixTimers)
-
-
-def differences(before: tuple[State, ...], after: tuple[State, ...]) -> dict[str, tuple[State, State]]:
-    by_kind = {type(state): state for state in after}
-    assert len(before) == len(after) == len(by_kind)
-    pairs = {kind_of(type(state)): (state, by_kind[type(state)]) for state in before if type(state) not in TIMES}
-    return {kind: pair for kind, pair in pairs.items() if pair[0] != pair[1]}
-
-
 def same_timers(before: ProcessState, after: ProcessState, seconds: int) -> None:
     for kind in TIMES:
         first, second = before.get(kind).timers, after.get(kind).timers
@@ -144,10 +48,6 @@ def same_timers(before: ProcessState, after: ProcessState, seconds: int) -> None
         for old, new in zip(first, second, strict=True):
             assert bool(old.value) == bool(new.value)
             assert -NS // 50 <= old.value - new.value <= seconds * NS
-
-
-def shown(found: dict[str, tuple[State, State]]) -> str:
-    return "\n".join(f"{kind}:\n  {old}\n  {new}" for kind, (old, new) in found.items())
 
 
 @pytest.mark.parametrize("variant", ["root", "user", "container"])
