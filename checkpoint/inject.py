@@ -173,7 +173,7 @@ class Injection:
         if boot is None:
             raise RuntimeError("the injection is not open")
         alone = len(self._engines) == 1
-        last = (boot.stop_address, self._start, self._end - self._start) if alone else ()
+        last = (boot.address, self._start, self._end - self._start) if alone else ()
         images = [engine_image(self._excursions.frame(self.process.thread(tid)), *last) for tid in self._engines]
         self.process.write(self._start, b"".join(images))
 

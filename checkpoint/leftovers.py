@@ -149,6 +149,7 @@ def _let_out(thread: Thread, ranges: _Ranges) -> None:
             mask = thread.get_sigmask()
             thread.set_sigmask(_ALL_SIGNALS)
         deliver = stop.signal  # being blocked now, it goes back to its queue
+    thread.set_registers(thread.get_registers().not_stepping())
     if mask is not None:
         thread.set_sigmask(mask)
 

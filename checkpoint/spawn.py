@@ -169,7 +169,7 @@ class Stub(Process):
         """Threads that stand still become ours; what is in their registers does not matter."""
         for thread in threads:
             current = thread.get_registers()
-            thread.raw = thread.registers = current.moved(current.ip)
+            thread.registers = current.moved(current.ip)
             thread.sigmask = _ALL_SIGNALS  # no signal is to be delivered before the rebuilt thread's mask is in place
             thread.rseq = None
             self.threads.append(thread)

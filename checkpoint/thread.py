@@ -81,10 +81,9 @@ class Thread:
     rseq        its restartable-sequences area, None if it has none
     """
 
-    __slots__ = ("_inner", "pid", "raw", "registers", "rseq", "sigmask", "stop", "tid")
+    __slots__ = ("_inner", "pid", "registers", "rseq", "sigmask", "stop", "tid")
 
     registers: Registers
-    raw: Registers
     sigmask: int
     rseq: RseqConfig | None
 

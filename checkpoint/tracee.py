@@ -175,6 +175,7 @@ class Process:
             for thread in fresh:
                 try:
                     thread.await_interrupt(max(deadline - time.monotonic(), 0))
+                    self._note(thread)
                 except ProcessDied:
                     self.threads.remove(thread)
                     passed.add(thread.tid)
@@ -184,7 +185,8 @@ class Process:
             raise NoSuchProcess("the process has just ended", object=f"pid {self.pid}")
         if self.threads[0].tid != self.pid:
             raise LeaderExited("its main thread has ended, others run on", object=f"pid {self.pid}")
-        self.note()
+        self.stat = procfs.read_stat(self.pid)
+        self.stop_signal = next((t.stop.signal for t in self.threads if t.stop is not None and t.stop.group), 0)
 
     def _tids(self) -> set[int]:
         return {thread.tid for thread in self.threads}
@@ -233,21 +235,23 @@ class Process:
         return StopTimeout(f"{error.message} (state {state.state})", object=thread.name)
 
     def note(self) -> None:
-        """Take down what the threads have in their registers as the application's own. They must all stand still."""
-        self.stat = procfs.read_stat(self.pid)
-        self.stop_signal = 0
+        """Take down again what the threads have in their registers as the application's own."""
         for thread in self.threads:
-            if thread.stop is not None and thread.stop.group:
-                self.stop_signal = thread.stop.signal
-            thread.raw = thread.get_registers()
-            require_native(thread.raw, thread.name)
-            thread.sigmask = thread.get_sigmask()
-            thread.rseq = ptrace.get_rseq(thread.tid)
-            thread.registers = going_on(thread.raw)
-            if thread.rseq is not None:
-                abort = abort_address(thread.rseq.address, thread.raw.ip, self.read)
-                if abort is not None:
-                    thread.registers = thread.raw.moved(abort)
+            self._note(thread)
+
+    def _note(self, thread: Thread) -> None:
+        found = thread.get_registers()
+        require_native(found, thread.name)
+        thread.registers = going_on(found)
+        if thread.registers != found:
+            # At once: should the tool die now, the thread shall not see the EINTR either.
+            thread.set_registers(thread.registers)
+        thread.sigmask = thread.get_sigmask()
+        thread.rseq = ptrace.get_rseq(thread.tid)
+        if thread.rseq is not None:
+            abort = abort_address(thread.rseq.address, found.ip, self.read)
+            if abort is not None:
+                thread.registers = found.moved(abort)
 
     def queue_sigstops(self) -> None:
         """Queue a SIGSTOP to every thread, so that the process stays stopped should the tool die."""
@@ -278,10 +282,6 @@ class Process:
             # seized, and still on its way to its first stop
             thread.interrupt()
             thread.await_interrupt(STOP_TIMEOUT)
-        elif hasattr(thread, "raw") and thread.raw.result != thread.registers.result:
-            current = thread.get_registers()
-            if current == thread.raw:
-                thread.set_registers(thread.registers)
         thread.detach()
 
     def _swallow_sigstop(self, thread: Thread) -> None:

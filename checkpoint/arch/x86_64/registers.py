@@ -41,6 +41,7 @@ _USER_CS = 0x33  # __USER_CS of arch/x86/include/asm/segment.h; __USER32_CS is 0
 _X32_BIT = 0x40000000  # __X32_SYSCALL_BIT
 _SYSCALL_LENGTH = 2  # bytes of the instruction `syscall`
 _TIMER_ABSTIME = 1
+_TRAP_FLAG = 0x100  # X86_EFLAGS_TF of arch/x86/include/uapi/asm/processor-flags.h
 _WORD = struct.Struct("<Q")
 _CS_IN_FRAME = 16  # bytes from ip to cs in struct sigcontext (arch/x86/include/uapi/asm/sigcontext.h)
 
@@ -148,6 +149,11 @@ class Registers:
     def moved(self, ip: int) -> Self:
         """The same with another instruction pointer, and no system call to be restarted."""
         return dataclasses.replace(self, rip=ip, orig_rax=_NO_CALL)
+
+    def not_stepping(self) -> Self:
+        """The same without the trap flag. After a step over popf the kernel takes the flag for the program's own, and
+        leaves it on for good (arch/x86/kernel/step.c, enable_single_step)."""
+        return dataclasses.replace(self, eflags=self.eflags & ~_TRAP_FLAG)
 
     def returning(self, result: int) -> Self:
         """The same with another result of the system call."""

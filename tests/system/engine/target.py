@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Self
 
+from checkpoint.tracee import Tree
+
 HERE = Path(__file__).parent
 WORDS = struct.Struct("<qq")
 
@@ -53,9 +55,9 @@ _kept: list[tempfile.TemporaryDirectory[str]] = []
 class Target:
     """A running program that checks itself, and says in a file how it fares."""
 
-    def __init__(self, name: str, directory: Path) -> None:
+    def __init__(self, name: str, directory: Path, *options: str) -> None:
         self.words = directory / f"{name}.words"
-        self.process = subprocess.Popen([program(name), self.words], start_new_session=True)
+        self.process = subprocess.Popen([program(name), self.words, *options], start_new_session=True)
         self.pid = self.process.pid
         self.wait_progress(20)  # all its threads have begun
 
@@ -139,7 +141,7 @@ def outside_view(pid: int) -> dict[str, object]:
     tasks = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
         status = (task / "status").read_text().splitlines()
-        tasks[int(task.name)] = [line for line in status if line.startswith(("SigPnd", "SigBlk", "Seccomp", "NoNew"))]
+        tasks[int(task.name)] = [line for line in status if line.startswith(("SigPnd", "Seccomp", "NoNew"))]
     status = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {
         "maps": lines,
@@ -148,6 +150,14 @@ def outside_view(pid: int) -> dict[str, object]:
         "signals": [line for line in status if line.startswith(("ShdPnd", "SigIgn", "SigCgt", "TracerPid"))],
         "timers": Path(f"/proc/{pid}/timers").read_text(),
     }
+
+
+def masks(pid: int) -> list[int]:
+    """The signals that its threads block, apart from the temporary masks of calls like ppoll."""
+    tree = Tree.stop([pid])
+    found = [thread.sigmask for thread in tree.processes[0].threads]
+    tree.resume()
+    return found
 
 
 def vdso(pid: int) -> bytes:

@@ -2,8 +2,10 @@
 
 import os
 import random
+import resource
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +15,7 @@ from checkpoint.leftovers import leftovers
 from checkpoint.tracee import Tree
 from tcpstate.kernel.calls import CallError, CallTable
 from tcpstate.kernel.machine import SYS
-from tests.system.engine.target import Target, end, outside_view, python, state, vdso, wait_state
+from tests.system.engine.target import Target, end, masks, outside_view, python, state, vdso, wait_state
 
 SEED = random.randrange(1 << 32)
 
@@ -44,15 +46,15 @@ def test_a_program_does_not_notice(name, cycles, tmp_path):
     print(f"seed {SEED}")
     moments = random.Random(SEED)
     with Target(name, tmp_path) as target:
-        before, code = outside_view(target.pid), vdso(target.pid)
+        before, code, blocked = outside_view(target.pid), vdso(target.pid), masks(target.pid)
         for _ in range(cycles):
             cycle(target.pid)
             time.sleep(moments.random() * 0.006)
         target.goes_on()
         assert leftovers(target.pid) is None
         assert vdso(target.pid) == code
-        after = outside_view(target.pid)
-        assert after == before
+        assert outside_view(target.pid) == before
+        assert masks(target.pid) == blocked
 
 
 @pytest.mark.parametrize("name", ["registers", "threads", "calls"])
@@ -170,10 +172,8 @@ def test_a_call_that_does_not_return_is_interrupted(tmp_path):
 
 
 def test_it_works_while_the_address_space_is_limited(tmp_path):
-    import resource
-
     with Target("registers", tmp_path) as target:
-        size = int(open(f"/proc/{target.pid}/statm").read().split()[0]) * resource.getpagesize()
+        size = int(Path(f"/proc/{target.pid}/statm").read_text().split()[0]) * resource.getpagesize()
         resource.prlimit(target.pid, resource.RLIMIT_AS, (size + 128 * 1024, size + 128 * 1024))
         cycle(target.pid)
         target.goes_on()
