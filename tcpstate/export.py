@@ -7,8 +7,8 @@
     recv queue   copied_seq ..... rcv_nxt                        inq  = rcv_nxt - copied_seq
                      not yet read        [FIN]                   the peer's FIN counts for one in rcv_nxt
 
-The owner must be stopped and the sockets quiet (:func:`tcpstate.freeze.quiet`).  A segment that was past the filter when
-it was attached may still be at work: what was read is read again, and once more if it changed.
+The owner must be stopped and the sockets quiet (:func:`tcpstate.freeze.quiet`).  A segment that was past the filter
+when it was attached may still be at work: what was read is read again, and once more if it changed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from tcpstate.record import (
     Windows,
 )
 from tcpstate.rows import describe, failures
-from tcpstate.segment import SEQ_MASK
+from tcpstate.segment import SEQ_MASK, before
 
 __all__ = ["advance", "export_connections", "refusal", "state_of", "supported"]
 
@@ -398,13 +398,7 @@ def _record(raw: _Raw, state: QuietState, saved: options.Saved, spent: float) ->
         send_queue=raw.send_queue,
         rcv_nxt=rcv_nxt & SEQ_MASK,
         receive_queue=raw.receive_queue,
-        windows=Windows(
-            snd_wl1=raw.window.snd_wl1,
-            snd_wnd=raw.window.snd_wnd,
-            max_window=raw.window.max_window,
-            rcv_wnd=raw.window.rcv_wnd + beyond,
-            rcv_wup=(raw.window.rcv_wup - beyond) & SEQ_MASK,
-        ),
+        windows=_windows(raw.window, rcv_nxt & SEQ_MASK, beyond),
         negotiated=Negotiated(
             mss=raw.mss,
             snd_wscale=info.snd_wscale if scaled else None,
@@ -440,6 +434,23 @@ def _record(raw: _Raw, state: QuietState, saved: options.Saved, spent: float) ->
         ),
         flow_info=flow_info,
         scope=suffix.removeprefix("%"),
+    )
+
+
+def _windows(window: RepairWindow, rcv_nxt: int, beyond: int) -> Windows:
+    """As read, but such that the kernel takes it back.
+
+    Where memory was short it offers no window at all, although a later segment was the last to update the peer's: then
+    that segment lies beyond our window, which tcp_repair_set_window refuses.
+    """
+    rcv_wnd = window.rcv_wnd + beyond
+    edge = (rcv_nxt + rcv_wnd) & SEQ_MASK
+    return Windows(
+        snd_wl1=rcv_nxt if before(edge, window.snd_wl1) else window.snd_wl1,
+        snd_wnd=window.snd_wnd,
+        max_window=max(window.max_window, window.snd_wnd),
+        rcv_wnd=rcv_wnd,
+        rcv_wup=(window.rcv_wup - beyond) & SEQ_MASK,
     )
 
 

@@ -156,7 +156,7 @@ def quiet(socks: Sequence[socket.socket]) -> list[QuietState]:
         return []
     states = read_originals(socks)
     try:
-        _gate_filter([s for s, state in zip(socks, states, strict=True) if state.gate is Gate.FILTER])
+        shut([s for s, state in zip(socks, states, strict=True) if state.gate is Gate.FILTER])
         _gate_ttl([s for s, state in zip(socks, states, strict=True) if state.gate is Gate.TTL])
         rows = Rows(len(socks))
         fd = rows.numbers([s.fileno() for s in socks])
@@ -171,7 +171,8 @@ def quiet(socks: Sequence[socket.socket]) -> list[QuietState]:
     return states
 
 
-def _gate_filter(socks: Sequence[socket.socket]) -> None:
+def shut(socks: Sequence[socket.socket]) -> None:
+    """Attach the filter that drops every arriving segment. ConnectionCallFailed."""
     if not socks:
         return
     program = bpf.drop_program()

@@ -169,12 +169,13 @@ def pair(server, client, family=socket.AF_INET, *, service=True, mapped=False, p
 class Watcher:
     """What passes a host's interface: parsed segments with a flag whether it left. Runs a thread until closed."""
 
-    def __init__(self, host, device="eth0"):
+    def __init__(self, host, device="eth0", keep=lambda segment: True):
         self.sock = host.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
         self.sock.setsockopt(socket.SOL_SOCKET, 33, 64 << 20)
         self.sock.bind((device, ETH_P_ALL))
         self.sock.settimeout(0.1)
         self.seen = []
+        self.keep = keep
         self._stop = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -186,7 +187,7 @@ class Watcher:
             except TimeoutError:
                 continue
             found = parse(data)
-            if found is not None:
+            if found is not None and self.keep(found):
                 self.seen.append((address[2] == PACKET_OUTGOING, found))
 
     def __enter__(self):
