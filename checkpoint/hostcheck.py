@@ -18,7 +18,7 @@ from checkpoint.kernel import pagemap, process_vm
 from checkpoint.kernel.capability import Cap
 from checkpoint.kernel.kcmp import KcmpType, kcmp
 from checkpoint.verdict import Status, Verdict
-from tcpstate.blackhole import MARK
+from tcpstate.silence import MARK
 from tcpstate.errors import KernelFeatureMissing, MissingCapability
 from tcpstate.kernel import bpf, diag, route
 from tcpstate.kernel.sockets import IP, SO, Level, pidfd_getfd

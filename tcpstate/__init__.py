@@ -1,0 +1,100 @@
+"""One connection to a portable record and back: the paper's API as a library of its own.
+
+::
+
+    located  = find(ConnId.parse("tcp:10.0.0.5:6379-10.0.0.9:51514"))
+    owner    = located.owners[0]
+    sock     = take(owner.pid, owner.fd)             # our own descriptor; stop the owner's process first
+    with blackhole(), Capture(ports={6379}) as capture:
+        states  = quiet([sock])                      # nothing in, nothing out
+        records = export_connections([sock], states)
+        ...                                          # record.to_bytes(), to another host: from_bytes()
+        made    = rebuild_connections(records, elapsed=seconds_since_export)
+        ...                                          # the address moves
+        release_connections(made, records)
+        replay(capture.segments(), records)
+        discard_connections([sock])                  # at the source, once the address has left it
+        # or, instead of moving: thaw([sock], states)
+
+::
+
+    send queue   snd_una ........ snd_nxt ........ end of send_queue  [FIN]
+                     sent, unacked      not yet sent
+    recv queue   start of receive_queue .......... rcv_nxt            [peer's FIN]
+                     arrived, acknowledged, not yet read
+
+Everything works on the calling thread's network namespace and on many connections at once.  Names are imported when
+they are first used, so that importing one module of the package costs only that.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tcpstate.capture import Capture, replay
+    from tcpstate.connid import ConnId
+    from tcpstate.discard import discard_connections
+    from tcpstate.export import export_connections, refusal, supported
+    from tcpstate.filters import drop_syns, undo_drop_syns
+    from tcpstate.freeze import quiet, thaw
+    from tcpstate.locate import connections, find, listener_backlog, take
+    from tcpstate.rebuild import compare, rebuild_connections, release_connections
+    from tcpstate.record import ConnectionRecord
+    from tcpstate.segment import Segment
+    from tcpstate.silence import blackhole
+
+__all__ = [
+    "Capture",
+    "ConnId",
+    "ConnectionRecord",
+    "Segment",
+    "blackhole",
+    "compare",
+    "connections",
+    "discard_connections",
+    "drop_syns",
+    "export_connections",
+    "find",
+    "listener_backlog",
+    "quiet",
+    "rebuild_connections",
+    "refusal",
+    "release_connections",
+    "replay",
+    "supported",
+    "take",
+    "thaw",
+    "undo_drop_syns",
+]
+
+_HOME = {
+    "Capture": "capture",
+    "ConnId": "connid",
+    "ConnectionRecord": "record",
+    "Segment": "segment",
+    "blackhole": "silence",
+    "compare": "rebuild",
+    "connections": "locate",
+    "discard_connections": "discard",
+    "drop_syns": "filters",
+    "export_connections": "export",
+    "find": "locate",
+    "listener_backlog": "locate",
+    "quiet": "freeze",
+    "rebuild_connections": "rebuild",
+    "refusal": "export",
+    "release_connections": "rebuild",
+    "replay": "capture",
+    "supported": "export",
+    "take": "locate",
+    "thaw": "freeze",
+    "undo_drop_syns": "filters",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

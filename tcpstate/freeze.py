@@ -30,7 +30,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tcpstate import codec
-from tcpstate.blackhole import MARK, Blackhole, blackhole
 from tcpstate.errors import ConnectionCallFailed
 from tcpstate.filters import (
     ListenerState,
@@ -47,6 +46,7 @@ from tcpstate.kernel.columns import Rows
 from tcpstate.kernel.sockets import IP, IPV6, SO, Level
 from tcpstate.kernel.tcp import TCP, USER_TIMEOUT_MAX, Repair, RepairQueue
 from tcpstate.rows import describe, failures
+from tcpstate.silence import MARK, Blackhole, blackhole
 
 __all__ = [
     "MARK",

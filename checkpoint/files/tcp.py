@@ -1,7 +1,7 @@
 """All TCP connections of a tree at once: frozen and exported at the source, rebuilt and released at the target.
 
 Each step is one batch of :mod:`tcpstate` over all sockets. While sockets are frozen a rule in this network namespace
-sends their packets into a blackhole (:mod:`tcpstate.blackhole`); it stands as long as the group needs it.
+sends their packets into a blackhole (:mod:`tcpstate.silence`); it stands as long as the group needs it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from checkpoint.files.base import FdView, OpenFile
 from checkpoint.files.listener import is_tcp
 from checkpoint.files.tcpfile import TcpFile
 from tcpstate import codec
-from tcpstate.blackhole import Blackhole
+from tcpstate.silence import Blackhole
 from tcpstate.discard import discard_connections
 from tcpstate.export import export_connections, state_of
 from tcpstate.freeze import QuietState, quiet, read_originals, thaw
