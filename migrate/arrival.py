@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -53,6 +54,11 @@ __all__ = ["Arrival", "ArrivalRecord", "Landing", "choose_interface", "take_away
 PROBE_WAIT = 0.25
 #: seconds within which an added address must be local; IPv6 takes some 0.1 ms
 LOCAL_WAIT = 2.0
+
+#: neighbours that are resolved beforehand; the kernel's table begins to drop entries at 1024 (gc_thresh3)
+WARM_LIMIT = 256
+
+_log = logging.getLogger(__name__)
 
 _ADD = Request.CREATE | Request.EXCLUSIVE
 
@@ -212,6 +218,8 @@ class Arrival:
             if ROUTE_HEADER.unpack_from(answer.body)[7] == RouteType.UNICAST and RouteAttribute.OIF in found:
                 hop = found.get(RouteAttribute.GATEWAY, packed)
                 hops.add((family, int.from_bytes(found[RouteAttribute.OIF], "little"), hop))
+        if len(hops) > WARM_LIMIT:
+            _log.debug("%d of %d neighbours are not resolved beforehand", len(hops) - WARM_LIMIT, len(hops))
         # a neighbour that cannot be resolved stays unresolved: that is no reason not to move
         self._netlink.change(
             (
@@ -219,7 +227,7 @@ class Arrival:
                 Request.CREATE,
                 NEIGHBOUR_HEADER.pack(family, index, 0, NeighbourFlag.USE, 0) + attribute(NeighbourAttribute.DST, hop),
             )
-            for family, index, hop in hops
+            for family, index, hop in sorted(hops)[:WARM_LIMIT]
         )
 
     def add(self) -> None:

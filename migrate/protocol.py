@@ -12,8 +12,8 @@ itself and so may the target; after it the source is *in doubt* until it hears R
 or ABORT (then it is resumed).  In doubt it holds: the original stays stopped, the addresses stay away.
 
 The target may give up by itself until it has begun to *release* (sockets leave repair, threads run), because until then
-nothing of the processes has been seen by anybody: no packet sent, no instruction run.  It must have undone everything,
-and journalled that, before it says ABORT.  From the release on it can only go on: RUNNING, or STUCK if something broke
+nothing of the processes has been seen by anybody: no packet sent, no instruction run.  It must have undone everything
+before it says ABORT.  From the release on it can only go on: RUNNING, or STUCK if something broke
 (also if the undoing did).
 If the line is cut, a target that has not received COMMIT undoes everything; one that has goes on without the line, for
 the source holds and will ask.

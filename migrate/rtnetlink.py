@@ -56,6 +56,7 @@ NEIGHBOUR_HEADER = struct.Struct("=BxxxiHBB")  # struct ndmsg: family, interface
 
 INFINITE = 0xFFFFFFFF  # lifetime of an address that does not expire, seconds
 SOL_NETLINK = 270
+BATCH = 256  # changes in one message: their acknowledgements must fit into the receive buffer
 RECEIVE_BUFFER = 1 << 20
 RECEIVE_SIZE = 1 << 16  # the kernel builds dumps in blocks of at most 32 KiB
 
@@ -281,19 +282,19 @@ class Netlink:
         return answer
 
     def change(self, requests: Iterable[tuple[MessageType, Request, bytes]]) -> list[OSError | None]:
-        """Make all changes in one system call, in order; for each the error, or None.
+        """Make all changes in order, a batch of them in one system call; for each the error, or None.
 
         A failed one does not stop those after it (netlink_rcv_skb goes on).
         """
-        requests = list(requests)
-        if not requests:
-            return []
-        self._send([(kind, flags | Request.ACK, body) for kind, flags, body in requests])
+        todo = list(requests)
         results: list[OSError | None] = []
-        while len(results) < len(requests):
-            for message in self._receive():
-                (code,) = ERROR.unpack_from(message.body)
-                results.append(self._error(message) if code else None)
+        for start in range(0, len(todo), BATCH):
+            batch = todo[start : start + BATCH]
+            self._send([(kind, flags | Request.ACK, body) for kind, flags, body in batch])
+            while len(results) < start + len(batch):
+                for message in self._receive():
+                    (code,) = ERROR.unpack_from(message.body)
+                    results.append(self._error(message) if code else None)
         return results
 
     def _send(self, messages: list[tuple[MessageType, int, bytes]]) -> None:

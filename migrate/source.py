@@ -12,7 +12,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -75,6 +75,8 @@ _log = logging.getLogger(__name__)
 MEASUREMENTS = 5
 #: seconds between two looks at the capture while the target takes over
 CAPTURE_LOOK = 0.001
+#: bytes of captured segments in one message; the limit of the line is four times that
+CAPTURED_BYTES = 4 << 20
 #: seconds after RUNNING in which segments that still came here are passed on
 STRAGGLERS = 0.25
 
@@ -207,9 +209,10 @@ class Source:
 
     def _check(self, netlink: Netlink) -> tuple[Checked, AddressPlan]:
         with self._phase("check"):
-            self._say(
-                Hello(lowest=LOWEST_VERSION, highest=HIGHEST_VERSION, host=host_facts(), program="tcpmig migrate")
-            )
+            hello = Hello(lowest=LOWEST_VERSION, highest=HIGHEST_VERSION, host=host_facts(), program="tcpmig migrate")
+            with contextlib.suppress(LinkLost):
+                # a remote shell that has ended already: the next line tells why
+                self._say(hello)
             self._machine.receive(self._remote.first())
             needs = self._outgoing.needs()
             control = control_addresses(netlink, self._remote.pid, self._remote.host)
@@ -287,17 +290,19 @@ class Source:
         with self._phase("commit"):
             signals.enter_context(signals_held())
             departure.remove()
-            first = Captured(segments=tuple(outgoing.segments()), first=True)
-            commit = self._machine.send(Commit(migration=self.migration, token=self._machine.token))
-            self._transmit(commit, self._machine.send(first))
+            first = list(_captured(outgoing.segments(), first=True))
+            # in one system call: the target must not wait for the segments
+            self._transmit(Commit(migration=self.migration, token=self._machine.token), *first)
         with self._phase("takeover"):
             running = self._await_running()
         stop_ns = max(0, self._offset.here(running.released_ns) - self._stopped_ns)
         _log.info("they run on %s after a stop of %.1f ms", self._remote.host, stop_ns / 1e6)
         with self._phase("discard"):
-            journal.step(StepKind.RUNNING, pids=running.pids)
+            with logged("journalling that they run there"):
+                journal.step(StepKind.RUNNING, pids=running.pids)
             self._afterwards(departure)
-        journal.finish(End.MOVED)
+        with logged("closing the journal"):
+            journal.finish(End.MOVED)
         return Summary(
             outcome="partial" if running.lost else "done",
             migration=self.migration,
@@ -352,12 +357,15 @@ class Source:
         raise InDoubt("no word from the target after COMMIT", object=self._remote.host)
 
     def _forward(self) -> None:
-        segments = tuple(self._outgoing.segments())
+        segments = self._outgoing.segments()
         if segments:
-            self._transmit(self._machine.send(Captured(segments=segments)))
+            self._transmit(*_captured(segments))
 
     def _transmit(self, *messages: Message) -> None:
-        """Send after COMMIT: a line that is cut is told by the next receive, after what the target said before."""
+        """Send COMMIT and after it: a line that is cut is told by the next receive, after what the target said
+        before."""
+        for message in messages:
+            self._machine.send(message)
         with contextlib.suppress(LinkLost):
             self._channel.send(*messages)
 
@@ -465,3 +473,16 @@ class Source:
             raise error
         finally:
             self._phases[name] = (monotonic_ns() - start) / 1e6
+
+
+def _captured(segments: Sequence[bytes], *, first: bool = False) -> Iterator[Captured]:
+    """The segments in messages of a bearable length; the last is marked if they are the ``first`` ones."""
+    batch: list[bytes] = []
+    size = 0
+    for segment in segments:
+        if size + len(segment) > CAPTURED_BYTES:
+            yield Captured(segments=tuple(batch))
+            batch, size = [], 0
+        batch.append(segment)
+        size += len(segment)
+    yield Captured(segments=tuple(batch), first=first)

@@ -215,7 +215,8 @@ class Target:
                 lost=arrived.lost,
             )
         )
-        self._the_journal.step(StepKind.RUNNING, pids=arrived.pids)
+        with logged("journalling that they run"):
+            self._the_journal.step(StepKind.RUNNING, pids=arrived.pids)
         return arrived
 
     def _first_segments(self) -> tuple[bytes, ...]:
@@ -267,7 +268,8 @@ class Target:
                 with logged("delivering late segments"):
                     self._incoming.replay(message.segments)
             done = isinstance(message, Done)
-        self._the_journal.finish(End.MOVED)
+        with logged("closing the journal"):
+            self._the_journal.finish(End.MOVED)
 
     # --- failing
 
@@ -293,8 +295,10 @@ class Target:
             self._stuck(failures[0])
             return
         if self._journal is not None:
-            self._journal.append(Step(step=StepKind.ABORTED, detail=str(error)))
-            self._journal.finish(End.ABORTED)
+            # should the disk refuse it: nothing runs here all the same, and the source may have them back
+            with logged("closing the journal"):
+                self._journal.append(Step(step=StepKind.ABORTED, detail=str(error)))
+                self._journal.finish(End.ABORTED)
         if self._machine.may_abort:
             self._tell(Abort(migration=self._machine.migration, failure=failure_of(error)))
 

@@ -24,13 +24,14 @@ from migrate.errors import (
     AddressChangeFailed,
     AddressTakenAtTarget,
     InDoubt,
+    JournalUnusable,
     LinkLost,
     NotTcpmig,
     PreparedDiffers,
     RemoteStartFailed,
     TargetStuck,
 )
-from migrate.journal import End, Role, StepKind, journals
+from migrate.journal import End, Journal, JournalRecord, Role, StepKind, journals
 from migrate.messages import Comparison, Difference, Message, Needs, TreeNeed
 from migrate.parts import Arrived, NoteWriter
 from migrate.source import Source, SourceOptions, Summary
@@ -279,6 +280,16 @@ def test_a_migration(tmp_path: Path) -> None:
     assert order.index("rebuild") < order.index("keep") < order.index("release") < order.index("run")
 
 
+def test_many_megabytes_of_captured_segments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    much = [os.urandom(60_000) for _ in range(400)]
+    run = Run(World(), tmp_path)
+    monkeypatch.setattr(run.outgoing, "segments", lambda: [much.pop(0) for _ in range(len(much))])
+    sent = list(much)
+    run.go()
+    assert isinstance(run.sent, Summary)
+    assert run.incoming.replayed == sent
+
+
 def test_only_a_check(tmp_path: Path) -> None:
     run = Run(World(), tmp_path, only_check=True).go()
     assert (run.sent, run.received) == (None, None)
@@ -420,6 +431,23 @@ def test_an_undo_that_fails_is_said(tmp_path: Path) -> None:
     assert isinstance(run.sent, TcpmigError)
     assert "undoing failed" in run.sent.message
     assert "nor resume" in run.sent.message
+
+
+def test_a_disk_that_is_full_at_commit_gives_everything_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target may not start what it cannot journal."""
+    append = Journal.append
+
+    def full(journal: Journal, *records: JournalRecord) -> None:
+        if "there" in str(journal.path) and any(getattr(r, "step", None) is StepKind.STARTED for r in records):
+            raise JournalUnusable("No space left on device")
+        append(journal, *records)
+
+    monkeypatch.setattr(Journal, "append", full)
+    run = Run(World(), tmp_path).go()
+    assert isinstance(run.sent, JournalUnusable)
+    assert run.sent.outcome is Outcome.FAILED
+    assert (run.world.here, run.world.there) == ("running", "none")
+    assert run.ends() == (End.ABORTED, End.ABORTED)
 
 
 # --- the remote shell
