@@ -34,7 +34,7 @@ from checkpoint import procfs
 from checkpoint.kernel.sched import get_attributes, online_cpus
 from checkpoint.kernel.signals import SigInfo
 from tcpstate.codec import family, kind_of, member
-from tcpstate.kernel.calls import CallTable
+from tcpstate.kernel.calls import CallTable, Result
 
 if TYPE_CHECKING:
     from checkpoint import tracee
@@ -168,6 +168,7 @@ class TaskBuilder:
     warn        told, in one sentence, of whatever will differ from the original
     elapsed     nanoseconds since the capture, as measured by the caller; timers are that much nearer
     outside     done by the tool after the calls have been made, in order
+    birth       /proc/PID/status of the new process as it was born, for its credentials; read if it is not given
     """
 
     pid: int
@@ -176,6 +177,7 @@ class TaskBuilder:
     elapsed: int = 0
     calls: CallTable = field(default_factory=CallTable)
     outside: list[Callable[[], None]] = field(default_factory=list)
+    birth: dict[str, str] = field(default_factory=dict)
 
     @property
     def leader(self) -> bool:
@@ -186,6 +188,21 @@ class TaskBuilder:
     def child_of_tool(self) -> bool:
         """Whether its parent is the tool: that of the original was outside of the tree."""
         return procfs.read_stat(self.pid).ppid == os.getpid()
+
+    def born(self) -> dict[str, str]:
+        """/proc/PID/status of the process as it was born."""
+        if not self.birth:
+            self.birth.update(procfs.read_status(self.pid))
+        return self.birth
+
+    def warn_unless(self, result: Result, text: str) -> None:
+        """Once the calls have been made: tell that ``text`` happened unless this one, which ignores errors, worked."""
+
+        def check() -> None:
+            if not result.ok:
+                self.warn(f"{self} {text}: {os.strerror(-result.value)}")
+
+        self.outside.append(check)
 
     def run_outside(self) -> None:
         """Do what is to be done from outside, once the calls have been made."""

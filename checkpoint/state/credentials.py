@@ -2,6 +2,7 @@
 
 Every thread has credentials of its own (the C library keeps them equal by changing all at once), so each rebuilds its
 own, and last of all but what a change of credentials resets: everything before may need the privileges that end here.
+Nothing is done where they are those that the new process was born with, for instance root's.
 
 Order of the calls, each needing what the later ones take away:
 
@@ -20,18 +21,17 @@ processes of another one are refused by the check.
 from __future__ import annotations
 
 import functools
-import os
 import struct
 from dataclasses import dataclass
 from typing import Final, Self
 
-from checkpoint import procfs
 from checkpoint.kernel.capability import CAPABILITY_BITS, capset_data, capset_header, names
 from checkpoint.kernel.prctl import CapAmbient, Pr, Securebit
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, register, unsigned
+from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
 
-__all__ = ["Capabilities", "Credentials", "Ids", "granted_here"]
+__all__ = ["Capabilities", "Credentials", "Ids"]
 
 #: NGROUPS_MAX, include/uapi/linux/limits.h
 _GROUPS_MAX: Final = 65536
@@ -116,22 +116,32 @@ class Credentials(State):
         status = task.status
         securebits = task.calls.call(SYS.prctl, Pr.GET_SECUREBITS, label="read the securebits")
         yield
+        return cls.of(status, securebits.value)
+
+    @classmethod
+    def of(cls, status: dict[str, str], securebits: int) -> Self:
+        """What a /proc/PID/status shows, which is all but the securebits."""
         return cls(
             users=Ids(*map(int, status["Uid"].split())),
             group_ids=Ids(*map(int, status["Gid"].split())),
             groups=tuple(map(int, status["Groups"].split())),
             capabilities=Capabilities.of(status),
-            securebits=securebits.value,
+            securebits=securebits,
             no_new_privs=status["NoNewPrivs"] == "1",
         )
 
     def rebuild(self, task: TaskBuilder) -> None:
         calls = task.calls
-        here = granted_here()
+        born = Credentials.of(task.born(), _own_securebits() & ~Securebit.KEEP_CAPS)  # exec clears KEEP_CAPS
+        if born == self:
+            return
+        here = born.capabilities
         caps = self.capabilities & here
         lost = (self.capabilities.permitted & ~caps.permitted) | (self.capabilities.bounding & ~caps.bounding)
         if lost and task.leader:
             task.warn(f"{task} cannot have, on this host: {names(lost)}")
+        if born.no_new_privs and not self.no_new_privs and task.leader:
+            task.warn(f"{task} will have no_new_privs, since tcpmig has it and nobody can be rid of it")
 
         keep = Securebit.KEEP_CAPS | Securebit.NO_SETUID_FIXUP
         calls.call(SYS.prctl, Pr.SET_SECUREBITS, keep, label="keep capabilities over the change of IDs")
@@ -170,13 +180,6 @@ def _bits(mask: int) -> list[int]:
 
 
 @functools.cache
-def granted_here() -> Capabilities:
-    """What a process that the tool starts begins with: root in the tool's user namespace, within its bounding set."""
-    own = Capabilities.of(procfs.read_status(os.getpid()))
-    return Capabilities(
-        inheritable=own.inheritable,
-        permitted=own.bounding,
-        effective=own.bounding,
-        bounding=own.bounding,
-        ambient=0,
-    )
+def _own_securebits() -> int:
+    """Those of the tool, which the processes that it starts inherit."""
+    return syscall(SYS.prctl, Pr.GET_SECUREBITS)

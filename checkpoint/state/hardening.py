@@ -54,16 +54,8 @@ class SpeculationControls(State):
             if which is Speculation.L1D_FLUSH:
                 wanted = value & SpeculationState.ENABLE
             if value & SpeculationState.PRCTL and wanted:
-                self._restrict(task, which, wanted)
-
-    def _restrict(self, task: TaskBuilder, which: Speculation, wanted: int) -> None:
-        result = task.calls.call(SYS.prctl, Pr.SET_SPECULATION_CTRL, which, wanted, ignore=True)
-
-        def check() -> None:
-            if not result.ok:
-                task.warn(f"{task} had restricted speculation ({which.name}); this host does not allow it to")
-
-        task.outside.append(check)
+                result = task.calls.call(SYS.prctl, Pr.SET_SPECULATION_CTRL, which, wanted, ignore=True)
+                task.warn_unless(result, f"had restricted its speculation ({which.name}) and cannot do so here")
 
 
 @register("time stamp counter")
@@ -104,6 +96,5 @@ class MachineCheckPolicy(State):
 
     def rebuild(self, task: TaskBuilder) -> None:
         if self.policy != MceKill.DEFAULT:
-            task.calls.call(
-                SYS.prctl, Pr.MCE_KILL, MceKill.SET, self.policy, ignore=True, label="set the machine check policy"
-            )
+            result = task.calls.call(SYS.prctl, Pr.MCE_KILL, MceKill.SET, self.policy, ignore=True)
+            task.warn_unless(result, f"cannot be given its machine check policy {self.policy}")

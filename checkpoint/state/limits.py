@@ -9,6 +9,7 @@ Source: Linux kernel/sys.c, prlimit64; include/uapi/asm-generic/resource.h.
 
 from __future__ import annotations
 
+import resource
 import struct
 from dataclasses import dataclass
 from typing import Final, Self
@@ -21,6 +22,7 @@ __all__ = ["Limit", "ResourceLimits"]
 #: RLIM_NLIMITS: the kernel's limits are numbered below this
 RLIMIT_COUNT: Final = 16
 _RLIMIT64 = struct.Struct("<QQ")
+_NAMES: Final = {getattr(resource, name): name for name in dir(resource) if name.startswith("RLIMIT_")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,4 +63,5 @@ class ResourceLimits(State):
     def rebuild(self, task: TaskBuilder) -> None:
         for number, limit in enumerate(self.limits):
             data = task.calls.put(_RLIMIT64.pack(limit.soft, limit.hard))
-            task.calls.call(SYS.prlimit64, 0, number, data, 0, label=f"set resource limit {number}")
+            what = f"set the resource limit {_NAMES.get(number, number)} to {limit.soft}, {limit.hard}"
+            task.calls.call(SYS.prlimit64, 0, number, data, 0, label=what)

@@ -48,9 +48,11 @@ class MemorySwitches(State):
     def rebuild(self, task: TaskBuilder) -> None:
         if self.thp_disable:
             flags = self.thp_disable & ~_ON
-            task.calls.call(SYS.prctl, Pr.SET_THP_DISABLE, _ON, flags, label="disable transparent huge pages")
+            result = task.calls.call(SYS.prctl, Pr.SET_THP_DISABLE, _ON, flags, ignore=True)
+            task.warn_unless(result, "had transparent huge pages disabled and has them here")
         if self.merge:
-            task.calls.call(SYS.prctl, Pr.SET_MEMORY_MERGE, _ON, label="let identical pages be merged")
+            result = task.calls.call(SYS.prctl, Pr.SET_MEMORY_MERGE, _ON, ignore=True)
+            task.warn_unless(result, "had its identical pages merged and has not here")
 
 
 @register("memory-deny-write-execute")

@@ -47,10 +47,5 @@ class NumaPolicy(State):
             return
         mask = task.calls.put(sum(1 << node for node in self.nodes).to_bytes(_NODES // 8, "little"))
         result = task.calls.call(SYS.set_mempolicy, self.mode, mask, _NODES + 1, ignore=True)
-
-        def check() -> None:
-            if not result.ok:
-                nodes = ",".join(map(str, self.nodes))
-                task.warn(f"{task} had a NUMA policy for the nodes {nodes}, which this host refuses")
-
-        task.outside.append(check)
+        nodes = ",".join(map(str, self.nodes))
+        task.warn_unless(result, f"had a NUMA policy for the nodes {nodes} and cannot have it here")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from checkpoint import arch
-from checkpoint.errors import MachineForeign
+from checkpoint.errors import ExtendedStateForeign, MachineForeign
 from checkpoint.state.base import State, TaskBuilder, TaskView, register, unsigned
 
 if TYPE_CHECKING:
@@ -63,9 +63,14 @@ class Registers(State):
 def install(thread: tracee.Thread, state: Registers) -> None:
     """Give a stopped thread its registers and its mask. Nothing may be run inside it afterwards.
 
-    ExtendedStateForeign if this CPU lacks what ``extended`` holds.
+    ExtendedStateForeign if this CPU lacks what ``extended`` holds, or it holds what no CPU would.
     """
     own = thread.get_xstate()
-    thread.set_xstate(arch.convert_xstate(state.extended, state.layout, own))
+    try:
+        thread.set_xstate(arch.convert_xstate(state.extended, state.layout, own))
+    except OSError as error:
+        raise ExtendedStateForeign(
+            f"the kernel refuses the extended registers: {error.strerror}", object=thread.name
+        ) from error
     thread.set_registers(arch.Registers.unpack(state.general))
     thread.set_sigmask(state.blocked)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from checkpoint import procfs
 from checkpoint.errors import StateRefused, StateUnreadable
 from checkpoint.kernel.signals import tgkill
 from checkpoint.state import clocks, pending, registers
@@ -258,11 +259,14 @@ def build(stub: Stub, state: ProcessState, *, warn: Callable[[str], None], elaps
 
     StateRefused if the kernel refuses a call, PidTaken, SpawnFailed, TimerOutOfReach, MachineForeign.
     """
-    first = TaskBuilder(pid=stub.pid, tid=stub.pid, warn=warn, elapsed=elapsed)
+    birth = procfs.read_status(stub.pid)
+    first = TaskBuilder(pid=stub.pid, tid=stub.pid, warn=warn, elapsed=elapsed, birth=birth)
     rebuild_first(state, first)
     _run(stub, [first])
     stub.clone_threads([thread.tid for thread in state.threads[1:]])
-    tasks = [TaskBuilder(pid=stub.pid, tid=thread.tid, warn=warn, elapsed=elapsed) for thread in stub.threads]
+    tasks = [
+        TaskBuilder(pid=stub.pid, tid=thread.tid, warn=warn, elapsed=elapsed, birth=birth) for thread in stub.threads
+    ]
     rebuild_process(state, tasks[0])
     for thread, task in zip(state.threads, tasks, strict=True):
         rebuild_thread(thread, task)

@@ -11,7 +11,7 @@ from kernel_child import in_child
 from checkpoint import procfs
 from checkpoint.kernel.capability import Cap, capset_data, capset_header
 from checkpoint.kernel.prctl import Pr, Securebit
-from checkpoint.state.credentials import Capabilities, granted_here
+from checkpoint.state.credentials import Capabilities
 from tcpstate.kernel import batch
 from tcpstate.kernel.batch import libc, syscall
 from tcpstate.kernel.calls import CallError, CallTable
@@ -61,7 +61,7 @@ def test_dumpable_2_cannot_be_set():
 
 def test_a_capability_can_become_inheritable_only_while_it_is_in_the_bounding_set():
     def work() -> int:
-        here, bit = granted_here(), 1 << Cap.NET_RAW
+        here, bit = _own(), 1 << Cap.NET_RAW
         libc.prctl(Pr.CAPBSET_DROP, Cap.NET_RAW, 0, 0, 0)
         try:
             _capset(effective=here.permitted, permitted=here.permitted, inheritable=bit)
@@ -70,7 +70,7 @@ def test_a_capability_can_become_inheritable_only_while_it_is_in_the_bounding_se
         return 1
 
     def before() -> int:
-        here, bit = granted_here(), 1 << Cap.NET_RAW
+        here, bit = _own(), 1 << Cap.NET_RAW
         _capset(effective=here.permitted, permitted=here.permitted, inheritable=bit)
         libc.prctl(Pr.CAPBSET_DROP, Cap.NET_RAW, 0, 0, 0)
         return 0 if _own().inheritable == bit else 1
@@ -81,7 +81,7 @@ def test_a_capability_can_become_inheritable_only_while_it_is_in_the_bounding_se
 
 def test_ambient_capabilities_survive_the_last_capset():
     def work() -> int:
-        here, bit = granted_here(), 1 << Cap.NET_RAW
+        here, bit = _own(), 1 << Cap.NET_RAW
         _capset(effective=here.permitted, permitted=here.permitted, inheritable=bit)
         libc.prctl(Pr.CAP_AMBIENT, 2, Cap.NET_RAW, 0, 0)
         _capset(effective=0, permitted=bit, inheritable=bit)

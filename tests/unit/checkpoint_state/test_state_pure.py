@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from state_strategies import CLOCKS, STRATEGIES
+from state_strategies import CLOCKS, STRATEGIES, Warn
 
 from checkpoint.arch.x86_64 import xstate
 from checkpoint.arch.x86_64.xstate import Component, convert_xstate
 from checkpoint.errors import ExtendedStateForeign, MachineForeign
 from checkpoint.kernel.seccomp import Action, Mode, actions
 from checkpoint.kernel.timers import NS, TimerSpec
-from checkpoint.state import credentials as credentials_module
 from checkpoint.state.base import State, TaskBuilder
 from checkpoint.state.cgroup import Mount, mounts, parse_cgroups
 from checkpoint.state.clocks import TOLERANCE, Clocks, Offsets, continued, offsets_for
@@ -246,7 +246,22 @@ def test_registers_of_another_machine_are_refused():
 
 # -- credentials and seccomp: what is queued, in which order ---------------------------------------------------------
 
-FULL = Capabilities(inheritable=0, permitted=0xFFFF, effective=0xFFFF, bounding=0xFFFF, ambient=0)
+BORN = {
+    "Uid": "0\t0\t0\t0",
+    "Gid": "0\t0\t0\t0",
+    "Groups": "",
+    "NoNewPrivs": "0",
+    "CapInh": "0",
+    "CapPrm": "ffff",
+    "CapEff": "ffff",
+    "CapBnd": "ffff",
+    "CapAmb": "0",
+}
+ROOT = Credentials.of(BORN, 0)
+
+
+def _born(warn: Warn) -> TaskBuilder:
+    return TaskBuilder(pid=1, tid=1, warn=warn, birth=dict(BORN))
 
 
 def _numbers(task: TaskBuilder) -> list[tuple[int, int, int]]:
@@ -257,28 +272,36 @@ def _numbers(task: TaskBuilder) -> list[tuple[int, int, int]]:
 
 @given(state=STRATEGIES[Credentials])
 def test_privileges_end_last(state: Credentials) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(credentials_module, "granted_here", lambda: FULL)
-        task = TaskBuilder(pid=1, tid=1, warn=lambda _: None)
-        state.rebuild(task)
+    task = _born(lambda _: None)
+    state.rebuild(task)
     calls = [nr for nr, _, _ in _numbers(task)]
     last_id = max(calls.index(SYS.setresuid), calls.index(SYS.setresgid), calls.index(SYS.setgroups))
     assert last_id < calls.index(SYS.capset)
-    after = calls[len(calls) - 1 - calls[::-1].index(SYS.capset) + 1 :]
+    after = calls[len(calls) - calls[::-1].index(SYS.capset) :]
     assert after == ([SYS.prctl] if state.no_new_privs else [])  # only no_new_privs
+
+
+def test_credentials_that_it_was_born_with_need_nothing():
+    task = _born(print)
+    ROOT.rebuild(task)
+    assert len(task.calls) == 0
 
 
 def test_capabilities_that_this_host_withholds_are_told():
     wanted = Capabilities(inheritable=0, permitted=1 << 16, effective=1 << 16, bounding=0x1FFFF, ambient=0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(credentials_module, "granted_here", lambda: FULL)
-        warnings: list[str] = []
-        users = credentials_module.Ids(1, 1, 1, 1)
-        Credentials(
-            users=users, group_ids=users, groups=(), capabilities=wanted, securebits=0, no_new_privs=False
-        ).rebuild(TaskBuilder(pid=1, tid=1, warn=warnings.append))
+    warnings: list[str] = []
+    dataclasses.replace(ROOT, capabilities=wanted).rebuild(_born(warnings.append))
     assert len(warnings) == 1
     assert "CAP_SYS_MODULE" in warnings[0]
+
+
+def test_no_new_privs_of_the_tool_is_told():
+    warnings: list[str] = []
+    task = _born(warnings.append)
+    task.birth["NoNewPrivs"] = "1"
+    ROOT.rebuild(task)
+    assert len(warnings) == 1
+    assert "no_new_privs" in warnings[0]
 
 
 FILTER = Filter(struct.pack("<HBBI", 6, 0, 0, 0x7FFF0000), 0)
