@@ -45,7 +45,7 @@ test:  ## every test (root)
 bench:  ## the measurements, with a table (root)
 	@scripts/need-root bench
 	@$(MAKE) --no-print-directory packages $(VENV)
-	$(PYTEST) tests/bench
+	$(PYTEST) $(wildcard tests/bench/bench_*.py)
 
 campaign:  ## hundreds of migrations under load and loss; takes long (root)
 	@scripts/need-root campaign
