@@ -19,7 +19,7 @@ from checkpoint.memory import verdicts as memory
 from checkpoint.state import preflight as state
 from checkpoint.verdict import Status, Verdict, refusals
 from tcpstate import locate
-from tcpstate.errors import catalogue
+from tcpstate.errors import Outcome, TcpmigError, catalogue
 from tcpstate.locate import Located
 
 __all__ = ["check", "connections", "first_refusal", "live_files", "pids"]
@@ -92,13 +92,17 @@ def _judge(connection: Located, peer_is_here: bool) -> Verdict:
     return Verdict(subject=subject, kind=_CONNECTION, status=Status.OK, text=f"{connection.state.name}, {queues}")
 
 
-def first_refusal(found: Sequence[Verdict]) -> Refused | None:
+def first_refusal(found: Sequence[Verdict]) -> TcpmigError | None:
     """The first refusal as the error that it is, or None; how many more there are is said."""
     refused = refusals(found)
     if not refused:
         return None
     first = refused[0]
     more = f" (and {len(refused) - 1} more refusals)" if len(refused) > 1 else ""
-    known = catalogue().get(first.code, Refused)
-    cls = known if issubclass(known, Refused) else Refused
-    return cls(f"{first.text}{more}", object=first.subject, fix=first.fix or None)
+    cls = catalogue().get(first.code, Refused)
+    # past the subclass's own constructor, whose arguments are not known here
+    error = cls.__new__(cls)
+    TcpmigError.__init__(error, f"{first.text}{more}", object=first.subject, fix=first.fix or None)
+    # met in the check it refuses, also where its class stands for a failure later on
+    error.__dict__["outcome"] = Outcome.REFUSED
+    return error

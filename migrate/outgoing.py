@@ -26,9 +26,8 @@ from migrate.messages import Needs, PathNeed, TreeNeed
 from migrate.parts import NoteWriter
 from migrate.wire import ImageWriter
 from tcpstate import codec
-from tcpstate.capture import Capture
+from tcpstate.capture import Capture, unanswered
 from tcpstate.connid import ConnId
-from tcpstate.kernel import diag
 from tcpstate.rows import describe
 from tcpstate.segment import Segment
 
@@ -56,7 +55,6 @@ class OutgoingTrees:
         self._writer = FrameWriter()
         self._syns: Capture | None = None
         self._segments: Capture | None = None
-        self._early: list[Segment] = []
 
     def needs(self) -> Needs:
         """What has to be true at the target; raises the first refusal."""
@@ -86,10 +84,6 @@ class OutgoingTrees:
             self._syns = Capture(syn_only=True, ports=ports)
             self._syns.start()
         self._dump.hold_off()
-        if self._syns is not None:
-            # What came in the moment before the listeners fell silent may have been answered: such a SYN must not be
-            # replayed, the connection would begin twice and be reset.
-            self._early = [syn for syn in self._syns.segments() if diag.get(syn.conn_id) is None]
         self._dump.drain()
 
     def stop(self) -> None:
@@ -128,11 +122,9 @@ class OutgoingTrees:
         return [codec.pack(segment) for segment in self._captured()]
 
     def _captured(self) -> list[Segment]:
-        found, self._early = self._early, []
-        for capture in (self._syns, self._segments):
-            if capture is not None:
-                found += capture.segments()
-        return found
+        # not before the stop: the answer to a SYN may be under way when the SYN is seen
+        found = [] if self._syns is None else unanswered(self._syns.segments())
+        return found + ([] if self._segments is None else self._segments.segments())
 
     def resume(self) -> None:
         """Everything as it was; what was captured is delivered here."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import sys
+import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,9 @@ __all__ = ["AddressUser", "descendants", "held_by", "parse_socket_table", "users
 
 _TABLES = ("tcp", "tcp6", "udp", "udp6", "udplite", "udplite6", "raw", "raw6")
 _NET = Path("/proc/thread-self/net")
+#: how often, and after how many seconds, it is looked again for the holder of a socket that seems to have none
+_LOOKS = 3
+_BETWEEN_LOOKS = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +74,20 @@ def users_of(addresses: Collection[str], outside: Collection[int]) -> list[Addre
     A socket that the tree shares with another process counts: the other one would lose the address. One whose holder
     /proc does not show belongs to another PID namespace, and counts too.
     """
+    found = _foreign(addresses, outside)
+    for _ in range(_LOOKS):
+        # A socket that was closed between our two looks has no holder either: only what stays hidden counts.
+        if all(user.pids for user in found):
+            break
+        time.sleep(_BETWEEN_LOOKS)
+        again = {user.inode: user for user in _foreign(addresses, outside)}
+        found = [again[user.inode] for user in found if user.inode in again]
+    return found
+
+
+def _foreign(addresses: Collection[str], outside: Collection[int]) -> list[AddressUser]:
     found = [user for user in _sockets() if user.address in addresses]
-    if not found:
-        return []
-    holders = owners_of({user.inode for user in found})
+    holders = owners_of({user.inode for user in found}) if found else {}
     named = [replace(u, pids=tuple(sorted({o.pid for o in holders.get(u.inode, ())}))) for u in found]
     return [u for u in named if not u.pids or not set(u.pids) <= set(outside)]
 

@@ -33,9 +33,9 @@ from tcpstate.kernel.bpf import Ancillary, Instruction, Op
 from tcpstate.kernel.packet import ARPHRD_LOOPBACK, ETH_P_ALL, PACKET_OUTGOING, SOL_PACKET, Packet, bind_packet
 from tcpstate.kernel.sockets import SO, Level, is_v6
 from tcpstate.record import ConnectionRecord
-from tcpstate.segment import Flag, Segment, before, build, parse, split
+from tcpstate.segment import SEQ_MASK, Flag, Segment, before, build, parse, split
 
-__all__ = ["Capture", "replay"]
+__all__ = ["Capture", "replay", "unanswered"]
 
 log = logging.getLogger(__name__)
 
@@ -51,61 +51,73 @@ _V4_PROTOCOL = 9
 _V6_PROTOCOL = 6
 _V6_HEADER = 40
 _FLAGS = 13
+_SOURCE_PORT = 0
+_DESTINATION_PORT = 2
+_DROP: Instruction = (Op.RETURN, 0, 0, 0)
 
 
 def _filter(*, syn_only: bool, ports: Collection[int] | None) -> tuple[Instruction, ...]:
-    """Arriving TCP, not over loopback (what :func:`replay` injects comes that way); of ``ports``, and SYNs, only.
+    """Arriving TCP, not over loopback (what :func:`replay` injects comes that way), of ``ports``; ``syn_only``: only
+    SYNs, and the SYN-ACKs that leave.
 
     The program sees a packet from its IP header on.
     """
-    drop: list[Instruction] = [(Op.RETURN, 0, 0, 0)]
-    head: list[Instruction] = [
+    arriving = _program(Flag.SYN if syn_only else None, _DESTINATION_PORT, ports)
+    leaving = _program(Flag.SYN | Flag.ACK, _SOURCE_PORT, ports) if syn_only else [_DROP]
+    return (
         (Op.LOAD_WORD, 0, 0, Ancillary.PKTTYPE),
         (Op.JUMP_EQUAL, 0, 1, PACKET_OUTGOING),
-        *drop,
+        (Op.JUMP, 0, 0, len(arriving)),
+        *arriving,
+        *leaving,
+    )
+
+
+def _program(flags: Flag | None, port_at: int, ports: Collection[int] | None) -> list[Instruction]:
+    """TCP with just these ``flags`` among SYN and ACK (None: any), whose port at ``port_at`` is one of ``ports``."""
+    program: list[Instruction] = [
         (Op.LOAD_HALF, 0, 0, Ancillary.HATYPE),
         (Op.JUMP_EQUAL, 0, 1, ARPHRD_LOOPBACK),
-        *drop,
+        _DROP,
         (Op.LOAD_BYTE, 0, 0, 0),
         (Op.SHIFT_RIGHT, 0, 0, 4),
         (Op.JUMP_EQUAL, 0, 5, 4),
         # IPv4: X = where TCP begins
         (Op.LOAD_BYTE, 0, 0, _V4_PROTOCOL),
         (Op.JUMP_EQUAL, 1, 0, socket.IPPROTO_TCP),
-        *drop,
+        _DROP,
         (Op.LOAD_X_HEADER, 0, 0, 0),
         (Op.JUMP, 0, 0, 6),
         # IPv6; extension headers before TCP are rare enough to be left to the peer's retransmission
         (Op.JUMP_EQUAL, 1, 0, 6),
-        *drop,
+        _DROP,
         (Op.LOAD_BYTE, 0, 0, _V6_PROTOCOL),
         (Op.JUMP_EQUAL, 1, 0, socket.IPPROTO_TCP),
-        *drop,
+        _DROP,
         (Op.SET_X, 0, 0, _V6_HEADER),
     ]
-    rest: list[Instruction] = []
-    if syn_only:
-        rest += [
+    if flags is not None:
+        program += [
             (Op.LOAD_BYTE_X, 0, 0, _FLAGS),
             (Op.AND, 0, 0, int(Flag.SYN | Flag.ACK)),
-            (Op.JUMP_EQUAL, 1, 0, int(Flag.SYN)),
-            *drop,
+            (Op.JUMP_EQUAL, 1, 0, int(flags)),
+            _DROP,
         ]
     if ports is not None and len(ports) <= _PORTS_MAX:
-        rest.append((Op.LOAD_HALF_X, 0, 0, 2))
+        program.append((Op.LOAD_HALF_X, 0, 0, port_at))
         for port in sorted(ports):
-            rest += [(Op.JUMP_EQUAL, 0, 1, port), (Op.RETURN, 0, 0, bpf.ACCEPT_ALL)]
-        rest += drop
+            program += [(Op.JUMP_EQUAL, 0, 1, port), (Op.RETURN, 0, 0, bpf.ACCEPT_ALL)]
+        program.append(_DROP)
     else:
-        rest.append((Op.RETURN, 0, 0, bpf.ACCEPT_ALL))
-    return tuple(head + rest)
+        program.append((Op.RETURN, 0, 0, bpf.ACCEPT_ALL))
+    return program
 
 
 class Capture:
     """Arriving TCP segments of the calling thread's network namespace. A context manager: starts and closes.
 
     interfaces  names; None: all but loopback
-    syn_only    only the beginnings of new connections
+    syn_only    only the beginnings of new connections: arriving SYNs, leaving SYN-ACKs (:func:`unanswered`)
     ports       only those for these local ports (1,000 at most, else all are taken); without it a host's bulk traffic,
                 such as the migration's own, is captured too
     """
@@ -186,6 +198,24 @@ class Capture:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def unanswered(segments: Iterable[Segment]) -> list[Segment]:
+    """The SYNs of a capture with ``syn_only`` that this host did not answer: the ones that may be replayed.
+
+    One that was answered began a connection, which may have ended since; replayed, it would begin again, and be reset.
+    """
+    found = list(segments)
+    both = Flag.SYN | Flag.ACK
+    answers = {
+        (s.destination, s.destination_port, s.source, s.source_port, s.ack) for s in found if s.flags & both == both
+    }
+    return [
+        s
+        for s in found
+        if s.flags & both == Flag.SYN
+        and (s.source, s.source_port, s.destination, s.destination_port, (s.seq + 1) & SEQ_MASK) not in answers
+    ]
 
 
 def _worth(segment: Segment, record: ConnectionRecord) -> bool:
