@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tcpstate import codec
-from tcpstate.blackhole import MARK, Blackhole
 from tcpstate.connid import ConnId
 from tcpstate.errors import AlreadyFrozen, BadRecord, NoSuchConnection, NotFrozen, UnsupportedSocket
 from tcpstate.freeze import QuietState, quiet, read_originals, thaw
 from tcpstate.kernel.route import is_local
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.locate import find, take
+from tcpstate.silence import MARK, Blackhole
 
 __all__ = ["FrozenConnection", "freeze", "frozen", "resume", "runtime_dir"]
 

@@ -11,12 +11,12 @@ import socket
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tcpstate.blackhole import MARK
 from tcpstate.connid import ConnId
 from tcpstate.errors import NoSuchConnection, NotPermitted, UnsupportedSocket
 from tcpstate.kernel import diag
 from tcpstate.kernel.sockets import Level, pidfd_getfd
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpInfo, TcpState
+from tcpstate.silence import MARK
 
 __all__ = [
     "Backlog",
@@ -88,7 +88,7 @@ def _pids() -> Iterator[int]:
 
 
 def owners_of(inodes: Collection[int] | None = None, pids: Iterable[int] | None = None) -> dict[int, list[Owner]]:
-    """Who has these sockets open (all sockets if None), by inode. Processes that end meanwhile or are hidden do not show.
+    """Who has these sockets open (all if None), by inode. Processes that end meanwhile or are hidden do not show.
 
     NotPermitted if a process that was named (``pids``) may not be looked into.
     """
