@@ -29,6 +29,8 @@ class Clock(enum.IntEnum):
     PROCESS_CPUTIME_ID = 2
     THREAD_CPUTIME_ID = 3
     BOOTTIME = 7
+    #: how /proc/PID/timers shows THREAD_CPUTIME_ID: kernel/time/posix-cpu-timers.c, THREAD_CLOCK
+    CREATING_THREAD = -2
 
 
 class Itimer(enum.IntEnum):

@@ -83,10 +83,10 @@ class ProcessView:
         #: what each thread's seccomp filters are, for the others to compare
         self.seccomp: dict[int, object] = {}
 
-    @cached_property
+    @property
     def status(self) -> dict[str, str]:
-        """/proc/PID/status."""
-        return procfs.read_status(self.pid)
+        """/proc/PID/status: the first thread's has all that is the process's."""
+        return self.tasks[0].status
 
     @cached_property
     def online(self) -> frozenset[int]:

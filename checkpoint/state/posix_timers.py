@@ -5,7 +5,7 @@ wanted number (PR_TIMER_CREATE_RESTORE_IDS); older ones count upwards in each pr
 there until the count is right.
 
 What cannot be rebuilt: the overrun count of the last delivered signal (timer_getoverrun), and which thread a timer on
-CLOCK_THREAD_CPUTIME_ID belongs to, if the process has several.  Both are told as warnings.
+CLOCK_THREAD_CPUTIME_ID belongs to, if the process has several: the kernel does not tell.  Both are told as warnings.
 
 Source: Linux kernel/time/posix-timers.c; /proc/PID/timers (CONFIG_CHECKPOINT_RESTORE).
 """
@@ -157,7 +157,7 @@ def _arm(timer: PosixTimer, task: TaskBuilder) -> None:
             calls.call(SYS.rt_sigqueueinfo, pid, timer.signal, info, label=f"queue the signal of {timer.id}")
     if timer.overrun:
         task.warn(f"{task}: the overrun count {timer.overrun} of timer {timer.id} cannot be set and will read 0")
-    if timer.clock == Clock.THREAD_CPUTIME_ID:
+    if timer.clock in (Clock.THREAD_CPUTIME_ID, Clock.CREATING_THREAD) and len(procfs.threads(task.pid)) > 1:
         task.warn(f"{task}: timer {timer.id} counts the CPU time of a thread, and will count the first thread's")
 
 

@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import struct
+import threading
 
 from kernel_child import child, in_child, stopped
 
@@ -17,10 +18,10 @@ from tcpstate.kernel.batch import libc, syscall
 from tcpstate.kernel.machine import SYS
 
 
-def _create(wanted: int = 0, sig: int = 0, notify: int = Notify.NONE) -> int:
+def _create(wanted: int = 0, sig: int = 0, notify: int = Notify.NONE, clock: int = Clock.MONOTONIC) -> int:
     event = ctypes.create_string_buffer(sigevent(0, sig, notify, 0), 64)
     number = ctypes.c_int(wanted)
-    syscall(SYS.timer_create, Clock.MONOTONIC, ctypes.addressof(event), ctypes.addressof(number))
+    syscall(SYS.timer_create, clock, ctypes.addressof(event), ctypes.addressof(number))
     return number.value
 
 
@@ -80,3 +81,16 @@ def test_proc_tells_the_timers():
 
     with child(prepare) as pid, open(f"/proc/{pid}/timers", encoding="ascii") as file:
         assert file.read() == f"ID: 0\nsignal: 40/0000000000000000\nnotify: signal/pid.{pid}\nClockID: 1\n"
+
+
+def test_proc_does_not_tell_whose_cpu_time_a_timer_counts():
+    def prepare() -> None:
+        _create(clock=Clock.THREAD_CPUTIME_ID)
+        thread = threading.Thread(target=_create, kwargs={"clock": Clock.THREAD_CPUTIME_ID})
+        thread.start()
+        thread.join()
+
+    with child(prepare) as pid, open(f"/proc/{pid}/timers", encoding="ascii") as file:
+        lines = file.read().splitlines()
+    assert lines[3] == lines[7] == f"ClockID: {int(Clock.CREATING_THREAD)}"
+    assert lines[2] == lines[6]

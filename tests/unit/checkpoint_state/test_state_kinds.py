@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -273,6 +274,26 @@ def test_a_posix_timer_whose_signal_is_pending_has_expired():
         return capture(PosixTimers, own_view(thread)).timers[0].value
 
     assert in_child(work) == 0
+
+
+def test_a_timer_on_some_threads_cpu_time_is_told():
+    def work() -> tuple[list[str], list[str]]:
+        _timer_create(3, 40, 0, 0, 0)
+        state = capture(PosixTimers)
+        _syscall(SYS.timer_delete, ctypes.c_long(0))
+        alone = rebuild(state)
+        _syscall(SYS.timer_delete, ctypes.c_long(0))
+        stop = threading.Event()
+        thread = threading.Thread(target=stop.wait)
+        thread.start()
+        among_others = rebuild(state)
+        stop.set()
+        return alone, among_others
+
+    alone, among_others = in_child(work)
+    assert alone == []
+    assert len(among_others) == 1
+    assert "CPU time" in among_others[0]
 
 
 def test_a_timer_number_out_of_reach_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
