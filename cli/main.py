@@ -63,6 +63,8 @@ class LazyGroup(click.Group):
             status = session.fail(_usage_mistake(error))
         except click.Abort:
             status = session.fail(Interrupted("ended by Ctrl-C"))
+        except Exception as error:  # what a command raises, it tells itself: this is one that cannot be imported
+            status = session.fail(error)
         sys.exit(status or 0)
 
 

@@ -202,8 +202,8 @@ class QueueNotRestored(TcpmigError):
 
 
 class AlreadyFrozen(TcpmigError):
-    """The connection is frozen already: by an earlier `tcpmig freeze`, or by a checkpoint or migration under way. Nothing
-    was changed."""
+    """The connection is frozen already: by an earlier `tcpmig freeze`, or by a checkpoint or migration under way.
+    Nothing was changed."""
 
     code = "TM-0280"
     outcome = Outcome.REFUSED
@@ -211,8 +211,8 @@ class AlreadyFrozen(TcpmigError):
 
 
 class NotFrozen(TcpmigError):
-    """No `tcpmig freeze` in this boot and network namespace has frozen this connection, or it is resumed already, or the
-    freeze kept its record in another runtime directory."""
+    """No `tcpmig freeze` in this boot and network namespace has frozen this connection, or it is resumed already, or
+    the freeze kept its record in another runtime directory."""
 
     code = "TM-0281"
     outcome = Outcome.REFUSED

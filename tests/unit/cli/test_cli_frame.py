@@ -240,6 +240,13 @@ def test_a_reader_that_left_is_no_error() -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
+def test_a_command_that_cannot_be_imported_is_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(main.COMMANDS, "broken", "There is no such module.")
+    result = run("broken", "--json")
+    assert result.exit_code == Outcome.FAILED
+    assert one_object(result.stdout)["code"] == "TM-0100"
+
+
 # -- progress and log
 
 
