@@ -13,7 +13,7 @@ from tcpstate.kernel.sockets import MAPPED_PREFIX, is_v6
 
 __all__ = ["ConnId"]
 
-_END = r"(?:\[(?P<{0}6>[0-9A-Fa-f:.]+(?:%[^\]\s]+)?)\]|(?P<{0}4>[0-9.]+)):(?P<{0}p>[0-9]{{1,5}})"
+_END = r"(?:\[(?P<{0}6>(?=[^\]]*:)[0-9A-Fa-f:.]+(?:%[^\]\s]+)?)\]|(?P<{0}4>[0-9.]+)):(?P<{0}p>[0-9]{{1,5}})"
 _SYNTAX = re.compile(r"(?P<protocol>[a-z]+):" + _END.format("l") + "-" + _END.format("p"))
 PORT_MAX = 0xFFFF
 

@@ -1,0 +1,100 @@
+"""The capture's filter, run by a small interpreter of classic BPF on packets."""
+
+import pytest
+
+from tcpstate.capture import _filter
+from tcpstate.kernel.bpf import Ancillary, Op
+from tcpstate.kernel.packet import ARPHRD_LOOPBACK, PACKET_OUTGOING
+from tcpstate.segment import Flag, Segment, build
+
+ETHERNET = 1
+
+
+def run(program, packet, *, kind=0, hardware=ETHERNET):
+    """What the kernel would return; 0 as soon as a load lies outside the packet."""
+    a = x = at = 0
+    while True:
+        code, jt, jf, k = program[at]
+        at += 1
+        if code == Op.RETURN:
+            return k
+        if code in (Op.LOAD_WORD, Op.LOAD_HALF) and k in (Ancillary.PKTTYPE, Ancillary.HATYPE):
+            a = kind if k == Ancillary.PKTTYPE else hardware
+        elif code in (Op.LOAD_BYTE, Op.LOAD_BYTE_X, Op.LOAD_HALF_X):
+            size, start = (2 if code == Op.LOAD_HALF_X else 1), k + (0 if code == Op.LOAD_BYTE else x)
+            if start + size > len(packet):
+                return 0
+            a = int.from_bytes(packet[start : start + size], "big")
+        elif code == Op.LOAD_X_HEADER:
+            if k >= len(packet):
+                return 0
+            x = 4 * (packet[k] & 15)
+        elif code == Op.SET_X:
+            x = k
+        elif code == Op.AND:
+            a &= k
+        elif code == Op.SHIFT_RIGHT:
+            a >>= k
+        elif code == Op.JUMP:
+            at += k
+        elif code == Op.JUMP_EQUAL:
+            at += jt if a == k else jf
+        else:
+            raise AssertionError(f"operation {code:#x}")
+
+
+def packet(v6=False, flags=Flag.ACK, port=7000):
+    ends = ("fd00::9", "fd00::5") if v6 else ("10.0.0.9", "10.0.0.5")
+    return build(
+        Segment(
+            source=ends[0], source_port=51514, destination=ends[1], destination_port=port, seq=1, ack=2,
+            flags=int(flags), window=3,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(params=[False, True], ids=["IPv4", "IPv6"])
+def v6(request):
+    return request.param
+
+
+def test_tcp_passes_and_nothing_else(v6):
+    program = _filter(syn_only=False, ports=None)
+    assert run(program, packet(v6))
+    other = bytearray(packet(v6))
+    other[6 if v6 else 9] = 17
+    assert not run(program, bytes(other))
+    assert not run(program, b"\0" * 40)
+    assert not run(program, b"")
+
+
+def test_what_we_send_and_loopback_are_left_out(v6):
+    program = _filter(syn_only=False, ports=None)
+    assert not run(program, packet(v6), kind=PACKET_OUTGOING)
+    assert not run(program, packet(v6), hardware=ARPHRD_LOOPBACK)
+
+
+def test_syn_only_takes_what_begins_a_connection(v6):
+    program = _filter(syn_only=True, ports=None)
+    assert run(program, packet(v6, Flag.SYN))
+    assert run(program, packet(v6, Flag.SYN | Flag.ECE | Flag.CWR))
+    assert not run(program, packet(v6, Flag.SYN | Flag.ACK))
+    assert not run(program, packet(v6, Flag.ACK))
+
+
+@pytest.mark.parametrize("syn_only", [False, True])
+def test_only_the_wanted_ports(v6, syn_only):
+    program = _filter(syn_only=syn_only, ports=set(range(6000, 6900)))
+    assert run(program, packet(v6, Flag.SYN, 6899))
+    assert not run(program, packet(v6, Flag.SYN, 7000))
+    assert not run(_filter(syn_only=False, ports=()), packet(v6))
+
+
+def test_more_ports_than_a_program_holds_take_all(v6):
+    assert run(_filter(syn_only=False, ports=range(1, 3000)), packet(v6, port=60000))
+
+
+def test_ip_options_move_the_header():
+    plain = packet(flags=Flag.SYN)
+    longer = bytes([0x47]) + plain[1:20] + b"\1" * 8 + plain[20:]
+    assert run(_filter(syn_only=True, ports={7000}), longer)
