@@ -81,6 +81,8 @@ class Dump:
         self._collecting = gc.isenabled()
         #: how many TCP connections the trees hold, once they are stopped
         self.connections = 0
+        #: the processes, once they are stopped
+        self.pids: tuple[int, ...] = ()
         #: CLOCK_MONOTONIC, nanoseconds: first thread stopped; connections exported
         self.stopped_ns = 0
         self.exported_ns = 0
@@ -139,6 +141,7 @@ class Dump:
             if attempt == _STOP_ATTEMPTS - 1:
                 self._holdoff.complain()
             self._holdoff.drain()
+        self.pids = tuple(process.pid for process in self._tree.processes)
         try:
             self._capture(self._tree)
         except BaseException:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from checkpoint import procfs
-from checkpoint.errors import ImageIncomplete, NoSuchProcess, PidTaken
+from checkpoint.errors import ImageIncomplete, NoSuchProcess, PidTaken, RebuildDiffers
 from checkpoint.files.install import install
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.table import TreeFiles
@@ -96,8 +96,14 @@ class Restore:
             case Kind.FILES_DELTA:
                 self._files_rebuilder.take(frame.decode(FilesDelta).files)
             case Kind.END:
-                self._complete = True
+                self.end()
+            case _:
+                pass  # ADDRESSES: not this room's
         frame.release()
+
+    def end(self) -> None:
+        """The image is complete and right: its END was read."""
+        self._complete = True
 
     def _living(self) -> list[ProcessRecord]:
         if self._tree is None:
@@ -161,6 +167,12 @@ class Restore:
             if record.state is not None:
                 table.install(stub, record.state)
         return differences
+
+    @staticmethod
+    def differs(connection: str, difference: Difference) -> RebuildDiffers:
+        """The error that a difference of :meth:`prepare` is."""
+        what, expected, found = difference.what, difference.expected, difference.found
+        return RebuildDiffers(f"{what} was {expected!r}, reads back {found!r}", object=connection)
 
     def _give_state(self, record: ProcessRecord) -> None:
         state = record.state

@@ -19,6 +19,8 @@ __all__ = ["COMMANDS", "main", "tcpmig"]
 # name: what the list of commands says of it. The module is cli.commands.NAME, the command in it is called NAME too.
 COMMANDS = {
     "check": "Can it be done? A verdict on each part; nothing is stopped or changed.",
+    "checkpoint": "Process trees, with their connections, into a file.",
+    "restore": "The processes of an image run again.",
     "migrate": "Move running process trees to another host, with their connections.",
     "receive": "The target's half of a migration; started by migrate.",
     "conns": "Connections: who has them, what is queued in them.",

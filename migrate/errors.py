@@ -278,3 +278,12 @@ def undone(error: TcpmigError) -> TcpmigError:
         # of this one error, not of its class
         error.__dict__["outcome"] = Outcome.FAILED
     return error
+
+
+class ConnectionsWouldBreak(TcpmigError):
+    """A checkpoint ends the processes. Their connections survive that only if the addresses go as well: else this host
+    answers the peers' next segment with a reset. Here none of the connections' addresses can be taken away."""
+
+    code = "TM-0618"
+    outcome = Outcome.REFUSED
+    fix = "Let the process run on (-R), give the service an address of its own, or close the connections first."

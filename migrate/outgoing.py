@@ -21,7 +21,9 @@ from checkpoint.files.content import DELETED
 from checkpoint.files.tcp import TcpGroup
 from checkpoint.image.format import FrameWriter, page_frames
 from checkpoint.image.frames import Kind
+from checkpoint.image.writer import ImageFile
 from checkpoint.memory.vma import read_maps
+from migrate.clock import monotonic_ns
 from migrate.messages import Needs, PathNeed, TreeNeed
 from migrate.parts import NoteWriter
 from migrate.wire import ImageWriter
@@ -102,15 +104,41 @@ class OutgoingTrees:
 
     def freeze(self, image: ImageWriter, moved: Sequence[str], note: NoteWriter) -> int:
         """Connections, and the end of the image."""
-        if self._dump.ports:
-            self._segments = Capture(ports=self._dump.ports)
-            self._segments.start()
+        self._capture_all()
         self._dump.freeze(moved, note=lambda originals: note("connections", originals))
         image.write(self._writer.frame(Kind.FILES_DELTA, self._dump.delta()))
         image.write(self._writer.end())
         for warning in self._dump.warnings:
             _log.warning("%s", warning)
         return self._dump.exported_ns
+
+    def write(self, image: ImageFile, moved: Sequence[str]) -> None:
+        """Everything into a file."""
+        for kind, record in self._dump.skeleton():
+            image.record(kind, record)
+        image.pages(self._dump.pages(buffers=image.AHEAD + 2))
+        self._capture_all()
+        self._dump.freeze(moved)
+        image.record(Kind.FILES_DELTA, self._dump.delta())
+
+    def _capture_all(self) -> None:
+        if self._dump.ports:
+            self._segments = Capture(ports=self._dump.ports)
+            self._segments.start()
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The processes, once they are stopped."""
+        return self._dump.pids
+
+    @property
+    def warnings(self) -> list[str]:
+        """What will differ, in sentences."""
+        return self._dump.warnings
+
+    def stopped_ms(self) -> float:
+        """How long they have stood still."""
+        return (monotonic_ns() - self._dump.stopped_ns) / 1e6
 
     @property
     def connections(self) -> int:

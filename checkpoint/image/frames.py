@@ -96,6 +96,7 @@ class Kind(enum.StrEnum):
     PAGES_DROP   pages that are as in a fresh mapping again (a hole, for contents): earlier PAGES of them are void
     MAPS_DELTA   mappings that came, went or changed since the last MAPPINGS of a process
     FILES_DELTA  entries of FILES that came or changed; sockets, as frozen at the end
+    ADDRESSES    addresses that the connections need, of an image in a file; of a migration the protocol tells them
     END          index, root digest and, optionally, a signature; always the last
     """
 
@@ -107,6 +108,7 @@ class Kind(enum.StrEnum):
     PAGES_DROP = "PAGES_DROP"
     MAPS_DELTA = "MAPS_DELTA"
     FILES_DELTA = "FILES_DELTA"
+    ADDRESSES = "ADDRESSES"
     END = "END"
 
 

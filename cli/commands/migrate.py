@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import click
 
 from cli.command import command
 from cli.commands.check import report
 from cli.errors import UsageMistake
+from cli.fields import fields
 from cli.session import Result, Session
 from migrate.run import check as check_with
 from migrate.run import migrate as move
@@ -65,7 +64,7 @@ def migrate(
         checked = check_with(pids, host, rsh=rsh, remote_command=remote_command, options=options)
         return report([*checked.here, *checked.there], every=session.verbose)
     summary = move(pids, host, rsh=rsh, remote_command=remote_command, options=options)
-    return Result(data=_fields(summary), body=list(_lines(summary, host)), outcome=summary.status)
+    return Result(data=fields(summary), body=list(_lines(summary, host)), outcome=summary.status)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -73,11 +72,6 @@ def _pair(text: str) -> tuple[str, str]:
     if not (old and equals and new):
         raise UsageMistake("--map-dev wants OLD=NEW", object=text)
     return old, new
-
-
-def _fields(summary: Summary) -> dict[str, object]:
-    # the outcome is the session's to print, beside the fields
-    return {f.name: getattr(summary, f.name) for f in dataclasses.fields(summary) if f.name != "outcome"}
 
 
 def _lines(summary: Summary, host: str) -> list[str]:
