@@ -48,6 +48,9 @@ __all__ = ["Process", "Stop", "Thread", "Tree"]
 STOP_TIMEOUT: Final = 5.0
 # A queued SIGSTOP is reported as soon as the thread is let go; if a SIGCONT has just removed it, nothing is.
 _SWALLOW_TIMEOUT: Final = 0.2
+# A thread that did not stop in time does not stop soon; if it does, it is let go.
+_LATE_STOP_TIMEOUT: Final = 0.5
+_VFORK_PAUSE: Final = 1e-3
 
 _log = logging.getLogger(__name__)
 
@@ -160,6 +163,7 @@ class Process:
 
     def seize_and_stop(self, deadline: float) -> None:
         """Seize and stop all its threads. Those that had been seized are in ``threads`` also when this fails."""
+        self._await_vfork(deadline)
         passed: set[int] = set()  # threads that ended meanwhile
         while True:
             new = [tid for tid in procfs.threads(self.pid) if tid not in passed and tid not in self._tids()]
@@ -205,12 +209,10 @@ class Process:
                 state = procfs.read_stat(self.pid, tid)
             except NoSuchProcess:
                 return None
-            if state.zombie and tid != self.pid:
-                return None
             if not state.zombie:
                 refuse_process(self.pid)
                 raise MayNotTrace(f"tracing {state.comm} is not allowed", object=thread.name) from error
-            raise LeaderExited(f"the main thread of {state.comm} has ended", object=thread.name) from error
+            return None
         return thread
 
     def _seize_with_seccomp(self, thread: Thread) -> bool:
@@ -225,13 +227,35 @@ class Process:
             return False
         return True
 
+    def _await_vfork(self, deadline: float) -> None:
+        """Wait until no thread is suspended by vfork. Once seized such a thread could neither be stopped nor let go."""
+        while (child := self._vfork_child()) is not None:
+            if time.monotonic() > deadline:
+                raise VforkParent(f"it waits for its child {child} to call exec", object=f"pid {self.pid}")
+            time.sleep(_VFORK_PAUSE)
+
+    def _vfork_child(self) -> int | None:
+        """The child that has borrowed its memory while a thread of it waits in the kernel; None if there is none."""
+        for child in procfs.children(self.pid):
+            try:
+                if kcmp(self.pid, child, KcmpType.VM) != 0:
+                    continue
+            except ProcessLookupError:
+                continue  # the child has ended, or we have
+            except OSError as error:
+                if error.errno in (errno.ENOSYS, errno.EPERM):
+                    return None  # this kernel cannot tell; or not us, which the seizing will find
+                raise
+            if any(procfs.read_stat(self.pid, tid).state == "D" for tid in procfs.threads(self.pid)):
+                return child
+        return None
+
     def _why_not_stopped(self, thread: Thread, error: StopTimeout) -> Refused | VforkParent | StopTimeout:
         state = procfs.read_stat(self.pid, thread.tid)
         if state.zombie:
             return LeaderExited(f"the main thread of {state.comm} has ended, others run on", object=thread.name)
-        for child in procfs.children(self.pid):
-            if kcmp(self.pid, child, KcmpType.VM) == 0:
-                return VforkParent(f"{state.comm} waits for its child {child} to call exec", object=thread.name)
+        if (child := self._vfork_child()) is not None:
+            return VforkParent(f"{state.comm} waits for its child {child} to call exec", object=thread.name)
         return StopTimeout(f"{error.message} (state {state.state})", object=thread.name)
 
     def note(self) -> None:
@@ -275,13 +299,15 @@ class Process:
             except (ProcessDied, ProcessLookupError):
                 # killed from outside meanwhile: nothing is left that could be let go
                 _log.info("%s ended while it was stopped", thread.name)
+            except StopTimeout:
+                _log.warning("%s cannot be let go before it leaves the kernel, or tcpmig ends", thread.name)
         self.close()
 
     def _let_go(self, thread: Thread) -> None:
         if thread.stop is None:
             # seized, and still on its way to its first stop
             thread.interrupt()
-            thread.await_interrupt(STOP_TIMEOUT)
+            thread.await_interrupt(_LATE_STOP_TIMEOUT)
         thread.detach()
 
     def _swallow_sigstop(self, thread: Thread) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -172,3 +173,17 @@ def vdso(pid: int) -> bytes:
 def resume_stopped(pid: int) -> None:
     """SIGCONT."""
     os.kill(pid, signal.SIGCONT)
+
+
+def as_tool(work: Callable[[], object]) -> int:
+    """Do ``work`` in a process of its own; its wait status."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1]

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import struct
-import sys
 import time
 
 import pytest
@@ -16,7 +15,7 @@ from checkpoint.leftovers import clean, leftovers
 from checkpoint.tracee import Tree
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.machine import SYS
-from tests.system.engine.target import Target, end, masks, outside_view, python, state, vdso, wait_state
+from tests.system.engine.target import Target, as_tool, end, masks, outside_view, python, vdso, wait_state
 
 SEED = random.randrange(1 << 32)
 ENTRIES = 40
@@ -59,20 +58,6 @@ def session(pid, *, kill_at=None):
                 injection.run({process.leader.tid: closing})
     finally:
         tree.resume()
-
-
-def as_tool(work):
-    """Do ``work`` in a process of its own; its wait status."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    return os.waitpid(child, 0)[1]
 
 
 def killed_before(step, work):
@@ -241,7 +226,7 @@ def test_a_stopped_process_that_was_left_is_cleaned(tmp_path):
             assert as_tool(lambda entry=entry: session(target.pid, kill_at=entry)) == signal.SIGKILL
             wait_state(target.pid, "T")
             session(target.pid)
-            assert state(target.pid) == "T"
+            wait_state(target.pid, "T")  # each thread stops as it comes out of the kernel
             assert outside_view(target.pid) == before
             os.kill(target.pid, signal.SIGCONT)
             target.goes_on()
