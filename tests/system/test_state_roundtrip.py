@@ -52,7 +52,6 @@ def same_timers(before: ProcessState, after: ProcessState, seconds: int) -> None
 
 @pytest.mark.parametrize("variant", ["root", "user", "container"])
 def test_everything_comes_back(all_state: Path, tmp_path: Path, variant: str) -> None:
-    tmp_path.chmod(0o755)
     with running(all_state, variant, tmp_path) as pid:
         assert all(v.status is Status.OK for v in verdicts(pid))
         start = time.monotonic()
