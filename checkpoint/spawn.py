@@ -391,7 +391,7 @@ def _machine_spawn() -> Callable[[int, int, int], int] | None:
 
 def _plain_spawn(args: bytes, exec_args: ctypes.Array[ctypes.c_uint64]) -> int:
     """The same by plain calls, with a copy of our memory instead of a loan: slower by the time that a fork takes."""
-    flags = int.from_bytes(args[:8], "little") & ~int(CloneFlag.VM | CloneFlag.VFORK)
+    flags = int.from_bytes(args[:8], "little") & ~int(CloneFlag.VM)
     own = ctypes.create_string_buffer(flags.to_bytes(8, "little") + args[8:], len(args))
     number = syscall(SYS.clone3, ctypes.addressof(own), len(args))
     if number:
