@@ -12,12 +12,15 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Self
+from typing import Final, Self
 
 from checkpoint.errors import NoSuchProcess
 from checkpoint.state.base import State, TaskBuilder, TaskView, register
 
 __all__ = ["Cgroup", "Cgroups", "Mount", "mounts", "parse_cgroups"]
+
+
+_ROOT: Final = "/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,14 @@ class Cgroup:
     def __post_init__(self) -> None:
         if not self.path.startswith("/") or "\0" in self.path:
             raise ValueError(f"{self.path!r} is not the path of a cgroup")
+
+    @property
+    def controllers(self) -> frozenset[str]:
+        """The controllers of its hierarchy, or its name; empty for version 2."""
+        return frozenset(filter(None, self.hierarchy.split(",")))
+
+    def __str__(self) -> str:
+        return f"the cgroup {self.path} ({self.hierarchy or 'version 2'})"
 
     @property
     def outside(self) -> bool:
@@ -69,20 +80,25 @@ class Cgroups(State):
 
     def _enter(self, task: TaskBuilder) -> None:
         here = mounts()
-        now = {group.hierarchy: group.path for group in parse_cgroups(_read(task.pid))}
-        for group in self.groups:
-            if group.hierarchy in now and now[group.hierarchy] != group.path:
-                _enter(group, here, task)
+        wanted = {group.hierarchy: group for group in self.groups}
+        for now in parse_cgroups(_read(task.pid)):
+            # A hierarchy that the source did not have: out of the tool's own group all the same.
+            group = wanted.pop(now.hierarchy, Cgroup(now.hierarchy, _ROOT))
+            if group.path != now.path:
+                _enter(group, now, here, task)
+        for group in wanted.values():
+            if group.path != _ROOT:
+                task.warn(f"{task} was in {group}, of a hierarchy that this host does not have")
 
 
-def _enter(group: Cgroup, here: list[Mount], task: TaskBuilder) -> None:
-    mount = next((m for m in here if frozenset(filter(None, group.hierarchy.split(","))) == m.hierarchy), None)
+def _enter(group: Cgroup, now: Cgroup, here: list[Mount], task: TaskBuilder) -> None:
+    mount = next((m for m in here if m.hierarchy == group.controllers), None)
     if mount is None:
-        task.warn(f"{task} was in the cgroup {group.path} of {group.hierarchy or 'cgroup2'}, which is not mounted here")
+        task.warn(f"{task} was in {group} and stays in tcpmig's, {now.path}: the hierarchy is not mounted here")
         return
     directory = None if group.outside else mount.directory(group.path)
     if directory is None or not os.path.isdir(directory):
-        task.warn(f"{task} was in the cgroup {group.path} of {group.hierarchy or 'cgroup2'}, which does not exist here")
+        task.warn(f"{task} was in {group}, which does not exist here")
         directory = mount.at
     try:
         with open(os.path.join(directory, "cgroup.procs"), "w", encoding="ascii") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -135,6 +136,31 @@ def test_a_cgroup_that_is_absent_at_the_target(cgroup: Path) -> None:
     assert len(warnings) == 1
     assert cgroup.name in warnings[0]
     assert own.name not in after
+
+
+def test_a_hierarchy_that_the_source_did_not_have(cgroup: Path) -> None:
+    """The new process does not stay in the tool's group: that may be an ssh session's."""
+    with running(*python("")) as pid:
+        tree = Tree.stop([pid])
+        state = capture(tree.processes[0])
+        avoid = [(vma.start, vma.end) for vma in tree.processes[0].maps]
+        tree.kill()
+    groups = tuple(group for group in state.get(Cgroups).groups if group.hierarchy)
+    others = tuple(each for each in state.states if not isinstance(each, Cgroups))
+    state = dataclasses.replace(state, states=(*others, Cgroups(groups=groups)))
+    (cgroup / "cgroup.procs").write_text("0")
+    stub = spawn_stub(state.pid, avoid)
+    try:
+        assert cgroup.name in Path(f"/proc/{stub.pid}/cgroup").read_text()
+        give_memory(stub, state)
+        warnings: list[str] = []
+        table.build(stub, state, warn=warnings.append)
+        after = Path(f"/proc/{stub.pid}/cgroup").read_text()
+    finally:
+        stub.kill()
+        (cgroup.parent / "cgroup.procs").write_text("0")
+    assert cgroup.name not in after
+    assert warnings == []
 
 
 def test_a_directory_that_is_absent_at_the_target(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from checkpoint.kernel.timers import Itimer
 from checkpoint.state import posix_timers
 from checkpoint.state.addresses import ClearChildTid, RestartableSequences, RobustList
 from checkpoint.state.base import TaskBuilder
-from checkpoint.state.cgroup import Cgroups
+from checkpoint.state.cgroup import Cgroup, Cgroups
 from checkpoint.state.comm import Comm
 from checkpoint.state.filesystem import Filesystem
 from checkpoint.state.hardening import MachineCheckPolicy, SpeculationControls, TimeStampCounter
@@ -486,6 +486,12 @@ def test_cgroups_of_this_host_need_no_change():
     state = capture(Cgroups)
     assert state.groups
     assert in_child(lambda: rebuild(state)) == []
+
+
+def test_cgroups_of_a_hierarchy_that_this_host_lacks_are_told():
+    lacking = Cgroups(groups=(*capture(Cgroups).groups, Cgroup("name=elsewhere", "/web"), Cgroup("name=other", "/")))
+    (warning,) = in_child(lambda: rebuild(lacking))
+    assert "the cgroup /web (name=elsewhere)" in warning
 
 
 def test_pending_signals_are_queued_with_what_they_carry():
