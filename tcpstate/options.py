@@ -19,9 +19,11 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tcpstate.errors import UnsupportedSocket
 from tcpstate.kernel.columns import Field, RowError, Rows
 from tcpstate.kernel.sockets import IP, IPV6, SO, Level
 from tcpstate.kernel.tcp import TCP
+from tcpstate.rows import describe
 
 __all__ = ["EXCLUDED", "TABLE", "Format", "Option", "Saved", "Stage", "give", "save"]
 
@@ -107,6 +109,9 @@ def _line(number: enum.IntEnum, form: Format = Format.INT, stage: Stage = Stage.
     return Option(keyword, level, number, form, stage, where, size or struct.calcsize(form.value))
 
 
+#: IPv6 extension headers that all packets of a socket carry; those in use are far shorter
+_EXTENSION_MAX = 256
+
 # The order is the order of setting: the _NEW forms follow the older ones, which reset the choice between them.
 TABLE: tuple[Option, ...] = (
     _line(SO.DEBUG),
@@ -186,6 +191,10 @@ TABLE: tuple[Option, ...] = (
     _line(IPV6.RECVRTHDR),
     _line(IPV6.RECVDSTOPTS),
     _line(IPV6.RECVPATHMTU),
+    _line(IPV6.HOPOPTS, Format.BYTES, size=_EXTENSION_MAX),
+    _line(IPV6.RTHDRDSTOPTS, Format.BYTES, size=_EXTENSION_MAX),
+    _line(IPV6.RTHDR, Format.BYTES, size=_EXTENSION_MAX),
+    _line(IPV6.DSTOPTS, Format.BYTES, size=_EXTENSION_MAX),
     _line(IPV6.DONTFRAG),
     _line(IPV6.RECVTCLASS),
     _line(IPV6.TCLASS),
@@ -242,6 +251,7 @@ EXCLUDED: Mapping[tuple[Level, int], str] = {
     (Level.IP, IP.UNICAST_IF): "an interface index means nothing elsewhere",
     (Level.IP, IP.MULTICAST_TTL): "a stream socket cannot set it",
     (Level.IP, IP.NODEFRAG): "of raw sockets",
+    (Level.IPV6, 6): "IPV6_2292PKTOPTIONS holds what the last packet brought",
     (Level.IPV6, 24): "IPV6_MTU: " + _DERIVED,
     (Level.IPV6, IPV6.UNICAST_IF): "an interface index means nothing elsewhere",
     (Level.IPV6, IPV6.MULTICAST_HOPS): "a stream socket cannot set it",
@@ -286,7 +296,10 @@ def _defaults(family: int) -> dict[str, bytes]:
 
 
 def save(socks: Sequence[socket.socket]) -> list[Saved]:
-    """The options of each socket that differ from a fresh one's. OSError if a descriptor is not a socket."""
+    """The options of each socket that differ from a fresh one's.
+
+    UnsupportedSocket if a value is longer than any we know; OSError if a descriptor is not a socket.
+    """
     saved = [Saved() for _ in socks]
     for family in (socket.AF_INET, socket.AF_INET6):
         mine = [i for i, sock in enumerate(socks) if sock.family == family]
@@ -297,12 +310,14 @@ def save(socks: Sequence[socket.socket]) -> list[Saved]:
         columns = _read([socks[i].fileno() for i in mine], options, defaults)
         for option, column in zip(options, columns, strict=True):
             for place, value in _different(column, defaults[option.keyword]):
-                if option.format is Format.BYTES:
-                    saved[mine[place]].data[option.keyword] = (
-                        value.rstrip(b"\0") if option.keyword == _DEVICE else value
-                    )
-                else:
+                if option.format is not Format.BYTES:
                     saved[mine[place]].numbers[option.keyword] = option.decode(value)
+                elif option.keyword == _DEVICE:
+                    saved[mine[place]].data[_DEVICE] = value.rstrip(b"\0")
+                elif len(value) < option.size or option.keyword == "ip.options":
+                    saved[mine[place]].data[option.keyword] = value
+                else:
+                    raise UnsupportedSocket(f"its {option.keyword} may be cut off", object=describe(socks[mine[place]]))
     return saved
 
 
@@ -365,7 +380,7 @@ def _set(socks: Sequence[socket.socket], option: Option, values: Sequence[tuple[
     try:
         rows.run()
     except RowError as error:
-        if error.errno == errno.ENOPROTOOPT:
-            log.warning("this kernel has no socket option %s; it was left out", option.keyword)
+        if error.errno in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
+            log.warning("this kernel does not take socket option %s; it was left out", option.keyword)
             return
         raise RowError(error.errno or errno.EIO, values[error.row][0], error.label) from None

@@ -161,7 +161,7 @@ def pair(server, client, family=socket.AF_INET, *, service=True, mapped=False, p
         listener.bind((f"::ffff:{address}" if mapped else address, port))
         listener.listen(16)
         other = client.socket(family, socket.SOCK_STREAM)
-        other.connect((address, port))
+        other.connect((address, listener.getsockname()[1]))
         accepted, _ = listener.accept()
     return accepted, other
 
