@@ -62,6 +62,7 @@ _OPTIONS: Final = Option.TRACEFORK | Option.TRACEVFORK | Option.TRACECLONE | Opt
 _ALL_SIGNALS: Final = (1 << 64) - 1
 _STOP_TIMEOUT: Final = 5.0
 _LAST_FD: Final = 0xFFFFFFFF
+_NAME: Final = "tcpmig-stub"
 _MFD_EXEC: Final = 0x10  # include/uapi/linux/memfd.h, 6.3
 _LEAST_ERRNO: Final = -4095
 
@@ -332,13 +333,13 @@ def _first_steps(number: int, window: tuple[int, int], tool: int) -> Stub:
 def _memfd() -> int:
     flags = os.MFD_CLOEXEC
     try:
-        return os.memfd_create("tcpmig-stub", flags | _MFD_EXEC)
+        return os.memfd_create(_NAME, flags | _MFD_EXEC)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise SpawnFailed(
                 f"no program can be executed from memory: {error.strerror}", fix="Set vm.memfd_noexec to 0 or 1."
             ) from error
-    return os.memfd_create("tcpmig-stub", flags)  # before 6.3 every one can be executed
+    return os.memfd_create(_NAME, flags)  # before 6.3 every one can be executed
 
 
 def _start(program: int, pid: int | None) -> int:
@@ -366,11 +367,23 @@ def _start(program: int, pid: int | None) -> int:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if _LEAST_ERRNO <= number < 0:
         raise _clone_failed(-number, pid)
-    ended, status = os.waitpid(number, os.WNOHANG)
-    if ended:
-        reason = os.strerror(os.WEXITSTATUS(status)) if os.WIFEXITED(status) else f"wait status {status:#x}"
-        raise SpawnFailed(f"the stub's program cannot be executed: {reason}")
+    _await_exec(number)
     return number
+
+
+def _await_exec(number: int) -> None:
+    """Wait until the child runs its program; SpawnFailed if it ends instead. vfork lets us go on a moment earlier, in
+    the middle of exec or of exit."""
+    while True:
+        ended, status = os.waitpid(number, os.WNOHANG)
+        if ended:
+            reason = os.strerror(os.WEXITSTATUS(status)) if os.WIFEXITED(status) else f"wait status {status:#x}"
+            raise SpawnFailed(f"the stub's program cannot be executed: {reason}")
+        try:
+            if _NAME in os.readlink(f"/proc/{number}/exe"):
+                return
+        except FileNotFoundError:
+            os.sched_yield()  # it has no memory any more: it is about to end
 
 
 @functools.cache
