@@ -18,7 +18,6 @@ the target from before the address comes, and injected by a raw socket, through 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import socket
@@ -35,7 +34,7 @@ from tcpstate.kernel.sockets import SO, Level, is_v6
 from tcpstate.record import ConnectionRecord
 from tcpstate.segment import SEQ_MASK, Flag, Segment, before, build, parse, split
 
-__all__ = ["Capture", "replay", "unanswered"]
+__all__ = ["Capture", "Injector", "replay", "unanswered"]
 
 log = logging.getLogger(__name__)
 
@@ -245,8 +244,7 @@ def replay(
     known = {record.conn_id: record for record in records}
     seen: set[object] = set()
     count = 0
-    with contextlib.ExitStack() as stack:
-        socks: dict[int, socket.socket] = {}
+    with Injector() as injector:
         for segment in segments:
             record = _bare(known, segment.conn_id)
             if record is not None and not (segment.flags & Flag.SYN):
@@ -258,15 +256,46 @@ def replay(
             if segment in seen:
                 continue
             seen.add(segment)
-            family = socket.AF_INET6 if is_v6(segment.destination) else socket.AF_INET
-            if family not in socks:
-                socks[family] = stack.enter_context(
-                    socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW)
-                )
             scope = socket.if_nametoindex(record.scope) if record is not None and record.scope else 0
             for part in split(segment, _segment_size(record)):
-                count += _inject(socks[family], part, scope)
+                count += injector.send(part, scope)
     return count
+
+
+class Injector:
+    """Sends segments into the local stack as if they had just arrived, through the loopback interface.
+
+    A context manager.
+    """
+
+    def __init__(self) -> None:
+        self._socks: dict[int, socket.socket] = {}
+
+    def send(self, segment: Segment, scope: int = 0) -> int:
+        """Inject one segment, no larger than a packet; ``scope``: interface index for link-local addresses. 1, or 0 if
+        there was no room for it just now: as if it had been lost on its way. OSError."""
+        family = socket.AF_INET6 if is_v6(segment.destination) else socket.AF_INET
+        if family not in self._socks:
+            self._socks[family] = socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW)
+        to = (segment.destination, 0, 0, scope) if family == socket.AF_INET6 else (segment.destination, 0)
+        try:
+            self._socks[family].sendto(build(segment), to)
+        except OSError as error:
+            if error.errno in (errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN):
+                log.debug("no room to inject a segment of %s", segment.conn_id)
+                return 0
+            raise
+        return 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for sock in self._socks.values():
+            sock.close()
+        self._socks.clear()
 
 
 def _segment_size(record: ConnectionRecord | None) -> int:
@@ -283,16 +312,3 @@ def _bare(known: dict[ConnId, ConnectionRecord], conn_id: ConnId) -> ConnectionR
             ends = (f"{conn_id.local}%{scope}", conn_id.local_port, f"{conn_id.peer}%{scope}", conn_id.peer_port)
             record = record or known.get(ConnId.tcp(*ends))
     return record
-
-
-def _inject(sock: socket.socket, segment: Segment, scope: int) -> int:
-    to = (segment.destination, 0, 0, scope) if is_v6(segment.destination) else (segment.destination, 0)
-    try:
-        sock.sendto(build(segment), to)
-    except OSError as error:
-        # No room just now: as if it had been lost on its way, the peer sends it again.
-        if error.errno in (errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN):
-            log.debug("no room to inject a segment of %s", segment.conn_id)
-            return 0
-        raise
-    return 1

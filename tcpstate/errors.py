@@ -17,6 +17,7 @@ __all__ = [
     "BadRecord",
     "ConnIdSyntax",
     "ConnectionCallFailed",
+    "FinNotRestored",
     "ForeignFilter",
     "KernelFeatureMissing",
     "ListenerFilterRefused",
@@ -217,6 +218,14 @@ class NotFrozen(TcpmigError):
     code = "TM-0281"
     outcome = Outcome.REFUSED
     fix = "List what is frozen with `tcpmig conns`; TCPMIG_RUNTIME_DIR must be the one of the freeze."
+
+
+class FinNotRestored(TcpmigError):
+    """A half-closed connection was rebuilt, but a FIN could not be put back into its place: the application would wait
+    for an end that has come already, or the peer for one that was promised."""
+
+    code = "TM-0219"
+    fix = "Report it with the log; the connection can be closed by its application."
 
 
 def catalogue() -> dict[str, type[TcpmigError]]:

@@ -72,7 +72,9 @@ _STATES = {
     TcpState.LAST_ACK: State.LAST_ACK,
     TcpState.CLOSING: State.CLOSING,
 }
-_SUPPORTED = frozenset({State.ESTABLISHED})
+_SUPPORTED = frozenset(
+    {State.ESTABLISHED, State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSE_WAIT, State.CLOSING, State.LAST_ACK}
+)
 #: how often a connection is read again whose state changed while it was read
 _TRIES = 5
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT

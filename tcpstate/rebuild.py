@@ -28,6 +28,7 @@ from tcpstate import options
 from tcpstate.errors import ConnectionCallFailed, QueueNotRestored, UnsupportedState
 from tcpstate.export import advance, export_connections, supported
 from tcpstate.filters import give_filter
+from tcpstate.fin import put_fins
 from tcpstate.freeze import MARK, Gate, QuietState, shut
 from tcpstate.kernel.columns import Rows
 from tcpstate.kernel.machine import SYS
@@ -35,7 +36,7 @@ from tcpstate.kernel.sockets import IP, IPV6, SO, BufferLock, Level, pack_addres
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, USER_TIMEOUT_MAX, Repair, RepairQueue, RepairWindow, TcpInfo
 from tcpstate.kernel.tcp import repair_options as pack_repair_options
 from tcpstate.options import Stage
-from tcpstate.record import ConnectionRecord, Family
+from tcpstate.record import ConnectionRecord, Family, State
 from tcpstate.rows import failures
 from tcpstate.segment import SEQ_MASK
 
@@ -308,6 +309,7 @@ def release_connections(socks: Sequence[socket.socket], records: Sequence[Connec
             if count and not delay_off:
                 sock.setsockopt(Level.TCP, TCP.NODELAY, 0)
             _put(sock, memoryview(record.send_queue)[record.sent :], record)
+    put_fins(socks, records)
     _give_back(socks, records)
 
 
@@ -409,7 +411,8 @@ def compare(record: ConnectionRecord, found: ConnectionRecord) -> list[Differenc
     pairs: list[tuple[str, object, object]] = [
         ("conn-ID", record.conn_id, found.conn_id),
         ("family", record.family, found.family),
-        ("state", record.state, found.state),
+        # FINs come with the release
+        ("state", State.ESTABLISHED, found.state),
         ("snd_una", record.snd_una, found.snd_una),
         ("rcv_nxt", record.rcv_nxt, found.rcv_nxt),
         ("windows", record.windows, found.windows),
