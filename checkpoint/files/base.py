@@ -1,8 +1,8 @@
 """The plan that every kind of open file follows: a record, how it is captured, how it is made again.
 
 A kind is a frozen dataclass, member of the family :class:`OpenFile`, registered with :func:`register` by what its link
-in /proc/PID/fd and its mode look like.  ``kinds.py`` imports the modules, most particular first: the first kind that
-matches takes the file.
+in /proc/PID/fd and its mode look like.  ``kinds.py`` lists the kinds, most particular first: the first that fits takes
+the file.
 
 The life of one kind::
 
@@ -27,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
-from checkpoint.errors import FileCaptureFailed, UnsupportedFile, UnsupportedLock
+from checkpoint.errors import FileCaptureFailed, UnsupportedLock
 from checkpoint.files.abi import CAPTURED_FLAGS, SETTABLE_FLAGS, AccessMode, Fcntl, FileFlag, LockType, OwnerType
 from tcpstate.codec import family, kind_of, member
 
@@ -41,7 +41,7 @@ __all__ = [
     "FileLock",
     "OpenFile",
     "PosixLock",
-    "kind_for",
+    "fits",
     "kind_name",
     "locks_of",
     "parse_info",
@@ -257,7 +257,6 @@ _Kind = TypeVar("_Kind", bound=OpenFile)
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    cls: type[OpenFile]
     link: re.Pattern[str] | None
     mode: int | None
     match: Callable[[FdView], bool] | None
@@ -270,7 +269,7 @@ class _Rule:
         )
 
 
-_rules: list[_Rule] = []
+_rules: dict[type[OpenFile], _Rule] = {}
 
 
 def register(
@@ -284,18 +283,16 @@ def register(
         member(OpenFile, kind)(cls)
         if link is not None or mode is not None or match is not None:
             pattern = None if link is None else re.compile(link, re.DOTALL)
-            _rules.append(_Rule(cls, pattern, mode, match))
+            _rules[cls] = _Rule(pattern, mode, match)
         return cls
 
     return add
 
 
-def kind_for(view: FdView) -> type[OpenFile]:
-    """The kind of an open file; UnsupportedFile if none matches."""
-    for rule in _rules:
-        if rule.fits(view):
-            return rule.cls
-    raise UnsupportedFile(f"open file of a kind that is not known: {view.link}", object=view.object)
+def fits(cls: type[OpenFile], view: FdView) -> bool:
+    """Whether an open file is of the kind."""
+    rule = _rules.get(cls)
+    return rule is not None and rule.fits(view)
 
 
 def kind_name(cls: type[OpenFile]) -> str:

@@ -79,6 +79,7 @@ class Installation:
         self._host = rebuilder
         self._pid = pid
         self._table = rebuilder.records.tables.get(pid, {})
+        self._deaf_candidates: set[tuple[int, int]] = set()
         self._special, self._ordinary = self._watches()
         numbers = [*self._table, *(watch.number for _, watch in self._special)]
         #: our pidfd's place during the work: above all numbers of the process
@@ -106,7 +107,11 @@ class Installation:
                 if watch.pid == self._pid:
                     place = self._table.get(watch.number)
                     usual = index in held and place is not None and place[0] == watch.file
-                    (ordinary if usual else special).append((index, watch))
+                    (ordinary if usual and not _fired(watch) else special).append((index, watch))
+                    if usual and _fired(watch):
+                        self._deaf_candidates.add((index, watch.number))
+        # those that have fired come first: nothing else may be ready when they fire again
+        special.sort(key=lambda pair: not _fired(pair[1]))
         return special, ordinary
 
     def _call(self, label: str, number: SYS, *args: int | Result) -> Result:
@@ -121,9 +126,9 @@ class Installation:
         for index, watch in self._special:
             self._special_watch(index, watch)
         where = self._descriptors()
-        # those that have fired come first: nothing else may be ready when they fire again
-        for index, watch in sorted(self._ordinary, key=lambda pair: not _fired(pair[1])):
-            self._watch(where[index], watch)
+        for index, watch in self._ordinary:
+            self._control(self._calls, EPOLL_CTL_ADD, where[index], watch, watch.events)
+        self._deaf = [(count, where[index], watch) for count, index, watch in self._deaf]
         self._call("closing our pidfd", SYS.close, self._tool)
         self._locks()
 
@@ -164,21 +169,18 @@ class Installation:
         if watch.number:
             self._call("watched file", SYS.dup3, 0, watch.number, FileFlag.CLOEXEC)
             self._call("watched file", SYS.close, 0)
-        self._watch(self._work, watch)
+        if (index, watch.number) in self._deaf_candidates:
+            # A one-shot entry that has fired is deaf until the application arms it. Adding an entry arms it: so it is
+            # added for anything and made to fire at once, if the file is ready for something. If not: settle().
+            anything = watch.events | EpollFlag.IN | EpollFlag.OUT
+            self._control(self._calls, EPOLL_CTL_ADD, self._work, watch, anything)
+            event = self._calls.room(EpollEvent.FORMAT.size)
+            count = self._calls.call(SYS.epoll_wait, self._work, event, 1, 0, ignore=True, label="epoll entry")
+            self._deaf.append((count, index, watch))
+        else:
+            self._control(self._calls, EPOLL_CTL_ADD, self._work, watch, watch.events)
         self._call("watched file", SYS.close, watch.number)
         self._call("epoll instance", SYS.close, self._work)
-
-    def _watch(self, instance: int, watch: EpollWatch) -> None:
-        label = f"epoll entry {watch.number}"
-        if not _fired(watch):
-            self._control(self._calls, EPOLL_CTL_ADD, instance, watch, watch.events)
-            return
-        # A one-shot entry that has fired is deaf until the application arms it. Adding an entry arms it: so it is
-        # added for anything and made to fire at once, if the file is ready for something. If not: settle().
-        self._control(self._calls, EPOLL_CTL_ADD, instance, watch, watch.events | EpollFlag.IN | EpollFlag.OUT)
-        event = self._calls.room(EpollEvent.FORMAT.size)
-        count = self._calls.call(SYS.epoll_wait, instance, event, 1, 0, ignore=True, label=label)
-        self._deaf.append((count, instance, watch))
 
     def _control(self, calls: CallTable, what: int, instance: int, watch: EpollWatch, events: int) -> None:
         event = calls.put(EpollEvent(events=events, data=watch.data).pack())
@@ -200,8 +202,7 @@ class Installation:
         """What follows from how the first calls went: entries that could not fire wait for errors only, and a lock that
         somebody else holds (on a shared file system, the original) is told."""
         for count, instance, watch in self._deaf:
-            # (an instance that was only passing there has been closed: its entry stays armed)
-            if count.value != 1 and instance != self._work:
+            if count.value != 1:
                 self._control(calls, EPOLL_CTL_MOD, instance, watch, watch.events)
         for done, number in self._record_locks:
             if not done.ok:

@@ -21,13 +21,11 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from checkpoint.errors import FileCaptureFailed, SharedDescriptors, TooManyDescriptors, UnsupportedMapping
-from checkpoint.files import (
-    abi,
-    kinds,  # noqa: F401 (importing it fills the register)
-)
+from checkpoint.files import abi
 from checkpoint.files.abi import CAPTURED_FLAGS, AccessMode, FileFlag, Kcmp
-from checkpoint.files.base import FdView, OpenFile, PosixLock, kind_for, kind_name, locks_of, parse_info, read_info
+from checkpoint.files.base import FdView, OpenFile, PosixLock, kind_name, locks_of, parse_info, read_info
 from checkpoint.files.content import Content, ContentKind, data_runs
+from checkpoint.files.kinds import kind_for
 from checkpoint.files.outside import Outside
 from checkpoint.files.unixdiag import UnixSocket, unix_sockets
 from tcpstate.errors import KernelFeatureMissing
@@ -103,6 +101,8 @@ class FileTable:
 
     def __init__(self, *, live: bool = False) -> None:
         self.live = live
+        #: whether the capture at hand is the last one (:meth:`recapture`)
+        self.late = False
         self.entries: list[FdView] = []
         self.contents: list[Content] = []
         self.tables: dict[int, dict[int, tuple[int, bool]]] = {}
@@ -318,7 +318,8 @@ class FileTable:
         return self._by_socket.get(inode)
 
     def same_file(self, view: FdView) -> list[FdView]:
-        """Every entry of the tree that is the same file (same inode, link), in the order of the entries: the ends of a pipe."""
+        """Every entry of the tree that is the same file (same inode, link), in the order of the entries: the ends of
+        a pipe."""
         same = self._by_file.get((view.stat.st_dev, view.stat.st_ino, view.link), [])
         return [self.entries[i] for i in sorted(same)]
 
@@ -400,6 +401,7 @@ class FileTable:
         """The entries that differ from what :meth:`records` told: what changed while the processes rested. Connections
         are not among them (:class:`checkpoint.files.tcp.TcpGroup` brings those)."""
         changed = {}
+        self.late = True
         for index, old in enumerate(self._files):
             if type(old).late is not OpenFile.late and not getattr(type(old), "in_group", False):
                 new = type(old).capture(self.entries[index])

@@ -16,7 +16,6 @@ from checkpoint.files.base import FdView, OpenFile
 from checkpoint.files.listener import is_tcp
 from checkpoint.files.tcpfile import TcpFile
 from tcpstate import codec
-from tcpstate.silence import Blackhole
 from tcpstate.discard import discard_connections
 from tcpstate.export import export_connections, state_of
 from tcpstate.freeze import QuietState, quiet, read_originals, thaw
@@ -24,6 +23,7 @@ from tcpstate.kernel.sockets import SO, Level
 from tcpstate.rebuild import Difference, compare, read_back, rebuild_connections, release_connections
 from tcpstate.record import ConnectionRecord, State
 from tcpstate.rows import describe
+from tcpstate.silence import Blackhole
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

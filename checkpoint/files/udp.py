@@ -109,7 +109,8 @@ class UdpFile(OpenFile):
             family=int(sock.family),
             name=name if name.port else None,
             peer=peer,
-            queue=_queue(sock, name, view.object),
+            # read once only, as late as can be: a datagram of no bytes cannot be peeked at twice (net/core/datagram.c)
+            queue=_queue(sock, name, view.object) if view.table.late else (),
             memberships=multicast.of_socket(sock, view.object),
             options=save(sock, view.object),
             peek_off=sock.getsockopt(Level.SOCKET, SO.PEEK_OFF),

@@ -120,9 +120,15 @@ class UnixFile(OpenFile):
         if listens:
             _backlog(view, state)
         name = name_of(sock, state.vfs, [pid for pid, _ in view.places])
-        queue = () if listens else unixqueue.read(sock, state.shutdown, view.table.add_in_flight, view.object)
+        # a stream socket that was never connected has no queue (and says EINVAL)
+        queued = not listens and (state.peer is not None or sock.type == socket.SOCK_DGRAM)
+        queue = () if not queued else unixqueue.read(sock, state.shutdown, view.table.add_in_flight, view.object)
         if listens and name is None:
             raise UnsupportedProtocol("a listening local socket without a name", object=view.object)
+        accepted = not listens and name is not None and _accepted(view, state)
+        if accepted and name is not None:
+            # the file belongs to the listener
+            name = UnixName(address=name.address)
         return cls(
             socket=view.stat.st_ino,
             type=sock.type,
@@ -130,7 +136,7 @@ class UnixFile(OpenFile):
             waits_at=waits_at,
             remote=remote,
             name=name,
-            accepted=not listens and name is not None and _accepted(view, state),
+            accepted=accepted,
             backlog=state.wqueue if listens else None,
             shutdown=state.shutdown,
             queue=queue,

@@ -19,7 +19,7 @@ from checkpoint.files import unixqueue
 from checkpoint.files.base import set_flags
 from checkpoint.files.sockopts import before_bind, give_late, give_own_filter, set_buffers
 from checkpoint.files.unix import GONE, UnixFile
-from checkpoint.files.unixname import BoundName, Stage, UnixName, connectable
+from checkpoint.files.unixname import BoundName, Stage, UnixName
 from checkpoint.files.unixqueue import Message
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.record import Buffers
@@ -146,7 +146,7 @@ class Builder:
             nowhere = UnixName(address=name.address, mode=0o600, uid=os.geteuid(), gid=os.getegid())
             bound = self._stage.bind_for_now(listener, nowhere)
             listener.listen(1)
-            known = self._passing[type, name.address] = (listener, connectable(bound, nowhere))
+            known = self._passing[type, name.address] = (listener, bound.address)
         return known
 
     # ---- completing
@@ -193,7 +193,8 @@ class Builder:
         record = self._records.get(number)
         if record is None or record.name is None:
             raise BadFileRecord("connected to a local socket that has no name", object=f"socket {number}")
-        return connectable(self._bound.get(number), record.name)
+        bound = self._bound.get(number)
+        return record.name.address if bound is None else bound.address
 
     def _resend(self, record: UnixFile, message: Message) -> None:
         host = self._host

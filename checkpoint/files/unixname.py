@@ -96,13 +96,21 @@ def name_of(sock: socket.socket, vfs: tuple[int, int] | None, pids: Iterable[int
 class BoundName:
     """A bound name whose file waits in its stage.
 
-    staged  where the file is; empty: it has none
+    staged  where the file is; empty: it has none, or it is at its place
     real    where it belongs; empty: nowhere, it is only a text
     """
 
     name: UnixName
     staged: str
     real: str
+    folder: int = -1  # descriptor of the directory that the staged file is in
+
+    @property
+    def address(self) -> bytes:
+        """What connect() can be given, wherever the file is now; paths to stages are too long."""
+        if self.staged and self.folder >= 0:
+            return os.fsencode(f"/proc/self/fd/{self.folder}/{os.path.basename(self.staged)}")
+        return self.name.address
 
 
 @dataclass(slots=True)
@@ -132,9 +140,11 @@ class Stage:
             return self.bind(sock, name, "")
         folder = tempfile.mkdtemp(prefix=".tcpmig-")
         try:
-            return self._bind_in(folder, sock, name, "nowhere")
+            bound = self._bind_in(folder, sock, name, keep=True)
         except OSError as error:
             raise FileRebuildFailed(f"bind: {error}", object=str(name)) from error
+        self._bound.append(bound)
+        return bound
 
     def _bind_path(self, sock: socket.socket, name: UnixName, real: str) -> BoundName:
         if real:
@@ -142,9 +152,11 @@ class Stage:
             os.mkdir(folder, 0o700)
         else:
             folder = tempfile.mkdtemp(prefix=".tcpmig-")
-        return self._bind_in(folder, sock, name, real)
+        bound = self._bind_in(folder, sock, name, keep=bool(real))
+        bound.real = real
+        return bound
 
-    def _bind_in(self, folder: str, sock: socket.socket, name: UnixName, real: str) -> BoundName:
+    def _bind_in(self, folder: str, sock: socket.socket, name: UnixName, *, keep: bool) -> BoundName:
         self._folders.append(folder)
         text = os.fsdecode(name.address)
         start = folder
@@ -157,17 +169,17 @@ class Stage:
         os.makedirs(os.path.dirname(staged), exist_ok=True)
         os.makedirs(start, exist_ok=True)
         _in_private_root(folder, start, lambda: sock.bind(name.address))
-        if not real:
+        if not keep:
             os.unlink(staged)
             return BoundName(name, "", "")
         os.chown(staged, name.uid, name.gid)
         os.chmod(staged, name.mode)
-        return BoundName(name, staged, real)
+        return BoundName(name, staged, "", os.open(os.path.dirname(staged), os.O_PATH | os.O_CLOEXEC))
 
     def publish(self) -> None:
         """Move every file to its place, over what is there."""
         for bound in self._bound:
-            if bound.staged:
+            if bound.staged and bound.real:
                 try:
                     os.rename(bound.staged, bound.real)
                 except OSError as error:
@@ -177,16 +189,13 @@ class Stage:
 
     def remove(self) -> None:
         """Take the stage down; names that were not published vanish."""
+        for bound in self._bound:
+            if bound.folder >= 0:
+                os.close(bound.folder)
+        self._bound.clear()
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
         self._folders.clear()
-
-
-def connectable(bound: BoundName | None, name: UnixName) -> bytes:
-    """An address that leads to the socket wherever its file is now."""
-    if name.abstract or bound is None or not bound.staged:
-        return name.address
-    return os.fsencode(bound.staged)
 
 
 def _in_private_root(root: str, start: str, act: object) -> None:

@@ -2,13 +2,17 @@
 
 SO_PEEK_OFF lets MSG_PEEK walk along the queue. Peeking installs the descriptors that a message carries in our process:
 the file table keeps them as files of the tree. Peeking a stream glues bytes without descriptors to the following ones
-that have some; where those begin is found by peeking from the middle.
+that have some. Where those begin shows when the kernel may not write the last byte: it copies piece by piece, gives up
+the piece in which it faults, and returns what came before.
 
 Source: net/unix/af_unix.c (unix_stream_read_generic, __unix_dgram_recvmsg); net/core/datagram.c.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import mmap
 import os
 import socket
 import struct
@@ -17,6 +21,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.errors import FileCaptureFailed, FileRebuildFailed, UnsupportedFile
+from tcpstate.kernel import batch
+from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import SO, Level
 
 __all__ = ["Message", "read", "send"]
@@ -30,6 +36,9 @@ _CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred
 _ANCILLARY: Final = (
     socket.CMSG_SPACE(_MAX_RIGHTS * 4) + socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(4) + 512
 )
+_IOVEC: Final = struct.Struct("=QQ")
+#: struct msghdr: name, its length, vector, its length, control, its length, flags
+_MSGHDR: Final = struct.Struct("=QI4xQQQQi4x")
 _CHUNK: Final = 1 << 20
 _RECEIVE_SHUT: Final = 1
 _PEEK: Final = socket.MSG_PEEK | socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
@@ -111,7 +120,7 @@ def _walk(sock: socket.socket, stream: bool, shutdown: int, object: str) -> Iter
             # the end of the stream; a datagram of no bytes is a message, though
             return
         if stream and peeked.rights and len(peeked.data) > 1:
-            begin = _begin_of_rights(sock, offset, len(peeked.data))
+            begin = _begin_of_rights(sock, offset, len(peeked.data), object)
             sock.setsockopt(Level.SOCKET, SO.PEEK_OFF, offset + len(peeked.data))
             if begin:
                 yield _Peeked(peeked.data[:begin], (), peeked.sender, peeked.credentials)
@@ -137,19 +146,21 @@ def _peek(sock: socket.socket, size: int) -> tuple[_Peeked, int]:
     return _Peeked(data, tuple(rights), os.fsencode(sender) if sender else b"", credentials), flags
 
 
-def _begin_of_rights(sock: socket.socket, offset: int, length: int) -> int:
-    """How many of the ``length`` bytes at ``offset`` come before the first that has descriptors with it."""
-    low, high = 0, length - 1
-    while low < high:
-        middle = (low + high) // 2
-        sock.setsockopt(Level.SOCKET, SO.PEEK_OFF, offset + middle)
-        peeked, _ = _peek(sock, 1)
-        _close(peeked.rights)
-        if peeked.rights:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+def _begin_of_rights(sock: socket.socket, offset: int, length: int, object: str) -> int:
+    """How many of the ``length`` bytes at ``offset`` come before the piece that has descriptors with it: the last."""
+    sock.setsockopt(Level.SOCKET, SO.PEEK_OFF, offset)
+    with mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as forbidden:
+        wall = ctypes.addressof(ctypes.c_char.from_buffer(forbidden))
+        batch.syscall(SYS.mprotect, wall, mmap.PAGESIZE, mmap.PROT_READ)
+        room = ctypes.create_string_buffer(length - 1)
+        vector = ctypes.create_string_buffer(_IOVEC.pack(ctypes.addressof(room), length - 1) + _IOVEC.pack(wall, 1))
+        header = ctypes.create_string_buffer(_MSGHDR.pack(0, 0, ctypes.addressof(vector), 2, 0, 0, 0))
+        try:
+            return batch.syscall(SYS.recvmsg, sock.fileno(), ctypes.addressof(header), _PEEK)
+        except OSError as error:
+            if error.errno == errno.EFAULT:
+                return 0
+            raise FileCaptureFailed(f"peeking a local socket: {error.strerror}", object=object) from error
 
 
 def _close(descriptors: tuple[int, ...]) -> None:

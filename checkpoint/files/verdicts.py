@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from checkpoint.errors import FileCaptureFailed
-from checkpoint.files.base import FdView, kind_for, kind_name
+from checkpoint.files.base import FdView, kind_name
+from checkpoint.files.kinds import kind_for
 from checkpoint.files.table import FileTable
 from checkpoint.verdict import Status, Verdict
 from tcpstate.errors import TcpmigError

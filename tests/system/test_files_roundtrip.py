@@ -1,0 +1,682 @@
+"""Every kind of open file, set up by one process, captured, rebuilt, given to another process and tried there.
+
+Each test also captures the new process's files again: the records must be equal.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checkpoint.errors import FileMissing, PeerOutsideTree, Refused
+from checkpoint.files.rebuild import Rebuilder
+from checkpoint.files.table import TreeFiles
+from tcpstate.codec import to_plain
+from tests.system.files_children import Outcome, capture, children, round_trip
+
+#: what differs between a file and its copy: numbers of this boot, times that go on
+VOLATILE = {"socket", "peer", "waits_at", "pipe", "pid", "left", "deadline", "inode", "mtime_ns", "file"}
+
+
+def essence(value: Any) -> Any:
+    """A record without what must differ."""
+    if isinstance(value, dict):
+        if value.get("events", 0) & 1 << 30 and not value["events"] & 0x7:
+            # a one-shot entry that has fired, of a file that is not ready: it listens for errors again
+            value = {**value, "events": 1 << 30}
+        return {k: (v is not None if k in VOLATILE else essence(v)) for k, v in value.items()}
+    if isinstance(value, list):
+        # the kernel lists the entries of an epoll instance in the order of addresses
+        return sorted((essence(v) for v in value), key=lambda v: v.get("number", 0) if isinstance(v, dict) else 0)
+    return value
+
+
+def by_descriptor(files: TreeFiles) -> dict[int, Any]:
+    """What each descriptor of the one process leads to, and with whom it shares it."""
+    ((_, table),) = files.tables.items()
+    shared = {fd: sorted(f for f, (i, _) in table.items() if i == index) for fd, (index, _) in table.items()}
+    return {fd: (essence(to_plain(files.files[index])), cloexec, shared[fd]) for fd, (index, cloexec) in table.items()}
+
+
+def differences(was: Any, now: Any, path: str = "") -> list[str]:
+    """Where two plain values differ."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        keys = sorted({*was, *now}, key=str)
+        return [d for k in keys for d in differences(was.get(k), now.get(k), f"{path}.{k}")]
+    if isinstance(was, list | tuple) and isinstance(now, list | tuple) and len(was) == len(now):
+        return [d for i, (a, b) in enumerate(zip(was, now, strict=True)) for d in differences(a, b, f"{path}[{i}]")]
+    return [] if was == now else [f"{path}: {was!r} -> {now!r}"]
+
+
+def captured(pid: int) -> TreeFiles:
+    """The open files of one stopped process."""
+    table, records = capture(pid)
+    table.close()
+    return records
+
+
+def same(setup: str, check: str, **options: Any) -> Outcome:
+    """A round trip after which everything reads as before."""
+    outcome = round_trip(setup, check, **options)
+    assert differences(by_descriptor(outcome.records), by_descriptor(outcome.again)) == []
+    assert essence(to_plain(outcome.again.contents)) == essence(to_plain(outcome.records.contents))
+    return outcome
+
+
+def test_regular_file_positions_flags_and_sharing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"0123456789")
+    outcome = same(
+        f"""
+a = os.open({str(tmp_path / "file")!r}, os.O_RDWR | os.O_CLOEXEC); os.lseek(a, 4, 0)
+b = os.dup(a); os.set_inheritable(b, True)
+os.dup2(a, 77, inheritable=False)
+c = os.open({str(tmp_path / "file")!r}, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
+keep.update(a=a, b=b, c=c)
+""",
+        """
+assert os.read(keep['a'], 2) == b'45' and os.read(keep['b'], 1) == b'6' and os.read(77, 1) == b'7'
+os.write(keep['c'], b'end'); assert os.pread(keep['a'], 99, 0) == b'0123456789end'
+assert not os.get_inheritable(keep['a']) and os.get_inheritable(keep['b'])
+""",
+    )
+    # the three descriptors of one description, the other, /dev/null three times
+    assert len(outcome.records.files) == 5
+
+
+def test_directory_and_path_only(tmp_path: Path) -> None:
+    for name in "abcdef":
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    same(
+        f"""
+d = os.open({str(tmp_path)!r}, os.O_RDONLY | os.O_DIRECTORY); os.scandir(d).__next__()
+p = os.open({str(tmp_path / "link")!r}, os.O_PATH | os.O_NOFOLLOW)
+keep.update(d=d, p=p)
+""",
+        """
+assert 'c' in os.listdir(keep['d'])
+assert os.readlink('', dir_fd=keep['p']) == 'nowhere'
+""",
+    )
+
+
+def test_deleted_file_keeps_its_bytes_and_its_name(tmp_path: Path) -> None:
+    path = str(tmp_path / "gone")
+    same(
+        f"""
+a = os.open({path!r}, os.O_RDWR | os.O_CREAT, 0o640); os.write(a, b'x' * 10000); os.pwrite(a, b'far', 1 << 20)
+b = os.open({path!r}, os.O_WRONLY | os.O_APPEND)
+os.unlink({path!r}); os.lseek(a, 3, 0)
+keep.update(a=a, b=b)
+""",
+        f"""
+assert os.pread(keep['a'], 5, 9998) == b'xx' + bytes(3) and os.pread(keep['a'], 9, 1 << 20) == b'far'
+assert os.lseek(keep['a'], 0, 1) == 3
+os.write(keep['b'], b'more'); assert os.pread(keep['a'], 9, (1 << 20) + 3) == b'more'
+assert os.readlink('/proc/self/fd/%d' % keep['a']) == {path!r} + ' (deleted)'
+assert os.fstat(keep['a']).st_blocks * 512 < 1 << 19, 'the hole was filled'
+""",
+    )
+    assert not any(tmp_path.iterdir())
+
+
+def test_name_is_gone_but_a_hard_link_is_beside_it(tmp_path: Path) -> None:
+    path, other = str(tmp_path / "log"), str(tmp_path / "log.1")
+    outcome = round_trip(
+        f"""
+a = os.open({path!r}, os.O_RDWR | os.O_CREAT); os.write(a, b'old'); os.link({path!r}, {other!r}); os.unlink({path!r})
+keep['a'] = a
+""",
+        "os.write(keep['a'], b'+new')",
+    )
+    assert (tmp_path / "log.1").read_bytes() == b"old+new"
+    assert not (tmp_path / "log").exists()
+    assert any(getattr(f, "path", "") == other for f in outcome.records.files)
+
+
+def test_unknown_hard_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(Refused, match="TM-0344"):
+        round_trip(
+            f"""
+a = os.open({str(tmp_path / "log")!r}, os.O_RDWR | os.O_CREAT)
+os.link({str(tmp_path / "log")!r}, {str(tmp_path / "elsewhere" / "x")!r}); os.unlink({str(tmp_path / "log")!r})
+""",
+            "",
+        )
+
+
+def test_missing_and_differing_files_are_told_before_anything_is_built(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(b"12345")
+    with children(1) as (source,):
+        source.bare()
+        source.do(f"a = os.open({str(path)!r}, os.O_RDONLY)")
+        source.stop()
+        records = captured(source.pid)
+    rebuilder = Rebuilder(records)
+    assert rebuilder.check() == []
+    path.write_bytes(b"123456")
+    assert any("6 bytes here" in warning for warning in rebuilder.check())
+    path.write_bytes(b"1")
+    with pytest.raises(Refused, match="TM-0346"):
+        rebuilder.check()
+    path.unlink()
+    with pytest.raises(FileMissing):
+        rebuilder.check()
+    os.mkfifo(path)
+    with pytest.raises(FileMissing, match="not a regular file"):
+        rebuilder.rebuild()
+
+
+def test_pipe_with_content_and_several_descriptions() -> None:
+    same(
+        """
+r, w = os.pipe2(os.O_CLOEXEC)
+fcntl.fcntl(w, 1031, 1 << 18)
+w2 = os.open('/proc/self/fd/%d' % w, os.O_WRONLY | os.O_NONBLOCK)
+both = os.open('/proc/self/fd/%d' % r, os.O_RDWR)
+for i in range(50): os.write(w, b'%03d' % i * 1000)
+os.set_blocking(r, False)
+keep.update(r=r, w=w, w2=w2)
+""",
+        """
+r = keep['r']
+assert os.read(r, 200000) == b''.join(b'%03d' % i * 1000 for i in range(50))
+assert fcntl.fcntl(r, 1032) == 1 << 18
+os.write(keep['w2'], b'z'); assert os.read(r, 9) == b'z'
+assert os.get_blocking(keep['w']) and not os.get_blocking(keep['w2']) and not os.get_blocking(r)
+""",
+    )
+
+
+def test_pipe_of_packets_keeps_their_borders() -> None:
+    same(
+        """
+r, w = os.pipe2(os.O_DIRECT | os.O_NONBLOCK)
+for part in (b'one', b'three', b'x' * 4096): os.write(w, part)
+keep.update(r=r, w=w)
+""",
+        """
+assert [os.read(keep['r'], 9999) for _ in range(3)] == [b'one', b'three', b'x' * 4096]
+os.write(keep['w'], b'a'); os.write(keep['w'], b'b'); assert os.read(keep['r'], 9) == b'a'
+""",
+    )
+
+
+@pytest.mark.parametrize("end", ["r", "w"])
+def test_half_closed_pipe(end: str) -> None:
+    same(
+        f"r, w = os.pipe(); os.write(w, b'rest'); os.close({'w' if end == 'r' else 'r'}); keep['fd'] = {end}",
+        """
+assert os.read(keep['fd'], 9) == b'rest' and os.read(keep['fd'], 9) == b''
+"""
+        if end == "r"
+        else """
+signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+try: os.write(keep['fd'], b'x')
+except BrokenPipeError: pass
+else: raise AssertionError('there is a reader')
+""",
+    )
+
+
+def test_pipe_that_leaves_the_tree_is_refused_except_as_a_standard_stream() -> None:
+    read_end, write_end = os.pipe()
+    try:
+        with children(1) as (source,):
+            source.do(f"os.dup2({write_end}, 1); os.closerange(3, 4096)")
+            source.stop()
+            records = captured(source.pid)
+            index, _ = records.tables[source.pid][1]
+            assert type(records.files[index]).__name__ == "External"
+        with children(1) as (source,):
+            source.do(f"os.dup2({write_end}, 100); os.closerange(3, 100); os.closerange(101, 4096)")
+            source.stop()
+            with pytest.raises(PeerOutsideTree, match="fd 100"):
+                captured(source.pid)
+    finally:
+        os.close(read_end)
+        os.close(write_end)
+
+
+def test_standard_stream_to_a_terminal_becomes_null() -> None:
+    master, slave = os.openpty()
+    try:
+        with children() as (source, target):
+            source.do(f"os.dup2({slave}, 0); os.dup2({slave}, 1); os.dup2({slave}, 2); os.closerange(3, 4096)")
+            source.stop()
+            records = captured(source.pid)
+            warnings: list[str] = []
+            rebuilder = Rebuilder(records, warn=warnings.append)
+            rebuilder.rebuild()
+            from checkpoint.files.install import install
+
+            install(rebuilder, source.pid, target)
+            rebuilder.close()
+            target.do("assert [os.readlink('/proc/self/fd/%d' % i) for i in range(3)] == ['/dev/null'] * 3")
+            assert any("/dev/pts/" in warning for warning in warnings)
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+def test_fifo(tmp_path: Path) -> None:
+    path = str(tmp_path / "fifo")
+    os.mkfifo(path)
+    same(
+        f"""
+r = os.open({path!r}, os.O_RDONLY | os.O_NONBLOCK); w = os.open({path!r}, os.O_WRONLY)
+os.write(w, b'queued'); keep.update(r=r, w=w)
+""",
+        """
+assert os.read(keep['r'], 99) == b'queued'
+os.close(keep['w']); assert os.read(keep['r'], 9) == b''
+""",
+    )
+
+
+def test_devices() -> None:
+    same(
+        """
+keep['fds'] = [os.open('/dev/' + n, os.O_RDWR) for n in ('null', 'zero', 'full', 'random', 'urandom')]
+""",
+        """
+null, zero, full, random, urandom = keep['fds']
+assert os.read(zero, 3) == bytes(3) and os.read(null, 3) == b'' and len(os.read(urandom, 5)) == 5
+try: os.write(full, b'x')
+except OSError as error: assert error.errno == errno.ENOSPC
+else: raise AssertionError
+""",
+    )
+
+
+@pytest.mark.parametrize("count", [0, 5, 2**33, 2**64 - 2])
+@pytest.mark.parametrize("semaphore", [False, True])
+def test_eventfd(count: int, semaphore: bool) -> None:
+    same(
+        f"""
+e = os.eventfd(0, os.EFD_NONBLOCK | ({semaphore} and os.EFD_SEMAPHORE)); {count} and os.eventfd_write(e, {count})
+keep['e'] = e
+""",
+        f"""
+if {count} == 0:
+    try: os.eventfd_read(keep['e'])
+    except BlockingIOError: pass
+    else: raise AssertionError
+else:
+    assert os.eventfd_read(keep['e']) == (1 if {semaphore} else {count})
+""",
+    )
+
+
+TIMER = """
+libc = ctypes.CDLL(None, use_errno=True)
+def timer(clock, flags, value, interval):
+    fd = libc.timerfd_create(clock, os.O_NONBLOCK)
+    spec = struct.pack('<4q', interval // 10**9, interval % 10**9, value // 10**9, value % 10**9)
+    assert libc.timerfd_settime(fd, flags, spec, None) == 0
+    return fd
+def left(fd):
+    out = ctypes.create_string_buffer(32); assert libc.timerfd_gettime(fd, out) == 0
+    a, b, c, d = struct.unpack('<4q', out.raw); return c * 10**9 + d, a * 10**9 + b
+"""
+
+
+def test_timerfd_running_periodic_disarmed_and_absolute() -> None:
+    same(
+        TIMER
+        + """
+now = time.clock_gettime_ns(time.CLOCK_REALTIME)
+keep.update(once=timer(1, 0, 50 * 10**9, 0), period=timer(1, 0, 20 * 10**9, 10**9), off=timer(0, 0, 0, 0),
+            wall=timer(0, 1, now + 100 * 10**9, 0), when=now + 100 * 10**9)
+""",
+        TIMER
+        + """
+value, interval = left(keep['once']); assert 45 * 10**9 < value <= 50 * 10**9 and interval == 0, value
+value, interval = left(keep['period']); assert 15 * 10**9 < value <= 20 * 10**9 and interval == 10**9, (value, interval)
+assert left(keep['off']) == (0, 0)
+error = time.clock_gettime_ns(time.CLOCK_REALTIME) + left(keep['wall'])[0] - keep['when']
+assert abs(error) < 2 * 10**6, error
+""",
+    )
+
+
+def test_timerfd_that_expired_unread_counts_on_in_its_phase() -> None:
+    outcome = round_trip(
+        TIMER + "keep['t'] = timer(1, 0, 20 * 10**6, 60 * 10**9); keep['u'] = timer(1, 0, 10**6, 0); time.sleep(0.05)",
+        TIMER
+        + """
+value, interval = left(keep['t']); assert 50 * 10**9 < value < 60 * 10**9 and interval == 60 * 10**9, (value, interval)
+assert struct.unpack('Q', os.read(keep['t'], 8)) == (1,) and struct.unpack('Q', os.read(keep['u'], 8)) == (1,)
+assert left(keep['u']) == (0, 0)
+""",
+    )
+    timers = [f for f in outcome.records.files if type(f).__name__ == "TimerFd"]
+    assert [t.ticks for t in timers] == [1, 1]  # type: ignore[attr-defined]
+
+
+def test_signalfd() -> None:
+    same(
+        """
+signal.pthread_sigmask(signal.SIG_BLOCK, [10, 40])
+fd = ctypes.CDLL(None).signalfd(-1, struct.pack('<Q', 1 << 9 | 1 << 39), os.O_NONBLOCK); keep['s'] = fd
+""",
+        """
+signal.pthread_sigmask(signal.SIG_BLOCK, [10, 40]); os.kill(os.getpid(), 40)
+assert struct.unpack_from('<I', os.read(keep['s'], 128)) == (40,)
+""",
+    )
+
+
+def test_epoll_nested_duplicated_closed_and_one_shot() -> None:
+    outcome = same(
+        """
+r, w = os.pipe(); e = os.eventfd(1); late = os.eventfd(3); fired = os.eventfd(1); deaf_r, deaf_w = os.pipe()
+outer, inner = select.epoll(), select.epoll()
+inner.register(r, select.EPOLLIN | select.EPOLLET)
+inner.register(late, select.EPOLLIN)
+inner.register(e, select.EPOLLIN | select.EPOLLPRI)
+inner.register(fired, select.EPOLLIN | select.EPOLLONESHOT)
+inner.register(deaf_r, select.EPOLLIN | select.EPOLLONESHOT)
+os.write(deaf_w, b'x'); inner.poll(0, 99); os.read(deaf_r, 1)
+outer.register(inner.fileno(), select.EPOLLIN)
+other = os.dup(late); os.close(late)
+assert os.open('/dev/null', os.O_RDWR) == late     # the number leads elsewhere now
+keep.update(r=r, w=w, e=e, late=late, other=other, fired=fired, deaf=deaf_w,
+            outer=outer.fileno(), inner=inner.fileno())
+""",
+        """
+inner, outer = select.epoll.fromfd(keep['inner']), select.epoll.fromfd(keep['outer'])
+assert [fd for fd, _ in outer.poll(0)], 'nothing is ready'
+ready = dict(inner.poll(0, 99))
+assert set(ready) == {keep['e'], keep['late']}, ready
+os.eventfd_read(keep['e']); os.eventfd_read(keep['other'])
+assert inner.poll(0, 99) == [] and outer.poll(0) == []
+os.write(keep['w'], b'x'); assert inner.poll(0) == [(keep['r'], 1)] and inner.poll(0) == []
+os.eventfd_write(keep['other'], 1); assert inner.poll(0) == [(keep['late'], 1)]
+""",
+    )
+    assert sum(len(f.watches) for f in outcome.records.files if hasattr(f, "watches")) == 6
+
+
+def test_memfd_with_seals_and_two_descriptions() -> None:
+    same(
+        """
+m = os.memfd_create('some name', os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC); os.write(m, b'content')
+os.ftruncate(m, 1 << 20)
+plain = os.memfd_create('plain'); os.write(plain, b'q')
+other = os.open('/proc/self/fd/%d' % m, os.O_RDONLY)
+fcntl.fcntl(m, 1033, 2 | 8); os.lseek(m, 2, 0)
+keep.update(m=m, other=other, plain=plain)
+""",
+        """
+assert os.read(keep['m'], 5) == b'ntent' and os.pread(keep['other'], 7, 0) == b'content'
+assert fcntl.fcntl(keep['m'], 1034) == 10 and fcntl.fcntl(keep['plain'], 1034) == 1
+try: os.pwrite(keep['m'], b'x', 0)
+except PermissionError: pass
+else: raise AssertionError('it is not sealed')
+assert os.fstat(keep['m']).st_size == 1 << 20
+assert os.readlink('/proc/self/fd/%d' % keep['m']) == '/memfd:some name (deleted)'
+""",
+    )
+
+
+@pytest.mark.parametrize("kind", ["SOCK_STREAM", "SOCK_SEQPACKET", "SOCK_DGRAM"])
+def test_unix_pair_with_queues_both_ways(kind: str) -> None:
+    same(
+        f"""
+a, b = socket.socketpair(socket.AF_UNIX, socket.{kind})
+for i in range(5): a.send(b'to b %d ' % i * 1000)
+b.send(b'to a'); b.setblocking(False)
+keep.update(a=a.detach(), b=b.detach())
+""",
+        f"""
+a, b = socket.socket(fileno=keep['a']), socket.socket(fileno=keep['b'])
+got = b''.join(b.recv(1 << 20) for _ in range(1 if socket.{kind} == socket.SOCK_STREAM else 5))
+assert got == b''.join(b'to b %d ' % i * 1000 for i in range(5))
+assert a.recv(99) == b'to a'
+a.send(b'new'); assert b.recv(99) == b'new'
+""",
+    )
+
+
+def test_unix_datagrams_keep_their_borders_also_empty_ones() -> None:
+    same(
+        """
+a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+for part in (b'one', b'', b'three', b'', b'x' * 50000): a.send(part)
+keep.update(a=a.detach(), b=b.detach())
+""",
+        """
+b = socket.socket(fileno=keep['b'])
+assert [b.recv(99999) for _ in range(5)] == [b'one', b'', b'three', b'', b'x' * 50000]
+""",
+    )
+
+
+def test_unix_listener_with_accepted_connections(tmp_path: Path) -> None:
+    path = str(tmp_path / "s.sock")
+    same(
+        f"""
+l = socket.socket(socket.AF_UNIX); l.bind({path!r}); l.listen(17); os.chmod({path!r}, 0o741)
+c = socket.socket(socket.AF_UNIX); c.connect({path!r}); s, _ = l.accept()
+c.send(b'request'); s.send(b'answer')
+x = socket.socket(socket.AF_UNIX); x.bind('\\0tcpmig-files-test'); x.listen(3)
+y = socket.socket(socket.AF_UNIX); y.connect('\\0tcpmig-files-test'); z, _ = x.accept(); z.send(b'abstract')
+keep.update(l=l.detach(), c=c.detach(), s=s.detach(), x=x.detach(), y=y.detach(), z=z.detach())
+""",
+        f"""
+l, c, s, x, y, z = (socket.socket(fileno=keep[k]) for k in 'lcsxyz')
+assert l.getsockname() == s.getsockname() == c.getpeername() == {path!r}
+assert s.recv(99) == b'request' and c.recv(99) == b'answer' and y.recv(99) == b'abstract'
+assert y.getpeername() == z.getsockname() == b'\\0tcpmig-files-test'
+n = socket.socket(socket.AF_UNIX); n.connect({path!r}); m, _ = l.accept(); n.send(b'hi'); assert m.recv(9) == b'hi'
+n = socket.socket(socket.AF_UNIX); n.connect('\\0tcpmig-files-test'); m, _ = x.accept()
+n.send(b'hi'); assert m.recv(9) == b'hi'
+assert stat.S_IMODE(os.stat({path!r}).st_mode) == 0o741
+""",
+    )
+    assert [entry.name for entry in tmp_path.iterdir()] == ["s.sock"]
+
+
+def test_original_keeps_its_name_until_the_release(tmp_path: Path) -> None:
+    path = str(tmp_path / "s.sock")
+
+    with children() as (source, _):
+        source.bare()
+        source.do(f"l = socket.socket(socket.AF_UNIX); l.bind({path!r}); l.listen(5)")
+        source.stop()
+        records = captured(source.pid)
+        rebuilder = Rebuilder(records)
+        rebuilder.rebuild()
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(path)  # into the original's backlog
+        before = os.stat(path).st_ino
+        rebuilder.release()
+        assert os.stat(path).st_ino != before
+        rebuilder.close()
+        rebuilder = Rebuilder(records)
+        rebuilder.rebuild()
+        now = os.stat(path).st_ino
+        rebuilder.abort()
+        assert os.stat(path).st_ino == now
+        assert [e.name for e in tmp_path.iterdir()] == ["s.sock"]
+
+
+def test_unix_relative_removed_and_datagram_names(tmp_path: Path) -> None:
+    setup = f"""
+os.chdir({str(tmp_path)!r}); os.mkdir('sub'); os.chdir('sub')
+l = socket.socket(socket.AF_UNIX); l.bind('../rel'); l.listen(2)
+g = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); g.bind('gone'); os.unlink('gone')
+d = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); d.bind({str(tmp_path / "d")!r})
+e = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); e.connect({str(tmp_path / "d")!r})
+f = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); f.bind({str(tmp_path / "f")!r})
+f.sendto(b'from f', {str(tmp_path / "d")!r})
+e.send(b'from e'); f.sendto(b'', {str(tmp_path / "d")!r})
+keep.update(l=l.detach(), g=g.detach(), d=d.detach(), e=e.detach(), f=f.detach())
+"""
+    check = f"""
+os.chdir({str(tmp_path)!r})
+l, g, d, e, f = (socket.socket(fileno=keep[k]) for k in 'lgdef')
+assert l.getsockname() == '../rel' and g.getsockname() == 'gone' and not os.path.exists('sub/gone')
+assert d.recvfrom(99) == (b'from f', {str(tmp_path / "f")!r}), 1
+assert d.recvfrom(99)[0] == b'from e'
+assert d.recvfrom(99) == (b'', {str(tmp_path / "f")!r})
+e.send(b'again'); assert d.recv(99) == b'again'
+n = socket.socket(socket.AF_UNIX); n.connect('rel'); assert l.accept()
+"""
+    # the new process stands in the directory that the relative names start from
+    same(setup, check, enter=str(tmp_path / "sub"))
+
+
+def test_unix_half_closed_gone_and_waiting_peers(tmp_path: Path) -> None:
+    path = str(tmp_path / "w.sock")
+    same(
+        f"""
+a, b = socket.socketpair(); a.send(b'last words'); a.shutdown(socket.SHUT_WR)
+c, gone = socket.socketpair(); gone.send(b'bequest'); gone.close()
+l = socket.socket(socket.AF_UNIX); l.bind({path!r}); l.listen(5)
+w = socket.socket(socket.AF_UNIX); w.connect({path!r})
+fresh = socket.socket(socket.AF_UNIX)
+keep.update(a=a.detach(), b=b.detach(), c=c.detach(), l=l.detach(), w=w.detach(), f=fresh.detach())
+""",
+        """
+a, b, c, l, w, f = (socket.socket(fileno=keep[k]) for k in 'abclwf')
+assert b.recv(99) == b'last words' and b.recv(99) == b''
+b.send(b'still open'); assert a.recv(99) == b'still open'
+assert c.recv(99) == b'bequest' and c.recv(99) == b''
+try: c.send(b'x')
+except BrokenPipeError: pass
+else: raise AssertionError
+s, _ = l.accept(); w.send(b'hello'); assert s.recv(9) == b'hello'
+try: f.send(b'x')
+except OSError as error: assert error.errno == errno.ENOTCONN
+else: raise AssertionError
+""",
+    )
+
+
+def test_unix_descriptors_in_flight(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"0123456789")
+    outcome = round_trip(
+        f"""
+a, b = socket.socketpair()
+fd = os.open({str(tmp_path / "file")!r}, os.O_RDONLY); os.lseek(fd, 6, 0)
+r, w = os.pipe()
+a.send(b'before '); socket.send_fds(a, [b'with'], [fd, w]); a.send(b' after')
+os.close(fd); os.close(w)                           # they live in the message only
+keep.update(a=a.detach(), b=b.detach(), r=r)
+""",
+        """
+b = socket.socket(fileno=keep['b'])
+first = b.recv(len(b'before '))
+assert first == b'before '
+data, fds, _, _ = socket.recv_fds(b, 4, 9)
+assert data == b'with' and len(fds) == 2, (data, fds)
+assert os.read(fds[0], 9) == b'6789'
+os.write(fds[1], b'through'); assert os.read(keep['r'], 99) == b'through'
+assert b.recv(99) == b' after'
+""",
+    )
+    assert len(outcome.records.files) > len(outcome.records.tables[next(iter(outcome.records.tables))]) - 2
+
+
+def test_unix_peer_outside_is_refused_by_name() -> None:
+    a, b = socket.socketpair()
+    with a, b, children(1) as (source,):
+        source.do(f"os.dup2({b.fileno()}, 90); os.closerange(3, 90); os.closerange(91, 4096)")
+        b.close()
+        source.stop()
+        with pytest.raises(PeerOutsideTree, match=f"pid {source.pid} fd 90"):
+            captured(source.pid)
+
+
+def test_flock_ofd_and_record_locks(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / name).write_bytes(bytes(100))
+    same(
+        f"""
+a, b, c = (os.open({str(tmp_path)!r} + '/' + n, os.O_RDWR) for n in 'abc')
+fcntl.flock(a, fcntl.LOCK_EX)
+fcntl.fcntl(b, 37, struct.pack('<hh4xqqi4x', 0, 0, 10, 5, 0))
+fcntl.lockf(c, fcntl.LOCK_EX, 7, 20)
+keep.update(a=a, b=b, c=c)
+""",
+        f"""
+def taken(name, request):
+    pid = os.fork()
+    if pid == 0:
+        fd = os.open({str(tmp_path)!r} + '/' + name, os.O_RDWR)
+        try: request(fd)
+        except OSError: os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+assert taken('a', lambda fd: fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB))
+assert taken('b', lambda fd: fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 14))
+assert not taken('b', lambda fd: fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 15))
+assert taken('c', lambda fd: fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 26))
+assert not taken('c', lambda fd: fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 27))
+""",
+    )
+
+
+def test_owner_and_signal_of_readiness() -> None:
+    same(
+        """
+a, b = socket.socketpair()
+fcntl.fcntl(a, 15, struct.pack('<ii', 1, 1)); fcntl.fcntl(a, 10, 40)
+fcntl.fcntl(a, fcntl.F_SETFL, fcntl.fcntl(a, fcntl.F_GETFL) | os.O_ASYNC | os.O_NONBLOCK)
+keep.update(a=a.detach(), b=b.detach())
+""",
+        """
+assert fcntl.fcntl(keep['a'], 11) == 40
+assert struct.unpack('<ii', fcntl.fcntl(keep['a'], 16, bytes(8))) == (1, 1)
+assert fcntl.fcntl(keep['a'], fcntl.F_GETFL) & os.O_ASYNC
+""",
+    )
+
+
+def test_inotify_watches_keep_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "seen").mkdir()
+    same(
+        f"""
+libc = ctypes.CDLL(None); i = libc.inotify_init1(os.O_NONBLOCK)
+path = {str(tmp_path / "seen")!r}.encode()
+for _ in range(3):
+    n = libc.inotify_add_watch(i, path, 0x100); libc.inotify_rm_watch(i, n)
+keep.update(i=i, wd=libc.inotify_add_watch(i, path, 0x100)); os.read(i, 9999)
+""",
+        f"""
+open({str(tmp_path / "seen" / "new")!r}, 'w').close()
+wd, mask = struct.unpack_from('<iI', os.read(keep['i'], 999))
+assert wd == keep['wd'] == 4 and mask == 0x100, (wd, mask)
+""",
+    )
+
+
+@pytest.mark.parametrize(
+    ("setup", "what"),
+    [
+        ("keep['x'] = os.open('/dev/ptmx', os.O_RDWR | os.O_NOCTTY)", "master side of a terminal"),
+        ("keep['x'] = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0).detach()", "packet socket"),
+        ("keep['x'] = socket.socket(socket.AF_INET, socket.SOCK_RAW, 1).detach()", "socket of family 2"),
+        ("keep['x'] = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).detach()", "netlink socket"),
+        ("keep['x'] = os.pidfd_open(os.getpid())", "pidfd"),
+        ("keep['x'] = os.open('/proc/self/ns/net', os.O_RDONLY)", "namespace"),
+        ("keep['x'] = ctypes.CDLL(None).syscall(323, os.O_CLOEXEC)", "userfaultfd"),
+        ("keep['x'] = ctypes.CDLL(None).syscall(425, 4, bytes(120))", "io_uring"),
+    ],
+)
+def test_refused_by_name(setup: str, what: str) -> None:
+    with children(1) as (source,):
+        source.bare()
+        keep = source.do(setup)
+        assert keep["x"] > 2
+        source.stop()
+        with pytest.raises(Refused, match=f"{what}.*pid {source.pid} fd {keep['x']}"):
+            captured(source.pid)
