@@ -24,6 +24,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -72,7 +73,7 @@ class Dump:
         self.warnings: list[str] = []
         self._smaps: dict[int, list[Vma]] = {}
         self._holdoff: Holdoff | None = None
-        self._listeners_of: FileTable | None = None
+        self._listeners: list[socket.socket] = []
         self._table: FileTable | None = None
         self._group: TcpGroup | None = None
         self._files: TreeFiles | None = None
@@ -107,10 +108,11 @@ class Dump:
 
     def find_listeners(self) -> set[int]:
         """Take duplicates of the listening sockets; their ports."""
-        self._listeners_of = preflight.live_files(preflight.pids(self.roots))
-        listeners = TcpGroup(self._listeners_of).listeners
-        self._holdoff = Holdoff(listeners)
-        return {sock.getsockname()[1] for sock in listeners}
+        with preflight.live_files(preflight.pids(self.roots)) as files:
+            # of nothing else: a connection that the application closes while we have it would stay open
+            self._listeners = [sock.dup() for sock in TcpGroup(files).listeners]
+        self._holdoff = Holdoff(self._listeners)
+        return {sock.getsockname()[1] for sock in self._listeners}
 
     def hold_off(self) -> None:
         """From now on no new connection begins. Capture SYNs before this."""
@@ -326,10 +328,11 @@ class Dump:
     def close(self) -> None:
         """Close our descriptors."""
         self._restore_gc()
-        for each in (self._table, self._listeners_of):
-            if each is not None:
-                each.close()
-        self._table = self._listeners_of = None
+        if self._table is not None:
+            self._table.close()
+            self._table = None
+        while self._listeners:
+            self._listeners.pop().close()
 
     def _restore_gc(self) -> None:
         if self._collecting:
