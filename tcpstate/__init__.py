@@ -75,7 +75,7 @@ _HOME = {
     "ConnectionRecord": "record",
     "Segment": "segment",
     "blackhole": "silence",
-    "compare": "rebuild",
+    "compare": "comparison",
     "connections": "locate",
     "discard_connections": "discard",
     "drop_syns": "filters",

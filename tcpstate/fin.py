@@ -3,13 +3,15 @@
 A rebuilt socket begins as an established connection without either FIN.  What is missing is made so that the kernel
 itself walks through its states (RFC 9293 figure 5)::
 
-    FIN_WAIT_1     shutdown: our FIN goes out (again), behind the data
-    FIN_WAIT_2     the same; the peer, who has it, acknowledges at once
-    CLOSE_WAIT     the peer's FIN is injected: the application reads end-of-file
-    CLOSING        shutdown, then the peer's FIN
-    LAST_ACK       the peer's FIN, then shutdown
+                   still in repair                             released, behind the data
+    FIN_WAIT_1                                                 shutdown: our FIN goes out (again)
+    FIN_WAIT_2                                                 the same; the peer has it and acknowledges at once
+    CLOSE_WAIT     the peer's FIN is injected
+    LAST_ACK       the peer's FIN is injected                  shutdown
+    CLOSING        shutdown, queued as sent; the peer's FIN
 
-The peer sees at most a FIN or an ACK that it has seen before.
+The peer sees at most a FIN or an ACK that it has seen before.  Its own FIN is injected while the socket is in repair:
+as soon as anything else of the peer was heard, its clock is known, and a FIN without the right timestamp is dropped.
 
 Source: net/ipv4/tcp_input.c tcp_fin, tcp_rcv_state_process; net/ipv4/tcp.c tcp_shutdown.
 """
@@ -25,11 +27,11 @@ from typing import Final
 from tcpstate.capture import Injector
 from tcpstate.errors import FinNotRestored
 from tcpstate.kernel.sockets import Level
-from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpInfo, TcpState
+from tcpstate.kernel.tcp import INFO_SIZE, TCP, RepairQueue, TcpInfo, TcpState
 from tcpstate.record import ConnectionRecord, LocalFin, State
 from tcpstate.segment import Flag, Segment, timestamp_option
 
-__all__ = ["put_fins"]
+__all__ = ["put_own_fins", "take_peer_fins"]
 
 #: an injected segment is usually processed before sendto() returns; if not, it is looked for, and sent again
 _TRIES: Final = 50
@@ -41,24 +43,29 @@ _TAKEN: Final = frozenset(
 )
 
 
-def put_fins(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
-    """Bring released connections to the states of their records; those that are established are left alone.
+def take_peer_fins(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
+    """What is done in repair, before the release; connections that it does not concern are left alone.
 
-    Their addresses are local, their filters their own, and all their data is in the send queue. FinNotRestored.
+    Their addresses are local, their filters their own; they carry the freeze's mark, so that nothing is answered.
+    FinNotRestored.
     """
-    closing = [(s, r) for s, r in zip(socks, records, strict=True) if r.state is not State.ESTABLISHED]
+    closing = [(s, r) for s, r in zip(socks, records, strict=True) if r.peer_fin]
     if not closing:
         return
     with Injector() as injector:
         for sock, record in closing:
-            if record.state is State.LAST_ACK:
-                _peers(sock, record, injector)
+            if record.state is State.CLOSING:
+                sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.SEND)
                 _ours(sock, record)
-                continue
-            if record.local_fin is not LocalFin.NONE:
-                _ours(sock, record)
-            if record.peer_fin:
-                _peers(sock, record, injector)
+                sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
+            _peers(sock, record, injector)
+
+
+def put_own_fins(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
+    """Our FINs, once the connections are released and all their data is in the send queue. FinNotRestored."""
+    for sock, record in zip(socks, records, strict=True):
+        if record.local_fin is not LocalFin.NONE and record.state is not State.CLOSING:
+            _ours(sock, record)
 
 
 def _ours(sock: socket.socket, record: ConnectionRecord) -> None:

@@ -23,9 +23,10 @@ from tcpstate.errors import UnsupportedSocket
 from tcpstate.kernel.columns import Field, RowError, Rows
 from tcpstate.kernel.sockets import IP, IPV6, SO, Level
 from tcpstate.kernel.tcp import TCP
+from tcpstate.record import ConnectionRecord
 from tcpstate.rows import describe
 
-__all__ = ["EXCLUDED", "TABLE", "Format", "Option", "Saved", "Stage", "give", "save"]
+__all__ = ["EXCLUDED", "TABLE", "Format", "Option", "Saved", "Stage", "give", "number", "save"]
 
 log = logging.getLogger(__name__)
 
@@ -384,3 +385,8 @@ def _set(socks: Sequence[socket.socket], option: Option, values: Sequence[tuple[
             log.warning("this kernel does not take socket option %s; it was left out", option.keyword)
             return
         raise RowError(error.errno or errno.EIO, values[error.row][0], error.label) from None
+
+
+def number(record: ConnectionRecord, keyword: str) -> int:
+    """The first number of a recorded option; 0 if it is not recorded (only for options that are 0 on fresh sockets)."""
+    return record.options.get(keyword, (0,))[0]

@@ -22,20 +22,20 @@ import errno
 import socket
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from tcpstate import options
+from tcpstate.comparison import Difference, compare, read_back
 from tcpstate.errors import ConnectionCallFailed, QueueNotRestored, UnsupportedState
-from tcpstate.export import advance, export_connections, supported
-from tcpstate.filters import give_filter
-from tcpstate.fin import put_fins
-from tcpstate.freeze import MARK, Gate, QuietState, shut
+from tcpstate.export import advance, supported
+from tcpstate.fin import put_own_fins, take_peer_fins
+from tcpstate.freeze import MARK, shut
+from tcpstate.kernel import bpf
 from tcpstate.kernel.columns import Rows
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import IP, IPV6, SO, BufferLock, Level, pack_address
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, USER_TIMEOUT_MAX, Repair, RepairQueue, RepairWindow, TcpInfo
 from tcpstate.kernel.tcp import repair_options as pack_repair_options
-from tcpstate.options import Stage
+from tcpstate.options import Stage, number
 from tcpstate.record import ConnectionRecord, Family, State
 from tcpstate.rows import failures
 from tcpstate.segment import SEQ_MASK
@@ -156,7 +156,7 @@ def _connect(
     rows = Rows(len(socks))
     fd = rows.numbers([s.fileno() for s in socks])
     # The route is chosen at connect, and the application's mark may choose it.
-    rows.setsockopt(fd, Level.SOCKET, SO.MARK, rows.u32([_number(r, "so.mark") for r in records]))
+    rows.setsockopt(fd, Level.SOCKET, SO.MARK, rows.u32([number(r, "so.mark") for r in records]))
     for queue, start in (
         (RepairQueue.SEND, [r.snd_una for r in records]),
         (RepairQueue.RECEIVE, [r.copied_seq for r in records]),
@@ -164,9 +164,9 @@ def _connect(
         rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, queue)
         rows.setsockopt(fd, Level.TCP, TCP.QUEUE_SEQ, rows.u32(start))
     rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
-    for number, label in ((SYS.bind, "bind"), (SYS.connect, "connect")):
+    for call, label in ((SYS.bind, "bind"), (SYS.connect, "connect")):
         addresses = [_address(r, family, label == "connect", devices) for r in records]
-        rows.call(number, fd, rows.data(addresses), len(addresses[0]), label=label)
+        rows.call(call, fd, rows.data(addresses), len(addresses[0]), label=label)
     negotiated = [_repair_options(r) for r in records]
     rows.setsockopt(
         fd, Level.TCP, TCP.REPAIR_OPTIONS, rows.data(negotiated), size=rows.numbers([len(n) for n in negotiated])
@@ -219,7 +219,7 @@ def _fill(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -
         if record.receive_queue:
             sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.RECEIVE)
             _put(sock, record.receive_queue, record)
-        if record.sent and not _fits_again(record, sock):
+        if record.sent and not (_fits_again(record, sock) and record.state is not State.CLOSING):
             sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.SEND)
             _put(sock, memoryview(record.send_queue)[: record.sent], record)
         if record.receive_queue or record.sent:
@@ -282,26 +282,35 @@ def release_connections(socks: Sequence[socket.socket], records: Sequence[Connec
         return
     names = [str(r.conn_id) for r in records]
     again = _to_send_again(socks, records, names)
-    nodelay = [_number(r, "tcp.nodelay") for r in records]
+    nodelay = [number(r, "tcp.nodelay") for r in records]
     rows = Rows(len(socks))
     fd = rows.numbers([s.fileno() for s in socks])
-    # Until its own mark is back nothing it sends leaves this host.
-    rows.setsockopt(fd, Level.SOCKET, SO.MARK, rows.u32([_number(r, "so.mark") for r in records]))
     # What goes out again must go out whole: Nagle would wait for the ACK of its first part.
     rows.setsockopt(
         fd, Level.TCP, TCP.NODELAY, rows.u32([int(n > 0) or d for n, d in zip(again, nodelay, strict=True)])
     )
+    # The filter goes before repair does, else it would drop the answer to the probe.
+    rows.setsockopt(fd, Level.SOCKET, SO.DETACH_FILTER, 0, ignore=True)
+    with failures(socks, names):
+        rows.run()
+    for sock, record in zip(socks, records, strict=True):
+        if record.filter:
+            try:
+                bpf.attach(sock, record.filter)
+            except OSError as error:
+                what = f"giving its filter back: {error.strerror}"
+                raise ConnectionCallFailed(what, object=str(record.conn_id)) from None
+    take_peer_fins(socks, records)
+
+    rows = Rows(len(socks))
+    fd = rows.numbers([s.fileno() for s in socks])
+    # Until its own mark is back nothing it sends leaves this host.
+    rows.setsockopt(fd, Level.SOCKET, SO.MARK, rows.u32([number(r, "so.mark") for r in records]))
     # The probe asks the peer for its window and for an ACK; data that goes out again does that by itself.
     leave = [Repair.OFF_NO_PROBE if n else Repair.OFF for n in again]
     rows.setsockopt(fd, Level.TCP, TCP.REPAIR, rows.u32(leave), label="leaving repair mode")
     with failures(socks, names):
         rows.run()
-    for sock, record in zip(socks, records, strict=True):
-        try:
-            give_filter(sock, record.filter)
-        except OSError as error:
-            what = f"giving its filter back: {error.strerror}"
-            raise ConnectionCallFailed(what, object=str(record.conn_id)) from None
     for sock, record, count, delay_off in zip(socks, records, again, nodelay, strict=True):
         if count:
             _put(sock, memoryview(record.send_queue)[:count], record)
@@ -309,7 +318,7 @@ def release_connections(socks: Sequence[socket.socket], records: Sequence[Connec
             if count and not delay_off:
                 sock.setsockopt(Level.TCP, TCP.NODELAY, 0)
             _put(sock, memoryview(record.send_queue)[record.sent :], record)
-    put_fins(socks, records)
+    put_own_fins(socks, records)
     _give_back(socks, records)
 
 
@@ -340,11 +349,9 @@ def _give_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecor
     rows.setsockopt(fd, Level.SOCKET, SO.BUF_LOCK, rows.u32([_lock(r) for r in records]), ignore=True)
     rows.setsockopt(fd, Level.IP, IP.TRANSPARENT, rows.u32([_transparent(r) for r in records]), ignore=True)
     rows.setsockopt(fd, Level.IPV6, IPV6.TRANSPARENT, rows.u32([_transparent(r) for r in records]), ignore=True)
-    rows.setsockopt(fd, Level.TCP, TCP.NODELAY, rows.u32([r.options.get("tcp.nodelay", (0,))[0] for r in records]))
+    rows.setsockopt(fd, Level.TCP, TCP.NODELAY, rows.u32([number(r, "tcp.nodelay") for r in records]))
     # The largest value kept it alive; 0, the usual one, is not among the recorded options.
-    rows.setsockopt(
-        fd, Level.TCP, TCP.USER_TIMEOUT, rows.u32([r.options.get("tcp.user_timeout", (0,))[0] for r in records])
-    )
+    rows.setsockopt(fd, Level.TCP, TCP.USER_TIMEOUT, rows.u32([number(r, "tcp.user_timeout") for r in records]))
     names = [str(r.conn_id) for r in records]
     with failures(socks, names):
         rows.run()
@@ -355,89 +362,10 @@ def _give_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecor
             sock.setsockopt(Level.SOCKET, SO.LOCK_FILTER, 1)
 
 
-def _number(record: ConnectionRecord, keyword: str) -> int:
-    """The value of a recorded option; 0, which these have on a fresh socket, if it is not recorded."""
-    return record.options.get(keyword, (0,))[0]
-
-
 def _lock(record: ConnectionRecord) -> int:
     send = BufferLock.SEND if record.buffers.send_locked else 0
     return send | (BufferLock.RECEIVE if record.buffers.receive_locked else 0)
 
 
 def _transparent(record: ConnectionRecord) -> int:
-    return max(_number(record, keyword) for keyword in _OWN_HANDS)
-
-
-# --- comparison ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """Where a rebuilt connection is not what its record says."""
-
-    what: str
-    expected: object
-    found: object
-
-    def __str__(self) -> str:
-        return f"{self.what}: expected {self.expected!r}, found {self.found!r}"
-
-
-def read_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> list[ConnectionRecord]:
-    """Export rebuilt connections that are not released yet, to be compared with their records."""
-    states = [
-        QuietState(
-            filter=record.filter,
-            filter_locked=record.filter_locked,
-            mark=_number(record, "so.mark"),
-            user_timeout=_number(record, "tcp.user_timeout"),
-            keepalive=bool(_number(record, "so.keepalive")),
-            reuse_address=record.reuse_address,
-            minimum_ttl=_number(record, "ip.minttl"),
-            minimum_hops=_number(record, "ipv6.minhopcount"),
-            gate=Gate.FILTER,
-        )
-        for record in records
-    ]
-    return export_connections(socks, states)
-
-
-def compare(record: ConnectionRecord, found: ConnectionRecord) -> list[Difference]:
-    """Where ``found``, a rebuilt connection's export before its release, contradicts ``record``.
-
-    Its send queue may still lack what the release will send; the options that wait for the release are not compared.
-    """
-    pairs: list[tuple[str, object, object]] = [
-        ("conn-ID", record.conn_id, found.conn_id),
-        ("family", record.family, found.family),
-        # FINs come with the release
-        ("state", State.ESTABLISHED, found.state),
-        ("snd_una", record.snd_una, found.snd_una),
-        ("rcv_nxt", record.rcv_nxt, found.rcv_nxt),
-        ("windows", record.windows, found.windows),
-        ("what was negotiated", _without_ecn(record), _without_ecn(found)),
-        ("congestion control", record.congestion, found.congestion),
-    ]
-    differences = [Difference(*pair) for pair in pairs if pair[1] != pair[2]]
-    # queues are told by length: their bytes may be secret and are certainly long
-    if found.receive_queue != record.receive_queue:
-        differences.append(_queue("receive queue", record.receive_queue, found.receive_queue))
-    if not record.send_queue.startswith(found.send_queue) or len(found.send_queue) not in (0, record.sent):
-        differences.append(_queue("send queue", record.send_queue[: record.sent], found.send_queue))
-    for keyword, value in record.options.items():
-        option = options.BY_KEYWORD.get(keyword)
-        if option is not None and option.stage is not Stage.RELEASED and found.options.get(keyword) != value:
-            differences.append(Difference(keyword, value, found.options.get(keyword)))
-    return differences
-
-
-def _without_ecn(record: ConnectionRecord) -> tuple[object, ...]:
-    n = record.negotiated
-    return n.mss, n.snd_wscale, n.rcv_wscale, n.sack, n.timestamps
-
-
-def _queue(what: str, expected: bytes, found: bytes) -> Difference:
-    if len(expected) != len(found):
-        return Difference(what, f"{len(expected)} bytes", f"{len(found)} bytes")
-    return Difference(what, f"{len(expected)} bytes", "other bytes of the same length")
+    return max(number(record, keyword) for keyword in _OWN_HANDS)
