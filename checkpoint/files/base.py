@@ -208,6 +208,10 @@ class OpenFile:
     def __post_init__(self) -> None:
         if not 0 <= self.flags <= CAPTURED_FLAGS or self.pos < 0:
             raise ValueError("flags or position out of range")
+        self.validate()
+
+    def validate(self) -> None:
+        """ValueError if the kind's own fields are out of range: records may come from anywhere."""
 
     @classmethod
     def examine(cls, view: FdView) -> str:

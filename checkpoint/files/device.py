@@ -43,7 +43,7 @@ class Device(OpenFile):
     major: int
     minor: int
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         # An image may not open other devices than these.
         if (self.major, self.minor) not in _STATELESS:
             raise ValueError(f"device {self.major}:{self.minor} cannot be rebuilt")

@@ -31,7 +31,7 @@ class EventFd(OpenFile):
     count: int
     semaphore: bool
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         if not 0 <= self.count <= _LARGEST:
             raise ValueError(f"{self.count} is not the count of an eventfd")
 

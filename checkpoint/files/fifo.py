@@ -37,7 +37,7 @@ class Fifo(OpenFile):
     size: int
     queue: PipeQueue | None
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         if not self.path.startswith("/") or "\0" in self.path:
             raise ValueError(f"{self.path!r} is not an absolute path")
 

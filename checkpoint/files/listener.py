@@ -83,7 +83,7 @@ class Listener(OpenFile):
     backlog: int
     options: SocketOptions
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         if self.family not in _FAMILIES or not 0 <= self.backlog < 1 << 31:
             raise ValueError("family or backlog of a listener out of range")
 

@@ -92,7 +92,7 @@ class PathOnly(OpenFile):
 
     path: str
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         _absolute(self.path)
 
     @classmethod
@@ -194,7 +194,7 @@ class RegularFile(OpenFile):
     inode: int
     volatile: bool
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         _absolute(self.path)
 
     @classmethod
@@ -256,7 +256,7 @@ class Directory(OpenFile):
 
     path: str
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         _absolute(self.path)
 
     @classmethod

@@ -28,7 +28,7 @@ class SignalFd(OpenFile):
 
     mask: int
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         if not 0 <= self.mask < 1 << 64:
             raise ValueError("not a signal mask")
 

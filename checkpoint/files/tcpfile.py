@@ -52,7 +52,7 @@ class TcpFile(OpenFile):
     name: Endpoint | None = None
     options: SocketOptions | None = None
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         if self.family not in _FAMILIES:
             raise ValueError("not an internet socket")
         if not self.conn_id and self.options is None:

@@ -47,7 +47,7 @@ class TimerFd(OpenFile):
     interval: int
     deadline: int | None = None
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         if min(self.ticks, self.left, self.interval) < 0 or max(self.ticks, self.left, self.interval) >= 1 << 63:
             raise ValueError("ticks or times out of range")
         if self.deadline is not None and not 0 < self.deadline < 1 << 63:

@@ -87,7 +87,7 @@ class UdpFile(OpenFile):
     options: SocketOptions
     peek_off: int
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         if self.family not in _FAMILIES:
             raise ValueError("not an internet socket")
 

@@ -84,7 +84,7 @@ class UnixFile(OpenFile):
     options: SocketOptions
     peek_off: int
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
         if self.type not in _TYPES or not 0 <= self.shutdown <= 3 or len(self.remote) > 108:
             raise ValueError("type, shutdown or address of a local socket out of range")
         if self.backlog is not None and self.name is None:

@@ -16,7 +16,7 @@ import pytest
 from checkpoint.errors import AddressTaken
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.udp import UdpFile
-from tests.system.files_children import children, round_trip
+from tests.system.files_children import capture, children, round_trip
 from tests.system.test_files_roundtrip import captured, same
 
 CLONE_NEWNET = 0x40000000

@@ -1,0 +1,238 @@
+"""Records of open files: through the codec and back, and what is not accepted."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import struct
+import typing
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from checkpoint.files import abi, multicast, udpsend, unixdiag
+from checkpoint.files.abi import LockType, OwnerType, TimerSpec
+from checkpoint.files.base import AsyncOwner, FileLock, OpenFile, PosixLock, locks_of, parse_info
+from checkpoint.files.content import Content, ContentKind
+from checkpoint.files.device import Device
+from checkpoint.files.epoll import Epoll, EpollWatch
+from checkpoint.files.eventfd import EventFd
+from checkpoint.files.external import External
+from checkpoint.files.fifo import Fifo
+from checkpoint.files.inet import Endpoint
+from checkpoint.files.inotify import Inotify, Watch
+from checkpoint.files.kinds import KINDS
+from checkpoint.files.listener import Listener
+from checkpoint.files.memfd import Memfd
+from checkpoint.files.multicast import Membership
+from checkpoint.files.pipe import Pipe, PipeQueue
+from checkpoint.files.regular import DeletedFile, Directory, PathOnly, RegularFile, SharedMemory
+from checkpoint.files.signalfd import SignalFd
+from checkpoint.files.sockopts import SocketOptions
+from checkpoint.files.table import LocksOfFile, TreeFiles
+from checkpoint.files.tcpfile import TcpFile
+from checkpoint.files.timerfd import TimerFd
+from checkpoint.files.udp import Datagram, UdpFile
+from checkpoint.files.unix import UnixFile
+from checkpoint.files.unixname import UnixName
+from checkpoint.files.unixqueue import Message
+from checkpoint.files.unsupported import Unsupported
+from tcpstate import codec
+from tcpstate.errors import BadRecord
+from tcpstate.record import Buffers
+
+OPTIONS = SocketOptions(
+    numbers={"so.linger": (1, 5)},
+    data={"so.bindtodevice": b"lo"},
+    buffers=Buffers(send=4096, receive=8192, send_locked=True, receive_locked=False),
+    filter=((6, 0, 0, 5),),
+)
+HERE = Endpoint(address="10.0.0.1", port=80)
+NAME = UnixName(address=b"/run/x.sock", path="/run/x.sock", mode=0o755, uid=1, gid=2)
+
+#: one of each kind
+RECORDS: list[OpenFile] = [
+    PathOnly(flags=0o10000000, path="/etc"),
+    External(flags=2, link="/dev/pts/3", stream=0),
+    Device(flags=2, path="/dev/null", major=1, minor=3),
+    Pipe(flags=0, pipe=7, size=65536, queue=PipeQueue(chunks=(b"a", b""), packets=True)),
+    Fifo(flags=1, path="/run/fifo", size=4096, queue=None),
+    Memfd(flags=2, pos=5, content=0),
+    SharedMemory(flags=2, content=1),
+    DeletedFile(flags=1, content=2, locks=(FileLock(whole=False, type=LockType.READ, start=3, length=0),)),
+    RegularFile(flags=0, path="/etc/\udcff", size=1, mtime_ns=2, inode=3, volatile=False),
+    Directory(flags=0o200000, pos=1 << 40, path="/usr"),
+    EventFd(flags=2, count=2**64 - 2, semaphore=True),
+    TimerFd(flags=2, clock=1, ticks=1, settime=0, left=5, interval=6, deadline=7),
+    SignalFd(flags=2, mask=2**64 - 1, owner=AsyncOwner(type=OwnerType.GROUP, pid=4, signal=40)),
+    Epoll(flags=2, watches=(EpollWatch(number=5, pid=1, file=2, events=1 << 31 | 1, data=2**64 - 1),)),
+    Inotify(flags=0, watches=(Watch(number=1, path="/tmp", mask=0x100),)),
+    Listener(flags=2, family=socket.AF_INET, name=HERE, backlog=511, options=OPTIONS),
+    TcpFile(flags=2, family=socket.AF_INET, conn_id="tcp:10.0.0.1:80-10.0.0.2:99"),
+    UdpFile(
+        flags=2,
+        family=socket.AF_INET6,
+        name=Endpoint(address="fe80::1", port=5, scope="eth0"),
+        peer=None,
+        queue=(Datagram(data=b"", sender=HERE, to="10.0.0.9"),),
+        memberships=(Membership(group="ff02::fb", interface="eth0"),),
+        options=OPTIONS,
+        peek_off=-1,
+    ),
+    UnixFile(
+        flags=2,
+        socket=1,
+        type=socket.SOCK_STREAM,
+        peer=2,
+        waits_at=None,
+        remote=b"",
+        name=NAME,
+        accepted=True,
+        backlog=None,
+        shutdown=3,
+        queue=(Message(data=b"x", rights=(1, 2), credentials=(1, 2, 3)),),
+        options=OPTIONS,
+        peek_off=0,
+    ),
+]
+
+
+def test_every_kind_is_here() -> None:
+    assert {type(record) for record in RECORDS} | {Unsupported} == set(KINDS) == set(codec.members(OpenFile).values())
+
+
+def test_round_trip_through_the_codec() -> None:
+    files = TreeFiles(
+        files=RECORDS,
+        contents=[Content(kind=ContentKind.MEMFD, name="m", size=1 << 40, mode=0o777, uid=0, gid=0, seals=15)],
+        tables={7: {0: (0, True), 500: (18, False)}},
+        locks={7: [LocksOfFile(file=8, locks=(PosixLock(type=LockType.WRITE, start=0, length=5),))]},
+    )
+    assert codec.unpack(TreeFiles, codec.pack(files)) == files
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
+def test_a_record_with_one_field_of_another_type_is_refused(record: OpenFile) -> None:
+    plain = codec.to_plain(record)
+    for field in dataclasses.fields(record):
+        with pytest.raises(BadRecord):
+            codec.from_plain(OpenFile, {**plain, field.name: 1.5})
+    for hostile in (-1, 1 << 32, 2**70):
+        with pytest.raises(BadRecord):
+            codec.from_plain(OpenFile, {**plain, "flags": hostile})
+
+
+@given(st.binary(max_size=60))
+def test_garbage_is_no_record(data: bytes) -> None:
+    with pytest.raises(BadRecord):
+        codec.unpack(TreeFiles, data)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Device(flags=2, path="/dev/mem", major=1, minor=1),
+        lambda: RegularFile(flags=0, path="etc/passwd", size=0, mtime_ns=0, inode=0, volatile=False),
+        lambda: RegularFile(flags=0, path="/etc\0", size=0, mtime_ns=0, inode=0, volatile=False),
+        lambda: Directory(flags=0, path=""),
+        lambda: EventFd(flags=0, count=2**64 - 1, semaphore=False),
+        lambda: EventFd(flags=-1, count=0, semaphore=False),
+        lambda: SignalFd(flags=0, mask=-1),
+        lambda: TimerFd(flags=0, clock=1, ticks=-1, settime=0, left=0, interval=0),
+        lambda: EpollWatch(number=-1, pid=1, file=0, events=0, data=0),
+        lambda: EpollWatch(number=1, pid=1, file=0, events=1 << 32, data=0),
+        lambda: UnixName(address=b""),
+        lambda: UnixName(address=b"/a\0b"),
+        lambda: UnixName(address=b"/a", path="relative"),
+        lambda: UnixName(address=b"x" * 109),
+        lambda: Endpoint(address="10.0.0.256", port=1),
+        lambda: Endpoint(address="::1", port=1 << 16),
+        lambda: Datagram(data=bytes(1 << 16), sender=HERE, to="10.0.0.1"),
+        lambda: Content(kind=ContentKind.DELETED, name="no path", size=0, mode=0, uid=0, gid=0),
+        lambda: Content(kind=ContentKind.MEMFD, name="m", size=-1, mode=0, uid=0, gid=0),
+        lambda: TcpFile(flags=0, family=socket.AF_UNIX, conn_id="x"),
+        lambda: TcpFile(flags=0, family=socket.AF_INET),
+        lambda: SocketOptions(data={"so.bindtodevice": bytes(17)}, buffers=OPTIONS.buffers),
+        lambda: SocketOptions(numbers={"so.linger": (1, 2, 3)}, buffers=OPTIONS.buffers),
+    ],
+)
+def test_values_out_of_range(make: typing.Callable[[], object]) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 (each has its own words)
+        make()
+
+
+def test_lock_lines() -> None:
+    lines, info = parse_info(
+        "pos:\t5\nflags:\t0100002\nlock:\t1: FLOCK  ADVISORY  WRITE 95 fe:00:21 0 EOF\n"
+        "lock:\t2: POSIX  ADVISORY  READ 95 fe:00:21 5 14\nlock:\t3: OFDLCK ADVISORY  WRITE -1 fe:00:21 7 7\n"
+    )
+    assert info["pos"] == "5"
+    found = locks_of(lines, "fd")
+    assert [(kind, lock.type, lock.start, lock.length) for kind, lock in found] == [
+        ("FLOCK", LockType.WRITE, 0, 0),
+        ("POSIX", LockType.READ, 5, 10),
+        ("OFDLCK", LockType.WRITE, 7, 1),
+    ]
+
+
+def test_a_lease_is_refused() -> None:
+    from checkpoint.errors import UnsupportedLock
+
+    with pytest.raises(UnsupportedLock):
+        locks_of(("lock:\t1: LEASE  ACTIVE    READ 95 fe:00:21 0 EOF",), "fd")
+
+
+@given(st.integers(0, 2**40), st.integers(0, 2**40))
+def test_timer_spec(interval: int, value: int) -> None:
+    spec = TimerSpec(interval=interval, value=value)
+    assert TimerSpec.unpack(spec.pack()) == spec
+
+
+@given(st.binary(max_size=300))
+def test_udp_packets_have_the_right_checksum(data: bytes) -> None:
+    four = udpsend.packet(data, "10.0.0.1", 1000, "10.0.0.2", 53)
+    assert (four[0], four[9], four[12:20]) == (0x45, 17, socket.inet_aton("10.0.0.1") + socket.inet_aton("10.0.0.2"))
+    assert four[28:] == data
+    pseudo = four[12:20] + struct.pack("!HH", 17, len(data) + 8)
+    assert udpsend.checksum(pseudo + four[20:]) == 0
+    six = udpsend.packet(data, "fd00::1", 1000, "fd00::2", 53)
+    assert (six[0] >> 4, six[6]) == (6, 17)
+    assert udpsend.checksum(six[8:40] + struct.pack("!II", len(data) + 8, 17) + six[40:]) == 0
+
+
+def test_multicast_lists() -> None:
+    v4 = (
+        "Idx\tDevice    : Count Querier\tGroup    Users Timer\tReporter\n"
+        "1\tlo        :     2      V3\n\t\t\t\t030201EF     1 0:00000000\t\t0\n"
+        "\t\t\t\t010000E0     1 0:00000000\t\t0\n2\teth0      :     1      V3\n\t\t\t\t010000E0     1 0:00000000\t\t0\n"
+    )
+    assert multicast.groups_ipv4(v4) == [
+        Membership(group="239.1.2.3", interface="lo"),
+        Membership(group="224.0.0.1", interface="lo"),
+        Membership(group="224.0.0.1", interface="eth0"),
+    ]
+    v6 = "1    lo              ff020000000000000000000000000001     1 0000000C 0\n"
+    assert multicast.groups_ipv6(v6) == [Membership(group="ff02::1", interface="lo")]
+
+
+@given(st.binary(max_size=200))
+def test_sock_diag_garbage_does_no_harm(data: bytes) -> None:
+    from checkpoint.errors import FileCaptureFailed
+
+    try:
+        done, found = unixdiag.parse_dump(data)
+    except (FileCaptureFailed, struct.error):
+        return
+    assert isinstance(done, bool)
+    assert all(isinstance(entry, unixdiag.UnixSocket) for entry in found)
+
+
+def test_access_modes() -> None:
+    assert abi.AccessMode.of(0o2 | 0o4000) is abi.AccessMode.BOTH
+    assert abi.AccessMode.WRITE.writes
+    assert not abi.AccessMode.WRITE.reads
+    # an image cannot make a file be created or truncated
+    import os
+
+    assert not abi.REOPEN_FLAGS & (os.O_CREAT | os.O_TRUNC | os.O_EXCL | os.O_TMPFILE & ~os.O_DIRECTORY)
