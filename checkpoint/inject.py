@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from checkpoint import procfs
-from checkpoint.arch import ENGINE_SIZE, ENGINE_STOP, engine_image, engine_position, engine_start
+from checkpoint.arch import ENGINE_SIZE, ENGINE_STOP, engine_idle, engine_image, engine_position, engine_start
 from checkpoint.boot import HEAD_SIZE, Boot, head_bytes
 from checkpoint.errors import InjectionRefused, InjectionTimeout, ProcessDied
 from checkpoint.excursion import Excursions
@@ -69,6 +69,9 @@ class Injection:
         self._head = 0  # behind them the head, then the tables
         self._end = 0
         self._engines: dict[int, int] = {}  # tid -> address
+        # Threads that stand at their engine's stop with undo calls, by the half of the tables' memory where these are.
+        self._armed: dict[int, int] = {}
+        self._half = 0
 
     def __enter__(self) -> Self:
         self.open()
@@ -97,12 +100,10 @@ class Injection:
 
     @property
     def room(self) -> int:
-        """Bytes that a table may have."""
-        return self._end - self._tables
-
-    @property
-    def _tables(self) -> int:
-        return self._head + HEAD_SIZE
+        """Bytes that a table may have. Tables are placed in the two halves of the memory in turn, so that the undo
+        calls of one run stand until the next has begun."""
+        half = (self._end - self._head - HEAD_SIZE) // 2
+        return half - half % CallTable.ALIGN
 
     # -- open and close
 
@@ -193,6 +194,7 @@ class Injection:
             self._boot = None
             self._start = self._head = self._end = 0
             self._engines.clear()
+            self._armed.clear()
             self.process.forget_maps()
 
     def _close(self, boot: Boot) -> None:
@@ -241,8 +243,12 @@ class Injection:
         tables   by tid, as we see it
         timeout  seconds for all of it
         The first failure, in the order given, is raised when all have ended: CallError, InjectionTimeout,
-        EngineFault, ProcessDied. Should the tool die meanwhile, every thread finishes its table, and then makes the
-        ``undo`` calls of that table (not those of earlier ones).
+        EngineFault, ProcessDied.
+
+        Should the tool die meanwhile, every thread finishes its table all the same, and then makes its ``undo`` calls.
+        Those stand until the next run begins: a thread that has a table in it changes from the old undo calls to the
+        new ones in one step, the others forget theirs just before. So what a thread has opened it should close itself,
+        by a table without undo calls.
         """
         if not self.is_open:
             raise RuntimeError("the injection is not open")
@@ -264,7 +270,7 @@ class Injection:
             self._run_group(group, deadline)
 
     def _run_group(self, tables: Mapping[int, CallTable], deadline: float) -> None:
-        base = self._tables
+        base = self._next_half(tables)
         images = bytearray()
         running: list[tuple[Thread, CallTable, int, int]] = []
         for tid, table in tables.items():
@@ -274,9 +280,7 @@ class Injection:
             images += bytes(-len(images) % table.ALIGN)
         self.process.write(base, images)
         for thread, table, here, _ in running:
-            engine = self._engines[thread.tid]
-            registers = engine_start(thread.registers, engine, table.entries(here), table.undo_entries(here))
-            self._excursions.start(thread, registers)
+            self._start_table(thread, table, here)
         failure: Exception | None = None
         for thread, table, here, size in running:
             try:
@@ -286,12 +290,31 @@ class Injection:
         if failure is not None:
             raise failure
 
+    def _next_half(self, takers: Iterable[int]) -> int:
+        """Where the next tables go. Undo calls that stand there, or that no new ones will replace, are forgotten."""
+        self._half ^= 1
+        takers = set(takers)
+        for tid, half in list(self._armed.items()):
+            if half == self._half or tid not in takers:
+                thread = self.process.thread(tid)
+                thread.set_registers(engine_idle(thread.registers, self._engines[tid]))
+                del self._armed[tid]
+        return self._head + HEAD_SIZE + self._half * self.room
+
+    def _start_table(self, thread: Thread, table: CallTable, here: int) -> None:
+        first, end = undo = table.undo_entries(here)
+        start = engine_start(thread.registers, self._engines[thread.tid], table.entries(here), undo)
+        self._excursions.start(thread, start)
+        if end > first:
+            self._armed[thread.tid] = self._half
+        else:
+            self._armed.pop(thread.tid, None)
+
     def send_off(self, thread: Thread, table: CallTable) -> None:
         """Run a table from which the thread does not come back, since it ends its process."""
-        base = self._tables
+        base = self._next_half([thread.tid])
         self.process.write(base, table.image(base))
-        start = engine_start(thread.registers, self._engines[thread.tid], table.entries(base), table.undo_entries(base))
-        self._excursions.start(thread, start)
+        self._start_table(thread, table, base)
 
     def _finish(self, thread: Thread, table: CallTable, here: int, size: int, deadline: float) -> None:
         stop = self._engines[thread.tid] + ENGINE_STOP

@@ -13,7 +13,8 @@ Registers and interrupted system calls:
 ``convert_xstate``     such an area of another CPU, as this one takes it
 
 The fail-safe code (``checkpoint.inject`` runs it): ``BOOT_SIZE``, ``BOOT_STOP``, ``ENGINE_SIZE``, ``ENGINE_STOP``,
-``boot_image``, ``boot_call``, ``boot_result``, ``engine_image``, ``engine_start``, ``engine_position``, ``frame_of``.
+``boot_image``, ``boot_call``, ``boot_result``, ``engine_image``, ``engine_start``, ``engine_idle``,
+``engine_position``, ``frame_of``.
 
 The start of rebuilt processes (``checkpoint.spawn``): ``SPAWN``, ``stub_elf``, ``USER_END``.
 
@@ -38,6 +39,7 @@ if _MACHINE == "x86_64":
         boot_call,
         boot_image,
         boot_result,
+        engine_idle,
         engine_image,
         engine_position,
         engine_start,
@@ -79,6 +81,7 @@ __all__ = [
     "boot_result",
     "by_hand",
     "convert_xstate",
+    "engine_idle",
     "engine_image",
     "engine_position",
     "engine_start",

@@ -149,8 +149,8 @@ class CallTable:
 
     def undo(self, nr: int, *args: Argument) -> None:
         """A call that takes back an earlier one (closes what that opened). Undo calls are made, in this order, only in
-        another process, by itself, if the tool dies before it has seen the results; their errors are ignored. The
-        result of a call that was not made counts as -1, which no call takes for a descriptor or an address.
+        another process, by itself, if the tool dies; their errors are ignored. The table itself is then finished
+        first. The result of a call that was not made counts as -1, which no call takes for a descriptor or an address.
         """
         if len(args) > 6:
             raise ValueError("a system call has at most six arguments")

@@ -38,6 +38,7 @@ __all__ = [
     "boot_call",
     "boot_image",
     "boot_result",
+    "engine_idle",
     "engine_image",
     "engine_position",
     "engine_start",
@@ -259,6 +260,11 @@ def engine_image(frame: bytes, boot: int = 0, start: int = 0, size: int = 0) -> 
 def engine_start(registers: Registers, engine: int, table: tuple[int, int], undo: tuple[int, int]) -> Registers:
     """Registers with which the thread walks a table (first entry, end) by the engine at ``engine``, and stops."""
     return dataclasses.replace(registers.moved(engine), r12=table[0], r13=table[1], r14=undo[0], r15=undo[1])
+
+
+def engine_idle(registers: Registers, engine: int) -> Registers:
+    """Registers with which the thread stands at the engine's stop, with nothing to be undone."""
+    return dataclasses.replace(registers.moved(engine + ENGINE_STOP), r14=0, r15=0)
 
 
 def engine_position(registers: Registers) -> int:
