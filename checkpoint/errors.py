@@ -42,7 +42,6 @@ __all__ = [
     "KernelThread",
     "KernelWorkers",
     "LeaderExited",
-    "ListenerBusy",
     "LockTaken",
     "MachineForeign",
     "MayNotTrace",
@@ -519,13 +518,6 @@ class BadFileRecord(TcpmigError):
     code = "TM-0554"
     outcome = Outcome.REFUSED
     fix = "Make the image again; do not edit it by hand."
-
-
-class ListenerBusy(TcpmigError):
-    """A connection was made to a listening socket between the capture and the freeze and could not be kept."""
-
-    code = "TM-0555"
-    fix = "Try again."
 
 
 class UnsupportedMemory(Refused):

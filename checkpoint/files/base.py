@@ -41,6 +41,7 @@ __all__ = [
     "FileLock",
     "OpenFile",
     "PosixLock",
+    "file_type",
     "fits",
     "kind_name",
     "locks_of",
@@ -51,6 +52,8 @@ __all__ = [
 ]
 
 _OWNER = struct.Struct("<ii")  # struct f_owner_ex
+_INFO_CHUNK = 1 << 16
+_PATH = int(FileFlag.PATH)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +173,7 @@ class FdView:
         return {"flags": self.flags, "pos": self.pos, "owner": self._owner(), "locks": tuple(self._locks())}
 
     def _owner(self) -> AsyncOwner | None:
-        if self.dup < 0 or self.flags & FileFlag.PATH:
+        if self.dup < 0 or self.flags & _PATH:
             return None
         kind, pid = _OWNER.unpack(fcntl.fcntl(self.dup, Fcntl.GETOWN_EX, _OWNER.pack(0, 0)))
         signal = fcntl.fcntl(self.dup, Fcntl.GETSIG)
@@ -293,6 +296,12 @@ def register(
     return add
 
 
+def file_type(cls: type[OpenFile]) -> int | None:
+    """The file type (S_IFSOCK, ..) that all files of the kind have; None: any."""
+    rule = _rules.get(cls)
+    return None if rule is None else rule.mode
+
+
 def fits(cls: type[OpenFile], view: FdView) -> bool:
     """Whether an open file is of the kind."""
     rule = _rules.get(cls)
@@ -306,8 +315,15 @@ def kind_name(cls: type[OpenFile]) -> str:
 
 def read_info(pid: int, fd: int) -> str:
     """The text of /proc/PID/fdinfo/FD."""
-    with open(f"/proc/{pid}/fdinfo/{fd}", encoding="ascii", errors="surrogateescape") as file:
-        return file.read()
+    # one of these per descriptor is read in the stop: without the layers of open()
+    source = os.open(f"/proc/{pid}/fdinfo/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        parts = []
+        while part := os.read(source, _INFO_CHUNK):
+            parts.append(part)
+    finally:
+        os.close(source)
+    return b"".join(parts).decode("ascii", "surrogateescape")
 
 
 def parse_info(text: str) -> tuple[tuple[str, ...], dict[str, str]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import stat
 from typing import Final
 
 from checkpoint.errors import UnsupportedFile
-from checkpoint.files.base import FdView, OpenFile, fits
+from checkpoint.files.base import FdView, OpenFile, file_type, fits
 from checkpoint.files.device import Device
 from checkpoint.files.epoll import Epoll
 from checkpoint.files.eventfd import EventFd
@@ -50,9 +52,14 @@ KINDS: Final[tuple[type[OpenFile], ...]] = (
 )
 
 
+@functools.cache
+def _of_type(mode: int) -> tuple[type[OpenFile], ...]:
+    return tuple(kind for kind in KINDS if file_type(kind) in (None, mode))
+
+
 def kind_for(view: FdView) -> type[OpenFile]:
     """The kind of an open file; UnsupportedFile if none fits."""
-    for kind in KINDS:
+    for kind in _of_type(stat.S_IFMT(view.stat.st_mode)):
         if fits(kind, view):
             return kind
     raise UnsupportedFile(f"open file of a kind that is not known: {view.link}", object=view.object)

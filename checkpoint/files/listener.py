@@ -20,12 +20,12 @@ from checkpoint.files.sockopts import SocketOptions, before_bind, give_late, giv
 from checkpoint.files.unix import held_outside
 from tcpstate.filters import drop_syns
 from tcpstate.kernel.sockets import SO, Level
-from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpInfo
+from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpInfo, TcpState
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
 
-__all__ = ["Listener", "bind", "is_tcp", "new_socket", "try_bind"]
+__all__ = ["Listener", "bind", "is_closed", "is_tcp", "new_socket", "try_bind"]
 
 _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 _TAKEN: Final = (errno.EADDRINUSE,)
@@ -37,6 +37,12 @@ def is_tcp(view: FdView) -> bool:
         return False
     sock = view.socket
     return sock.family in _FAMILIES and sock.type == socket.SOCK_STREAM and sock.proto == socket.IPPROTO_TCP
+
+
+def is_closed(view: FdView) -> bool:
+    """Whether a TCP socket has no connection: never had, or it was reset."""
+    # the state is the first byte of TCP_INFO
+    return view.socket.getsockopt(Level.TCP, TCP.INFO, 1)[0] == TcpState.CLOSE
 
 
 def _listens(view: FdView) -> bool:

@@ -34,6 +34,7 @@ __all__ = ["FileTable", "LocksOfFile", "Mapping", "Owner", "TreeFiles"]
 
 #: descriptors that the tool needs besides one per open file
 _OWN_DESCRIPTORS: Final = 256
+_CLOEXEC: Final = int(FileFlag.CLOEXEC)
 
 
 class Owner(Protocol):
@@ -184,7 +185,7 @@ class FileTable:
             if inode:
                 self._by_socket[inode] = index
         self.entries[index].places.append((pid, fd))
-        self.tables.setdefault(pid, {})[fd] = (index, bool(flags & FileFlag.CLOEXEC))
+        self.tables.setdefault(pid, {})[fd] = (index, bool(flags & _CLOEXEC))
         self._note_posix(pid, index, lines)
         return index
 

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 from checkpoint.errors import BadFileRecord
 from checkpoint.files.base import FdView, OpenFile
-from checkpoint.files.listener import is_tcp
+from checkpoint.files.listener import is_closed, is_tcp
 from checkpoint.files.tcpfile import TcpFile
 from tcpstate import codec
 from tcpstate.discard import discard_connections
-from tcpstate.export import export_connections, state_of
+from tcpstate.export import export_connections
 from tcpstate.freeze import QuietState, quiet, read_originals, thaw
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.rebuild import Difference, compare, read_back, rebuild_connections, release_connections
-from tcpstate.record import ConnectionRecord, State
+from tcpstate.record import ConnectionRecord
 from tcpstate.rows import describe
 from tcpstate.silence import Blackhole
 
@@ -56,7 +56,7 @@ class TcpGroup:
                 continue
             if view.socket.getsockopt(Level.SOCKET, SO.ACCEPTCONN):
                 self._listeners.append(view.socket)
-            elif state_of(view.socket) is not State.CLOSED:
+            elif not is_closed(view):
                 self._views.append((index, view))
         self._states: list[QuietState] = []
         self._records: dict[int, OpenFile] = {}
@@ -104,7 +104,7 @@ class TcpGroup:
 
     def export(self) -> None:
         """Read the frozen connections; they are in repair afterwards. The owners must be stopped."""
-        ended = [state_of(view.socket) is State.CLOSED for _, view in self._views]
+        ended = [is_closed(view) for _, view in self._views]
         for (index, view), state, is_over in zip(self._views, self._states, ended, strict=True):
             if is_over:
                 # It was reset between the capture and the freeze. Its options are read as its owner knows them.

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, ClassVar, Final, Self
 from checkpoint.errors import AddressTaken
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
 from checkpoint.files.inet import Endpoint
-from checkpoint.files.listener import bind, is_tcp, new_socket
+from checkpoint.files.listener import bind, is_closed, is_tcp, new_socket
 from checkpoint.files.sockopts import SocketOptions, before_bind, give_late, give_own_filter, save
 from checkpoint.files.unix import held_outside
 from tcpstate.connid import ConnId
-from tcpstate.export import refusal, state_of
+from tcpstate.export import refusal
 from tcpstate.kernel.sockets import Ioctl, ioctl_int
-from tcpstate.record import ConnectionRecord, State
+from tcpstate.record import ConnectionRecord
 from tcpstate.rows import describe
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class TcpFile(OpenFile):
     @classmethod
     def examine(cls, view: FdView) -> str:
         held_outside(view)
-        if state_of(view.socket) is State.CLOSED:
+        if is_closed(view):
             return _unread(view)
         problem = refusal(view.socket)
         if problem is not None:
@@ -75,7 +75,7 @@ class TcpFile(OpenFile):
 
     @classmethod
     def capture(cls, view: FdView) -> Self:
-        if state_of(view.socket) is State.CLOSED:
+        if is_closed(view):
             return cls.without_connection(view)
         return cls(family=int(view.socket.family), conn_id=describe(view.socket), **view.common())
 
