@@ -109,8 +109,9 @@ class Dump:
     def find_listeners(self) -> set[int]:
         """Take duplicates of the listening sockets; their ports."""
         with preflight.live_files(preflight.pids(self.roots)) as files:
-            # of nothing else: a connection that the application closes while we have it would stay open
-            self._listeners = [sock.dup() for sock in TcpGroup(files).listeners]
+            # Of nothing else: a connection that the application closes while we have it would stay open.  Not by
+            # socket.dup(): that sets a time-out, and with it O_NONBLOCK of the application's own socket.
+            self._listeners = [socket.socket(fileno=os.dup(sock.fileno())) for sock in TcpGroup(files).listeners]
         self._holdoff = Holdoff(self._listeners)
         return {sock.getsockname()[1] for sock in self._listeners}
 
