@@ -16,7 +16,7 @@ import functools
 import logging
 import socket
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tcpstate.errors import UnsupportedSocket
@@ -322,16 +322,13 @@ def save(socks: Sequence[socket.socket]) -> list[Saved]:
     return saved
 
 
-def _different(column: Field, default: bytes) -> Iterable[tuple[int, bytes]]:
-    """(row, value) where a column differs from ``default``; looks at whole columns first, as nearly all rows agree."""
-    if column.size == 4 and len(default) == 4:
-        (usual,) = struct.unpack("I", default)
-        numbers = column.u32()
-        if numbers.count(usual) == len(numbers):
-            return ()
-        return [(row, struct.pack("I", number)) for row, number in enumerate(numbers) if number != usual]
+def _different(column: Field, default: bytes) -> list[tuple[int, bytes]]:
+    """(row, value) where a column differs from ``default``; a call that failed left the default in its place."""
+    rows = column.differing(default)
+    if not rows:
+        return []
     results = column.results()
-    return [(row, value) for row, value in enumerate(column.all()) if results[row] >= 0 and value != default]
+    return [(row, column.value(row)) for row in rows if results[row] >= 0]
 
 
 def give(

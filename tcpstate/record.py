@@ -107,8 +107,8 @@ class Windows:
     rcv_wup: int
 
     def __post_init__(self) -> None:
-        for name in ("snd_wl1", "snd_wnd", "max_window", "rcv_wnd", "rcv_wup"):
-            _u32(name, getattr(self, name))
+        numbers = (self.snd_wl1, self.snd_wnd, self.max_window, self.rcv_wnd, self.rcv_wup)
+        _check(min(numbers) >= 0 and max(numbers) <= SEQ_MASK, f"{numbers} are not 32-bit numbers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,8 +179,8 @@ class SoftState:
     advertised_mss: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("cwnd", "ssthresh", "srtt", "rttvar", "rto"):
-            _u32(name, getattr(self, name))
+        numbers = (self.cwnd, self.ssthresh, self.srtt, self.rttvar, self.rto)
+        _check(min(numbers) >= 0 and max(numbers) <= SEQ_MASK, f"{numbers} are not 32-bit numbers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,8 +233,8 @@ class ConnectionRecord:
 
     def __post_init__(self) -> None:
         _check(self.version == VERSION, f"version {self.version} of a connection record is unknown, {VERSION} is known")
-        for name in ("snd_una", "snd_nxt", "rcv_nxt", "flow_info"):
-            _u32(name, getattr(self, name))
+        numbers = (self.snd_una, self.snd_nxt, self.rcv_nxt, self.flow_info)
+        _check(min(numbers) >= 0 and max(numbers) <= SEQ_MASK, f"{numbers} are not 32-bit numbers")
         _check(len(self.send_queue) < _QUEUE_MAX and len(self.receive_queue) < _QUEUE_MAX, "a queue is too long")
         _check(self.sent <= len(self.send_queue), "more bytes were sent than there are")
         _check((self.state in LOCALLY_FINISHED) == (self.local_fin is not LocalFin.NONE), "state and FIN disagree")

@@ -121,7 +121,26 @@ class Field:
 
     def all(self) -> list[bytes]:
         """:meth:`value` of each row."""
-        return [self.value(row) for row in range(self.rows.count)]
+        memory, step = bytes(self.rows.memory), self.rows.record_size
+        starts = range(self.offset, self.offset + step * self.rows.count, step)
+        if self.length_field is None:
+            return [memory[start : start + self.size] for start in starts]
+        lengths = self.length_field.u32()
+        return [memory[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+
+    def differing(self, usual: bytes) -> list[int]:
+        """The rows whose value is not ``usual``, found by whole columns."""
+        size = len(usual)
+        if size % 4:
+            return [row for row, value in enumerate(self.all()) if value != usual]
+        found: set[int] = set()
+        columns = [(self.u32(4 * i), word) for i, word in enumerate(struct.unpack(f"{size // 4}I", usual))]
+        if self.length_field is not None:
+            columns.append((self.length_field.u32(), size))
+        for column, word in columns:
+            if column.count(word) != len(column):
+                found.update(row for row, number in enumerate(column) if number != word)
+        return sorted(found)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
