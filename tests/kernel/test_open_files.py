@@ -103,7 +103,8 @@ def test_a_fault_shows_where_a_piece_of_a_stream_with_descriptors_begins() -> No
     a.send(b"before")
     socket.send_fds(a, [b"with"], [0])
     b.setsockopt(1, PEEK_OFF, 0)
-    data, fds, _, _ = socket.recv_fds(b, 99, 9, socket.MSG_PEEK)
+    data, ancillary, _, _ = b.recvmsg(99, 99, socket.MSG_PEEK)
+    fds = struct.unpack("i", ancillary[0][2])
     assert (data, len(fds)) == (b"beforewith", 1), "peeking no longer glues: the search for the border can go"
     from checkpoint.files.unixqueue import read
 
