@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tcpstate.errors import Outcome, TcpmigError
 
-__all__ = ["Interrupted", "UnknownCode", "UnknownKeyword", "UsageMistake", "every_error"]
+__all__ = ["Interrupted", "PidFileNotWritten", "UnknownCode", "UnknownKeyword", "UsageMistake", "every_error"]
 
 
 class UsageMistake(TcpmigError):
@@ -39,6 +39,15 @@ class UnknownKeyword(TcpmigError):
     code = "TM-0113"
     outcome = Outcome.USAGE
     fix = "See `tcpmig get CONN` for the items that differ from a fresh socket's, and docs/reference/cli.md."
+
+
+class PidFileNotWritten(TcpmigError):
+    """The file of ``--pid-file`` could not be opened for writing: its directory does not exist, it is somebody else's,
+    or the file system is read-only. Nothing was built."""
+
+    code = "TM-0114"
+    outcome = Outcome.REFUSED
+    fix = "Name a file in a directory that exists and can be written."
 
 
 def every_error() -> dict[str, type[TcpmigError]]:

@@ -25,8 +25,8 @@ _SECTION_OF = {
 }
 #: these are counted, not shown one by one
 _COUNTED = {Kind.PAGES, Kind.PAGES_DROP}
-#: a connection's record is the map that has this entry, wherever it stands
-_CONNECTION = "conn_id"
+#: a connection's record is the map that has this entry, wherever it stands (that of its file only has its name)
+_CONNECTION = "snd_una"
 #: longer byte strings are told by their length and their beginning
 _BYTES_SHOWN = 32
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from typing import TextIO
 
 import click
 
 from cli.command import command
+from cli.errors import PidFileNotWritten
 from cli.fields import fields
 from cli.session import Result, Session
 from migrate.snapshot import restore as build
@@ -24,9 +28,9 @@ def restore(session: Session, file: str, no_address: bool, pid_file: str | None,
 
     The image is verified whole before anything is built. Prints the root's PID.
     """
-    summary = build(file, take_addresses=not no_address)
-    if pid_file is not None:
-        with open(pid_file, "w", encoding="ascii") as out:
+    with _pid_file(pid_file) as out:
+        summary = build(file, take_addresses=not no_address)
+        if out is not None:
             out.write(f"{summary.pid}\n")
     data = fields(summary)
     body: list[str] = [str(summary.pid)]
@@ -37,3 +41,17 @@ def restore(session: Session, file: str, no_address: bool, pid_file: str | None,
     code = os.waitstatus_to_exitcode(status)
     # as a shell says it
     raise SystemExit(code if code >= 0 else 128 - code)
+
+
+@contextlib.contextmanager
+def _pid_file(path: str | None) -> Iterator[TextIO | None]:
+    """The file, open before anything is built: that it cannot be written must not come out when the processes run."""
+    if path is None:
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        try:
+            out = stack.enter_context(open(path, "w", encoding="ascii"))
+        except OSError as error:
+            raise PidFileNotWritten(f"the PID file cannot be written: {error.strerror}", object=path) from error
+        yield out

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,6 @@ SERVER = f"""
 import socket, sys
 listener = socket.create_server((sys.argv[1], {PORT}))
 data = open(sys.argv[2]) if len(sys.argv) > 2 else None
-print("ready", flush=True)
 connection, _ = listener.accept()
 while data := connection.recv(65536):
     connection.sendall(data)
@@ -72,15 +71,25 @@ def shipped(tmp_path: Path) -> Path:
     return path
 
 
+def connected(address: tuple[str, int]) -> socket.socket:
+    """A connection, as soon as somebody listens there."""
+    end = time.monotonic() + 20
+    while True:
+        try:
+            return socket.create_connection(address, timeout=5)
+        except ConnectionRefusedError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.02)
+
+
 @pytest.fixture
 def service(hosts: ThreeHosts, net: Net, shipped: Path) -> Iterator[Service]:
     argv = [sys.executable, "-IS", "-c", SERVER, net.service4, shipped]
     null = subprocess.DEVNULL
-    with hosts.source.popen(argv, stdin=null, stdout=subprocess.PIPE, stderr=null) as server:
-        assert server.stdout is not None
-        assert server.stdout.readline() == b"ready\n"
+    with hosts.source.popen(argv, stdin=null, stdout=null, stderr=null) as server:
         with hosts.client.netns_entered():
-            sock = socket.create_connection((net.service4, PORT), timeout=5)
+            sock = connected((net.service4, PORT))
         with sock:
             yield Service(hosts, server, sock)
         server.kill()
@@ -128,7 +137,7 @@ def test_a_zombie(hosts: ThreeHosts, about: Any) -> None:
         children = hosts.source.path(f"/proc/{parent.pid}/task/{parent.pid}/children")
         pid = int(children.read_text())
         while hosts.source.state(pid) != "Z":
-            threading.Event().wait(0.01)
+            time.sleep(0.01)
         assert_told(about(hosts.source, pid), REFUSED, "TM-0305")
         parent.kill()
 
@@ -275,11 +284,11 @@ def test_ctrl_c_before_the_end_leaves_everything_as_it_was(service: Service) -> 
     with service.hosts.source.popen(silent, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as migration:
         assert migration.stdout is not None
         while "wc" not in service.hosts.target.processes().values():
-            threading.Event().wait(0.02)
+            time.sleep(0.02)
         migration.send_signal(signal.SIGINT)
         found = json.loads(migration.stdout.readline())
         assert migration.wait(15) == FAILED
     assert (found["outcome"], found["code"]) == ("failed", "TM-0111")
     while set(service.hosts.target.processes()) != before[2]:
-        threading.Event().wait(0.02)
+        time.sleep(0.02)
     service.assert_untouched(before)

@@ -31,6 +31,7 @@ from checkpoint.image.writer import ImageFile
 class Note:
     text: str
     conn_id: str = "tcp:10.0.0.1:1-10.0.0.2:2"
+    snd_una: int = 0
     raw: bytes = b"\xff\x00"
 
 

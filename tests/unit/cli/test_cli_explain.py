@@ -41,4 +41,5 @@ def test_an_unknown_code_is_a_usage_mistake(spelled: str) -> None:
 
 def test_without_a_code_all_are_listed() -> None:
     result = CliRunner().invoke(tcpmig, ["explain", "--json"])
+    assert json.loads(result.stdout)["codes"]["TM-0202"] == "NoSuchConnection"
     assert list(json.loads(result.stdout)["codes"]) == list(every_error())
