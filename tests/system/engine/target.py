@@ -154,6 +154,17 @@ def outside_view(pid: int) -> dict[str, object]:
     }
 
 
+def wait_view(pid: int, expected: dict[str, object], *parts: str) -> None:
+    """Until these parts of the outside view are as expected: threads may still be on their way home."""
+    deadline = time.monotonic() + 5
+    while True:
+        now = outside_view(pid)
+        if all(now[part] == expected[part] for part in parts):
+            return
+        assert time.monotonic() < deadline, {part: (now[part], expected[part]) for part in parts}
+        time.sleep(0.002)
+
+
 def masks(pid: int) -> list[int]:
     """The signals that its threads block, apart from the temporary masks of calls like ppoll."""
     tree = Tree.stop([pid])

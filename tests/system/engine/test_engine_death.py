@@ -15,7 +15,7 @@ from checkpoint.leftovers import clean, leftovers
 from checkpoint.tracee import Tree
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.machine import SYS
-from tests.system.engine.target import Target, as_tool, end, masks, outside_view, python, vdso, wait_state
+from tests.system.engine.target import Target, as_tool, end, masks, outside_view, python, vdso, wait_state, wait_view
 
 SEED = random.randrange(1 << 32)
 ENTRIES = 40
@@ -93,14 +93,7 @@ def steps_of(work):
 def whole(target, before):
     """It goes on, traced by nobody, with the descriptors that it had."""
     target.goes_on()
-    deadline = time.monotonic() + 5
-    while True:
-        now = outside_view(target.pid)
-        if all(now[part] == before[part] for part in ("fds", "signals", "tasks")):
-            return
-        # one of several threads may still be on its way home
-        assert time.monotonic() < deadline, {part: (now[part], before[part]) for part in ("fds", "signals", "tasks")}
-        time.sleep(0.002)
+    wait_view(target.pid, before, "fds", "signals", "tasks")
 
 
 @pytest.mark.parametrize("name", ["registers", "threads"])
@@ -113,7 +106,7 @@ def test_killed_at_each_call_of_a_table(name, tmp_path):
             whole(target, before)
             if name == "registers":
                 # a single thread takes even the memory with it
-                assert outside_view(target.pid)["maps"] == before["maps"]
+                wait_view(target.pid, before, "maps")
         assert leftovers(target.pid) is not None
         session(target.pid)  # cleans first
         assert leftovers(target.pid) is None

@@ -15,7 +15,7 @@ from checkpoint.inject import Injection
 from checkpoint.tracee import Tree
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.machine import SYS
-from tests.system.engine.target import as_tool, end, outside_view, python
+from tests.system.engine.target import as_tool, end, outside_view, python, wait_view
 
 SANDBOX = """
 import ctypes, os, select, struct, sys
@@ -108,8 +108,7 @@ def test_the_tools_death_under_a_filter_that_allows_the_way_home():
         for kill_at in range(6):
             assert as_tool(lambda kill_at=kill_at: visit(child.pid, kill_at)) == signal.SIGKILL
             assert child.poll() is None
-            now = outside_view(child.pid)
-            assert (now["maps"], now["fds"]) == (before["maps"], before["fds"])
+            wait_view(child.pid, before, "maps", "fds")
         visit(child.pid)
         assert outside_view(child.pid) == before
     finally:
