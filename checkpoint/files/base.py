@@ -207,6 +207,8 @@ class OpenFile:
 
     #: whether a mapping can have such a file behind it
     mappable: ClassVar[bool] = False
+    #: whether capture() changes nothing and may be called while the process runs, so that the target can check() early
+    foreseeable: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.flags <= CAPTURED_FLAGS or self.pos < 0:

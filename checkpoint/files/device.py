@@ -38,6 +38,7 @@ class Device(OpenFile):
     """
 
     mappable: ClassVar[bool] = True
+    foreseeable: ClassVar[bool] = True
 
     path: str
     major: int

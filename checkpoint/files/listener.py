@@ -11,7 +11,7 @@ import errno
 import socket
 import stat
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from checkpoint.errors import AddressTaken, FileRebuildFailed, UnsupportedProtocol
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
@@ -83,6 +83,8 @@ class Listener(OpenFile):
     name     what it is bound to
     backlog  the argument of listen(), as the kernel limited it
     """
+
+    foreseeable: ClassVar[bool] = True
 
     family: int
     name: Endpoint

@@ -1,14 +1,14 @@
 """File locks that belong to a description: flock(2) and open file description locks.
 
-Sources: fs/locks.c; flock(2), fcntl(2). On a shared file system the original may still hold them when the new
-descriptions are made: what cannot be had then is tried again at the release, when the original is gone.
+Sources: fs/locks.c; flock(2), fcntl(2). On a shared file system the original still holds them when the new descriptions
+are made: what cannot be had then is taken at the release. For that the source gives its locks up when it tells its last
+changes (``FileTable.recapture``), and takes them back if the processes go on there.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -16,11 +16,8 @@ from checkpoint.errors import LockTaken
 from checkpoint.files.abi import Fcntl, Flock, LockType
 from checkpoint.files.base import FileLock
 
-__all__ = ["Locks"]
+__all__ = ["Locks", "release", "take"]
 
-#: seconds that the original gets to vanish
-_PATIENCE: Final = 2.0
-_PAUSE: Final = 0.01
 _HELD: Final = (errno.EWOULDBLOCK, errno.EACCES)
 
 
@@ -32,32 +29,35 @@ class Locks:
 
     def take(self, fd: int, locks: Sequence[FileLock], object: str) -> None:
         """Lock, or remember what is held by somebody else."""
-        for lock in locks:
-            if not _lock(fd, lock):
-                self._open.append((fd, lock, object))
+        self._open += [(fd, lock, object) for lock in locks if not take(fd, lock)]
 
     def insist(self, warn: Callable[[str], None]) -> None:
-        """Take what could not be had before. The original is gone: who holds a lock now is a stranger, and a warning
-        says so (the processes are past the point where giving up would help)."""
-        end = time.monotonic() + _PATIENCE
+        """Take what could not be had before. The original has given it up: who holds a lock now is a stranger, and a
+        warning says so (the processes are past the point where giving up would help)."""
         for fd, lock, name in self._open:
-            while not _lock(fd, lock):
-                if time.monotonic() > end:
-                    warn(str(LockTaken("a file lock could not be taken", object=name)))
-                    break
-                time.sleep(_PAUSE)
+            if not take(fd, lock):
+                warn(str(LockTaken("a file lock could not be taken", object=name)))
         self._open.clear()
 
 
-def _lock(fd: int, lock: FileLock) -> bool:
+def take(fd: int, lock: FileLock) -> bool:
+    """Lock; False if somebody else holds it."""
+    shared = lock.type is LockType.READ
     try:
         if lock.whole:
-            fcntl.flock(fd, (fcntl.LOCK_SH if lock.type is LockType.READ else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         else:
-            region = Flock(type=lock.type, start=lock.start, length=lock.length)
-            fcntl.fcntl(fd, Fcntl.OFD_SETLK, region.pack())
+            fcntl.fcntl(fd, Fcntl.OFD_SETLK, Flock(type=lock.type, start=lock.start, length=lock.length).pack())
     except OSError as error:
         if error.errno in _HELD:
             return False
         raise
     return True
+
+
+def release(fd: int, lock: FileLock) -> None:
+    """Give a lock up, for every process that has the description."""
+    if lock.whole:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    else:
+        fcntl.fcntl(fd, Fcntl.OFD_SETLK, Flock(type=LockType.NONE, start=lock.start, length=lock.length).pack())

@@ -90,6 +90,8 @@ def _absolute(path: str) -> None:
 class PathOnly(OpenFile):
     """A file of any type opened with O_PATH: a place in the tree of names, nothing can be read or written."""
 
+    foreseeable: ClassVar[bool] = True
+
     path: str
 
     def validate(self) -> None:
@@ -187,6 +189,7 @@ class RegularFile(OpenFile):
     """
 
     mappable: ClassVar[bool] = True
+    foreseeable: ClassVar[bool] = True
 
     path: str
     size: int
@@ -253,6 +256,8 @@ class Directory(OpenFile):
 
     path  of the source
     """
+
+    foreseeable: ClassVar[bool] = True
 
     path: str
 

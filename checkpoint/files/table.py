@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from checkpoint.errors import FileCaptureFailed, SharedDescriptors, TooManyDescriptors, UnsupportedMapping
-from checkpoint.files import abi
+from checkpoint.errors import FileCaptureFailed, LockTaken, SharedDescriptors, TooManyDescriptors, UnsupportedMapping
+from checkpoint.files import abi, locks
 from checkpoint.files.abi import CAPTURED_FLAGS, AccessMode, FileFlag, Kcmp
-from checkpoint.files.base import FdView, OpenFile, PosixLock, kind_name, locks_of, parse_info, read_info
+from checkpoint.files.base import FdView, FileLock, OpenFile, PosixLock, kind_name, locks_of, parse_info, read_info
 from checkpoint.files.content import Content, ContentKind, data_runs
 from checkpoint.files.kinds import kind_for
 from checkpoint.files.outside import Outside
@@ -118,6 +118,7 @@ class FileTable:
         self._content_source: list[str] = []
         self._content_fd: dict[int, int] = {}
         self._files: list[OpenFile] = []
+        self._given_up: list[tuple[int, FileLock]] = []
         self._posix: dict[int, dict[tuple[int, int], tuple[int, tuple[PosixLock, ...]]]] = {}
 
     def __enter__(self) -> FileTable:
@@ -400,7 +401,9 @@ class FileTable:
 
     def recapture(self) -> dict[int, OpenFile]:
         """The entries that differ from what :meth:`records` told: what changed while the processes rested. Connections
-        are not among them (:class:`checkpoint.files.tcp.TcpGroup` brings those)."""
+        are not among them (:class:`checkpoint.files.tcp.TcpGroup` brings those).
+
+        flock and OFD locks are given up now, for their new owner; :meth:`go_on` takes them back."""
         changed = {}
         self.late = True
         for index, old in enumerate(self._files):
@@ -408,7 +411,18 @@ class FileTable:
                 new = type(old).capture(self.entries[index])
                 if new != old:
                     changed[index] = self._files[index] = new
+        for index, old in enumerate(self._files):
+            for lock in old.locks:
+                locks.release(self.entries[index].dup, lock)
+                self._given_up.append((index, lock))
         return changed
+
+    def go_on(self) -> None:
+        """The processes go on here: take back what :meth:`recapture` gave up."""
+        given_up, self._given_up = self._given_up, []
+        for index, lock in given_up:
+            if not locks.take(self.entries[index].dup, lock):
+                raise LockTaken("another process took a file lock meanwhile", object=self.entries[index].object)
 
     def _posix_locks(self) -> dict[int, list[LocksOfFile]]:
         return {

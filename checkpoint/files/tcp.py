@@ -136,6 +136,7 @@ class TcpGroup:
                 thaw(self.established, states)
         finally:
             self._blackhole.remove()
+            self._table.go_on()
 
     def discard(self) -> None:
         """End the connections without a packet, for their owners too. The addresses must have left this host."""

@@ -12,7 +12,7 @@ import errno
 import socket
 import stat
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from checkpoint.errors import FileCaptureFailed, FileRebuildFailed
 from checkpoint.files import multicast
@@ -78,6 +78,8 @@ class UdpFile(OpenFile):
     memberships  multicast groups that it joined
     peek_off     SO_PEEK_OFF, -1: off
     """
+
+    foreseeable: ClassVar[bool] = True
 
     family: int
     name: Endpoint | None

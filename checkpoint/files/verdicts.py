@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from checkpoint.errors import FileCaptureFailed
-from checkpoint.files.base import FdView, kind_name
+from checkpoint.files.base import FdView, OpenFile, kind_name
 from checkpoint.files.kinds import kind_for
-from checkpoint.files.table import FileTable
+from checkpoint.files.rebuild import Rebuilder
+from checkpoint.files.table import FileTable, TreeFiles
+from checkpoint.memory.vma import Vma, read_maps
 from checkpoint.verdict import Status, Verdict
 from tcpstate.errors import TcpmigError
 
-__all__ = ["verdicts"]
+__all__ = ["foretell", "judge_here", "verdicts"]
 
 #: what looking at something that has just gone gives
 _GONE = (errno.ENOENT, errno.ESRCH, errno.EBADF)
@@ -67,3 +69,53 @@ def _judge(view: FdView) -> list[Verdict]:
             subject=view.object, kind=kind, status=Status.WARN if warning else Status.OK, text=warning or view.link
         )
     return [dataclasses.replace(one, subject=f"pid {pid} fd {fd}") for pid, fd in view.places]
+
+
+def foretell(pids: Sequence[int]) -> list[OpenFile]:
+    """Records of what another host must have for these processes, read while they run: files with a path, also those
+    that are only mapped, and addresses that listeners and UDP sockets are bound to. Each differs from the later capture
+    in what goes on meanwhile (sizes, positions)."""
+    found: list[OpenFile] = []
+    with FileTable(live=True) as table:
+        for pid in pids:
+            try:
+                table.add_process(_Process(pid))
+                for vma in read_maps(pid):
+                    if vma.name.startswith("/"):
+                        _add_mapped(table, pid, vma)
+            except (OSError, TcpmigError):
+                # it ended meanwhile, or verdicts() refuses it
+                continue
+        for view in table.entries:
+            try:
+                kind = kind_for(view)
+                if kind.foreseeable:
+                    found.append(kind.capture(view))
+            except (OSError, TcpmigError):
+                continue
+    return found
+
+
+def _add_mapped(table: FileTable, pid: int, vma: Vma) -> None:
+    try:
+        table.add_mapped(_Process(pid), vma)
+    except (OSError, TcpmigError):
+        # unmapped meanwhile, or judged by verdicts(): nothing that another host could provide
+        return
+
+
+def judge_here(files: Sequence[OpenFile], *, path: Callable[[str], str] = lambda path: path) -> list[Verdict]:
+    """At the target: what would stand in the way of making these files here. ``path`` maps paths of the source."""
+    host = Rebuilder(TreeFiles(files=list(files), contents=[], tables={}), path=path)
+    found = []
+    for record in files:
+        kind = kind_name(type(record))
+        name = str(getattr(record, "path", "") or getattr(record, "name", "") or kind)
+        try:
+            warning = record.check(host)
+        except TcpmigError as error:
+            found.append(Verdict.refuse(error, kind))
+        else:
+            status = Status.WARN if warning else Status.OK
+            found.append(Verdict(subject=name, kind=kind, status=status, text=warning))
+    return found

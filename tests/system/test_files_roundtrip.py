@@ -5,6 +5,7 @@ Each test also captures the new process's files again: the records must be equal
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from checkpoint.errors import FileMissing, PeerOutsideTree, Refused
+from checkpoint.errors import FileMissing, LockTaken, PeerOutsideTree, Refused
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.table import TreeFiles
 from tcpstate.codec import to_plain
@@ -680,3 +681,29 @@ def test_refused_by_name(setup: str, what: str) -> None:
         source.stop()
         with pytest.raises(Refused, match=f"{what}.*pid {source.pid} fd {keep['x']}"):
             captured(source.pid)
+
+
+def test_locks_change_hands_while_the_original_lives(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(10))
+    setup = f"a = os.open({str(tmp_path / 'a')!r}, os.O_RDWR); fcntl.flock(a, fcntl.LOCK_EX); keep['a'] = a"
+    outcome = round_trip(setup, "fcntl.flock(keep['a'], fcntl.LOCK_EX | fcntl.LOCK_NB)", kill_first=False)
+    assert outcome.warnings == []
+    with children(1) as (source,):
+        source.bare()
+        source.do(setup)
+        source.stop()
+        table, _ = capture(source.pid)
+        fd = os.open(tmp_path / "a", os.O_RDONLY)
+        with table:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            table.recapture()
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            with pytest.raises(LockTaken):
+                table.go_on()
+            fcntl.flock(fd, fcntl.LOCK_UN)
+            table.recapture()
+            table.go_on()
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        os.close(fd)

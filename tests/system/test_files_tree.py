@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import os
 import signal
@@ -12,15 +13,23 @@ from pathlib import Path
 import pytest
 
 from checkpoint.errors import BadFileRecord, SharedDescriptors, UnsupportedMapping
+from checkpoint.files.base import OpenFile
 from checkpoint.files.install import install
 from checkpoint.files.pipe import Pipe
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.regular import DeletedFile, RegularFile, SharedMemory
 from checkpoint.files.table import FileTable, TreeFiles
-from checkpoint.files.verdicts import verdicts
+from checkpoint.files.verdicts import foretell, judge_here, verdicts
 from checkpoint.memory.vma import read_maps
 from checkpoint.verdict import Status
+from tcpstate import codec
 from tests.system.files_children import _Pid, capture, children
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreseen:
+    files: list[OpenFile]
+
 
 FORK = """
 def fork(code):
@@ -203,6 +212,41 @@ keep.update(x=x.fileno(), y=y.fileno(), e=os.eventfd(5), p=os.open('/dev/ptmx', 
         source.do(
             "assert y.recv(99) == b'queued' and y.getsockopt(1, 42) == -1 and os.eventfd_read(keep['e']) == 5", keep
         )
+
+
+def test_what_the_target_lacks_is_told_before_the_stop(tmp_path: Path) -> None:
+    for name in ("open", "mapped", "written"):
+        (tmp_path / name).write_bytes(b"x" * 5000)
+    with children(1) as (source,):
+        source.bare()
+        keep = source.do(
+            f"""
+a = os.open({str(tmp_path / "open")!r}, os.O_RDONLY); d = os.open({str(tmp_path)!r}, os.O_RDONLY)
+f = os.open({str(tmp_path / "mapped")!r}, os.O_RDONLY); m = mmap.mmap(f, 0, prot=mmap.PROT_READ); os.close(f)
+w = os.open({str(tmp_path / "written")!r}, os.O_WRONLY)
+l = socket.create_server(('127.0.0.1', 0)); keep['port'] = l.getsockname()[1]
+"""
+        )
+        foreseen = codec.unpack(Foreseen, codec.pack(Foreseen(files=foretell([source.pid]))))
+
+        def refused() -> set[tuple[str, str]]:
+            found = judge_here(foreseen.files)
+            return {(v.code, v.subject) for v in found if v.status is Status.REFUSE}
+
+        # the listener is still there, on the same host
+        assert refused() == {("TM-0552", f"127.0.0.1:{keep['port']}")}
+        source.do("l.close()")
+        assert refused() == set()
+        (tmp_path / "mapped").unlink()
+        (tmp_path / "open").write_bytes(b"x")
+        (tmp_path / "written").unlink()
+        (tmp_path / "other").write_bytes(b"y" * 5000)
+        (tmp_path / "other").rename(tmp_path / "written")
+        assert {(code, Path(name).name) for code, name in refused()} == {
+            ("TM-0345", "mapped"),
+            ("TM-0346", "open"),
+            ("TM-0346", "written"),
+        }
 
 
 def test_mptcp_is_refused_by_name() -> None:
