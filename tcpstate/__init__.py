@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from tcpstate.capture import Capture, replay
     from tcpstate.connid import ConnId
     from tcpstate.discard import discard_connections
-    from tcpstate.export import export_connections, refusal, supported
+    from tcpstate.export import export_connections
     from tcpstate.filters import drop_syns, undo_drop_syns
     from tcpstate.freeze import quiet, thaw
     from tcpstate.locate import connections, find, listener_backlog, take
+    from tcpstate.preflight import refusal, supported
     from tcpstate.rebuild import compare, rebuild_connections, release_connections
     from tcpstate.record import ConnectionRecord
     from tcpstate.segment import Segment
@@ -84,10 +85,10 @@ _HOME = {
     "listener_backlog": "locate",
     "quiet": "freeze",
     "rebuild_connections": "rebuild",
-    "refusal": "export",
+    "refusal": "preflight",
     "release_connections": "rebuild",
     "replay": "capture",
-    "supported": "export",
+    "supported": "preflight",
     "take": "locate",
     "thaw": "freeze",
     "undo_drop_syns": "filters",

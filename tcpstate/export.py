@@ -23,10 +23,9 @@ from dataclasses import dataclass
 
 from tcpstate import options
 from tcpstate.connid import ConnId
-from tcpstate.errors import StillMoving, TcpmigError, UnsupportedSocket, UnsupportedState, UrgentData
-from tcpstate.filters import read_filters
+from tcpstate.errors import StillMoving, UnsupportedState, UrgentData
 from tcpstate.freeze import QuietState, enter_repair, is_in_repair
-from tcpstate.kernel import diag, sockets
+from tcpstate.kernel import sockets
 from tcpstate.kernel.columns import Rows
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import SO, BufferLock, Ioctl, Level, ioctl_int
@@ -41,6 +40,7 @@ from tcpstate.kernel.tcp import (
     TcpInfo,
     TcpState,
 )
+from tcpstate.preflight import STATES, refusal, state_of, supported
 from tcpstate.record import (
     LOCALLY_FINISHED,
     PEER_FINISHED,
@@ -50,7 +50,6 @@ from tcpstate.record import (
     LocalFin,
     Negotiated,
     SoftState,
-    State,
     Timestamps,
     Windows,
 )
@@ -59,80 +58,9 @@ from tcpstate.segment import SEQ_MASK, before
 
 __all__ = ["advance", "export_connections", "refusal", "state_of", "supported"]
 
-_STATES = {
-    TcpState.ESTABLISHED: State.ESTABLISHED,
-    TcpState.SYN_SENT: State.SYN_SENT,
-    TcpState.SYN_RECV: State.SYN_RECEIVED,
-    TcpState.NEW_SYN_RECV: State.SYN_RECEIVED,
-    TcpState.FIN_WAIT1: State.FIN_WAIT_1,
-    TcpState.FIN_WAIT2: State.FIN_WAIT_2,
-    TcpState.TIME_WAIT: State.TIME_WAIT,
-    TcpState.CLOSE: State.CLOSED,
-    TcpState.CLOSE_WAIT: State.CLOSE_WAIT,
-    TcpState.LAST_ACK: State.LAST_ACK,
-    TcpState.CLOSING: State.CLOSING,
-}
-_SUPPORTED = frozenset(
-    {State.ESTABLISHED, State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSE_WAIT, State.CLOSING, State.LAST_ACK}
-)
 #: how often a connection is read again whose state changed while it was read
 _TRIES = 5
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
-
-
-def state_of(sock: socket.socket) -> State | None:
-    """The connection's state; None for a listener."""
-    info = TcpInfo.unpack(sock.getsockopt(Level.TCP, TCP.INFO, INFO_SIZE))
-    return _STATES.get(TcpState(info.state))
-
-
-def supported(state: State) -> bool:
-    """Whether connections in this state can be exported and rebuilt."""
-    return state in _SUPPORTED
-
-
-def refusal(sock: socket.socket) -> TcpmigError | None:
-    """Why this connection cannot be moved, told before anything is changed; None if it can.
-
-    Its state may change until it is frozen; :func:`export_connections` looks again.
-    """
-    name = describe(sock)
-    state = state_of(sock)
-    if state is None:
-        return UnsupportedState("it is a listening socket, not a connection", object=name)
-    if not supported(state):
-        return UnsupportedState(f"its state is {state.value}", object=name)
-    for option, what in ((TCP.ULP, "an upper-layer protocol (kTLS)"), (TCP.AO_INFO, "TCP-AO keys")):
-        try:
-            value = sock.getsockopt(Level.TCP, option, 256)
-        except OSError:
-            # this kernel has none of it, or (AO) the socket has no key
-            continue
-        if value.strip(b"\0"):
-            return UnsupportedSocket(f"it carries {what}", object=name)
-    if _is_mptcp(sock):
-        return UnsupportedSocket("it is a Multipath TCP connection", object=name)
-    try:
-        read_filters([sock])
-    except TcpmigError as error:
-        return error
-    try:
-        known = diag.get(ConnId.parse(name)) if name.startswith("tcp:") else None
-    except OSError as error:
-        return UnsupportedSocket(f"sock_diag does not tell its state: {error.strerror}", object=name)
-    if known is not None and known.md5:
-        return UnsupportedSocket("it carries MD5 keys", object=name)
-    if ioctl_int(sock.fileno(), Ioctl.SIOCATMARK):
-        return UrgentData("the urgent mark is the next byte to be read", object=name)
-    return None
-
-
-def _is_mptcp(sock: socket.socket) -> bool:
-    try:
-        return bool(sock.getsockopt(Level.TCP, TCP.IS_MPTCP))
-    except OSError:
-        # a kernel without the option, or without Multipath TCP
-        return False
 
 
 def export_connections(
@@ -270,7 +198,7 @@ def _read_once(socks: Sequence[socket.socket]) -> list[_Raw]:
         rows.run()
     infos = [TcpInfo.unpack(data) for data in info.all()]
     for sock, known, at_mark in zip(socks, infos, mark(), strict=True):
-        state = _STATES.get(TcpState(known.state))
+        state = STATES.get(TcpState(known.state))
         if state is None or not supported(state):
             kind = "LISTEN" if state is None else state.value
             raise UnsupportedState(f"its state is {kind}", object=describe(sock))
@@ -359,11 +287,11 @@ def _peek_queue(socks: Sequence[socket.socket], sizes: Sequence[tuple[int, int]]
 
 
 def _sent_fin(raw: _Raw) -> bool:
-    return _STATES[TcpState(raw.info.state)] in LOCALLY_FINISHED
+    return STATES[TcpState(raw.info.state)] in LOCALLY_FINISHED
 
 
 def _record(raw: _Raw, state: QuietState, saved: options.Saved, spent: float) -> ConnectionRecord:
-    name = _STATES[TcpState(raw.info.state)]
+    name = STATES[TcpState(raw.info.state)]
     fin = LocalFin.NONE
     end, outq, nsd = raw.write_seq, raw.outq, raw.nsd
     if name in LOCALLY_FINISHED:
