@@ -68,11 +68,10 @@ def _line(prefix: str, level: Level, number: enum.IntEnum, form: Format = Format
     return Option(f"{prefix}.{number.name.lower()}", level, number, form, Stage.REPAIRED, Where.ANY, size)
 
 
-_MORE: Final[dict[int, list[Option]]] = {
-    socket.AF_UNIX: [_line("unix", Level.SOCKET, number) for number in _Local],
-    socket.SOCK_DGRAM: [_line("udp", _UDP_LEVEL, number) for number in _Udp]
-    + [_line("ip", Level.IP, IP.MULTICAST_TTL)],
-    socket.SOCK_STREAM: [
+_MORE: Final[dict[str, list[Option]]] = {
+    "unix": [_line("unix", Level.SOCKET, number) for number in _Local],
+    "udp": [_line("udp", _UDP_LEVEL, number) for number in _Udp] + [_line("ip", Level.IP, IP.MULTICAST_TTL)],
+    "listener": [
         _line("listener", Level.TCP, _Listener.MAXSEG),
         _line("listener", Level.TCP, _Listener.FASTOPEN),
         _line("listener", Level.TCP, _Listener.SAVE_SYN),
@@ -124,7 +123,7 @@ class SocketOptions:
 @functools.cache
 def _options(family: int, type: int, protocol: int) -> tuple[tuple[Option, bytes], ...]:
     """(option, value of a fresh socket) of every option that such a socket has on this kernel."""
-    key = socket.AF_UNIX if family == socket.AF_UNIX else type
+    key = "unix" if family == socket.AF_UNIX else "udp" if type == socket.SOCK_DGRAM else "listener"
     levels = {Level.SOCKET} if family == socket.AF_UNIX else {Level.SOCKET, Level.IP}
     if family == socket.AF_INET6:
         levels.add(Level.IPV6)
@@ -132,7 +131,7 @@ def _options(family: int, type: int, protocol: int) -> tuple[tuple[Option, bytes
         levels.add(Level.TCP)
     found = []
     with socket.socket(family, type, protocol) as fresh:
-        for option in [o for o in TABLE if o.level in levels and o.keyword not in _NOT_HERE] + _MORE.get(key, []):
+        for option in [o for o in TABLE if o.level in levels and o.keyword not in _NOT_HERE] + _MORE[key]:
             try:
                 found.append((option, fresh.getsockopt(option.level, option.number, option.size)))
             except OSError as error:

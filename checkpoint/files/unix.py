@@ -3,8 +3,9 @@
 The record of a socket holds its own receive queue, and names its peer by the peer's inode number at the source; at the
 target :mod:`checkpoint.files.unixbuild` makes all sockets of the tree together.
 
-Source: net/unix/af_unix.c, net/unix/diag.c. Not kept: SO_PEERCRED (it shows who made the pair: tcpmig), the pending
-error of a socket whose peer closed with unread data.
+Source: net/unix/af_unix.c, net/unix/diag.c. Not kept: SO_PEERCRED (it shows who made the pair:
+tcpmig), the pending error of a socket whose peer closed with unread data, and, if a capture of the same queue came
+before (``checkpoint -R``), datagrams of no bytes that were unread then already: the kernel does not show them twice.
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ import pytest
 from checkpoint.errors import FileMissing, LockTaken, PeerOutsideTree, Refused
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.table import TreeFiles
+from checkpoint.files.verdicts import verdicts
+from checkpoint.verdict import Status
 from tcpstate.codec import to_plain
 from tests.system.files_children import Outcome, capture, children, round_trip
 
@@ -707,3 +709,54 @@ def test_locks_change_hands_while_the_original_lives(tmp_path: Path) -> None:
         with pytest.raises(BlockingIOError):
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         os.close(fd)
+
+
+def test_unix_credentials_of_queued_messages() -> None:
+    same(
+        """
+a, b = socket.socketpair(); b.setsockopt(1, 16, 1)
+a.sendmsg([b'who'], [(1, 2, struct.pack('iII', 1, 7, 8))])
+d, e = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM); e.setsockopt(1, 16, 1)
+d.sendmsg([b'one'], [(1, 2, struct.pack('iII', 1, 9, 10))])
+d.sendmsg([b'two'], [(1, 2, struct.pack('iII', 1, 11, 12))])
+keep.update(a=a.detach(), b=b.detach(), d=d.detach(), e=e.detach())
+""",
+        """
+def got(fd):
+    data, ancillary, _, _ = socket.socket(fileno=os.dup(fd)).recvmsg(99, 999)
+    assert ancillary, (fd, data)
+    return data, struct.unpack('iII', ancillary[0][2])
+assert got(keep['b']) == (b'who', (1, 7, 8))
+assert got(keep['e']) == (b'one', (1, 9, 10)) and got(keep['e']) == (b'two', (1, 11, 12))
+""",
+    )
+
+
+def test_unix_datagram_socket_connected_to_a_service_of_the_host(tmp_path: Path) -> None:
+    """syslog: the socket of the target's service takes its place, and the verdict says so."""
+    path = str(tmp_path / "log")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as service:
+        service.bind(path)
+        service.settimeout(2)
+        with children(1) as (source,):
+            source.bare()
+            keep = source.do(
+                f"""
+s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); s.connect({path!r}); keep['s'] = s.fileno()
+"""
+            )
+            (verdict,) = [v for v in verdicts([source.pid]) if v.subject.endswith(f"fd {keep['s']}")]
+            assert (verdict.status, path in verdict.text) == (Status.WARN, True)
+        round_trip(
+            f"s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); s.connect({path!r}); keep['s'] = s.detach()",
+            "socket.socket(fileno=keep['s']).send(b'message')",
+        )
+        assert service.recv(99) == b"message"
+        with children(1) as (source,):
+            source.bare()
+            source.do(f"s = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM); s.connect({path!r})")
+            source.stop()
+            records = captured(source.pid)
+    Path(path).unlink()
+    with pytest.raises(FileMissing):
+        Rebuilder(records).check()
