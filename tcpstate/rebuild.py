@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from tcpstate import options
 from tcpstate.comparison import Difference, compare, read_back
 from tcpstate.errors import ConnectionCallFailed, QueueNotRestored, UnsupportedState
-from tcpstate.export import advance, supported
+from tcpstate.export import advance
 from tcpstate.fin import put_own_fins, take_peer_fins
 from tcpstate.freeze import MARK, shut
 from tcpstate.kernel import bpf
@@ -36,7 +36,9 @@ from tcpstate.kernel.sockets import IP, IPV6, SO, BufferLock, Level, pack_addres
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, USER_TIMEOUT_MAX, Repair, RepairQueue, RepairWindow, TcpInfo
 from tcpstate.kernel.tcp import repair_options as pack_repair_options
 from tcpstate.options import Stage, number
+from tcpstate.preflight import state_of, supported
 from tcpstate.record import ConnectionRecord, Family, State
+from tcpstate.reopen import tell_windows
 from tcpstate.rows import failures
 from tcpstate.segment import SEQ_MASK
 
@@ -48,6 +50,8 @@ _BUFFER_SLACK = 64 << 10
 _BUFFER_MAX = (1 << 30) - 1
 _CHUNK_FIRST = 1 << 20
 _CHUNK_LEAST = 1 << 10
+#: what send() says once the peer has reset the connection
+_ENDED = frozenset({errno.EPIPE, errno.ECONNRESET})
 #: what release gives back itself, so that the generic table must not
 _OWN_HANDS = frozenset({"ip.transparent", "ipv6.transparent"})
 
@@ -237,6 +241,9 @@ def _put(sock: socket.socket, data: bytes | memoryview, record: ConnectionRecord
             if error.errno in (errno.ENOMEM, errno.ENOBUFS, errno.EMSGSIZE) and chunk > _CHUNK_LEAST:
                 chunk //= 2
                 continue
+            if error.errno in _ENDED:
+                # The peer reset it just now. Its owner will see that, as it would have without us.
+                return
             raise QueueNotRestored(
                 f"the kernel took {at} of {len(view)} bytes: {error.strerror}", object=str(record.conn_id)
             ) from None
@@ -312,6 +319,9 @@ def release_connections(socks: Sequence[socket.socket], records: Sequence[Connec
     with failures(socks, names):
         rows.run()
     for sock, record, count, delay_off in zip(socks, records, again, nodelay, strict=True):
+        if not record.send_queue or state_of(sock) is State.CLOSED:
+            # The peer has reset it: send() would take the error that its owner is to see.
+            continue
         if count:
             _put(sock, memoryview(record.send_queue)[:count], record)
         if len(record.send_queue) > record.sent:
@@ -320,6 +330,7 @@ def release_connections(socks: Sequence[socket.socket], records: Sequence[Connec
             _put(sock, memoryview(record.send_queue)[record.sent :], record)
     put_own_fins(socks, records)
     _give_back(socks, records)
+    tell_windows(records)
 
 
 def _to_send_again(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord], names: list[str]) -> list[int]:
