@@ -349,6 +349,38 @@ def test_a_rebuilt_connection_is_silent_until_released(move4):
     move4.release()
 
 
+def test_a_peer_that_resets_during_the_release_does_not_stop_the_others(hosts):
+    """The reset comes in between the filter and the data: one connection ends as it would have, the other lives."""
+    moves = [Move(hosts, "IPv4"), Move(hosts, "IPv6")]
+    doomed, lucky = moves
+    for move in moves:
+        deaf(move.client)
+        move.served.send(b"unacknowledged")
+        time.sleep(0.02)
+        move.export()
+        move.rebuild()
+        hearing(move.client)
+        hosts.a.remove(move.family)
+        hosts.b.add(move.family)
+        move.here = hosts.b
+        with hosts.b:
+            wait_until(lambda move=move: route.is_local(SERVICE[move.family]))
+    # in repair, filter gone: what the release itself does first
+    doomed.made.setsockopt(Level.SOCKET, SO.DETACH_FILTER, 0)
+    doomed.client.setsockopt(Level.SOCKET, SO.LINGER, struct.pack("ii", 1, 0))
+    doomed.client.close()
+    wait_until(lambda: info(doomed.made).state == TcpState.CLOSE)
+    with hosts.b:
+        release_connections([m.made for m in moves], [m.record for m in moves])
+    lucky.client.settimeout(5)
+    assert receive(lucky.client, 14) == b"unacknowledged"
+    with pytest.raises(ConnectionResetError):
+        doomed.made.recv(1)
+    for move in moves:
+        discard_connections([move.served])
+        move.end()
+
+
 def test_discard_is_silent_for_every_holder(hosts):
     served, client = pair(hosts.a, hosts.c, service=False, port=0)
     other = served.dup()
