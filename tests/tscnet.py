@@ -101,7 +101,7 @@ class Host(Space):
         with self.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as out:
             out.bind(("eth0", 0))
             if family == socket.AF_INET:
-                # A gratuitous request is believed at once; a reply, unless its target is its sender, not within a second
+                # A gratuitous request is believed at once; a reply, unless its target is its sender, not within 1 s
                 # of the last change (arp_process, locktime).
                 for operation, target in ((1, bytes(6)), (2, self.mac)):
                     head = struct.pack("!HHBBH", 1, 0x800, 6, 4, operation)
