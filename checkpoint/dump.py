@@ -32,7 +32,7 @@ from checkpoint import preflight, procfs
 from checkpoint.errors import NoSuchProcess, Refused, TreeChanged
 from checkpoint.files.table import FileTable, TreeFiles
 from checkpoint.files.tcp import TcpGroup
-from checkpoint.holdoff import Holdoff, wait_for_last_segments
+from checkpoint.holdoff import Holdoff, LastSegments
 from checkpoint.image.format import PageRun
 from checkpoint.image.frames import Kind, Space
 from checkpoint.inject import Injection
@@ -79,6 +79,7 @@ class Dump:
         self._files: TreeFiles | None = None
         self._layouts: dict[int, MemoryLayout] = {}
         self._states: dict[int, ProcessState] = {}
+        self._last = LastSegments(())
         self._collecting = gc.isenabled()
         #: how many TCP connections the trees hold, once they are stopped
         self.connections = 0
@@ -128,8 +129,11 @@ class Dump:
 
     # -- the stop -------------------------------------------------------------------------------------------------
 
-    def stop(self) -> None:
-        """Stop the trees and capture all but pages and connections. On any error everything runs on."""
+    def stop(self, addresses: Sequence[str] = ()) -> None:
+        """Stop the trees and capture all but pages and connections. On any error everything runs on.
+
+        addresses  those that will move: closed connections on them get a moment for their last segments
+        """
         for attempt in range(_STOP_ATTEMPTS):
             self._collecting = gc.isenabled()
             gc.disable()  # a collection in the stop would cost milliseconds
@@ -145,6 +149,7 @@ class Dump:
                 self._holdoff.complain()
             self._holdoff.drain()
         self.pids = tuple(process.pid for process in self._tree.processes)
+        self._last = LastSegments(addresses)
         try:
             self._capture(self._tree)
         except BaseException:
@@ -251,13 +256,12 @@ class Dump:
         """The local ports of the trees' connections and listeners."""
         return set() if self._group is None else self._group.ports
 
-    def freeze(self, addresses: Sequence[str] = (), note: Callable[[bytes], None] | None = None) -> None:
+    def freeze(self, note: Callable[[bytes], None] | None = None) -> None:
         """Make the connections quiet and export them. Capture segments before this.
 
-        addresses  those that will move: closed connections on them get a moment for their last segments
-        note       given, before anything is changed, what giving the sockets back takes
+        note  given, before anything is changed, what giving the sockets back takes
         """
-        wait_for_last_segments(addresses)
+        self._last.wait()
         if note is not None and self._connections.connections:
             note(self._connections.originals())
         # from here on the application must not run, even if we die

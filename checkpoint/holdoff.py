@@ -16,6 +16,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from checkpoint.errors import BacklogNotDrained
@@ -23,7 +24,7 @@ from tcpstate import locate
 from tcpstate.filters import ListenerState, drop_syns, undo_drop_syns
 from tcpstate.kernel.tcp import TcpState
 
-__all__ = ["DRAIN_TIMEOUT", "Holdoff", "wait_for_last_segments"]
+__all__ = ["DRAIN_TIMEOUT", "Holdoff", "LastSegments"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class Holdoff:
     def __init__(self, listeners: Sequence[socket.socket]) -> None:
         self._listeners = list(listeners)
         self._states: list[ListenerState] | None = None
+        self._no_handshakes = False
 
     def begin(self) -> None:
         """Drop SYNs from now on. ListenerFilterRefused, ForeignFilter: nothing has changed then."""
@@ -50,7 +52,12 @@ class Holdoff:
     @property
     def drained(self) -> bool:
         """Whether no connection waits on any listener."""
-        return not self._listeners or all(b.empty for b in locate.listener_backlog(self._listeners))
+        if not self._listeners:
+            return True
+        if not self._no_handshakes:
+            # a dump of all sockets, which takes milliseconds; no handshake begins any more, so once is enough
+            self._no_handshakes = not any(b.half_open for b in locate.listener_backlog(self._listeners))
+        return self._no_handshakes and not any(locate.accept_queues(self._listeners))
 
     def drain(self, timeout: float = DRAIN_TIMEOUT) -> None:
         """Wait until nothing waits to be accepted. BacklogNotDrained after ``timeout`` seconds."""
@@ -75,19 +82,31 @@ class Holdoff:
             self._states = None
 
 
-def wait_for_last_segments(addresses: Collection[str], timeout: float = LAST_SEGMENTS_TIMEOUT) -> int:
-    """Wait until no closed connection of these local addresses has segments under way; how many still have after
-    ``timeout`` seconds."""
-    left = 0
+class LastSegments:
+    """Looks, in a thread of its own, for closed connections of these local addresses whose segments are under way.
 
-    def gone() -> bool:
-        nonlocal left
-        left = sum(1 for c in locate.orphans(_CLOSING) if c.conn_id.local in addresses)
-        return not left
+    Made when the application stands still: from then on no connection is closed, so none joins them.
+    """
 
-    if addresses and not _until(gone, timeout):
+    def __init__(self, addresses: Collection[str]) -> None:
+        self._addresses = frozenset(addresses)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="tcpmig-last-segments")
+        self._first = self._executor.submit(self._look) if addresses else None
+
+    def _look(self) -> int:
+        return sum(1 for c in locate.orphans(_CLOSING) if c.conn_id.local in self._addresses)
+
+    def wait(self, timeout: float = LAST_SEGMENTS_TIMEOUT) -> int:
+        """Wait until they are gone; how many are left after ``timeout`` seconds."""
+        first, self._first = self._first, None
+        self._executor.shutdown(wait=False)
+        if first is None or not first.result():
+            return 0
+        if _until(lambda: not self._look(), timeout):
+            return 0
+        left = self._look()
         _log.debug("%d closed connections still wait for their last segments", left)
-    return left
+        return left
 
 
 def _until(condition: Callable[[], bool], timeout: float) -> bool:

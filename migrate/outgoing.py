@@ -88,9 +88,9 @@ class OutgoingTrees:
         self._dump.hold_off()
         self._dump.drain()
 
-    def stop(self) -> None:
+    def stop(self, moved: Sequence[str]) -> None:
         """Everything stands still."""
-        self._dump.stop()
+        self._dump.stop(moved)
 
     def send(self, image: ImageWriter) -> None:
         """Skeleton and pages."""
@@ -102,23 +102,23 @@ class OutgoingTrees:
             for frame in page_frames(self._writer, self._dump.pages(buffers=_AHEAD + 2), executor, _AHEAD):
                 image.write(frame)
 
-    def freeze(self, image: ImageWriter, moved: Sequence[str], note: NoteWriter) -> int:
+    def freeze(self, image: ImageWriter, note: NoteWriter) -> int:
         """Connections, and the end of the image."""
         self._capture_all()
-        self._dump.freeze(moved, note=lambda originals: note("connections", originals))
+        self._dump.freeze(note=lambda originals: note("connections", originals))
         image.write(self._writer.frame(Kind.FILES_DELTA, self._dump.delta()))
         image.write(self._writer.end())
         for warning in self._dump.warnings:
             _log.warning("%s", warning)
         return self._dump.exported_ns
 
-    def write(self, image: ImageFile, moved: Sequence[str]) -> None:
+    def write(self, image: ImageFile) -> None:
         """Everything into a file."""
         for kind, record in self._dump.skeleton():
             image.record(kind, record)
         image.pages(self._dump.pages(buffers=image.AHEAD + 2))
         self._capture_all()
-        self._dump.freeze(moved)
+        self._dump.freeze()
         image.record(Kind.FILES_DELTA, self._dump.delta())
 
     def _capture_all(self) -> None:

@@ -45,17 +45,19 @@ class Outgoing(Protocol):
     def prepare(self) -> None:
         """Step 2: SYNs are captured, listeners take no new connections, accept queues drain."""
 
-    def stop(self) -> None:
-        """Step 3: everything stands still and is captured; nothing of ours is left inside."""
+    def stop(self, moved: Sequence[str]) -> None:
+        """Step 3: everything stands still and is captured; nothing of ours is left inside.
+
+        moved  the addresses that will leave this host
+        """
 
     def send(self, image: ImageWriter) -> None:
         """Steps 4 and 5: the skeleton and the pages, while the sockets still live."""
 
-    def freeze(self, image: ImageWriter, moved: Sequence[str], note: NoteWriter) -> int:
+    def freeze(self, image: ImageWriter, note: NoteWriter) -> int:
         """Step 6: segments are captured, sockets frozen and exported, the last records sent.
 
-        moved  the addresses that will leave this host
-        note   what undoing needs, before anything is changed
+        note  what undoing needs, before anything is changed
 
         Returns when the connections' clocks were read: CLOCK_MONOTONIC, nanoseconds.
         """

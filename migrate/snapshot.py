@@ -132,9 +132,9 @@ def checkpoint(
         departure = Departure(netlink, moved)
         try:
             trees.prepare()
-            trees.stop()
+            trees.stop(moved)
             with ThreadPoolExecutor(1) as executor, ImageFile(path, executor=executor) as image:
-                trees.write(image, moved)
+                trees.write(image)
                 image.record(Kind.ADDRESSES, addresses)
                 if leave_running:
                     stopped_ms = trees.stopped_ms()

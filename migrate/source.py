@@ -266,13 +266,13 @@ class Source:
         image = ImageWriter(channel, self._machine.send_image, self._attend)
         self._stopped_ns = monotonic_ns()
         with self._phase("stop"):
-            outgoing.stop()
+            outgoing.stop(moved)
         with self._phase("copy"):
             outgoing.send(image)
             image.flush()
         copied = Round(bytes=image.written, ms=self._phases["copy"])
         with self._phase("freeze"):
-            exported_ns = outgoing.freeze(image, moved, journal.note)
+            exported_ns = outgoing.freeze(image, journal.note)
             image.flush()
         with self._phase("rebuild"):
             self._say(

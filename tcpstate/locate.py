@@ -225,6 +225,18 @@ def _take(owner: Owner, pidfds: dict[int, int]) -> socket.socket:
     return sock
 
 
+def accept_queues(listeners: Sequence[socket.socket]) -> list[int]:
+    """How many complete connections wait in the accept queue of each listening socket: cheap, without a dump of all
+    sockets. UnsupportedSocket for one that does not listen."""
+    lengths = []
+    for listener in listeners:
+        info = TcpInfo.unpack(listener.getsockopt(Level.TCP, TCP.INFO, INFO_SIZE))
+        if info.state != TcpState.LISTEN:
+            raise UnsupportedSocket("this is not a listening socket", object=f"fd {listener.fileno()}")
+        lengths.append(info.unacked)
+    return lengths
+
+
 def listener_backlog(listeners: Sequence[socket.socket]) -> list[Backlog]:
     """How many connections wait in or before the accept queue of each listening socket.
 
@@ -232,13 +244,10 @@ def listener_backlog(listeners: Sequence[socket.socket]) -> list[Backlog]:
     """
     half_open = list(diag.dump(1 << TcpState.SYN_RECV | 1 << TcpState.NEW_SYN_RECV))
     found = []
-    for listener in listeners:
-        info = TcpInfo.unpack(listener.getsockopt(Level.TCP, TCP.INFO, INFO_SIZE))
-        if info.state != TcpState.LISTEN:
-            raise UnsupportedSocket("this is not a listening socket", object=f"fd {listener.fileno()}")
+    for listener, waiting in zip(listeners, accept_queues(listeners), strict=True):
         address, port = listener.getsockname()[:2]
         bare = address.partition("%")[0]
         anywhere = bare in ("0.0.0.0", "::")
         half = [s for s in half_open if s.local_port == port and (anywhere or s.local == bare.removeprefix("::ffff:"))]
-        found.append(Backlog(accepted=info.unacked, half_open=len(half)))
+        found.append(Backlog(accepted=waiting, half_open=len(half)))
     return found

@@ -90,7 +90,7 @@ class FakeOutgoing:
     def prepare(self) -> None:
         self.world.reach("prepare")
 
-    def stop(self) -> None:
+    def stop(self, moved: Sequence[str]) -> None:
         self.world.here = "stopped"
         self.world.reach("stop")
 
@@ -99,7 +99,7 @@ class FakeOutgoing:
             image.write([b"head", bytes(1 << 20)])
         self.world.reach("send")
 
-    def freeze(self, image: ImageWriter, moved: Sequence[str], note: NoteWriter) -> int:
+    def freeze(self, image: ImageWriter, note: NoteWriter) -> int:
         note("sockets", b"as they were")
         self.world.reach("freeze")
         image.write([b"tail"])
