@@ -57,7 +57,7 @@ class Excursions:
 
     def __init__(self, process: Process) -> None:
         self.process = process
-        handled = int(procfs.read_status(process.pid)["SigCgt"], 16)
+        handled = int(process.status["SigCgt"], 16)
         self._free = [number for number in _STOP_SIGNALS if not handled >> (number - 1) & 1]
         self.caught = not self._free
         self.stop_signal = int(self._free[0] if self._free else _STOP_SIGNALS[0])
@@ -72,7 +72,8 @@ class Excursions:
 
     def frame(self, thread: Thread) -> bytes:
         """What takes the thread home if the tool dies."""
-        return frame_of(thread.registers, thread.sigmask, self.stop_signal, self.process.inner_pid, thread.inner_tid)
+        own = self.process.inner_pid, self.process.inner_tid(thread)
+        return frame_of(thread.registers, thread.sigmask, self.stop_signal, *own)
 
     def start(self, thread: Thread, registers: Registers) -> None:
         """Send the thread into our code, wherever it stands."""

@@ -158,7 +158,6 @@ class Injection:
         self._start, self._head, self._end = start, start + code, start + size
         self.process.write(self._head, head_bytes(size))
         boot.write(start, size, self._head)
-        self.process.forget_maps()
 
     def add_threads(self, threads: Iterable[Thread]) -> None:
         """Give each thread an engine."""
@@ -195,7 +194,6 @@ class Injection:
             self._start = self._head = self._end = 0
             self._engines.clear()
             self._armed.clear()
-            self.process.forget_maps()
 
     def _close(self, boot: Boot) -> None:
         away, leader = self._excursions.away, self.process.leader
@@ -227,7 +225,7 @@ class Injection:
         for tid, info in excursions.foreign.items():
             number, data = SigInfo.unpack(info).signal, table.put(info)
             if tid:
-                inner = self.process.thread(tid).inner_tid
+                inner = self.process.inner_tid(self.process.thread(tid))
                 table.call(SYS.rt_tgsigqueueinfo, pid, inner, number, data, label="queueing a signal again")
             else:
                 table.call(SYS.rt_sigqueueinfo, pid, number, data, label="queueing a signal again")

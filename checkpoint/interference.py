@@ -56,7 +56,7 @@ def require_no_interference(process: Process, code: int, *, accept_seccomp_risk:
             verdict = cbpf.evaluate(filters, cbpf.seccomp_data(call, AUDIT_ARCH, code, args))
             if verdict not in harmless:
                 raise SeccompInTheWay(f"its seccomp filter forbids {call.name}", object=thread.name)
-    if int(procfs.read_status(process.pid).get("Seccomp", Mode.DISABLED)) == Mode.STRICT and not accept_seccomp_risk:
+    if int(process.status.get("Seccomp", Mode.DISABLED)) == Mode.STRICT and not accept_seccomp_risk:
         raise SeccompInTheWay("it is in seccomp's strict mode", object=f"pid {process.pid}")
 
 

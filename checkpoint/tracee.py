@@ -70,7 +70,7 @@ class Process:
         self.stat: Stat
         self.stop_signal = 0
         self.seccomp_suspended = False
-        self._inner: int | None = None
+        self._status: dict[str, str] | None = None
         self._fds: dict[str, int] = {}
         self._maps: list[Vma] | None = None
         self._sigstops_queued = False
@@ -96,9 +96,20 @@ class Process:
     @property
     def inner_pid(self) -> int:
         """Its number in its own PID namespace."""
-        if self._inner is None:
-            self._inner = procfs.inner_ids(self.pid)[0]
-        return self._inner
+        return int(self.status["NSpid"].split()[-1])
+
+    def inner_tid(self, thread: Thread) -> int:
+        """The number of one of its threads there."""
+        if len(self.status["NSpid"].split()) == 1:
+            return thread.tid  # it is in our namespace
+        return thread.inner_tid
+
+    @property
+    def status(self) -> dict[str, str]:
+        """/proc/PID/status, read once after the stop."""
+        if self._status is None:
+            self._status = procfs.read_status(self.pid)
+        return self._status
 
     def _fd(self, name: str, flags: int) -> int:
         if name not in self._fds:
@@ -386,31 +397,38 @@ class Tree:
 
     def _stop_all(self, roots: list[int], deadline: float) -> None:
         seen: set[int] = set()
+        children: dict[int, list[int]] = {}
         todo = list(roots)
         while todo:
             for pid in todo:  # grows while it is walked
                 if pid in seen:
                     continue
                 seen.add(pid)
-                process = Process(pid)
-                self.processes.append(process)
-                try:
-                    if procfs.read_stat(pid).zombie:
-                        refuse_process(pid)
-                        if pid in roots:
-                            raise NoSuchProcess("the process has just ended", object=f"pid {pid}")
-                        self.processes.remove(process)
-                        continue
-                    process.seize_and_stop(deadline)
-                except NoSuchProcess:
-                    self.processes.remove(process)
-                    if pid in roots:
-                        raise
-                    continue
-                todo += procfs.children(pid)
-            todo = [child for each in self.processes for child in procfs.children(each.pid) if child not in seen]
+                if self._stop_one(pid, deadline, required=pid in roots):
+                    children[pid] = procfs.children(pid)
+                    todo += children[pid]
+            # Orphans come only to a process that has descendants.
+            children.update((pid, procfs.children(pid)) for pid, known in list(children.items()) if known)
+            todo = [child for known in children.values() for child in known if child not in seen]
         self._sort()
-        self.zombies = self._find_zombies()
+        living = {each.pid for each in self.processes}
+        self.zombies = [procfs.read_stat(pid) for known in children.values() for pid in known if pid not in living]
+
+    def _stop_one(self, pid: int, deadline: float, *, required: bool) -> bool:
+        """Stop one process; whether it is there to be stopped. NoSuchProcess if it is not but ``required``."""
+        process = Process(pid)
+        self.processes.append(process)  # at once, so that it is let go if anything fails
+        try:
+            if procfs.read_stat(pid).zombie:
+                refuse_process(pid)
+                raise NoSuchProcess("the process has just ended", object=f"pid {pid}")
+            process.seize_and_stop(deadline)
+        except NoSuchProcess:
+            self.processes.remove(process)
+            if required:
+                raise
+            return False
+        return True
 
     def _sort(self) -> None:
         """Parents first, else in the order found."""
@@ -424,11 +442,6 @@ class Tree:
             done += ready
             todo = [each for each in todo if each.pid not in placed]
         self.processes = done
-
-    def _find_zombies(self) -> list[Stat]:
-        own = {each.pid for each in self.processes}
-        children = [child for each in self.processes for child in procfs.children(each.pid) if child not in own]
-        return [procfs.read_stat(child) for child in children]
 
     def queue_sigstops(self) -> None:
         """Make sure that the death of the tool leaves everything stopped (state T) instead of running.
