@@ -2,7 +2,7 @@
 
 ::
 
-    apply(frame)      for each frame.  MANIFEST: are the numbers free?  With the last MAPPINGS the tree grows, of stubs,
+    apply(frame)      for each frame.  With the last MAPPINGS the tree grows, of stubs with the right numbers,
                       with its memory laid out and its files open; PAGES fill it; FILES_DELTA brings the connections
     prepare()         threads and state, connections rebuilt in repair and compared, registers set
     survive()         from here on the death of the tool does not end the processes
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from checkpoint import procfs
-from checkpoint.errors import ImageIncomplete, NoSuchProcess, PidTaken, RebuildDiffers
+from checkpoint.errors import ImageIncomplete, NoSuchProcess, RebuildDiffers
 from checkpoint.files.install import install
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.table import TreeFiles
@@ -39,7 +39,7 @@ from tcpstate.kernel.calls import CallTable
 from tcpstate.rebuild import Difference
 from tcpstate.record import ConnectionRecord
 
-__all__ = ["Restore", "check_numbers", "first_user"]
+__all__ = ["Restore", "first_user"]
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +82,6 @@ class Restore:
                 self._write(frame.pages())
             case Kind.MANIFEST:
                 self.manifest = frame.decode(Manifest)
-                check_numbers(self.manifest)
             case Kind.TREE:
                 self._arrived_ns = time.monotonic_ns()
                 self._tree = frame.decode(TreeRecord)
@@ -248,9 +247,3 @@ def first_user(numbers: Iterable[int]) -> tuple[int, str] | None:
             return number, users[0] if users else "a process that has just ended"
     return None
 
-
-def check_numbers(manifest: Manifest) -> None:
-    """PidTaken, naming the first number that is in use here, and by what."""
-    taken = first_user(manifest.tids)
-    if taken is not None:
-        raise PidTaken(f"the number is in use by {taken[1]}", object=f"pid {taken[0]}")

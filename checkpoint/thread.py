@@ -20,9 +20,10 @@ from checkpoint.kernel.ptrace import Event, Option, RseqConfig
 __all__ = ["Stop", "Thread", "wait_status"]
 
 # A batch of calls takes tens of microseconds, less than a sleep does: look that often before sleeping.
-_LOOKS: Final = 100
-_SHORTEST_SLEEP: Final = 20e-6
+_LOOKS: Final = 20
+#: seconds of one sleep at most: a thread of ours that does not block SIGCHLD may have taken the one we wait for
 _LONGEST_SLEEP: Final = 1e-3
+_SIGCHLD: Final = frozenset({signal.SIGCHLD})
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +52,29 @@ def wait_status(tid: int, timeout: float | None = None) -> int:
         flags, deadline = ptrace.WALL, 0.0
     else:
         flags, deadline = ptrace.WALL | os.WNOHANG, time.monotonic() + timeout
-    looks, pause = 0, _SHORTEST_SLEEP
-    while True:
-        try:
-            found, status = os.waitpid(tid, flags)
-        except ChildProcessError as error:
-            raise ProcessDied("the thread has ended", object=f"tid {tid}") from error
-        if found:
-            return status
-        looks += 1
-        if looks < _LOOKS:
-            os.sched_yield()
-        elif time.monotonic() > deadline:
-            raise StopTimeout(f"the thread did not stop within {timeout:g} s", object=f"tid {tid}")
-        else:
-            time.sleep(pause)
-            pause = min(pause * 2, _LONGEST_SLEEP)
+    looks = 0
+    mask: set[int | signal.Signals] | None = None
+    try:
+        while True:
+            try:
+                found, status = os.waitpid(tid, flags)
+            except ChildProcessError as error:
+                raise ProcessDied("the thread has ended", object=f"tid {tid}") from error
+            if found:
+                return status
+            looks += 1
+            if looks < _LOOKS:
+                os.sched_yield()
+            elif mask is None:
+                # blocked before the next look: a stop after that look leaves its signal pending
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGCHLD)
+            elif time.monotonic() > deadline:
+                raise StopTimeout(f"the thread did not stop within {timeout:g} s", object=f"tid {tid}")
+            else:
+                signal.sigtimedwait(_SIGCHLD, _LONGEST_SLEEP)
+    finally:
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class Thread:
