@@ -13,6 +13,7 @@ __all__ = [
     "BadFileRecord",
     "BadImageRecord",
     "BadLayout",
+    "CgroupFrozen",
     "ClocksNotContinued",
     "ConfinedBySecurityModule",
     "DeviceMapping",
@@ -312,6 +313,14 @@ class SyscallDispatch(Refused):
 
     code = "TM-0311"
     fix = "Move it in a moment when the emulation is not in use."
+
+
+class CgroupFrozen(Refused):
+    """The process is in a frozen cgroup. It stands still, but not for us: calls made inside it would not be carried out
+    before somebody thaws it."""
+
+    code = "TM-0312"
+    fix = "Thaw the cgroup: write 0 to its cgroup.freeze, or THAWED to its freezer.state."
 
 
 # -- the engine at work (TM-0501 .. 0529) --------------------------------------------------------------------------

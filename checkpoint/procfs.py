@@ -23,6 +23,7 @@ __all__ = [
     "fds",
     "inner_ids",
     "parents",
+    "read_cgroups",
     "read_stat",
     "read_status",
     "read_timers",
@@ -257,6 +258,11 @@ def fdinfo(pid: int, fd: int) -> FdInfo:
 def fds(pid: int) -> list[int]:
     """The numbers of the open descriptors, ascending."""
     return sorted(map(int, _list(pid, "fd")))
+
+
+def read_cgroups(pid: int) -> list[str]:
+    """The lines of /proc/PID/cgroup: hierarchy, controllers, path; with colons between."""
+    return _read(pid, "cgroup").splitlines()
 
 
 def read_timers(pid: int) -> str:

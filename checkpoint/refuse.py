@@ -5,11 +5,14 @@ The same function serves ``tcpmig check`` (as verdicts) and the stop itself (as 
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 
 from checkpoint import procfs
 from checkpoint.errors import (
     AlreadyTraced,
+    CgroupFrozen,
     InitProcess,
     KernelThread,
     LeaderExited,
@@ -22,6 +25,8 @@ from checkpoint.errors import (
 from checkpoint.verdict import Status, Verdict
 
 __all__ = ["refuse_process", "refuse_root", "verdicts"]
+
+_log = logging.getLogger(__name__)
 
 _INIT = 1
 _KIND = "process"
@@ -70,6 +75,40 @@ def refuse_process(pid: int) -> None:
         raise MayNotTrace(f"tracing {stat.comm} is not allowed ({error.strerror})", object=f"pid {pid}") from error
     except (FileNotFoundError, ProcessLookupError) as error:
         raise NoSuchProcess("the process has just ended", object=f"pid {pid}") from error
+    if (cgroup := _frozen_cgroup(pid)) is not None:
+        raise CgroupFrozen(f"{stat.comm} is in the frozen cgroup {cgroup}", object=f"pid {pid}")
+
+
+@functools.cache
+def _freezers() -> tuple[tuple[str, str, str, str], ...]:
+    """(controller, mount point, file, text in it that says frozen) of the cgroup hierarchies that can freeze."""
+    found = []
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+        for line in mounts:
+            left, _, right = line.rstrip("\n").partition(" - ")
+            point, (kind, _, options) = left.split()[4], right.split()[:3]
+            if kind == "cgroup2":
+                found.append(("", point, "cgroup.events", "frozen 1"))
+            elif kind == "cgroup" and "freezer" in options.split(","):
+                found.append(("freezer", point, "freezer.state", "FROZEN"))
+    return tuple(found)
+
+
+def _frozen_cgroup(pid: int) -> str | None:
+    """The cgroup that keeps the process frozen, as far as we can see; None if none does."""
+    for line in procfs.read_cgroups(pid):
+        _, controllers, path = line.split(":", 2)
+        for controller, point, file, text in _freezers():
+            if controller not in controllers.split(","):
+                continue
+            try:
+                with open(f"{point}{path}/{file}", encoding="ascii") as state:
+                    if text in state.read():
+                        return path
+            except OSError as error:
+                # the root cgroup has no such file, and a path outside our cgroup namespace no meaning
+                _log.debug("whether %s is frozen cannot be told: %s", path, error)
+    return None
 
 
 def verdicts(pid: int) -> list[Verdict]:

@@ -7,12 +7,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from checkpoint import procfs
 from checkpoint.errors import (
     AlreadyTraced,
+    CgroupFrozen,
     InitProcess,
     KernelThread,
     LeaderExited,
@@ -28,6 +30,7 @@ from checkpoint.tracee import Tree
 from checkpoint.verdict import Status
 from tests.system.engine.target import Target, as_tool, end, python, state, wait_state
 
+FREEZERS = [("cgroup2", "cgroup.freeze", "1", "0"), ("cgroup", "freezer.state", "FROZEN", "THAWED")]
 FAMILY = """
 import os, signal, sys, time
 def child(depth):
@@ -364,6 +367,35 @@ def test_a_vfork_parent_is_given_time_and_then_refused(tmp_path):
             assert child.wait(5) == 0
         finally:
             child.kill()
+
+
+@pytest.mark.parametrize(("kind", "file", "freeze", "thaw"), FREEZERS)
+def test_a_frozen_process_is_refused(kind, file, freeze, thaw, tmp_path):
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    points = [
+        point for _, point, what, options, *_ in mounts if what == kind and (what == "cgroup2" or "freezer" in options)
+    ]
+    assert points, "this system mounts no such hierarchy"
+    group = Path(points[0]) / "tcpmig-engine-test"
+    group.mkdir()
+    try:
+        with Target("registers", tmp_path) as target:
+            (group / "cgroup.procs").write_text(str(target.pid))
+            refuse_root(target.pid)
+            (group / file).write_text(freeze)
+            done, deadline = -1, time.monotonic() + 5
+            while done != (done := target.progress):  # it freezes a moment later
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            try:
+                with pytest.raises(CgroupFrozen, match=r"TM-0312.*tcpmig-engine-test"):
+                    Tree.stop([target.pid])
+            finally:
+                (group / file).write_text(thaw)
+            target.goes_on()
+            Tree.stop([target.pid]).resume()
+    finally:
+        group.rmdir()
 
 
 def test_verdicts_name_every_process():
