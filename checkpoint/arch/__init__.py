@@ -31,7 +31,6 @@ _MACHINE = os.uname().machine
 
 if _MACHINE == "x86_64":
     from checkpoint.arch.x86_64.engine import (
-        BOOT,
         BOOT_SIZE,
         BOOT_STOP,
         ENGINE_SIZE,
@@ -66,7 +65,6 @@ else:
 
 __all__ = [
     "AUDIT_ARCH",
-    "BOOT",
     "BOOT_SIZE",
     "BOOT_STOP",
     "ENGINE_SIZE",
