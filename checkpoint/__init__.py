@@ -1,0 +1,1 @@
+"""Process trees to images and back: stopping, collecting, writing; reading, building, running."""

@@ -246,4 +246,3 @@ def first_user(numbers: Iterable[int]) -> tuple[int, str] | None:
             users = procfs.users_of_number(number)
             return number, users[0] if users else "a process that has just ended"
     return None
-

@@ -30,7 +30,7 @@ def hosts():
 
 
 def bring(state, served, client, queued):
-    """Bring ``served`` into ``state``; with ``queued`` there is unread data and, where it can be, unacknowledged data."""
+    """Bring ``served`` into ``state``; ``queued``: with unread data and, where it can be, unacknowledged data."""
     if queued:
         client.sendall(EARLY)
     peer_first = state in (State.CLOSE_WAIT, State.LAST_ACK)
