@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Assemble the machine code of the project again, after a change of its source, and write the bytes beside it.
 
-The sources and the bytes stand in the same files; unit tests compare them.  Needs binutils.
+The sources and the bytes stand in the same files; unit tests compare them.  Needs binutils and ruff.
 Usage: .venv/bin/python scripts/assemble.py
 """
 
@@ -61,6 +61,8 @@ def main() -> int:
             )
             for offset, label in offsets.items():
                 text = replaced(text, rf"^{offset}: Final = .*$", f"{offset}: Final = {labels[label]:#x}")
+        ruff = [str(Path(sys.executable).parent / "ruff"), "format", "--stdin-filename", str(path), "-"]
+        text = subprocess.run(ruff, input=text, capture_output=True, text=True, check=True).stdout
         if text != before:
             path.write_text(text, encoding="utf-8")
             print(f"changed: {name}")
