@@ -4,35 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from checkpoint import hostcheck
-from checkpoint.errors import FileDiffers, FileMissing, PidTaken
+from checkpoint.errors import FileMissing, PidTaken
+from checkpoint.files.verdicts import judge_here
 from checkpoint.image.format import FrameReader
 from checkpoint.restore import Restore, first_user
 from checkpoint.verdict import Verdict, refusals
 from migrate.clock import monotonic_ns
-from migrate.messages import Comparison, Difference, Needs, PathNeed
+from migrate.messages import Comparison, Difference, Needs
 from migrate.parts import Arrived
 from tcpstate import codec
 from tcpstate.capture import Capture, replay
-from tcpstate.errors import TcpmigError
 from tcpstate.record import ConnectionRecord
 from tcpstate.segment import Segment
 
 __all__ = ["IncomingTrees"]
 
 _log = logging.getLogger(__name__)
-
-_FORMATS = {
-    "regular": stat.S_IFREG,
-    "directory": stat.S_IFDIR,
-    "character": stat.S_IFCHR,
-    "block": stat.S_IFBLK,
-    "fifo": stat.S_IFIFO,
-}
 
 
 class IncomingTrees:
@@ -72,7 +63,7 @@ class IncomingTrees:
                     PidTaken(f"the number is in use by {taken[1]}", object=f"pid {taken[0]}"), "process"
                 )
             )
-        return found + [_judge(need) for need in needs.paths]
+        return found + judge_here(needs.files) + [_judge_directory(path) for path in needs.directories]
 
     def rebuild(self, elapsed: Callable[[], float]) -> Comparison:
         """Everything stands in repair."""
@@ -129,20 +120,7 @@ class IncomingTrees:
         self._executor.shutdown()
 
 
-def _judge(need: PathNeed) -> Verdict:
-    """Whether a path leads here to what it led to at the source."""
-
-    def refuse(error: TcpmigError) -> Verdict:
-        return Verdict.refuse(error, f"{need.kind} file" if need.kind != "directory" else need.kind)
-
-    try:
-        found = os.stat(need.path)
-    except OSError as error:
-        return refuse(FileMissing(f"it is not here: {error.strerror}", object=need.path))
-    if stat.S_IFMT(found.st_mode) != _FORMATS.get(need.kind, stat.S_IFMT(found.st_mode)):
-        return refuse(FileDiffers(f"it is not a {need.kind} file here", object=need.path))
-    if need.size is not None and found.st_size != need.size:
-        return refuse(FileDiffers(f"it has {found.st_size} bytes here, {need.size} at the source", object=need.path))
-    if need.mtime_ns is not None and found.st_mtime_ns != need.mtime_ns:
-        return refuse(FileDiffers("it was modified at another time than at the source", object=need.path))
-    return Verdict(subject=need.path, kind=need.kind)
+def _judge_directory(path: str) -> Verdict:
+    if not os.path.isdir(path):
+        return Verdict.refuse(FileMissing("a directory of the processes is not here", object=path), "directory")
+    return Verdict(subject=path, kind="directory")

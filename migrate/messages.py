@@ -10,6 +10,8 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 
+import checkpoint.files.kinds  # noqa: F401  (makes every kind of open file known to the codec)
+from checkpoint.files.base import OpenFile
 from checkpoint.verdict import Verdict
 from migrate.addresses import AddressRecord
 from tcpstate.codec import family, member
@@ -34,7 +36,6 @@ __all__ = [
     "Measured",
     "Message",
     "Needs",
-    "PathNeed",
     "Prepare",
     "Prepared",
     "Refused",
@@ -86,23 +87,6 @@ class HostFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PathNeed:
-    """A file that the processes have open, mapped or as their directory, and that the target must have as well.
-
-    kind      ``regular``, ``directory``, ``character``, ``block``, ``fifo``, ``socket``
-    size      bytes, of a regular file that is only read; else None
-    mtime_ns  time of last modification, likewise
-    writable  open for writing: must be the same file (a shared file system), or be shipped
-    """
-
-    path: str
-    kind: str
-    size: int | None = None
-    mtime_ns: int | None = None
-    writable: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TreeNeed:
     """One process tree: its root, and every process and thread of it (the target needs the numbers free)."""
 
@@ -116,6 +100,8 @@ class TreeNeed:
 class Needs:
     """What has to be true at the target: N trees and M addresses, moved together or not at all.
 
+    files           what the processes have open or mapped and the target must have too: paths, addresses to listen on
+    directories     their working and root directories
     used_addresses  local addresses of the trees' connections and bound listeners
     addresses       those of them that move, filled in by the source's takeover
     macs            link-layer addresses of the source
@@ -126,7 +112,8 @@ class Needs:
     """
 
     trees: tuple[TreeNeed, ...]
-    paths: tuple[PathNeed, ...] = ()
+    files: tuple[OpenFile, ...] = ()
+    directories: tuple[str, ...] = ()
     used_addresses: tuple[str, ...] = ()
     addresses: tuple[AddressRecord, ...] = ()
     macs: tuple[str, ...] = ()

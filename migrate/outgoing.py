@@ -9,22 +9,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from checkpoint import preflight, procfs
 from checkpoint.dump import Dump
 from checkpoint.errors import NoSuchProcess
-from checkpoint.files.base import FdView
-from checkpoint.files.content import DELETED
 from checkpoint.files.tcp import TcpGroup
+from checkpoint.files.verdicts import foretell
 from checkpoint.image.format import FrameWriter, page_frames
 from checkpoint.image.frames import Kind
 from checkpoint.image.writer import ImageFile
-from checkpoint.memory.vma import read_maps
 from migrate.clock import monotonic_ns
-from migrate.messages import Needs, PathNeed, TreeNeed
+from migrate.messages import Needs, TreeNeed
 from migrate.parts import NoteWriter
 from migrate.wire import ImageWriter
 from tcpstate import codec
@@ -39,13 +36,6 @@ _log = logging.getLogger(__name__)
 
 _AHEAD = 2  # page frames whose digests are computed while another is sent
 _ANYWHERE = frozenset({"0.0.0.0", "::"})
-_KINDS = {
-    stat.S_IFREG: "regular",
-    stat.S_IFDIR: "directory",
-    stat.S_IFCHR: "character",
-    stat.S_IFBLK: "block",
-    stat.S_IFIFO: "fifo",
-}
 
 
 class OutgoingTrees:
@@ -66,13 +56,13 @@ class OutgoingTrees:
             group = TcpGroup(files)
             names = [describe(sock) for sock in group.established]
             bound = {sock.getsockname()[0].partition("%")[0].removeprefix("::ffff:") for sock in group.listeners}
-            paths = {need.path: need for need in _paths(members, files.entries)}
             local = group.local_addresses
         peers = {ConnId.parse(name).peer.partition("%")[0] for name in names if name.startswith("tcp:")}
         used = {address.partition("%")[0] for address in local} | (bound - _ANYWHERE)
         return Needs(
             trees=tuple(_tree(root) for root in self._roots),
-            paths=tuple(paths.values()),
+            files=tuple(foretell(members)),
+            directories=tuple(sorted(_directories(members))),
             used_addresses=tuple(sorted(used)),
             peers=tuple(sorted(peers)),
             connections=len(names),
@@ -191,26 +181,11 @@ def _resident(pid: int) -> int:
         return 0
 
 
-def _paths(members: Sequence[int], views: Sequence[FdView]) -> Iterator[PathNeed]:
-    """The files that must be at the target, those that are written last: they win over a second, read-only mention."""
+def _directories(members: Sequence[int]) -> set[str]:
+    """The working and root directories of the processes that have not ended meanwhile."""
+    found = set()
     for pid in members:
-        with contextlib.suppress(NoSuchProcess, OSError):
-            yield _need(os.readlink(f"/proc/{pid}/cwd"), os.stat(f"/proc/{pid}/cwd"), writable=False)
-            for path in {vma.name for vma in read_maps(pid) if vma.name.startswith("/")}:
-                if not path.endswith(DELETED) and os.path.exists(path):
-                    yield _need(path, os.stat(path), writable=False)
-    for view in sorted(views, key=lambda v: v.access.writes):
-        if view.link.startswith("/") and not view.link.endswith(DELETED) and stat.S_IFMT(view.stat.st_mode) in _KINDS:
-            yield _need(view.link, view.stat, writable=view.access.writes)
-
-
-def _need(path: str, found: os.stat_result, *, writable: bool) -> PathNeed:
-    kind = _KINDS[stat.S_IFMT(found.st_mode)]
-    exact = kind == "regular" and not writable
-    return PathNeed(
-        path=path,
-        kind=kind,
-        size=found.st_size if exact else None,
-        mtime_ns=found.st_mtime_ns if exact else None,
-        writable=writable,
-    )
+        for name in ("cwd", "root"):
+            with contextlib.suppress(OSError):
+                found.add(os.readlink(f"/proc/{pid}/{name}"))
+    return found

@@ -234,8 +234,9 @@ class RegularFile(OpenFile):
         what = f"{found.st_size} bytes here, {self.size} at the source"
         if found.st_size == self.size:
             what = "same size, other time of modification"
-        if self.access.writes and found.st_ino != self.inode:
-            raise FileDiffers(f"open for writing, but not the same file: {what}", object=path)
+        if found.st_ino != self.inode:
+            # on a file system that both hosts share it would be the same: a program or its data would be another's
+            raise FileDiffers(f"not the same file: {what}", object=path)
         if found.st_size < self.size:
             raise FileDiffers(f"shorter than at the source: {what}", object=path)
         return f"{path}: {what}"

@@ -16,14 +16,52 @@ from checkpoint.memory.compare import snapshot
 from checkpoint.tracee import Tree
 
 #: of /proc/PID/status
-STATUS = (
-    "Name Umask State Tgid Pid TracerPid Uid Gid Groups NStgid NSpid NSpgid NSsid Threads SigPnd ShdPnd SigBlk "
-    "SigIgn SigCgt CapInh CapPrm CapEff CapBnd CapAmb NoNewPrivs Seccomp Seccomp_filters Cpus_allowed Mems_allowed"
-).split()
-#: of /proc/PID/stat, from the third field on: pgrp, session, tty, tpgid; priority, nice, threads; code, stack; data, brk, args
+STATUS = [
+    "Name",
+    "Umask",
+    "State",
+    "Tgid",
+    "Pid",
+    "TracerPid",
+    "Uid",
+    "Gid",
+    "Groups",
+    "NStgid",
+    "NSpid",
+    "NSpgid",
+    "NSsid",
+    "Threads",
+    "SigPnd",
+    "ShdPnd",
+    "SigBlk",
+    "SigIgn",
+    "SigCgt",
+    "CapInh",
+    "CapPrm",
+    "CapEff",
+    "CapBnd",
+    "CapAmb",
+    "NoNewPrivs",
+    "Seccomp",
+    "Seccomp_filters",
+    "Cpus_allowed",
+    "Mems_allowed",
+]
+#: of /proc/PID/stat, counted from its third field: group, session, tty, priority, threads, code, stack, data, args
 STAT = [2, 3, 4, 5, 15, 16, 17, 23, 24, 25, 35, 37, 38, 41, 42, 43, 44, 45, 46, 47, 48]
-FILES = "cmdline comm environ limits personality oom_score_adj coredump_filter cgroup timerslack_ns auxv".split()
-LINKS = "cwd exe root".split()
+FILES = [
+    "cmdline",
+    "comm",
+    "environ",
+    "limits",
+    "personality",
+    "oom_score_adj",
+    "coredump_filter",
+    "cgroup",
+    "timerslack_ns",
+    "auxv",
+]
+LINKS = ["cwd", "exe", "root"]
 #: of fdinfo: what counts inodes or time
 TIMES = re.compile(r"^(mnt_id|ino|it_value|eventfd-id).*\n", re.MULTILINE)
 INODES = re.compile(r"\b(ino|sdev):[0-9a-f]+|:\[\d+\]")
@@ -42,7 +80,8 @@ def stat(path: Path) -> list[str]:
 def epoll_sorted(info: str) -> str:
     lines = info.splitlines()
     return "\n".join(
-        [line for line in lines if not line.startswith("tfd:")] + sorted(l for l in lines if l.startswith("tfd:"))
+        [line for line in lines if not line.startswith("tfd:")]
+        + sorted(line for line in lines if line.startswith("tfd:"))
     )
 
 
