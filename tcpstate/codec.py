@@ -8,6 +8,11 @@ know take their defaults: that is how records outlive versions.
 Allowed annotations: ``bool int float str bytes None``, enums, ``X | None``, ``tuple[X, ...]``, ``tuple[X, Y]``,
 ``list[X]``, ``dict[K, V]``, ``frozenset[X]``, dataclasses, and *families*: a base class made with :func:`family` whose
 members are told apart by a ``kind`` entry.  Rules beyond the type belong in ``__post_init__`` (raise ``ValueError``).
+
+Records are written and read while processes stand still, thousands of dataclasses at a time.  So msgpack walks what it
+knows by itself and asks us for dataclasses only; scalars are compared by class in their field, without a call; and the
+path to a misfit is put together only when there is one.  What is worked out for a class at its first use takes longer
+than the use: :func:`prepare` does that beforehand.
 """
 
 from __future__ import annotations
@@ -15,16 +20,17 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import operator
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 
 import msgpack
 
 from tcpstate.errors import BadRecord
 
-__all__ = ["family", "from_plain", "member", "members", "pack", "to_plain", "unpack"]
+__all__ = ["family", "from_plain", "member", "members", "pack", "prepare", "to_plain", "unpack"]
 
 T = TypeVar("T")
 
@@ -69,32 +75,53 @@ def to_plain(value: Any) -> Any:
         return value.value
     if value is None or isinstance(value, bool | int | float | str | bytes):
         return value
-    if isinstance(value, bytearray | memoryview):
-        return bytes(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        plain = {name: to_plain(getattr(value, name)) for name, _, _ in _fields(type(value))}
-        kind = _kind_of.get(type(value))
-        if kind is not None:
-            plain[_KIND] = kind
-        return plain
     if isinstance(value, dict):
         return {to_plain(k): to_plain(v) for k, v in value.items()}
-    if isinstance(value, frozenset | set):
-        return [to_plain(v) for v in sorted(value)]
     if isinstance(value, tuple | list):
         return [to_plain(v) for v in value]
-    raise TypeError(f"{type(value).__name__} is not a recordable type")
+    return to_plain(_outermost(value))
 
 
-def from_plain(cls: Any, plain: Any, path: str = "") -> Any:
+def _outermost(value: Any) -> Any:
+    """One step of to_plain(), for what msgpack does not write by itself: the things inside stay what they are."""
+    cls = type(value)
+    if dataclasses.is_dataclass(cls):
+        return _encoder(cls)(value)
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, frozenset | set):
+        return sorted(value)
+    if isinstance(value, bytearray | memoryview):
+        return bytes(value)
+    if isinstance(value, int):
+        raise OverflowError(f"{value} has more than 64 bits")
+    raise TypeError(f"{cls.__name__} is not a recordable type")
+
+
+@functools.cache
+def _encoder(cls: type) -> Callable[[Any], dict[str, Any]]:
+    """What makes the map of a dataclass: names to its values, and its kind."""
+    names = tuple(name for name, _, _ in _fields(cls))
+    kind = {_KIND: _kind_of[cls]} if cls in _kind_of else {}
+    if len(names) > 1:
+        values = operator.attrgetter(*names)
+        return lambda value: dict(zip(names, values(value), strict=True), **kind)
+    # an attrgetter of one name does not give a tuple
+    return lambda value: {name: getattr(value, name) for name in names} | kind
+
+
+def from_plain(cls: Any, plain: Any) -> Any:
     """A value of the annotated type ``cls`` out of what :func:`to_plain` made; BadRecord if it does not fit."""
-    return _decoder(cls)(plain, path)
+    try:
+        return _decoder(cls).decode(plain)
+    except _Misfit as misfit:
+        raise BadRecord(f"{misfit.path.removeprefix('.') or misfit.subject}: {misfit.text}") from None
 
 
 def pack(value: Any) -> bytes:
     """msgpack bytes of a dataclass (or any other recordable value)."""
     # paths are text in which bytes that are no UTF-8 are escaped, as everywhere in Python (os.fsdecode)
-    packed: bytes = msgpack.packb(to_plain(value), use_bin_type=True, unicode_errors="surrogateescape")
+    packed: bytes = msgpack.packb(value, default=_outermost, use_bin_type=True, unicode_errors="surrogateescape")
     return packed
 
 
@@ -109,6 +136,23 @@ def unpack(cls: type[T], data: bytes | memoryview) -> T:
     return value
 
 
+def prepare(*classes: Any) -> None:
+    """Work out beforehand all that packing and unpacking values annotated with these takes."""
+    todo, seen = list(classes), set[Any]()
+    while todo:
+        hint = todo.pop()
+        if hint in seen or hint is Ellipsis:
+            continue
+        seen.add(hint)
+        _decoder(hint)
+        todo += typing.get_args(hint)
+        todo += _families.get(hint, {}).values()
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint) and hint not in _families:
+            _encoder(hint)
+            _field_decoders(hint)
+            todo += [inner for _, inner, _ in _fields(hint)]
+
+
 @functools.cache
 def _fields(cls: type) -> tuple[tuple[str, Any, bool], ...]:
     """(name, annotation, required) of each field."""
@@ -120,125 +164,183 @@ def _fields(cls: type) -> tuple[tuple[str, Any, bool], ...]:
     )
 
 
-_Decoder = Callable[[Any, str], Any]
+class _Misfit(Exception):
+    """Something does not fit; the path to it grows on the way out.
+
+    subject  what is named if the path is empty
+    """
+
+    def __init__(self, text: str, subject: str = "record") -> None:
+        super().__init__(text)
+        self.text = text
+        self.subject = subject
+        self.path = ""
+
+    def inside(self, step: str) -> _Misfit:
+        """The same, as seen from one step further out."""
+        self.path = step + self.path
+        return self
 
 
-def _bad(path: str, want: str, got: Any) -> BadRecord:
-    return BadRecord(f"{path or 'record'}: expected {want}, found {type(got).__name__}")
+class _Decoder(NamedTuple):
+    """How values of one annotation are read.
+
+    exact   values of this very class are taken as they are; None: none are
+    decode  all others: a value, or _Misfit
+    """
+
+    exact: type | None
+    decode: Callable[[Any], Any]
+
+
+def _misfit(want: str, got: Any) -> NoReturn:
+    raise _Misfit(f"expected {want}, found {type(got).__name__}")
 
 
 def _scalar(kind: type) -> _Decoder:
-    def decode(plain: Any, path: str) -> Any:
+    def decode(plain: Any) -> Any:
         # bool is a subclass of int, and must not pass for one
         if type(plain) is not kind:
-            raise _bad(path, kind.__name__, plain)
+            _misfit(kind.__name__, plain)
         return plain
 
-    return decode
+    return _Decoder(kind, decode)
 
 
-def _float(plain: Any, path: str) -> float:
+def _float(plain: Any) -> float:
     if type(plain) not in (int, float):
-        raise _bad(path, "float", plain)
+        _misfit("float", plain)
     return float(plain)
 
 
-def _none(plain: Any, path: str) -> None:
+def _none(plain: Any) -> None:
     if plain is not None:
-        raise _bad(path, "nothing", plain)
+        _misfit("nothing", plain)
 
 
 def _enum(cls: type[enum.Enum]) -> _Decoder:
-    def decode(plain: Any, path: str) -> Any:
+    def decode(plain: Any) -> Any:
         if isinstance(plain, bool) or not isinstance(plain, int | str):
-            raise _bad(path, cls.__name__, plain)
+            _misfit(cls.__name__, plain)
         try:
             return cls(plain)
         except ValueError:
-            raise BadRecord(f"{path}: {plain!r} is not a {cls.__name__}") from None
+            raise _Misfit(f"{plain!r} is not a {cls.__name__}", "") from None
 
-    return decode
+    return _Decoder(None, decode)
 
 
 def _sequence(item: Any, make: Callable[[list[Any]], Any]) -> _Decoder:
-    inner = _decoder(item)
+    exact, inner = _decoder(item)
 
-    def decode(plain: Any, path: str) -> Any:
-        if not isinstance(plain, list):
-            raise _bad(path, "list", plain)
+    def decode(plain: Any) -> Any:
+        if type(plain) is not list:
+            _misfit("list", plain)
+        values: list[Any] = []
         try:
-            return make([inner(v, f"{path}[{i}]") for i, v in enumerate(plain)])
+            for value in plain:
+                values.append(value if value.__class__ is exact else inner(value))
+            return make(values)
+        except _Misfit as misfit:
+            raise misfit.inside(f"[{len(values)}]") from None
         except TypeError:
-            raise BadRecord(f"{path}: items of this kind cannot be in a set") from None
+            raise _Misfit("items of this kind cannot be in a set", "") from None
 
-    return decode
+    return _Decoder(None, decode)
 
 
 def _fixed_tuple(items: tuple[Any, ...]) -> _Decoder:
-    inner = [_decoder(i) for i in items]
+    inner = [_decoder(item).decode for item in items]
 
-    def decode(plain: Any, path: str) -> Any:
-        if not isinstance(plain, list) or len(plain) != len(inner):
-            raise _bad(path, f"list of {len(inner)}", plain)
-        return tuple(d(v, f"{path}[{i}]") for i, (d, v) in enumerate(zip(inner, plain, strict=True)))
+    def decode(plain: Any) -> Any:
+        if type(plain) is not list or len(plain) != len(inner):
+            _misfit(f"list of {len(inner)}", plain)
+        values: list[Any] = []
+        try:
+            for one, value in zip(inner, plain, strict=True):
+                values.append(one(value))
+        except _Misfit as misfit:
+            raise misfit.inside(f"[{len(values)}]") from None
+        return tuple(values)
 
-    return decode
+    return _Decoder(None, decode)
 
 
 def _mapping(key: Any, value: Any) -> _Decoder:
-    keys, values = _decoder(key), _decoder(value)
+    keys, values = _decoder(key).decode, _decoder(value).decode
 
-    def decode(plain: Any, path: str) -> Any:
-        if not isinstance(plain, dict):
-            raise _bad(path, "map", plain)
-        return {keys(k, f"{path} key"): values(v, f"{path}[{k!r}]") for k, v in plain.items()}
+    def decode(plain: Any) -> Any:
+        if type(plain) is not dict:
+            _misfit("map", plain)
+        found = {}
+        for k, v in plain.items():
+            try:
+                made = keys(k)
+            except _Misfit as misfit:
+                raise misfit.inside(" key") from None
+            try:
+                found[made] = values(v)
+            except _Misfit as misfit:
+                raise misfit.inside(f"[{k!r}]") from None
+        return found
 
-    return decode
+    return _Decoder(None, decode)
 
 
 def _union(options: tuple[Any, ...]) -> _Decoder:
     rest = [o for o in options if o is not type(None)]
     if len(rest) != 1 or len(rest) == len(options):
         raise TypeError(f"only X | None is a recordable union, not {options}; use a family")
-    inner = _decoder(rest[0])
-    return lambda plain, path: None if plain is None else inner(plain, path)
+    exact, inner = _decoder(rest[0])
+    return _Decoder(exact, lambda plain: None if plain is None else inner(plain))
+
+
+_ABSENT: Final = object()
+
+
+@functools.cache
+def _field_decoders(cls: type) -> tuple[tuple[str, type | None, Callable[[Any], Any], bool], ...]:
+    """(name, exact, decode, required) of each field."""
+    return tuple((name, *_decoder(hint), required) for name, hint, required in _fields(cls))
 
 
 def _dataclass(cls: type) -> _Decoder:
-    # decoders of the fields are looked up at the first use: dataclasses may refer to each other
-    decoders: dict[str, tuple[_Decoder, bool]] = {}
-
-    def decode(plain: Any, path: str) -> Any:
-        if not isinstance(plain, dict):
-            raise _bad(path, cls.__name__, plain)
-        if not decoders:
-            decoders.update({name: (_decoder(hint), required) for name, hint, required in _fields(cls)})
+    def decode(plain: Any) -> Any:
+        if type(plain) is not dict:
+            _misfit(cls.__name__, plain)
         values = {}
-        for name, (inner, required) in decoders.items():
-            if name in plain:
-                values[name] = inner(plain[name], f"{path}.{name}" if path else name)
+        # looked up at the first use: dataclasses may refer to each other
+        for name, exact, inner, required in _field_decoders(cls):
+            value = plain.get(name, _ABSENT)
+            if value.__class__ is exact:
+                values[name] = value
+            elif value is not _ABSENT:
+                try:
+                    values[name] = inner(value)
+                except _Misfit as misfit:
+                    raise misfit.inside(f".{name}") from None
             elif required:
-                raise BadRecord(f"{path or cls.__name__}: {name} is missing")
+                raise _Misfit(f"{name} is missing", cls.__name__)
         try:
             return cls(**values)
         except ValueError as error:
-            raise BadRecord(f"{path or cls.__name__}: {error}") from None
+            raise _Misfit(str(error), cls.__name__) from None
 
-    return decode
+    return _Decoder(None, decode)
 
 
 def _family(base: type) -> _Decoder:
     table = _families[base]
 
-    def decode(plain: Any, path: str) -> Any:
-        if not isinstance(plain, dict):
-            raise _bad(path, base.__name__, plain)
+    def decode(plain: Any) -> Any:
+        if type(plain) is not dict:
+            _misfit(base.__name__, plain)
         kind = plain.get(_KIND)
         if not isinstance(kind, str) or kind not in table:
-            raise BadRecord(f"{path or base.__name__}: unknown kind {kind!r}")
-        return _dataclass_decoder(table[kind])(plain, path)
+            raise _Misfit(f"unknown kind {kind!r}", base.__name__)
+        return _dataclass_decoder(table[kind]).decode(plain)
 
-    return decode
+    return _Decoder(None, decode)
 
 
 @functools.cache
@@ -260,9 +362,9 @@ def _decoder(hint: Any) -> _Decoder:
     if origin is dict:
         return _mapping(*args)
     if hint is type(None):
-        return _none
+        return _Decoder(None, _none)
     if hint is float:
-        return _float
+        return _Decoder(float, _float)
     if hint in (bool, int, str, bytes):
         return _scalar(hint)
     if hint in _families:

@@ -159,3 +159,36 @@ def test_a_missing_field_is_named() -> None:
 def test_two_members_of_one_kind_are_a_programming_error() -> None:
     with pytest.raises(RuntimeError, match="circle"):
         codec.member(Shape, "circle")(Square)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """Refers to itself, and to a family that nothing else here refers to."""
+
+    shape: Shape | None = None
+    nodes: tuple[Node, ...] = ()
+
+
+def test_a_prepared_class_needs_no_annotation_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec.prepare(Everything, dict[int, Node])
+    monkeypatch.setattr("typing.get_type_hints", None)
+    value = Node(shape=Square(name="s", side=2.0), nodes=(Node(shape=Circle(name="c", radius=1)),))
+    assert codec.unpack(Node, codec.pack(value)) == value
+
+
+def test_a_misfit_far_inside_is_named_by_the_whole_path() -> None:
+    plain = {"nodes": [{}, {"nodes": [{"shape": {"kind": "circle", "name": "", "radius": "x"}}]}]}
+    with pytest.raises(BadRecord, match=r"nodes\[1\]\.nodes\[0\]\.shape\.radius: expected int, found str"):
+        codec.from_plain(Node, plain)
+
+
+@pytest.mark.parametrize("value", [{"a": object()}, {"a": {1, 2}, "b": [print]}])
+def test_what_is_no_record_is_a_type_error(value: object) -> None:
+    with pytest.raises(TypeError, match="not a recordable type"):
+        codec.pack(value)
+
+
+def test_plain_is_what_is_packed() -> None:
+    value = {"set": frozenset({3, 1}), "colour": Colour.RED, "view": memoryview(b"x"), "node": Node(nodes=(Node(),))}
+    assert msgpack.unpackb(codec.pack(value)) == codec.to_plain(value)
+    assert codec.to_plain(value)["set"] == [1, 3]
