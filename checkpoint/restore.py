@@ -35,7 +35,6 @@ from checkpoint.memory.pages import PageWriter
 from checkpoint.records import FilesDelta, Manifest, ProcessRecord, TreeRecord
 from checkpoint.spawn import Stub
 from checkpoint.state import clocks, table
-from tcpstate.kernel.calls import CallTable
 from tcpstate.rebuild import Difference
 from tcpstate.record import ConnectionRecord
 
@@ -49,17 +48,23 @@ _KNOWN: Final = frozenset({Kind.MANIFEST, Kind.TREE, Kind.FILES, Kind.MAPPINGS, 
 class Restore:
     """The target's half of a dump. See the module's docstring for the order of calls.
 
-    path  maps a path of the source to one here
-    warn  told, in one sentence, of whatever will differ from the original
+    path   maps a path of the source to one here
+    warn   told, in one sentence, of whatever will differ from the original
+    check  look for missing and differing files before anything is built; a migration has done that before its stop
     """
 
     def __init__(
-        self, *, path: Callable[[str], str] = lambda path: path, warn: Callable[[str], None] | None = None
+        self,
+        *,
+        path: Callable[[str], str] = lambda path: path,
+        warn: Callable[[str], None] | None = None,
+        check: bool = True,
     ) -> None:
         self.warnings: list[str] = []
         self.manifest: Manifest | None = None
         self.stubs: dict[int, Stub] = {}
         self._path = path
+        self._check = check
         self._warn = self._keep_warning if warn is None else warn
         self._tree: TreeRecord | None = None
         self._files: TreeFiles | None = None
@@ -123,16 +128,16 @@ class Restore:
         gc.disable()  # a collection would cost milliseconds in which the original stands still
         clocks.enter(self._tree.clocks, 0)
         taken = [(m.start, m.end) for one in self._layouts.values() for m in one.mappings]
-        grow(self._tree.processes, taken, self.stubs, self._warn)
         self._rebuilder = Rebuilder(self._files, path=self._path, warn=self._warn)
+        if self._check:
+            for warning in self._rebuilder.check():
+                self._warn(warning)
+        grow(self._tree.processes, taken, self.stubs, self._warn)
         self._rebuilder.rebuild()
         for record in self._living():
             pid = record.task.pid
             stub, one = self.stubs[pid], self._layouts[pid]
-            calls = CallTable()
-            layout.rebuild(one, stub, calls, self._rebuilder.descriptor)
-            stub.run(calls)
-            stub.forget_maps()
+            layout.build(one, stub, self._rebuilder.descriptor)
             self._writers[pid] = PageWriter(stub, one)
         for record in self._living():
             install(self._rebuilder, record.task.pid, self.stubs[record.task.pid])

@@ -30,7 +30,7 @@ class IncomingTrees:
     """See :class:`migrate.parts.Incoming` for the order of calls."""
 
     def __init__(self) -> None:
-        self._restore = Restore()
+        self._restore = Restore(check=False)
         self._executor = ThreadPoolExecutor(1)
         self._reader = FrameReader(executor=self._executor)
         self._capture: Capture | None = None

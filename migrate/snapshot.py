@@ -131,9 +131,10 @@ def checkpoint(
         moved = () if leave_running else tuple(record.address for record in chosen.records)
         departure = Departure(netlink, moved)
         try:
-            trees.prepare()
-            trees.stop(moved)
+            # opened first: a file that cannot be made stops nothing
             with ThreadPoolExecutor(1) as executor, ImageFile(path, executor=executor) as image:
+                trees.prepare()
+                trees.stop(moved)
                 trees.write(image)
                 image.record(Kind.ADDRESSES, addresses)
                 if leave_running:
