@@ -9,11 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from checkpoint.files.base import OpenFile
+from checkpoint.files.table import TreeFiles
+from checkpoint.files.tcp import Original
+from checkpoint.image.frames import End
+from checkpoint.memory.layout import MemoryLayout
 from checkpoint.state.clocks import Clocks
 from checkpoint.state.table import ProcessState
 from checkpoint.tree import Task
+from tcpstate import codec
+from tcpstate.record import ConnectionRecord
 
-__all__ = ["FilesDelta", "Manifest", "ProcessRecord", "TreeRecord"]
+__all__ = ["FilesDelta", "Manifest", "ProcessRecord", "TreeRecord", "prepare"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,3 +95,8 @@ class FilesDelta:
     """Entries of FILES that are told again: sockets, as they were frozen, and what else changed since."""
 
     files: dict[int, OpenFile] = field(default_factory=dict)
+
+
+def prepare() -> None:
+    """Work out beforehand how the records of an image are written and read: 12 ms that the stop would pay else."""
+    codec.prepare(Manifest, TreeRecord, TreeFiles, MemoryLayout, FilesDelta, End, ConnectionRecord, list[Original])

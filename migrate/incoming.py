@@ -16,6 +16,7 @@ from checkpoint.verdict import Verdict, refusals
 from migrate.clock import monotonic_ns
 from migrate.messages import Comparison, Difference, Needs
 from migrate.parts import Arrived
+from migrate.warm import warm
 from tcpstate import codec
 from tcpstate.capture import Capture, replay
 from tcpstate.record import ConnectionRecord
@@ -53,6 +54,7 @@ class IncomingTrees:
 
     def check(self, needs: Needs, options: dict[str, str]) -> list[Verdict]:
         """A verdict on this host, and on every PID and path."""
+        warm()
         found = refusals(hostcheck.check())
         for tree in needs.trees:
             taken = first_user(tree.tids)

@@ -23,6 +23,7 @@ from checkpoint.image.writer import ImageFile
 from migrate.clock import monotonic_ns
 from migrate.messages import Needs, TreeNeed
 from migrate.parts import NoteWriter
+from migrate.warm import warm
 from migrate.wire import ImageWriter
 from tcpstate import codec
 from tcpstate.capture import Capture, unanswered
@@ -50,6 +51,7 @@ class OutgoingTrees:
 
     def needs(self) -> Needs:
         """What has to be true at the target; raises the first refusal."""
+        warm()
         self._dump.prepare()
         members = preflight.pids(self._roots)
         with preflight.live_files(members) as files:
