@@ -33,7 +33,7 @@ class IncomingTrees:
     def __init__(self) -> None:
         self._restore = Restore(check=False)
         self._executor = ThreadPoolExecutor(1)
-        self._reader = FrameReader(executor=self._executor)
+        self._reader = FrameReader(executor=self._executor, stream=True)
         self._capture: Capture | None = None
         self._replayed = False
         self._connections: list[ConnectionRecord] = []

@@ -45,7 +45,7 @@ class OutgoingTrees:
     def __init__(self, roots: Sequence[int]) -> None:
         self._roots = tuple(roots)
         self._dump = Dump(roots)
-        self._writer = FrameWriter()
+        self._writer = FrameWriter(stream=True)
         self._syns: Capture | None = None
         self._segments: Capture | None = None
 

@@ -10,7 +10,10 @@ All numbers are little endian.  An image is a preamble, frames, and a trailer::
 
 The kind is a name of capital letters, digits and underscores, padded with zero bytes.  The data of a frame, if any,
 begin at a multiple of 4096 bytes from the start of the image, so that a file can be mapped; the padding gets it there.
-The digest is BLAKE2b-256 over the first 32 bytes of the header, the record and the data.
+The digest is BLAKE2b-256 over the first 32 bytes of the header, the record and the data.  In a stream, whose channel
+guards against forgery and of which nothing is kept, frames may have the flag CHECKSUM: the digest is then over those 32
+bytes and the CRC-32 (4 bytes each) of the record and of the data.  Of all that a migration does with a page the full
+digest would take the longest.  A file has no such frames.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import itertools
 import mmap
 import re
 import struct
+import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -67,6 +71,7 @@ VERSION = 1
 PREAMBLE = struct.Struct("<8sII")
 HEADER = struct.Struct("<16sIIII32s")
 TRAILER = struct.Struct("<Q8s")
+_CHECKSUMS = struct.Struct("<II")
 HEADER_DIGESTED = 32  # bytes of the header that the digest covers: all but the digest
 ALIGNMENT = 4096
 DIGEST_SIZE = 32
@@ -113,12 +118,19 @@ class Kind(enum.StrEnum):
 
 
 class Flag(enum.IntFlag):
-    """Flags of a frame. OPTIONAL: a reader that does not know the kind may skip it."""
+    """Flags of a frame.
+
+    OPTIONAL  a reader that does not know the kind may skip it
+    CHECKSUM  record and data have a CRC-32 each, and the digest covers these: in streams only
+    """
 
     OPTIONAL = 1
+    CHECKSUM = 2
 
 
-_FLAGS = int(Flag.OPTIONAL)
+_FLAGS_AT = 16  # in the header
+_FILE_FLAGS = int(Flag.OPTIONAL)
+_STREAM_FLAGS = int(Flag.OPTIONAL | Flag.CHECKSUM)
 
 
 class Space(enum.StrEnum):
@@ -331,8 +343,11 @@ def pack_header(kind: str, flags: int, record_length: int, data_length: int, off
     return HEADER.pack(name, flags, record_length, padding, data_length, b"")[:HEADER_DIGESTED]
 
 
-def parse_header(data: Buffer, offset: int) -> Header:
-    """The header in the 64 bytes ``data``, which stood at ``offset``. ImageError if a field is out of its range."""
+def parse_header(data: Buffer, offset: int, *, stream: bool = False) -> Header:
+    """The header in the 64 bytes ``data``, which stood at ``offset``. ImageError if a field is out of its range.
+
+    stream  frames with CHECKSUM are allowed
+    """
     name, flags, record_length, padding, data_length, digest = HEADER.unpack(data)
     where = f"frame at offset {offset}"
     kind = name.rstrip(b"\0")
@@ -342,7 +357,7 @@ def parse_header(data: Buffer, offset: int) -> Header:
         raise ImageLimitExceeded(f"a record of {record_length} bytes, at most {RECORD_MAX} are allowed", object=where)
     if data_length > DATA_MAX:
         raise ImageLimitExceeded(f"data of {data_length} bytes, at most {DATA_MAX} are allowed", object=where)
-    if flags & ~_FLAGS:
+    if flags & ~(_STREAM_FLAGS if stream else _FILE_FLAGS):
         raise OtherImageVersion(f"{kind.decode()} has flags {flags:#x} that this version does not know", object=where)
     if padding != _padding(offset, record_length, data_length):
         raise ImageDamaged("the data of a frame do not begin on a page boundary", object=where)
@@ -379,8 +394,11 @@ def check_preamble(data: Buffer) -> None:
 def digest(raw_header: bytes, record: Buffer, data: Buffer) -> bytes:
     """The digest of a frame. Releases the interpreter lock while it reads the data."""
     state = hashlib.blake2b(raw_header, digest_size=DIGEST_SIZE, person=b"tcpmig frame")
-    state.update(record)
-    state.update(data)
+    if raw_header[_FLAGS_AT] & Flag.CHECKSUM:
+        state.update(_CHECKSUMS.pack(zlib.crc32(record), zlib.crc32(data)))
+    else:
+        state.update(record)
+        state.update(data)
     return state.digest()
 
 

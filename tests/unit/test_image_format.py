@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -48,8 +50,8 @@ def join(*parts: list[frames.Buffer]) -> bytes:
     return b"".join(bytes(b) for part in parts for b in part)
 
 
-def small_image() -> bytes:
-    writer = FrameWriter()
+def small_image(*, stream: bool = False) -> bytes:
+    writer = FrameWriter(stream=stream)
     return join(
         writer.begin(),
         writer.frame(Kind.TREE, Note(text="tree", number=5)),
@@ -104,15 +106,30 @@ def test_page_data_begin_on_a_page_boundary_and_are_not_copied() -> None:
     assert (len(before) + sum(len(b) for b in buffers[:-1])) % 4096 == 0
 
 
-def test_every_flipped_byte_is_an_image_error() -> None:
-    image = bytearray(small_image())
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_flipped_byte_is_an_image_error(stream: bool) -> None:
+    image = bytearray(small_image(stream=stream))
     for i in range(len(image)):
         for flip in (0x01, 0x80) if i % 16 else (0x01, 0x20, 0x80, 0xFF):
             image[i] ^= flip
             with pytest.raises(ImageError):
-                read(bytes(image))
+                read(bytes(image), stream=stream)
             image[i] ^= flip
-    read(bytes(image))
+    read(bytes(image), stream=stream)
+
+
+def test_a_stream_has_checksums_and_a_file_has_not() -> None:
+    image = small_image(stream=True)
+    assert [f.kind for f in read(image, stream=True)] == [f.kind for f in read(small_image(), stream=True)]
+    with pytest.raises(OtherImageVersion, match="flags 0x2"):
+        read(image)
+    record, data = b"r" * 100, b"d" * 4096
+    with_checksums = frames.pack_header("PAGES", frames.Flag.CHECKSUM, len(record), len(data), 0)
+    plain = frames.pack_header("PAGES", 0, len(record), len(data), 0)
+    sums = struct.pack("<II", zlib.crc32(record), zlib.crc32(data))
+    expected = [hashlib.blake2b(text, digest_size=32, person=b"tcpmig frame").digest() for text in (
+        with_checksums + sums, plain + record + data)]  # fmt: skip
+    assert [frames.digest(with_checksums, record, data), frames.digest(plain, record, data)] == expected
 
 
 def test_every_truncation_is_named() -> None:
@@ -197,7 +214,7 @@ def test_unknown_kinds_are_skipped_if_optional_and_else_refused_by_name() -> Non
 
 def test_unknown_flags_are_of_another_version() -> None:
     with pytest.raises(OtherImageVersion, match="flags"):
-        read(frames.pack_preamble() + struct.pack("<16sIIII32s", b"TREE", 2, 0, 0, 0, b""))
+        read(frames.pack_preamble() + struct.pack("<16sIIII32s", b"TREE", 4, 0, 0, 0, b""))
 
 
 @pytest.mark.parametrize(
