@@ -11,12 +11,22 @@ import socket
 from collections.abc import Sequence
 
 from tcpstate.freeze import enter_repair
-from tcpstate.kernel.columns import Rows
+from tcpstate.kernel.columns import Column, Reusable, Rows
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import UNSPECIFIED_ADDRESS
 from tcpstate.rows import failures
 
 __all__ = ["discard_connections"]
+
+
+def _build(rows: Rows) -> Column:
+    fd = rows.column()
+    unspecified = rows.shared(UNSPECIFIED_ADDRESS)
+    rows.call(SYS.connect, fd, unspecified, len(UNSPECIFIED_ADDRESS), label="dissolving the connection")
+    return fd
+
+
+_dissolving = Reusable(_build)
 
 
 def discard_connections(socks: Sequence[socket.socket], *, close: bool = True) -> None:
@@ -25,10 +35,8 @@ def discard_connections(socks: Sequence[socket.socket], *, close: bool = True) -
     They need not be in repair mode.  ConnectionCallFailed (of the first that failed; those before it are gone).
     """
     enter_repair(socks)
-    rows = Rows(len(socks))
-    fd = rows.numbers([s.fileno() for s in socks])
-    unspecified = rows.shared(UNSPECIFIED_ADDRESS)
-    rows.call(SYS.connect, fd, unspecified, len(UNSPECIFIED_ADDRESS), label="dissolving the connection")
+    rows, fd = _dissolving.of(len(socks))
+    fd.set(s.fileno() for s in socks)
     with failures(socks):
         rows.run()
     if close:

@@ -15,18 +15,22 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import errno
+import functools
+import itertools
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tcpstate import options
 from tcpstate.connid import ConnId
+from tcpstate.early import COUNTED, Early, consumed
 from tcpstate.errors import StillMoving, UnsupportedState, UrgentData
-from tcpstate.freeze import QuietState, enter_repair, is_in_repair
+from tcpstate.freeze import QuietState, enter_repair, not_in_repair
 from tcpstate.kernel import sockets
-from tcpstate.kernel.columns import Rows
+from tcpstate.kernel.columns import Column, Field, Reusable, RowResult, Rows
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import SO, BufferLock, Ioctl, Level, ioctl_int
 from tcpstate.kernel.tcp import (
@@ -36,8 +40,6 @@ from tcpstate.kernel.tcp import (
     WINDOW_SIZE,
     InfoOption,
     RepairQueue,
-    RepairWindow,
-    TcpInfo,
     TcpState,
 )
 from tcpstate.preflight import STATES, refusal, state_of, supported
@@ -50,6 +52,7 @@ from tcpstate.record import (
     LocalFin,
     Negotiated,
     SoftState,
+    State,
     Timestamps,
     Windows,
 )
@@ -61,6 +64,12 @@ __all__ = ["advance", "export_connections", "refusal", "state_of", "supported"]
 #: how often a connection is read again whose state changed while it was read
 _TRIES = 5
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
+#: bytes of a queue up to which queues are read in one batch
+_SMALL = 64 << 10
+#: bytes of TCP_INFO from which on min_rtt is among them (kernel 4.3)
+_WITH_MIN_RTT = 152
+_TIMESTAMPS = int(InfoOption.TIMESTAMPS)
+_STATES = {int(number): state for number, state in STATES.items()}
 
 
 def export_connections(
@@ -68,11 +77,15 @@ def export_connections(
     states: Sequence[QuietState],
     *,
     saved_options: Sequence[options.Saved] | None = None,
+    early: list[Early | None] | None = None,
 ) -> list[ConnectionRecord]:
     """Records of quiet connections, in the same order. They are in repair mode afterwards, or as before if it fails.
 
     states         what :func:`~tcpstate.freeze.quiet` returned: their originals go into the records
-    saved_options  their options, if :func:`tcpstate.options.save` read them before the stop
+    saved_options  their options, if :func:`tcpstate.options.save` read them since their owners were stopped
+    early          what :func:`tcpstate.early.read_early` read since then, and what a record's receive queue is to be
+                   without: it begins behind it. What does not hold any more becomes None in the list, and the record is
+                   whole
 
     The timestamps of the records are those of the moment of return: whoever rebuilds counts the seconds from there.
     UnsupportedState, UrgentData, StillMoving, ConnectionCallFailed: of the first connection that has the trouble.
@@ -82,11 +95,12 @@ def export_connections(
     if not socks:
         return []
     begun = time.monotonic()
-    saved = list(options.save(socks) if saved_options is None else saved_options)
-    new = [sock for sock in socks if not is_in_repair(sock)]
+    known: list[Early | None] = [None] * len(socks) if early is None else early
+    saved = options.save(socks) if saved_options is None else options.refresh(socks, saved_options)
+    new = not_in_repair(socks)
     enter_repair(new)
     try:
-        raw = _read_all(socks, saved)
+        raw = _read_all(socks, saved, known)
     except BaseException:
         for sock in new:
             sock.setsockopt(Level.TCP, TCP.REPAIR, -1)
@@ -94,22 +108,40 @@ def export_connections(
             sock.setsockopt(Level.SOCKET, SO.REUSEADDR, state.reuse_address)
         raise
     spent = time.monotonic() - begun
-    return [_record(*parts, spent) for parts in zip(raw, states, saved, strict=True)]
+    shared = _Shared()
+    return [_record(*parts, spent, shared) for parts in zip(raw, socks, states, saved, strict=True)]
 
 
 @dataclass(slots=True)
 class _Raw:
-    """One connection as the kernel's calls gave it."""
+    """One connection as the kernel's calls gave it; up to ``mss`` in the order of :func:`_build_reading`."""
 
-    family: int
-    info: TcpInfo
+    number: int
+    info_options: int
+    scales: int
+    rto: int
+    path_mtu: int
+    srtt: int
+    rttvar: int
+    ssthresh: int
+    cwnd: int
+    advertised_mss: int
+    reordering: int
+    bytes_received: int
+    min_rtt: int
+    info_length: int
     mss: int
     timestamp: int
-    window: RepairWindow
-    congestion: str
+    snd_wl1: int
+    snd_wnd: int
+    max_window: int
+    rcv_wnd: int
+    rcv_wup: int
+    congestion: bytes
     sndbuf: int
     rcvbuf: int
     lock: int
+    at_mark: int
     outq: int
     nsd: int
     inq: int
@@ -119,14 +151,28 @@ class _Raw:
     peer: bytes
     send_queue: bytes = b""
     receive_queue: bytes = b""
+    #: bytes at the head of the receive queue that were read early, and are not read again
+    early: int = 0
 
     @property
     def position(self) -> tuple[int, ...]:
         """What must not change while it is read."""
-        return self.info.state, self.outq, self.nsd, self.inq, self.write_seq, self.rcv_nxt
+        return self.number, self.outq, self.nsd, self.inq, self.write_seq, self.rcv_nxt
+
+    @property
+    def state(self) -> State:
+        """In the record's words."""
+        return _STATES[self.number]
+
+    @property
+    def consumed(self) -> int | None:
+        """Bytes that the application has taken, by the kernel's count; None on a kernel that does not count."""
+        if self.info_length < COUNTED:
+            return None
+        return consumed(TcpState(self.number), self.bytes_received, self.inq)
 
 
-def _read_all(socks: Sequence[socket.socket], saved: Sequence[options.Saved]) -> list[_Raw]:
+def _read_all(socks: Sequence[socket.socket], saved: Sequence[options.Saved], early: list[Early | None]) -> list[_Raw]:
     """Read until nothing moves; SO_OOBINLINE and SO_PEEK_OFF are given back in any case."""
     peeked = [(s, o.numbers["so.peek_off"][0]) for s, o in zip(socks, saved, strict=True) if "so.peek_off" in o.numbers]
     inline = [o.numbers.get("so.oobinline", (0,))[0] for o in saved]
@@ -139,7 +185,7 @@ def _read_all(socks: Sequence[socket.socket], saved: Sequence[options.Saved]) ->
         raw = _read_once(socks)
         todo = list(range(len(socks)))
         for _ in range(_TRIES):
-            _peek(todo, socks, raw)
+            _peek(todo, socks, raw, early)
             again = _positions([socks[i] for i in todo])
             todo = [i for i, position in zip(todo, again, strict=True) if position != raw[i].position]
             if not todo:
@@ -153,28 +199,36 @@ def _read_all(socks: Sequence[socket.socket], saved: Sequence[options.Saved]) ->
             sock.setsockopt(Level.SOCKET, SO.PEEK_OFF, offset)
 
 
+def _build_inline(rows: Rows) -> tuple[Column, Field]:
+    fd, value = rows.column(), rows.room(4)
+    rows.setsockopt(fd, Level.SOCKET, SO.OOBINLINE, value)
+    return fd, value
+
+
+_inline = Reusable(_build_inline)
+
+
 def _set_inline(socks: Sequence[socket.socket], values: Sequence[int]) -> None:
-    rows = Rows(len(socks))
-    fd = rows.numbers([s.fileno() for s in socks])
-    rows.setsockopt(fd, Level.SOCKET, SO.OOBINLINE, rows.u32(values))
+    rows, (fd, value) = _inline.of(len(socks))
+    fd.set(s.fileno() for s in socks)
+    value.set(values)
     with failures(socks):
         rows.run()
 
 
-def _ioctl(rows: Rows, fd: object, request: Ioctl) -> Callable[[], list[int]]:
+def _ioctl(rows: Rows, fd: Column, request: Ioctl) -> Field:
     value = rows.room(4)
-    rows.call(SYS.ioctl, fd, request, value, label=request.name)  # type: ignore[arg-type]
-    return value.u32
+    rows.call(SYS.ioctl, fd, request, value, label=request.name)
+    return value
 
 
-def _queue_seq(rows: Rows, fd: object, queue: RepairQueue) -> Callable[[], list[int]]:
-    rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, queue)  # type: ignore[arg-type]
-    return rows.getsockopt(fd, Level.TCP, TCP.QUEUE_SEQ, 4).u32  # type: ignore[arg-type]
+def _queue_seq(rows: Rows, fd: Column, queue: RepairQueue) -> Field:
+    rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, queue)
+    return rows.getsockopt(fd, Level.TCP, TCP.QUEUE_SEQ, 4)
 
 
-def _read_once(socks: Sequence[socket.socket]) -> list[_Raw]:
-    rows = Rows(len(socks))
-    fd = rows.numbers([s.fileno() for s in socks])
+def _build_reading(rows: Rows) -> tuple[Column, struct.Struct]:
+    fd = rows.column()
     info = rows.getsockopt(fd, Level.TCP, TCP.INFO, INFO_SIZE)
     mss = rows.getsockopt(fd, Level.TCP, TCP.MAXSEG, 4)
     timestamp = rows.getsockopt(fd, Level.TCP, TCP.TIMESTAMP, 4)
@@ -184,8 +238,8 @@ def _read_once(socks: Sequence[socket.socket]) -> list[_Raw]:
     rcvbuf = rows.getsockopt(fd, Level.SOCKET, SO.RCVBUF, 4)
     # before 5.14 there is none: as if the application had fixed nothing
     lock = rows.getsockopt(fd, Level.SOCKET, SO.BUF_LOCK, 4, ignore=True)
-    mark = _ioctl(rows, fd, Ioctl.SIOCATMARK)
-    queues = [_ioctl(rows, fd, request) for request in (Ioctl.SIOCOUTQ, Ioctl.SIOCOUTQNSD, Ioctl.SIOCINQ)]
+    requests = (Ioctl.SIOCATMARK, Ioctl.SIOCOUTQ, Ioctl.SIOCOUTQNSD, Ioctl.SIOCINQ)
+    queues = [_ioctl(rows, fd, request) for request in requests]
     write_seq = _queue_seq(rows, fd, RepairQueue.SEND)
     rcv_nxt = _queue_seq(rows, fd, RepairQueue.RECEIVE)
     rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
@@ -194,92 +248,149 @@ def _read_once(socks: Sequence[socket.socket]) -> list[_Raw]:
         address, length = rows.room(sockets.ADDRESS_SIZE), rows.constant(struct.pack("i", sockets.ADDRESS_SIZE))
         rows.call(number, fd, address, length, ignore=True, label=label)
         names.append(address)
+    numbers = [(field, "I") for field in (sndbuf, rcvbuf, lock, *queues, write_seq, rcv_nxt)]
+    if info.length_field is None:
+        raise RuntimeError("a getsockopt without a length")
+    # In struct tcp_info: state, options, scales, rto, pmtu, rtt and what follows, bytes_received, min_rtt.
+    return fd, rows.reader(
+        (info, "B4xBBxI48xI4xIIIIII36xQ12xI"),
+        (info.length_field, "I"),
+        (mss, "I"),
+        (timestamp, "I"),
+        (window, "5I"),
+        (congestion, f"{CONGESTION_NAME_SIZE}s"),
+        *numbers,
+        *((name, f"{sockets.ADDRESS_SIZE}s") for name in names),
+    )
+
+
+_reading = Reusable(_build_reading)
+
+
+def _read_once(socks: Sequence[socket.socket]) -> list[_Raw]:
+    rows, (fd, reader) = _reading.of(len(socks))
+    fd.set(s.fileno() for s in socks)
     with failures(socks):
         rows.run()
-    infos = [TcpInfo.unpack(data) for data in info.all()]
-    for sock, known, at_mark in zip(socks, infos, mark(), strict=True):
-        state = STATES.get(TcpState(known.state))
+    found = [_Raw(*parts) for parts in reader.iter_unpack(rows.memory)]
+    for sock, raw in zip(socks, found, strict=True):
+        state = _STATES.get(raw.number)
         if state is None or not supported(state):
             kind = "LISTEN" if state is None else state.value
             raise UnsupportedState(f"its state is {kind}", object=describe(sock))
-        if at_mark:
+        if raw.at_mark:
             raise UrgentData("the urgent mark is the next byte to be read", object=describe(sock))
-    columns = zip(
-        [s.family for s in socks],
-        infos,
-        mss.u32(),
-        timestamp.u32(),
-        [RepairWindow.unpack(data) for data in window.all()],
-        [data.rstrip(b"\0").decode("ascii", "replace") for data in congestion.all()],
-        sndbuf.u32(),
-        rcvbuf.u32(),
-        lock.u32(),
-        *(queue() for queue in queues),
-        write_seq(),
-        rcv_nxt(),
-        names[0].all(),
-        names[1].all(),
-        strict=True,
-    )
-    return [_Raw(*column) for column in columns]
+    return found
 
 
-def _positions(socks: Sequence[socket.socket]) -> list[tuple[int, ...]]:
-    rows = Rows(len(socks))
-    fd = rows.numbers([s.fileno() for s in socks])
-    # the first bytes of TCP_INFO hold the state
+def _build_position(rows: Rows) -> tuple[Column, struct.Struct]:
+    fd = rows.column()
+    # the first byte of TCP_INFO is the state
     info = rows.getsockopt(fd, Level.TCP, TCP.INFO, 8)
     queues = [_ioctl(rows, fd, request) for request in (Ioctl.SIOCOUTQ, Ioctl.SIOCOUTQNSD, Ioctl.SIOCINQ)]
     ends = [_queue_seq(rows, fd, RepairQueue.SEND), _queue_seq(rows, fd, RepairQueue.RECEIVE)]
     rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
+    return fd, rows.reader((info, "B"), *((part, "I") for part in (*queues, *ends)))
+
+
+_position = Reusable(_build_position)
+
+
+def _positions(socks: Sequence[socket.socket]) -> list[tuple[int, ...]]:
+    rows, (fd, reader) = _position.of(len(socks))
+    fd.set(s.fileno() for s in socks)
     with failures(socks):
         rows.run()
-    states = [number & 0xFF for number in info.u32()]
-    return list(zip(states, *(read() for read in (*queues, *ends)), strict=True))
+    return list(reader.iter_unpack(rows.memory))
 
 
-def _peek(indices: Iterable[int], socks: Sequence[socket.socket], raw: Sequence[_Raw]) -> None:
+def _peek(
+    indices: Iterable[int], socks: Sequence[socket.socket], raw: Sequence[_Raw], early: list[Early | None]
+) -> None:
     """Read the queues' bytes into ``raw``."""
-    wanted: dict[RepairQueue, list[tuple[int, int]]] = {RepairQueue.SEND: [], RepairQueue.RECEIVE: []}
+    small: dict[RepairQueue, list[tuple[int, int]]] = {RepairQueue.SEND: [], RepairQueue.RECEIVE: []}
     for i in indices:
-        sent = _sent_fin(raw[i])
-        out = raw[i].outq - (1 if sent and raw[i].outq else 0)
-        raw[i].send_queue = raw[i].receive_queue = b""
-        if out:
-            wanted[RepairQueue.SEND].append((i, out))
-        if raw[i].inq:
-            wanted[RepairQueue.RECEIVE].append((i, raw[i].inq))
-    for queue, sizes in wanted.items():
+        one, sock, known = raw[i], socks[i], early[i]
+        one.send_queue = one.receive_queue = b""
+        out = one.outq - (1 if _sent_fin(one) and one.outq else 0)
+        if out > _SMALL:
+            one.send_queue = _peek_large(sock, RepairQueue.SEND, out)
+        elif out:
+            small[RepairQueue.SEND].append((i, out))
+        if known is not None and (known.consumed != one.consumed or known.count > one.inq):
+            # somebody has read from it
+            known = early[i] = None
+        if known is not None or one.inq > _SMALL:
+            done = 0 if known is None else known.count
+            one.receive_queue = _peek_large(sock, RepairQueue.RECEIVE, one.inq, done) if one.inq > done else b""
+            _whole(sock, one, done + len(one.receive_queue))
+        elif one.inq:
+            small[RepairQueue.RECEIVE].append((i, one.inq))
+    for queue, sizes in small.items():
         if sizes:
-            for (i, size), data in zip(sizes, _peek_queue([socks[i] for i, _ in sizes], sizes, queue), strict=True):
-                short = len(data) < size
-                if short and queue is RepairQueue.RECEIVE and _stops_at_mark(socks[i], len(data)):
-                    raise UrgentData(f"an urgent mark stands {len(data)} bytes into it", object=describe(socks[i]))
+            for (i, _), data in zip(sizes, _peek_small([socks[i] for i, _ in sizes], sizes, queue), strict=True):
                 if queue is RepairQueue.SEND:
                     raw[i].send_queue = data
                 else:
                     raw[i].receive_queue = data
+                    _whole(socks[i], raw[i], len(data))
 
 
-def _stops_at_mark(sock: socket.socket, position: int) -> bool:
-    """Whether peeking stopped in the middle of the queue although nothing else can stop it: at the urgent mark."""
-    return ioctl_int(sock.fileno(), Ioctl.SIOCINQ) > position
+def _whole(sock: socket.socket, raw: _Raw, position: int) -> None:
+    """UrgentData if peeking stopped in the middle of the queue although nothing else can stop it: at the mark."""
+    if position < raw.inq and ioctl_int(sock.fileno(), Ioctl.SIOCINQ) > position:
+        raise UrgentData(f"an urgent mark stands {position} bytes into it", object=describe(sock))
 
 
-def _peek_queue(socks: Sequence[socket.socket], sizes: Sequence[tuple[int, int]], queue: RepairQueue) -> list[bytes]:
-    lengths = [size for _, size in sizes]
-    memory = ctypes.create_string_buffer(sum(lengths))
-    base = ctypes.addressof(memory)
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    rows = Rows(len(socks))
-    fd = rows.numbers([s.fileno() for s in socks])
+def _peek_large(sock: socket.socket, queue: RepairQueue, size: int, start: int = 0) -> bytes:
+    """The bytes of a queue from ``start`` up to ``size``, with one copy."""
+    sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, queue)
+    try:
+        skip = start and not _skip(sock, start)
+        data = sock.recv(size if skip else size - start, _PEEK)
+        return data[start:] if skip else data
+    except BlockingIOError:
+        # nothing there any more: a short queue, and the connection is read again
+        return b""
+    finally:
+        if start:
+            _skip(sock, -1)
+        sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
+
+
+def _skip(sock: socket.socket, offset: int) -> bool:
+    """Let peeking begin at an offset (-1: at the head, as usual); whether this kernel can (TCP since 6.10)."""
+    try:
+        sock.setsockopt(Level.SOCKET, SO.PEEK_OFF, offset)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return False
+    return True
+
+
+def _build_peeking(rows: Rows) -> tuple[Column, Field, Column, Column, RowResult]:
+    fd, queue, at, size = rows.column(), rows.room(4), rows.column(), rows.column()
     rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, queue)
-    at, size = rows.numbers([base + start for start in starts[:-1]]), rows.numbers(lengths)
     # an error (nothing there any more) shows as a short queue, and the connection is read again
     got = rows.call(SYS.recvfrom, fd, at, size, _PEEK, 0, 0, ignore=True, label="peeking a queue")
     rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
+    return fd, queue, at, size, got
+
+
+_peeking = Reusable(_build_peeking)
+
+
+def _peek_small(socks: Sequence[socket.socket], sizes: Sequence[tuple[int, int]], queue: RepairQueue) -> list[bytes]:
+    lengths = [size for _, size in sizes]
+    starts = list(itertools.accumulate(lengths, initial=0))
+    memory = ctypes.create_string_buffer(starts[-1])
+    base = ctypes.addressof(memory)
+    rows, (fd, which, at, size, got) = _peeking.of(len(socks))
+    fd.set(s.fileno() for s in socks)
+    which.set([queue] * len(socks))
+    at.set(base + start for start in starts[:-1])
+    size.set(lengths)
     with failures(socks):
         rows.run()
     view = memoryview(memory)
@@ -287,27 +398,59 @@ def _peek_queue(socks: Sequence[socket.socket], sizes: Sequence[tuple[int, int]]
 
 
 def _sent_fin(raw: _Raw) -> bool:
-    return STATES[TcpState(raw.info.state)] in LOCALLY_FINISHED
+    return raw.state in LOCALLY_FINISHED
 
 
-def _record(raw: _Raw, state: QuietState, saved: options.Saved, spent: float) -> ConnectionRecord:
-    name = STATES[TcpState(raw.info.state)]
-    fin = LocalFin.NONE
-    end, outq, nsd = raw.write_seq, raw.outq, raw.nsd
-    if name in LOCALLY_FINISHED:
-        fin = LocalFin.ACKED if not outq else LocalFin.QUEUED if nsd else LocalFin.SENT
-        end, outq, nsd = end - 1, max(0, outq - 1), max(0, nsd - 1)
-    rcv_nxt = raw.rcv_nxt - (name in PEER_FINISHED)
-    # the window update that acknowledged the peer's FIN counts it
-    beyond = 1 if name in PEER_FINISHED and raw.window.rcv_wup == raw.rcv_nxt else 0
-    local, local_port, _, scope = sockets.unpack_address(raw.local)
-    peer, peer_port, flow_info, _ = sockets.unpack_address(raw.peer)
-    suffix = f"%{socket.if_indextoname(scope)}" if scope else ""
-    info = raw.info
-    scaled = bool(info.options & InfoOption.WSCALE)
-    timestamps = None
-    if info.options & InfoOption.TIMESTAMPS:
-        timestamps = advance(Timestamps(value=raw.timestamp, microseconds=bool(raw.timestamp & 1)), spent)
+class _Shared:
+    """Parts of records that many connections have in common: made, and checked, once each."""
+
+    def __init__(self) -> None:
+        self.negotiated = functools.cache(_negotiated)
+        self.buffers = functools.cache(_buffers)
+        self.soft = functools.cache(_soft)
+        self.address = functools.cache(sockets.unpack_address)
+
+
+def _negotiated(mss: int, options: int, scales: int) -> Negotiated:
+    scaled = bool(options & InfoOption.WSCALE)
+    return Negotiated(
+        mss=mss,
+        # two bit fields: the low half is snd_wscale on little-endian machines
+        snd_wscale=scales & 15 if scaled else None,
+        rcv_wscale=scales >> 4 if scaled else None,
+        sack=bool(options & InfoOption.SACK),
+        timestamps=bool(options & InfoOption.TIMESTAMPS),
+        ecn=bool(options & InfoOption.ECN),
+    )
+
+
+def _buffers(send: int, receive: int, lock: int) -> Buffers:
+    return Buffers(
+        send=send,
+        receive=receive,
+        send_locked=bool(lock & BufferLock.SEND),
+        receive_locked=bool(lock & BufferLock.RECEIVE),
+    )
+
+
+def _soft(
+    cwnd: int, ssthresh: int, srtt: int, rttvar: int, rto: int, min_rtt: int | None, reordering: int, mtu: int, mss: int
+) -> SoftState:
+    return SoftState(
+        cwnd=cwnd,
+        ssthresh=ssthresh,
+        srtt=srtt,
+        rttvar=rttvar,
+        rto=rto,
+        min_rtt=min_rtt,
+        reordering=reordering,
+        path_mtu=mtu,
+        advertised_mss=mss,
+    )
+
+
+def _options(state: QuietState, saved: options.Saved) -> dict[str, tuple[int, ...]]:
+    """Its own, where the freeze changed them."""
     numbers = dict(saved.numbers)
     for keyword, value in (
         ("so.mark", state.mark),
@@ -319,74 +462,89 @@ def _record(raw: _Raw, state: QuietState, saved: options.Saved, spent: float) ->
         numbers.pop(keyword, None)
         if value:
             numbers[keyword] = (value,)
+    return numbers
+
+
+def _record(
+    raw: _Raw, sock: socket.socket, state: QuietState, saved: options.Saved, spent: float, shared: _Shared
+) -> ConnectionRecord:
+    name = raw.state
+    fin = LocalFin.NONE
+    end, outq, nsd = raw.write_seq, raw.outq, raw.nsd
+    if name in LOCALLY_FINISHED:
+        fin = LocalFin.ACKED if not outq else LocalFin.QUEUED if nsd else LocalFin.SENT
+        end, outq, nsd = end - 1, max(0, outq - 1), max(0, nsd - 1)
+    finished = name in PEER_FINISHED
+    rcv_nxt = (raw.rcv_nxt - finished) & SEQ_MASK
+    # the window update that acknowledged the peer's FIN counts it
+    beyond = 1 if finished and raw.rcv_wup == raw.rcv_nxt else 0
+    local, local_port, _, scope = _address(raw.local, shared)
+    peer, peer_port, flow_info, _ = _address(raw.peer, shared)
+    suffix = f"%{socket.if_indextoname(scope)}" if scope else ""
+    timestamps = None
+    if raw.info_options & _TIMESTAMPS:
+        usec = raw.timestamp & 1
+        timestamps = Timestamps(value=_later(raw.timestamp, usec, spent), microseconds=bool(usec))
     return ConnectionRecord(
         conn_id=ConnId.tcp(local + suffix, local_port, peer + suffix, peer_port),
-        family=Family.IPV4 if raw.family == socket.AF_INET else Family.IPV6 if sockets.is_v6(local) else Family.MAPPED,
+        family=Family.IPV4 if sock.family == socket.AF_INET else Family.IPV6 if sockets.is_v6(local) else Family.MAPPED,
         state=name,
         snd_una=(end - outq) & SEQ_MASK,
         snd_nxt=(end - nsd) & SEQ_MASK,
         send_queue=raw.send_queue,
-        rcv_nxt=rcv_nxt & SEQ_MASK,
+        rcv_nxt=rcv_nxt,
         receive_queue=raw.receive_queue,
-        windows=_windows(raw.window, rcv_nxt & SEQ_MASK, beyond),
-        negotiated=Negotiated(
-            mss=raw.mss,
-            snd_wscale=info.snd_wscale if scaled else None,
-            rcv_wscale=info.rcv_wscale if scaled else None,
-            sack=bool(info.options & InfoOption.SACK),
-            timestamps=timestamps is not None,
-            ecn=bool(info.options & InfoOption.ECN),
-        ),
-        buffers=Buffers(
-            send=raw.sndbuf,
-            receive=raw.rcvbuf,
-            send_locked=bool(raw.lock & BufferLock.SEND),
-            receive_locked=bool(raw.lock & BufferLock.RECEIVE),
-        ),
-        congestion=raw.congestion,
+        windows=_windows(raw, rcv_nxt, beyond),
+        negotiated=shared.negotiated(raw.mss, raw.info_options, raw.scales),
+        buffers=shared.buffers(raw.sndbuf, raw.rcvbuf, raw.lock),
+        congestion=raw.congestion.rstrip(b"\0").decode("ascii", "replace"),
         timestamps=timestamps,
         local_fin=fin,
-        options=numbers,
+        options=_options(state, saved),
         option_data=saved.data,
         filter=state.filter,
         filter_locked=state.filter_locked,
         reuse_address=state.reuse_address,
-        soft=SoftState(
-            cwnd=info.snd_cwnd,
-            ssthresh=info.snd_ssthresh,
-            srtt=info.rtt,
-            rttvar=info.rttvar,
-            rto=info.rto,
-            min_rtt=info.min_rtt,
-            reordering=info.reordering,
-            path_mtu=info.pmtu,
-            advertised_mss=info.advmss,
+        soft=shared.soft(
+            raw.cwnd, raw.ssthresh, raw.srtt, raw.rttvar, raw.rto,
+            raw.min_rtt if raw.info_length >= _WITH_MIN_RTT else None,
+            raw.reordering, raw.path_mtu, raw.advertised_mss,
         ),
         flow_info=flow_info,
         scope=suffix.removeprefix("%"),
-    )
+    )  # fmt: skip
 
 
-def _windows(window: RepairWindow, rcv_nxt: int, beyond: int) -> Windows:
+def _address(data: bytes, shared: _Shared) -> tuple[str, int, int, int]:
+    """As :func:`tcpstate.kernel.sockets.unpack_address`; the text of each address is made once."""
+    # the port is the one part that differs from connection to connection
+    text, _, flow_info, scope = shared.address(data[:2] + b"\0\0" + data[4:])
+    return text, data[2] << 8 | data[3], flow_info, scope
+
+
+def _windows(raw: _Raw, rcv_nxt: int, beyond: int) -> Windows:
     """As read, but such that the kernel takes it back.
 
     Where memory was short it offers no window at all, although a later segment was the last to update the peer's: then
     that segment lies beyond our window, which tcp_repair_set_window refuses.
     """
-    rcv_wnd = window.rcv_wnd + beyond
+    rcv_wnd = raw.rcv_wnd + beyond
     edge = (rcv_nxt + rcv_wnd) & SEQ_MASK
     return Windows(
-        snd_wl1=rcv_nxt if before(edge, window.snd_wl1) else window.snd_wl1,
-        snd_wnd=window.snd_wnd,
-        max_window=max(window.max_window, window.snd_wnd),
+        snd_wl1=rcv_nxt if before(edge, raw.snd_wl1) else raw.snd_wl1,
+        snd_wnd=raw.snd_wnd,
+        max_window=max(raw.max_window, raw.snd_wnd),
         rcv_wnd=rcv_wnd,
-        rcv_wup=(window.rcv_wup - beyond) & SEQ_MASK,
+        rcv_wup=(raw.rcv_wup - beyond) & SEQ_MASK,
     )
 
 
 def advance(timestamps: Timestamps, seconds: float) -> Timestamps:
     """The clock after ``seconds``, at least one tick on: it may run ahead of the real one, never behind."""
-    ticks = int(max(0.0, seconds) * (1_000_000 if timestamps.microseconds else 1_000)) + 1
+    return dataclasses.replace(timestamps, value=_later(timestamps.value, timestamps.microseconds, seconds))
+
+
+def _later(value: int, microseconds: int, seconds: float) -> int:
+    ticks = int(max(0.0, seconds) * (1_000_000 if microseconds else 1_000)) + 1
     # bit 0 is the kernel's microsecond flag, not part of the clock
-    value = (timestamps.value + ticks + 1) & SEQ_MASK & ~1 | timestamps.microseconds
-    return dataclasses.replace(timestamps, value=value)
+    return (value + ticks + 1) & SEQ_MASK & ~1 | microseconds

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from tcpstate.errors import ConnectionCallFailed, ForeignFilter, ListenerFilterRefused
 from tcpstate.kernel import bpf
 from tcpstate.kernel.bpf import Instruction, Op
-from tcpstate.kernel.columns import Rows
+from tcpstate.kernel.columns import Column, Field, Reusable, Rows
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.rows import describe, failures
 
@@ -61,12 +61,19 @@ def own_filter(instructions: tuple[Instruction, ...]) -> tuple[Instruction, ...]
     return () if rest == _REST else rest
 
 
+def _count_instructions(rows: Rows) -> tuple[Column, Field]:
+    fd = rows.column()
+    # SO_GET_FILTER counts instructions, not bytes, and with a length of 0 only tells how many there are
+    return fd, rows.getsockopt(fd, Level.SOCKET, SO.ATTACH_FILTER, 0, ignore=True)
+
+
+_counts = Reusable(_count_instructions)
+
+
 def read_filters(socks: Sequence[socket.socket]) -> list[tuple[Instruction, ...]]:
     """The classic filter of each socket, byte-exact; () for none. ForeignFilter if one has an eBPF filter."""
-    rows = Rows(len(socks))
-    fd = rows.numbers([s.fileno() for s in socks])
-    # SO_GET_FILTER counts instructions, not bytes, and with a length of 0 only tells how many there are
-    count = rows.getsockopt(fd, Level.SOCKET, SO.ATTACH_FILTER, 0, ignore=True)
+    rows, (fd, count) = _counts.of(len(socks))
+    fd.set(s.fileno() for s in socks)
     rows.run()
     filters: list[tuple[Instruction, ...]] = []
     lengths = count.length_field.u32() if count.length_field is not None else []

@@ -42,7 +42,7 @@ from tcpstate.filters import (
 )
 from tcpstate.kernel import bpf
 from tcpstate.kernel.bpf import Instruction
-from tcpstate.kernel.columns import Rows
+from tcpstate.kernel.columns import Column, Field, Reusable, RowResult, Rows
 from tcpstate.kernel.sockets import IP, IPV6, SO, Level
 from tcpstate.kernel.tcp import TCP, USER_TIMEOUT_MAX, Repair, RepairQueue
 from tcpstate.rows import describe, failures
@@ -111,42 +111,71 @@ class QuietState:
         return codec.unpack(cls, data)
 
 
-def read_originals(socks: Sequence[socket.socket]) -> list[QuietState]:
-    """What :func:`quiet` is going to change, to be written down before it does. ForeignFilter, ConnectionCallFailed."""
-    filters = [own_filter(f) for f in read_filters(socks)]
-    rows = Rows(len(socks))
-    fd = rows.numbers([s.fileno() for s in socks])
-    locked = rows.getsockopt(fd, Level.SOCKET, SO.LOCK_FILTER, 4)
-    mark = rows.getsockopt(fd, Level.SOCKET, SO.MARK, 4)
-    timeout = rows.getsockopt(fd, Level.TCP, TCP.USER_TIMEOUT, 4)
-    keepalive = rows.getsockopt(fd, Level.SOCKET, SO.KEEPALIVE, 4)
-    reuse = rows.getsockopt(fd, Level.SOCKET, SO.REUSEADDR, 4)
-    ttl = rows.getsockopt(fd, Level.IP, IP.MINTTL, 4, ignore=True)
-    hops = rows.getsockopt(fd, Level.IPV6, IPV6.MINHOPCOUNT, 4, ignore=True)
-    with failures(socks):
-        rows.run()
-    columns = zip(
-        filters, locked.u32(), mark.u32(), timeout.u32(), keepalive.u32(), reuse.u32(), ttl.u32(), hops.u32(),
-        strict=True,
-    )  # fmt: skip
-    return [
-        QuietState(
-            filter=own,
-            filter_locked=bool(lock),
-            mark=value,
-            user_timeout=milliseconds,
-            keepalive=bool(alive),
-            reuse_address=bool(again),
-            minimum_ttl=least,
-            minimum_hops=most,
-            gate=Gate.TTL if lock else Gate.FILTER,
-        )
-        for own, lock, value, milliseconds, alive, again, least, most in columns
+def _build_originals(rows: Rows) -> tuple[Column, list[Field]]:
+    fd = rows.column()
+    return fd, [
+        rows.getsockopt(fd, Level.SOCKET, SO.LOCK_FILTER, 4),
+        rows.getsockopt(fd, Level.SOCKET, SO.MARK, 4),
+        rows.getsockopt(fd, Level.TCP, TCP.USER_TIMEOUT, 4),
+        rows.getsockopt(fd, Level.SOCKET, SO.KEEPALIVE, 4),
+        rows.getsockopt(fd, Level.SOCKET, SO.REUSEADDR, 4),
+        rows.getsockopt(fd, Level.IP, IP.MINTTL, 4, ignore=True),
+        rows.getsockopt(fd, Level.IPV6, IPV6.MINHOPCOUNT, 4, ignore=True),
     ]
 
 
-def quiet(socks: Sequence[socket.socket]) -> list[QuietState]:
+_originals = Reusable(_build_originals)
+
+
+def read_originals(socks: Sequence[socket.socket]) -> list[QuietState]:
+    """What :func:`quiet` is going to change, to be written down before it does. ForeignFilter, ConnectionCallFailed."""
+    filters = [own_filter(f) for f in read_filters(socks)]
+    rows, (fd, fields) = _originals.of(len(socks))
+    fd.set(s.fileno() for s in socks)
+    with failures(socks):
+        rows.run()
+    # most connections of a server have the same
+    states: dict[tuple[object, ...], QuietState] = {}
+    found = []
+    for parts in zip(filters, *(f.u32() for f in fields), strict=True):
+        state = states.get(parts)
+        if state is None:
+            state = states[parts] = _original(*parts)
+        found.append(state)
+    return found
+
+
+def _original(
+    own: tuple[Instruction, ...], lock: int, mark: int, timeout: int, alive: int, reuse: int, ttl: int, hops: int
+) -> QuietState:
+    return QuietState(
+        filter=own,
+        filter_locked=bool(lock),
+        mark=mark,
+        user_timeout=timeout,
+        keepalive=bool(alive),
+        reuse_address=bool(reuse),
+        minimum_ttl=ttl,
+        minimum_hops=hops,
+        gate=Gate.TTL if lock else Gate.FILTER,
+    )
+
+
+def _build_silencing(rows: Rows) -> Column:
+    fd = rows.column()
+    rows.setsockopt(fd, Level.SOCKET, SO.MARK, rows.shared(struct.pack("I", MARK)), label="setting the mark")
+    rows.setsockopt(fd, Level.TCP, TCP.USER_TIMEOUT, USER_TIMEOUT_MAX)
+    rows.setsockopt(fd, Level.SOCKET, SO.KEEPALIVE, 0)
+    return fd
+
+
+_silencing = Reusable(_build_silencing)
+
+
+def quiet(socks: Sequence[socket.socket], originals: Sequence[QuietState] | None = None) -> list[QuietState]:
     """Freeze connections at the quiet level; returns the originals, in the same order.
+
+    originals  what :func:`read_originals` said, if their owners have been stopped since
 
     All of them, or none: at the first failure those that were changed are given back.  Nothing arrives any more when it
     returns, but a segment that was past the filter already may still be at work for a moment; the export checks for it.
@@ -154,15 +183,12 @@ def quiet(socks: Sequence[socket.socket]) -> list[QuietState]:
     """
     if not socks:
         return []
-    states = read_originals(socks)
+    states = read_originals(socks) if originals is None else list(originals)
     try:
         shut([s for s, state in zip(socks, states, strict=True) if state.gate is Gate.FILTER])
         _gate_ttl([s for s, state in zip(socks, states, strict=True) if state.gate is Gate.TTL])
-        rows = Rows(len(socks))
-        fd = rows.numbers([s.fileno() for s in socks])
-        rows.setsockopt(fd, Level.SOCKET, SO.MARK, rows.shared(struct.pack("I", MARK)), label="setting the mark")
-        rows.setsockopt(fd, Level.TCP, TCP.USER_TIMEOUT, USER_TIMEOUT_MAX)
-        rows.setsockopt(fd, Level.SOCKET, SO.KEEPALIVE, 0)
+        rows, fd = _silencing.of(len(socks))
+        fd.set(s.fileno() for s in socks)
         with failures(socks):
             rows.run()
     except BaseException:
@@ -171,15 +197,24 @@ def quiet(socks: Sequence[socket.socket]) -> list[QuietState]:
     return states
 
 
+def _build_attaching(rows: Rows) -> tuple[Column, Field, RowResult]:
+    fd, value = rows.column(), rows.room(4)
+    label = "attaching the filter"
+    return fd, value, rows.setsockopt(fd, Level.SOCKET, SO.ATTACH_BPF, value, ignore=True, label=label)
+
+
+_attaching = Reusable(_build_attaching)
+
+
 def shut(socks: Sequence[socket.socket]) -> None:
     """Attach the filter that drops every arriving segment. ConnectionCallFailed."""
     if not socks:
         return
     program = bpf.drop_program()
     if program is not None:
-        rows = Rows(len(socks))
-        fd = rows.numbers([s.fileno() for s in socks])
-        attached = rows.setsockopt(fd, Level.SOCKET, SO.ATTACH_BPF, program, ignore=True, label="attaching the filter")
+        rows, (fd, value, attached) = _attaching.of(len(socks))
+        fd.set(s.fileno() for s in socks)
+        value.set([program] * len(socks))
         rows.run()
         if all(result == 0 for result in attached.values()):
             return
@@ -243,30 +278,52 @@ def thaw(socks: Sequence[socket.socket], states: Sequence[QuietState], *, probe:
         except (OSError, ConnectionCallFailed) as error:
             failed.append(f"{describe(sock)}: {error}")
     # last: only now an answer to the probe gets in
-    in_repair = [(sock, state.reuse_address) for sock, state in zip(socks, states, strict=True) if is_in_repair(sock)]
+    living = {id(sock) for sock in not_in_repair(socks)}
+    in_repair = [pair for pair in zip(socks, states, strict=True) if id(pair[0]) not in living]
     if in_repair:
-        leave_repair([sock for sock, _ in in_repair], [reuse for _, reuse in in_repair], probe=probe)
+        leave_repair([sock for sock, _ in in_repair], [state.reuse_address for _, state in in_repair], probe=probe)
     if failed:
         raise ConnectionCallFailed(f"{len(failed)} of {len(socks)} sockets were not given back whole", object=failed[0])
 
 
-def is_in_repair(sock: socket.socket) -> bool:
-    """Whether the socket is in repair mode."""
-    return sock.getsockopt(Level.TCP, TCP.REPAIR) == Repair.ON
+def _build_asking(rows: Rows) -> tuple[Column, Field]:
+    fd = rows.column()
+    return fd, rows.getsockopt(fd, Level.TCP, TCP.REPAIR, 4)
+
+
+_asking = Reusable(_build_asking)
+
+
+def not_in_repair(socks: Sequence[socket.socket]) -> list[socket.socket]:
+    """Those that are not in repair mode. ConnectionCallFailed."""
+    rows, (fd, mode) = _asking.of(len(socks))
+    fd.set(s.fileno() for s in socks)
+    with failures(socks):
+        rows.run()
+    return [sock for sock, value in zip(socks, mode.u32(), strict=True) if value != Repair.ON]
+
+
+def _build_entering(rows: Rows) -> tuple[Column, RowResult]:
+    fd = rows.column()
+    label = "entering repair mode"
+    return fd, rows.setsockopt(fd, Level.TCP, TCP.REPAIR, Repair.ON, ignore=True, label=label)
+
+
+_entering = Reusable(_build_entering)
 
 
 def enter_repair(socks: Sequence[socket.socket]) -> None:
     """Put sockets in repair mode. All or none; ConnectionCallFailed (EPERM: a listener, or no CAP_NET_ADMIN)."""
-    rows = Rows(len(socks))
-    fd = rows.numbers([s.fileno() for s in socks])
-    entered = rows.setsockopt(fd, Level.TCP, TCP.REPAIR, Repair.ON, ignore=True, label="entering repair mode")
+    rows, (fd, entered) = _entering.of(len(socks))
+    fd.set(s.fileno() for s in socks)
     rows.run()
-    failed = [i for i, result in enumerate(entered.values()) if result < 0]
+    results = entered.values()
+    failed = [i for i, result in enumerate(results) if result < 0]
     if failed:
-        for i, result in enumerate(entered.values()):
+        for i, result in enumerate(results):
             if result == 0:
                 socks[i].setsockopt(Level.TCP, TCP.REPAIR, Repair.OFF_NO_PROBE)
-        error = os.strerror(-entered.values()[failed[0]])
+        error = os.strerror(-results[failed[0]])
         raise ConnectionCallFailed(f"entering repair mode: {error}", object=describe(socks[failed[0]]))
 
 

@@ -20,13 +20,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tcpstate.errors import UnsupportedSocket
-from tcpstate.kernel.columns import Field, RowError, Rows
+from tcpstate.kernel.columns import Column, Field, Reusable, RowError, Rows
 from tcpstate.kernel.sockets import IP, IPV6, SO, Level
 from tcpstate.kernel.tcp import TCP
 from tcpstate.record import ConnectionRecord
 from tcpstate.rows import describe
 
-__all__ = ["EXCLUDED", "TABLE", "Format", "Option", "Saved", "Stage", "give", "number", "save"]
+__all__ = ["EXCLUDED", "TABLE", "VOLATILE", "Format", "Option", "Saved", "Stage", "give", "number", "refresh", "save"]
 
 log = logging.getLogger(__name__)
 
@@ -229,6 +229,7 @@ TABLE: tuple[Option, ...] = (
 )
 
 BY_KEYWORD: Mapping[str, Option] = {option.keyword: option for option in TABLE}
+_ORDER: Mapping[str, int] = {option.keyword: place for place, option in enumerate(TABLE)}
 
 _DEVICE = "so.bindtodevice"
 _OWN_FIELD = "has a field of its own in the record"
@@ -273,14 +274,6 @@ def _of_family(family: int) -> list[Option]:
     return [option for option in TABLE if wanted & option.where]
 
 
-def _read(fds: Sequence[int], options: Sequence[Option], defaults: Mapping[str, bytes]) -> list[Field]:
-    rows = Rows(len(fds))
-    fd = rows.numbers(fds)
-    fields = [rows.getsockopt(fd, o.level, o.number, o.size, ignore=True, initial=defaults[o.keyword]) for o in options]
-    rows.run()
-    return fields
-
-
 @functools.cache
 def _defaults(family: int) -> dict[str, bytes]:
     """Values of a fresh socket, by keyword, of the options that this kernel has."""
@@ -296,39 +289,96 @@ def _defaults(family: int) -> dict[str, bytes]:
         return values
 
 
+#: what the kernel changes without the application (tests/kernel/tcp holds the others to it)
+VOLATILE: frozenset[str] = frozenset({"tcp.quickack", "tcp.window_clamp", "ip.tos", "ipv6.tclass"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """A table that reads options of sockets of one family: which, and where each has its value and its length."""
+
+    table: Reusable[tuple[Column, list[Field]]]
+    options: list[Option]
+    defaults: Mapping[str, bytes]
+
+    def read(self, socks: Sequence[socket.socket]) -> list[Saved]:
+        """What each has of these options that a fresh socket has not."""
+        rows, (fd, fields) = self.table.of(len(socks))
+        fd.set(s.fileno() for s in socks)
+        rows.run()
+        size = rows.record_size
+        memory = bytes(rows.memory)
+        # connections of one server are mostly alike: each combination of values is looked at once
+        known: dict[bytes, Saved] = {}
+        saved = []
+        for row, sock in enumerate(socks):
+            record = memory[row * size : (row + 1) * size]
+            same = known.get(record)
+            if same is None:
+                same = known[record] = self._look(fields, row, sock)
+            saved.append(Saved(dict(same.numbers), dict(same.data)))
+        return saved
+
+    def _look(self, fields: Sequence[Field], row: int, sock: socket.socket) -> Saved:
+        found = Saved()
+        for option, place in zip(self.options, fields, strict=True):
+            if place.is_usual(row, self.defaults[option.keyword]):
+                continue
+            value = place.value(row)
+            # a call that failed left the default in its place
+            if value == self.defaults[option.keyword] or place.failed(row):
+                continue
+            if option.format is not Format.BYTES:
+                found.numbers[option.keyword] = option.decode(value)
+            elif option.keyword == _DEVICE:
+                found.data[_DEVICE] = value.rstrip(b"\0")
+            elif len(value) < option.size or option.keyword == "ip.options":
+                found.data[option.keyword] = value
+            else:
+                raise UnsupportedSocket(f"its {option.keyword} may be cut off", object=describe(sock))
+        return found
+
+
+@functools.cache
+def _reading(family: int, volatile: bool) -> _Reading:
+    """The options of this kernel that the kernel changes by itself, or all others."""
+    defaults = _defaults(family)
+    options = [o for o in _of_family(family) if o.keyword in defaults and (o.keyword in VOLATILE) == volatile]
+
+    def build(rows: Rows) -> tuple[Column, list[Field]]:
+        fd = rows.column()
+        return fd, [
+            rows.getsockopt(fd, o.level, o.number, o.size, ignore=True, initial=defaults[o.keyword]) for o in options
+        ]
+
+    return _Reading(Reusable(build), options, defaults)
+
+
 def save(socks: Sequence[socket.socket]) -> list[Saved]:
     """The options of each socket that differ from a fresh one's.
 
     UnsupportedSocket if a value is longer than any we know; OSError if a descriptor is not a socket.
     """
+    return refresh(socks, _by_family(socks, volatile=False))
+
+
+def refresh(socks: Sequence[socket.socket], saved: Sequence[Saved]) -> list[Saved]:
+    """What :func:`save` gave, as it is now, if the sockets' owners have been stopped since."""
+    fresh = _by_family(socks, volatile=True)
+    for new, old in zip(fresh, saved, strict=True):
+        new.numbers = {k: v for k, v in old.numbers.items() if k not in VOLATILE} | new.numbers
+        new.data = dict(old.data)
+    return fresh
+
+
+def _by_family(socks: Sequence[socket.socket], *, volatile: bool) -> list[Saved]:
     saved = [Saved() for _ in socks]
     for family in (socket.AF_INET, socket.AF_INET6):
         mine = [i for i, sock in enumerate(socks) if sock.family == family]
-        if not mine:
-            continue
-        defaults = _defaults(family)
-        options = [o for o in _of_family(family) if o.keyword in defaults]
-        columns = _read([socks[i].fileno() for i in mine], options, defaults)
-        for option, column in zip(options, columns, strict=True):
-            for place, value in _different(column, defaults[option.keyword]):
-                if option.format is not Format.BYTES:
-                    saved[mine[place]].numbers[option.keyword] = option.decode(value)
-                elif option.keyword == _DEVICE:
-                    saved[mine[place]].data[_DEVICE] = value.rstrip(b"\0")
-                elif len(value) < option.size or option.keyword == "ip.options":
-                    saved[mine[place]].data[option.keyword] = value
-                else:
-                    raise UnsupportedSocket(f"its {option.keyword} may be cut off", object=describe(socks[mine[place]]))
+        if mine:
+            for i, found in zip(mine, _reading(family, volatile).read([socks[i] for i in mine]), strict=True):
+                saved[i] = found
     return saved
-
-
-def _different(column: Field, default: bytes) -> list[tuple[int, bytes]]:
-    """(row, value) where a column differs from ``default``; a call that failed left the default in its place."""
-    rows = column.differing(default)
-    if not rows:
-        return []
-    results = column.results()
-    return [(row, column.value(row)) for row in rows if results[row] >= 0]
 
 
 def give(
@@ -345,21 +395,32 @@ def give(
     know, too.  Raises :class:`~tcpstate.kernel.columns.RowError` (``row`` counts among ``socks``) when the kernel
     refuses a value, ValueError when a value has the wrong shape.
     """
-    wanted: dict[str, list[tuple[int, bytes]]] = {}
+    alike: dict[tuple[str, ...], list[tuple[int, list[bytes]]]] = {}
     for row, (of_numbers, of_data) in enumerate(zip(numbers, data, strict=True)):
-        for keyword, value in of_numbers.items():
-            option = _known(keyword)
-            if option is not None and option.stage is stage and keyword not in skip:
-                wanted.setdefault(keyword, []).append((row, option.encode(value)))
-        for keyword, raw in of_data.items():
-            option = _known(keyword)
-            if option is not None and option.stage is stage and keyword not in skip:
-                if option.format is not Format.BYTES or len(raw) > option.size:
-                    raise ValueError(f"{keyword}: {len(raw)} bytes do not fit")
-                wanted.setdefault(keyword, []).append((row, raw))
-    for option in TABLE:
-        if option.keyword in wanted:
-            _set(socks, option, wanted[option.keyword])
+        values = _wanted(of_numbers, of_data, stage, skip)
+        if values:
+            keywords = tuple(sorted(values, key=_ORDER.__getitem__))
+            alike.setdefault(keywords, []).append((row, [values[k] for k in keywords]))
+    for keywords, rows in alike.items():
+        _set(socks, [BY_KEYWORD[k] for k in keywords], rows)
+
+
+def _wanted(
+    numbers: Mapping[str, Sequence[int]], data: Mapping[str, bytes], stage: Stage, skip: frozenset[str]
+) -> dict[str, bytes]:
+    """The options of one stage as the kernel wants them. ValueError."""
+    values = {}
+    for keyword, value in numbers.items():
+        option = _known(keyword)
+        if option is not None and option.stage is stage and keyword not in skip:
+            values[keyword] = option.encode(value)
+    for keyword, raw in data.items():
+        option = _known(keyword)
+        if option is not None and option.stage is stage and keyword not in skip:
+            if option.format is not Format.BYTES or len(raw) > option.size:
+                raise ValueError(f"{keyword}: {len(raw)} bytes do not fit")
+            values[keyword] = raw
+    return values
 
 
 def _known(keyword: str) -> Option | None:
@@ -369,19 +430,28 @@ def _known(keyword: str) -> Option | None:
     return option
 
 
-def _set(socks: Sequence[socket.socket], option: Option, values: Sequence[tuple[int, bytes]]) -> None:
-    rows = Rows(len(values))
-    fd = rows.numbers([socks[row].fileno() for row, _ in values])
-    value = rows.data([raw for _, raw in values])
-    size = rows.numbers([len(raw) for _, raw in values])
-    rows.setsockopt(fd, option.level, option.number, value, size=size, label=f"setting {option.keyword}")
-    try:
-        rows.run()
-    except RowError as error:
-        if error.errno in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
-            log.warning("this kernel does not take socket option %s; it was left out", option.keyword)
-            return
-        raise RowError(error.errno or errno.EIO, values[error.row][0], error.label) from None
+def _set(socks: Sequence[socket.socket], options: Sequence[Option], wanted: Sequence[tuple[int, list[bytes]]]) -> None:
+    """Set the same options, each with its own values, of the sockets with these numbers."""
+    rows = Rows(len(wanted))
+    fd = rows.numbers(socks[i].fileno() for i, _ in wanted)
+    done = []
+    for at, option in enumerate(options):
+        values = [raws[at] for _, raws in wanted]
+        size: int | Column = len(values[0])
+        if any(len(raw) != size for raw in values):
+            size = rows.numbers(map(len, values))
+        # one value for all is the usual case, and the cheaper
+        value = rows.shared(values[0]) if values.count(values[0]) == len(values) else rows.data(values)
+        done.append(rows.setsockopt(fd, option.level, option.number, value, size=size, ignore=True))
+    rows.run()
+    for option, result in zip(options, done, strict=True):
+        failed = next(((row, -code) for row, code in enumerate(result.values()) if code < 0), None)
+        if failed is None:
+            continue
+        row, code = failed
+        if code not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
+            raise RowError(code, wanted[row][0], f"setting {option.keyword}")
+        log.warning("this kernel does not take socket option %s; it was left out", option.keyword)
 
 
 def number(record: ConnectionRecord, keyword: str) -> int:

@@ -2,7 +2,7 @@
 
 A :class:`Rows` holds ``count`` rows, one per socket; each row makes the same calls with its own arguments and has its
 own record of memory for what they read and write.  The table is filled by one strided assignment per argument, not
-call by call, so that building it costs less than running it (0.2 - 4 us per row).
+call by call, and only for a slab of rows: the next slab runs in the same table, which stays in the processor's cache.
 
 ::
 
@@ -11,6 +11,19 @@ call by call, so that building it costs less than running it (0.2 - 4 us per row
     mss = rows.getsockopt(fd, Level.TCP, Tcp.MAXSEG, 4)
     rows.run()
     mss.u32()         # a list, one number per row
+
+A table that is wanted again and again is built once and then only filled; that is most of the cost where there are few
+rows::
+
+    def build(rows: Rows) -> tuple[Column, Field]:
+        fd = rows.column()
+        return fd, rows.getsockopt(fd, Level.TCP, Tcp.MAXSEG, 4)
+
+    sizes = Reusable(build)
+
+    rows, (fd, mss) = sizes.of(len(socks))
+    fd.set(s.fileno() for s in socks)
+    rows.run()
 """
 
 from __future__ import annotations
@@ -19,21 +32,28 @@ import ctypes
 import errno
 import os
 import struct
+import sys
+import threading
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from tcpstate.kernel import batch
 from tcpstate.kernel.calls import ENTRY_SIZE, IGNORE_ERROR, RET_OFFSET, indirect
 from tcpstate.kernel.machine import SYS
 
-__all__ = ["Column", "Field", "RowError", "RowResult", "Rows", "Shared"]
+__all__ = ["Column", "Field", "Reusable", "RowError", "RowResult", "Rows", "Shared"]
+
+T = TypeVar("T")
 
 _WORD = 8
 _WORDS = ENTRY_SIZE // _WORD
 _RET_WORD = RET_OFFSET // _WORD
 _FLAGS_WORD = _WORDS - 1
 _MASK = (1 << 64) - 1
+#: rows of a slab
+_SLAB = 64
 
 
 class RowError(OSError):
@@ -48,11 +68,15 @@ class RowError(OSError):
         self.label = label
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Column:
     """An argument with its own value in each row."""
 
     values: array[int]
+
+    def set(self, values: Iterable[int]) -> None:
+        """What it is in the rows of the next run: one number per row."""
+        self.values = array("Q", [v & _MASK for v in values])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,11 +123,29 @@ class Field:
         size = self.size if self.length_field is None else self.length_field.length_of(row)
         return bytes(self.rows.memory[start : start + size])
 
+    def is_usual(self, row: int, usual: bytes) -> bool:
+        """Whether :meth:`value` is ``usual``, told faster. RuntimeError of fields that no getsockopt writes."""
+        length = self.length_field
+        if length is None:
+            raise RuntimeError("this field is not the value of a getsockopt")
+        memory, at = self.rows.memory, row * self.rows.record_size
+        return memory.startswith(usual, at + self.offset) and memory.startswith(
+            len(usual).to_bytes(4, sys.byteorder), at + length.offset
+        )
+
     def results(self) -> list[int]:
         """What the getsockopt that wrote it returned, per row. RuntimeError of other fields."""
+        return self._call.values()
+
+    def failed(self, row: int) -> bool:
+        """Whether the getsockopt that was to write it failed in one row. RuntimeError of other fields."""
+        return self.rows.returned[row * self.rows.calls + self._call.call] < 0
+
+    @property
+    def _call(self) -> RowResult:
         if self.result is None:
             raise RuntimeError("this field is not the value of a getsockopt")
-        return self.result.values()
+        return self.result
 
     def whole(self, row: int) -> bytes:
         """All bytes of the field of one row."""
@@ -111,8 +153,18 @@ class Field:
         return bytes(self.rows.memory[start : start + self.size])
 
     def fill(self, data: bytes) -> None:
-        """What each row's field holds before the run."""
+        """What each row's field holds before the run. Before the first run of the table only."""
         self._same = data
+
+    def set(self, values: Iterable[int]) -> None:
+        """A 32-bit number of its own for each row of the next run."""
+        self._each = array("I", [v & 0xFFFFFFFF for v in values])
+
+    def set_bytes(self, values: Sequence[bytes]) -> None:
+        """Bytes of its own for each row of the next run, no more than the field holds."""
+        if any(len(value) > self.size for value in values):
+            raise ValueError(f"a value is longer than the {self.size} bytes of its field")
+        self._each = values
 
     def length_of(self, row: int) -> int:
         """The 32-bit number of one row (this field is the length of another)."""
@@ -128,20 +180,6 @@ class Field:
         lengths = self.length_field.u32()
         return [memory[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
-    def differing(self, usual: bytes) -> list[int]:
-        """The rows whose value is not ``usual``, found by whole columns."""
-        size = len(usual)
-        if size % 4:
-            return [row for row, value in enumerate(self.all()) if value != usual]
-        found: set[int] = set()
-        columns = [(self.u32(4 * i), word) for i, word in enumerate(struct.unpack(f"{size // 4}I", usual))]
-        if self.length_field is not None:
-            columns.append((self.length_field.u32(), size))
-        for column, word in columns:
-            if column.count(word) != len(column):
-                found.update(row for row, number in enumerate(column) if number != word)
-        return sorted(found)
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowResult:
@@ -152,8 +190,7 @@ class RowResult:
 
     def values(self) -> list[int]:
         """One result per row; negative: -errno (of a call that ignores errors)."""
-        raw = self.rows.entries[self.call * _WORDS + _RET_WORD :: self.rows.calls * _WORDS]
-        return array("q", raw.tobytes()).tolist()
+        return self.rows.returned[self.call :: self.rows.calls].tolist()
 
 
 Argument = int | Column | Field | Shared | RowResult
@@ -165,8 +202,14 @@ class Rows:
     def __init__(self, count: int) -> None:
         self.count = count
         self.record_size = 0
+        #: after a run: the records of all rows, and what all calls returned
         self.memory = bytearray()
-        self.entries: array[int] = array("Q")
+        self.returned: array[int] = array("q")
+        self._slab = 0
+        self._records = bytearray()
+        self._initial = b""
+        self._entries: array[int] = array("Q")
+        self._inputs: list[tuple[int, Column]] = []
         self._fields: list[Field] = []
         self._calls: list[tuple[int, tuple[Argument, ...], int]] = []
         self._labels: list[str] = []
@@ -175,6 +218,10 @@ class Rows:
     def calls(self) -> int:
         """Calls per row."""
         return len(self._calls)
+
+    def column(self) -> Column:
+        """An argument that is :meth:`Column.set` before each run."""
+        return Column(array("Q"))
 
     def numbers(self, values: Iterable[int]) -> Column:
         """An argument: one number (a descriptor, a length, an address) per row."""
@@ -186,6 +233,15 @@ class Rows:
     def shared(self, data: bytes) -> Shared:
         """Bytes that all rows read; they live as long as the table does."""
         return Shared(ctypes.create_string_buffer(data, max(1, len(data))))
+
+    def reader(self, *parts: tuple[Field, str]) -> struct.Struct:
+        """What reads the records of all rows at once (``reader.iter_unpack(rows.memory)``), a tuple per row: the parts
+        in the order in which their fields were made, each with its format. Numbers are the machine's."""
+        formats, at = ["="], 0
+        for place, form in parts:
+            formats.append(f"{place.offset - at}x{form}")
+            at = place.offset + struct.calcsize("=" + form)
+        return struct.Struct("".join(formats) + f"{self.record_size - at}x")
 
     def room(self, size: int) -> Field:
         """``size`` bytes in each row's record, zeroed."""
@@ -241,37 +297,28 @@ class Rows:
 
     def run(self) -> None:
         """Make the calls, row by row. :class:`RowError` at the first failure that is not ignored."""
+        self.memory = bytearray()
+        self.returned = array("q")
         if not self.count or not self._calls:
             return
-        self._place_records()
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self.memory)) if self.memory else 0
-        self._place_entries(base)
-        first, length = self.entries.buffer_info()
-        end = first + length * _WORD
-        stopped = batch.walk(first, end)
-        if stopped != end:
-            index = (stopped - first) // ENTRY_SIZE
-            word = self.entries[index * _WORDS + _RET_WORD]
-            error = (1 << 64) - word
-            row, call = divmod(index, self.calls)
-            raise RowError(error if 0 < error < 4096 else errno.EIO, row, self._labels[call])
+        if not self._slab:
+            self.place(self.count)
+        for start in range(0, self.count, self._slab):
+            self._run_slab(start, min(self._slab, self.count - start))
 
-    def _place_records(self) -> None:
-        size = self.record_size
-        template = bytearray(size)
+    def place(self, count: int) -> None:
+        """Give the table its place in memory, for runs of about ``count`` rows. It takes no more calls then."""
+        self._slab = slab = min(_SLAB, count)
+        template = bytearray(self.record_size)
         for f in self._fields:
             template[f.offset : f.offset + len(f._same)] = f._same
-        self.memory = bytearray(bytes(template) * self.count)
-        for f in self._fields:
-            if isinstance(f._each, array):
-                memoryview(self.memory).cast("I")[f.offset // 4 :: size // 4] = memoryview(f._each)
-            elif f._each is not None:
-                for row, data in enumerate(f._each):
-                    start = row * size + f.offset
-                    self.memory[start : start + len(data)] = data
+        self._initial = bytes(template) * slab
+        self._records = bytearray(self._initial)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._records)) if self._records else 0
+        self._place_entries(base, slab)
 
-    def _place_entries(self, base: int) -> None:
-        template = array("Q")
+    def _place_entries(self, base: int, slab: int) -> None:
+        row = array("Q")
         for nr, args, flags in self._calls:
             words = [nr, 0, 0, 0, 0, 0, 0, 0, 0, flags]
             for i, arg in enumerate(args):
@@ -281,20 +328,73 @@ class Rows:
                     words[1 + i] = arg.address
                 elif isinstance(arg, RowResult):
                     words[_FLAGS_WORD] |= indirect(i)
-            template.extend(words)
-        self.entries = template * self.count
-        row_words = len(template)
-        start, _ = self.entries.buffer_info()
+            row.extend(words)
+        self._entries = row * slab
+        self._inputs = []
+        start, _ = self._entries.buffer_info()
         for index, (_, args, _) in enumerate(self._calls):
             for i, arg in enumerate(args):
-                place = slice(index * _WORDS + 1 + i, None, row_words)
+                word = index * _WORDS + 1 + i
+                place = slice(word, None, len(row))
                 if isinstance(arg, Column):
-                    self.entries[place] = arg.values
+                    self._inputs.append((word, arg))
                 elif isinstance(arg, Field):
-                    self.entries[place] = _steps(base + arg.offset, self.record_size, self.count)
+                    self._entries[place] = _steps(base + arg.offset, self.record_size, slab)
                 elif isinstance(arg, RowResult):
                     at = start + (arg.call * _WORDS + _RET_WORD) * _WORD
-                    self.entries[place] = _steps(at, row_words * _WORD, self.count)
+                    self._entries[place] = _steps(at, len(row) * _WORD, slab)
+
+    def _run_slab(self, start: int, count: int) -> None:
+        """Rows ``start`` to ``start + count``: filled, run, and what they brought kept."""
+        size, entries, records = self.record_size, self._entries, self._records
+        records[:] = self._initial
+        for f in self._fields:
+            if f._each is None:
+                continue
+            if isinstance(f._each, array):
+                words = memoryview(records).cast("I")[f.offset // 4 :: size // 4]
+                words[:count] = memoryview(f._each)[start : start + count]
+            else:
+                for row, data in enumerate(f._each[start : start + count]):
+                    at = row * size + f.offset
+                    records[at : at + len(data)] = data
+        row_words = self.calls * _WORDS
+        for word, column in self._inputs:
+            entries[word : count * row_words : row_words] = column.values[start : start + count]
+        first, _ = entries.buffer_info()
+        end = first + count * row_words * _WORD
+        stopped = batch.walk(first, end)
+        self.memory += memoryview(records)[: count * size]
+        self.returned.frombytes(entries[_RET_WORD : count * row_words : _WORDS].tobytes())
+        if stopped != end:
+            index = (stopped - first) // ENTRY_SIZE
+            word = entries[index * _WORDS + _RET_WORD]
+            error = (1 << 64) - word
+            row, call = divmod(index, self.calls)
+            raise RowError(error if 0 < error < 4096 else errno.EIO, start + row, self._labels[call])
+
+
+class Reusable(Generic[T]):
+    """A table that each thread builds once. ``build`` makes its calls in the rows it is given, with
+    :meth:`Rows.column`, :meth:`Rows.room` and :meth:`Field.set` for what differs from run to run, and returns what the
+    user wants to fill and read.
+
+    What a run brought must be read before the same table is asked for again.
+    """
+
+    def __init__(self, build: Callable[[Rows], T]) -> None:
+        self._build = build
+        self._made = threading.local()
+
+    def of(self, count: int) -> tuple[Rows, T]:
+        """The table for ``count`` rows, and what ``build`` returned."""
+        made: tuple[Rows, T] | None = getattr(self._made, "table", None)
+        if made is None:
+            rows = Rows(_SLAB)
+            made = self._made.table = rows, self._build(rows)
+            rows.place(_SLAB)
+        made[0].count = count
+        return made
 
 
 def _steps(start: int, step: int, count: int) -> array[int]:

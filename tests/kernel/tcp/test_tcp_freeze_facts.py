@@ -11,7 +11,7 @@ import pytest
 
 from tcpstate.errors import ConnectionCallFailed, ForeignFilter
 from tcpstate.filters import drop_syns, read_filters, remove_syn_filter, undo_drop_syns
-from tcpstate.freeze import Gate, enter_repair, is_in_repair, quiet, thaw
+from tcpstate.freeze import Gate, enter_repair, not_in_repair, quiet, thaw
 from tcpstate.kernel import bpf, route
 from tcpstate.kernel.sockets import IP, SO, Ioctl, Level, ioctl_int
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, USER_TIMEOUT_MAX, TcpInfo, TcpState
@@ -122,7 +122,7 @@ def test_the_applications_filter_and_mark_come_back_exactly(ends):
     thaw([served], states)
     assert read_filters([served]) == [own]
     assert served.getsockopt(Level.SOCKET, SO.MARK) == 77
-    assert not is_in_repair(served)
+    assert not_in_repair([served]) == [served]
     # leaving repair clears it; thaw knows
     assert served.getsockopt(Level.SOCKET, SO.REUSEADDR) == 1
 
