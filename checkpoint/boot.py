@@ -18,7 +18,7 @@ from typing import Final, Self
 from checkpoint.arch import BOOT_SIZE, BOOT_STOP, boot_call, boot_image, boot_result
 from checkpoint.errors import InjectionRefused
 from checkpoint.excursion import Excursions
-from checkpoint.memory.vma import Vma
+from checkpoint.memory.vma import VDSO, Vma, find_named
 from checkpoint.tracee import Process
 from tcpstate.kernel.calls import CallError
 
@@ -79,7 +79,7 @@ def is_head(data: bytes, size: int) -> bool:
 def vdso_of(process: Process) -> Vma:
     """The mapping of the process's vdso. InjectionRefused if it has none."""
     for vma in process.maps:
-        if vma.name == "[vdso]":
+        if vma.name == VDSO:
             return vma
     raise InjectionRefused("it has no vdso", object=f"pid {process.pid}")
 
@@ -122,7 +122,9 @@ class Boot:
     def find_again(self) -> None:
         """The vdso was moved: look where boot is now."""
         self.process.forget_maps()
-        vdso = vdso_of(self.process)
+        vdso = find_named(self.process.pid, VDSO)
+        if vdso is None:
+            raise InjectionRefused("its vdso is gone", object=f"pid {self.process.pid}")
         mark = Mark.find(self.process.read(vdso.start, vdso.size), vdso.start)
         if mark is None:
             raise InjectionRefused("its vdso was replaced", object=f"pid {self.process.pid}")

@@ -38,7 +38,7 @@ from checkpoint.image.frames import Kind, Space
 from checkpoint.inject import Injection
 from checkpoint.memory import layout, pages
 from checkpoint.memory.layout import MemoryLayout
-from checkpoint.memory.vma import Vma, read_smaps
+from checkpoint.memory.vma import Vma, foresee
 from checkpoint.procfs import Stat
 from checkpoint.records import FilesDelta, Manifest, ProcessRecord, TreeRecord
 from checkpoint.state import table
@@ -71,7 +71,7 @@ class Dump:
         self.roots = tuple(roots)
         self.tree: Tree | None = None
         self.warnings: list[str] = []
-        self._smaps: dict[int, list[Vma]] = {}
+        self._foreseen: dict[int, dict[bytes, Vma]] = {}
         self._holdoff: Holdoff | None = None
         self._listeners: list[socket.socket] = []
         self._table: FileTable | None = None
@@ -103,7 +103,7 @@ class Dump:
         for pid in preflight.pids(self.roots):
             try:
                 # the flags of mappings take milliseconds per gigabyte: in the stop only changes are read
-                self._smaps[pid] = read_smaps(pid)
+                self._foreseen[pid] = foresee(pid)
             except (NoSuchProcess, FileNotFoundError, ProcessLookupError):
                 _log.debug("pid %d ended before the stop", pid)
 
@@ -177,17 +177,14 @@ class Dump:
     def _capture(self, tree: Tree) -> None:
         self._table = FileTable()
         for process in tree.processes:
+            process.foreseen = self._foreseen.get(process.pid, {})
             with Injection(process) as injection:
-                self._states[process.pid] = table.capture(process, injection)
+                # read while nothing of ours is in there, unless a dead tool had left something
                 calls = CallTable()
                 brk = layout.query_brk(calls)
-                injection.run({process.leader.tid: calls})
-                ours = list(injection.ranges)
-            process.forget_maps()
+                self._states[process.pid] = table.capture(process, injection, calls)
             self._table.add_process(process)
-            self._layouts[process.pid] = layout.capture(
-                process, self._table, brk=brk.value, before=self._smaps.get(process.pid, ()), ours=ours
-            )
+            self._layouts[process.pid] = layout.capture(process, self._table, brk=brk.value)
         try:
             self._files = self._table.records()
         except Refused as error:

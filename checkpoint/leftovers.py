@@ -19,7 +19,7 @@ from checkpoint.errors import NoSuchProcess, StopTimeout
 from checkpoint.excursion import Excursions, is_stop_signal
 from checkpoint.kernel import ptrace
 from checkpoint.kernel.ptrace import Event
-from checkpoint.memory.vma import read_maps
+from checkpoint.memory.vma import VDSO, find_named
 from checkpoint.thread import Thread
 from checkpoint.tracee import Process
 from tcpstate.kernel.machine import SYS
@@ -71,7 +71,7 @@ def _find(process: Process) -> Mark | None:
 
 def leftovers(pid: int) -> Leftovers | None:
     """What a tool has left in a process, or is just using (``tracer`` not 0); None: nothing. Nothing is stopped."""
-    if not any(vma.name == "[vdso]" for vma in read_maps(pid)):
+    if find_named(pid, VDSO) is None:
         return None
     process = Process(pid)
     try:

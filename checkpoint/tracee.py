@@ -17,7 +17,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from checkpoint import procfs
@@ -62,10 +62,12 @@ class Process:
     threads      leader first
     stat         /proc/PID/stat as of the stop
     stop_signal  the signal that holds it in a stop of its own (state T), 0 if none does
+    foreseen     what memory.vma.foresee() gave before the stop; ``maps`` takes it over
     """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
+        self.foreseen: Mapping[bytes, Vma] = {}
         self.threads: list[Thread] = []
         self.stat: Stat
         self.stop_signal = 0
@@ -138,7 +140,7 @@ class Process:
     def maps(self) -> list[Vma]:
         """Its mappings, read once; :meth:`forget_maps` when they have changed."""
         if self._maps is None:
-            self._maps = read_maps(self.pid)
+            self._maps = read_maps(self.pid, self.foreseen)
         return self._maps
 
     def forget_maps(self) -> None:

@@ -53,6 +53,12 @@ class Mapping(Protocol):
     def end(self) -> int: ...
     @property
     def shared(self) -> bool: ...
+    @property
+    def dev(self) -> int: ...
+    @property
+    def inode(self) -> int: ...
+    @property
+    def name(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +99,21 @@ class TreeFiles:
                     raise ValueError(f"pid {pid} has locks on file {lock.file} of {len(self.files)}")
 
 
+class _LastMapped:
+    """The mapping that was added last, and the index of its file."""
+
+    __slots__ = ("_end", "_file", "index")
+
+    def __init__(self, pid: int, vma: Mapping, index: int) -> None:
+        self._end = vma.end
+        self._file = (pid, vma.shared, vma.dev, vma.inode, vma.name)
+        self.index = index
+
+    def continued_by(self, pid: int, vma: Mapping) -> bool:
+        """Whether ``vma`` begins where this one ends, and is of the same file."""
+        return vma.start == self._end and self._file == (pid, vma.shared, vma.dev, vma.inode, vma.name)
+
+
 class FileTable:
     """The open files of the source. ``add_process`` for each process, ``add_mapped`` for each file mapping, then
     ``records``. Close it when the capture is over.
@@ -112,6 +133,7 @@ class FileTable:
         self._pidfds: dict[int, int] = {}
         self._by_socket: dict[int, int] = {}
         self._by_mapping: dict[tuple[int, int, bool], int] = {}
+        self._last_mapped: _LastMapped | None = None
         # per file: indexes in kcmp's order
         self._by_file: dict[tuple[int, int, str], list[int]] = {}
         self._content_of: dict[tuple[int, int], int] = {}
@@ -268,6 +290,14 @@ class FileTable:
     def add_mapped(self, process: Owner, vma: Mapping) -> int:
         """The index of the file behind a mapping. Mappings of one file in one way share an entry. UnsupportedMapping
         for what is neither a file nor shared memory."""
+        # The parts of a program or library lie side by side: of all but the first nothing is to be asked.
+        before = self._last_mapped
+        beside = not vma.shared and before is not None and before.continued_by(process.pid, vma)
+        index = before.index if before is not None and beside else self._mapped_file(process, vma)
+        self._last_mapped = _LastMapped(process.pid, vma, index)
+        return index
+
+    def _mapped_file(self, process: Owner, vma: Mapping) -> int:
         magic = f"/proc/{process.pid}/map_files/{vma.start:x}-{vma.end:x}"
         link = os.readlink(magic)
         found = os.stat(magic)

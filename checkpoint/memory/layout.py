@@ -7,6 +7,7 @@ stub's memory look like that: nothing but empty pages is left to fill.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from checkpoint.arch import USER_END
 from checkpoint.errors import BadLayout, OtherVdso
 from checkpoint.kernel.mman import MM_MAP, MM_MAP_AUXV, MM_MAP_EXE_FD, Advice, Lock, Map, Prot, PrSetMm, PrSetVma, Remap
 from checkpoint.memory import scan, vdso, verdicts
-from checkpoint.memory.vma import PAGE, SPECIAL_NAMES, VSYSCALL, Vma, with_flags
+from checkpoint.memory.vma import PAGE, SPECIAL_NAMES, VDSO, VSYSCALL, Vma, with_flags
 from tcpstate.kernel.calls import CallError, CallTable, Result
 from tcpstate.kernel.machine import SYS
 
@@ -233,7 +234,9 @@ def capture(
     ranges = sorted(ours)
     maps = _without([vma for vma in process.maps if vma.name != VSYSCALL], ranges)
     known = [vma for vma in before if vma.name != VSYSCALL]
-    vmas = _without([vma for vma in with_flags(process.pid, maps, known) if vma.name != VSYSCALL], ranges)
+    vmas = with_flags(process.pid, maps, known)
+    if vmas is not maps:
+        vmas = _without([vma for vma in vmas if vma.name != VSYSCALL], ranges)
     for vma in vmas:
         verdicts.check(process.pid, vma)
     exe = os.readlink(f"/proc/{process.pid}/exe")
@@ -245,7 +248,7 @@ def capture(
         mappings.append(_mapping(vma, file))
     if exe_file is None:
         raise verdicts.unmapped_exe(process.pid, exe)
-    code = next((process.read(vma.start, vma.size) for vma in vmas if vma.name == vdso.VDSO), b"")
+    code = next((process.read(vma.start, vma.size) for vma in vmas if vma.name == VDSO), b"")
     with open(f"/proc/{process.pid}/auxv", "rb") as file_:
         auxv = file_.read()
     return MemoryLayout(
@@ -283,8 +286,14 @@ def _mapping(vma: Vma, file: int | None) -> Mapping:
         file=file,
         offset=0 if file is None else vma.offset,
         name=vma.name,
-        flags=() if vma.special else tuple(sorted(vma.flags & KEPT_FLAGS)),
+        flags=() if vma.special else _kept(vma.flags),
     )
+
+
+@functools.cache
+def _kept(flags: frozenset[str]) -> tuple[str, ...]:
+    """Those that a rebuilt mapping is given again. A process has few sets of flags, and many mappings."""
+    return tuple(sorted(flags & KEPT_FLAGS))
 
 
 def build(layout: MemoryLayout, stub: Stub, descriptor_of: Descriptors) -> None:
@@ -358,8 +367,8 @@ def _check_vdso(layout: MemoryLayout, stub: Stub, special: dict[str, Vma]) -> No
         here = special[name].size if name in special else 0
         if here != size:
             raise OtherVdso(f"{name} has {size} bytes, here {here}", object=f"pid {layout.pid}")
-    if vdso.VDSO in wanted:
-        vma = special[vdso.VDSO]
+    if VDSO in wanted:
+        vma = special[VDSO]
         if vdso.code(stub.read(vma.start, vma.size)) != layout.vdso:
             raise OtherVdso("the vdso of this kernel has other code", object=f"pid {layout.pid}")
 

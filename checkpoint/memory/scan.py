@@ -68,7 +68,7 @@ def guards(pagemap_fd: int, areas: Iterable[Area]) -> Iterator[tuple[int, int]]:
     """[(start, end)]: guard regions (MADV_GUARD_INSTALL), by address. None on a kernel that cannot tell them."""
     if not pagemap.guards_known():
         return
-    for ranges, _ in _spans(areas):
+    for ranges, _ in _spans(areas, apart=False):
         found = pagemap.scan(pagemap_fd, ranges[0][0], ranges[-1][1], all_of=Category.GUARD)
         yield from _clipped((run[:2] for run in found), ranges)
 
@@ -76,14 +76,17 @@ def guards(pagemap_fd: int, areas: Iterable[Area]) -> Iterator[tuple[int, int]]:
 _Range = tuple[int, int]
 
 
-def _spans(areas: Iterable[Area]) -> Iterator[tuple[list[_Range], bool]]:
+def _spans(areas: Iterable[Area], *, apart: bool = True) -> Iterator[tuple[list[_Range], bool]]:
     """(ranges, anonymous): private mappings of one sort without one of another sort between them, neighbours joined. A
-    process may have thousands of mappings; one call for each would be the longer part of the scan."""
+    process may have thousands of mappings; one call for each would be the longer part of the scan.
+
+    apart  anonymous memory and files are two sorts
+    """
     ranges: list[_Range] = []
     sort = False
     for area in areas:
         private = not area.shared and not area.special
-        if ranges and not (private and area.anonymous == sort):
+        if ranges and not (private and (area.anonymous == sort or not apart)):
             yield ranges, sort
             ranges = []
         if not private:

@@ -12,9 +12,7 @@ import struct
 
 from checkpoint.errors import OtherVdso
 
-__all__ = ["VDSO", "code"]
-
-VDSO = "[vdso]"
+__all__ = ["code"]
 
 _MAGIC = b"\x7fELF\x02\x01"  # ELFCLASS64, ELFDATA2LSB
 _SECTIONS = struct.Struct("<Q")

@@ -72,12 +72,17 @@ def register(kind: str) -> Callable[[type[S]], type[S]]:
 
 
 class ProcessView:
-    """A stopped process whose state is being captured: what its threads' captures share."""
+    """A stopped process whose state is being captured: what its threads' captures share.
 
-    def __init__(self, process: tracee.Process) -> None:
+    first  the table of the first thread, if others have calls in it already
+    """
+
+    def __init__(self, process: tracee.Process, first: CallTable | None = None) -> None:
         self.pid = process.pid
         self.process = process
         self.tasks = [TaskView(self, thread) for thread in process.threads]
+        if first is not None:
+            self.tasks[0].calls = first
         #: signals that the injection keeps back, by tid, 0: of the process; known when the calls have been made
         self.foreign: Mapping[int, bytes] = {}
         #: what each thread's seccomp filters are, for the others to compare

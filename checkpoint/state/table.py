@@ -49,7 +49,7 @@ from checkpoint.state.scheduling import CpuAffinity, IoPriority, Scheduling, Tim
 from checkpoint.state.seccomp import Seccomp
 from checkpoint.state.signals import AlternateStack, SignalHandlers
 from checkpoint.state.subreaper import ChildSubreaper
-from tcpstate.kernel.calls import CallError
+from tcpstate.kernel.calls import CallError, CallTable
 
 if TYPE_CHECKING:
     from checkpoint.inject import Injection
@@ -177,17 +177,20 @@ class ProcessState:
 
 def _get(states: tuple[State, ...], kind: type[S]) -> S:
     for state in states:
-        if isinstance(state, kind):
+        # not isinstance: of an abstract class it takes longer than all else that is done with most kinds
+        if type(state) is kind:
             return state
     raise LookupError(f"no {kind_of(kind)!r} here")
 
 
-def capture(process: Process, injection: Injection) -> ProcessState:
+def capture(process: Process, injection: Injection, more: CallTable | None = None) -> ProcessState:
     """The state of a stopped process with an open injection.
+
+    more  calls that are to be made in its first thread, besides
 
     StateUnreadable if the kernel refuses a call; the errors of a kind that cannot be moved (SeccompSupervised, ...).
     """
-    view = ProcessView(process)
+    view = ProcessView(process, more)
     own = [_begin(kind, view.tasks[0]) for kind in PROCESS_STATES]
     threads = [[_begin(kind, task) for kind in THREAD_STATES] for task in view.tasks]
     try:

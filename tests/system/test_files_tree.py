@@ -167,6 +167,37 @@ keep.update(rw=at(rw), gone=at(gone), anon=at(anon), both=at(both), fd=fd)
     rebuilder.close()
 
 
+def test_neighbours_of_one_file_are_one_entry_and_neighbours_of_two_files_are_two(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).write_bytes(name[:1].encode() * 8192)
+    with children(1) as (source,):
+        source.bare()
+        keep = source.do(
+            f"""
+mmap_ = ctypes.CDLL(None).mmap; mmap_.restype = ctypes.c_void_p
+mmap_.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+at = mmap_(None, 5 * 4096, 0, 0x22, -1, 0)
+first = os.open({str(tmp_path / "first")!r}, os.O_RDWR); second = os.open({str(tmp_path / "second")!r}, os.O_RDWR)
+for place, fd, how, prot, offset in (
+    (0, first, 0x12, 1, 0), (1, first, 0x12, 3, 4096), (2, second, 0x12, 1, 0), (3, first, 0x12, 1, 0),
+    (4, first, 0x11, 1, 4096),
+):
+    assert mmap_(at + place * 4096, 4096, prot, how, fd, offset) == at + place * 4096
+os.close(first); os.close(second)
+keep['at'] = at
+"""
+        )
+        source.stop()
+        vmas = [vma for vma in read_maps(source.pid) if keep["at"] <= vma.start < keep["at"] + 5 * 4096]
+        with FileTable() as table:
+            found = [table.add_mapped(_Pid(source.pid), vma) for vma in vmas]
+            links = [table.entries[index].link.rpartition("/")[2] for index in found]
+        assert links == ["first", "first", "second", "first", "first"]
+        # the last is shared and may become writable: another way of being open
+        assert found == [found[0], found[0], found[2], found[0], found[4]]
+        assert len(set(found)) == 3
+
+
 def test_mapping_of_a_ring_is_refused() -> None:
     with children(1) as (source,):
         source.bare()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
 import os
 import re
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ from checkpoint.memory import scan, vdso, verdicts
 from checkpoint.memory.compare import Region, differences
 from checkpoint.memory.layout import Mapping, MemoryFields, MemoryLayout, _without
 from checkpoint.memory.pages import PageWriter, chunks
-from checkpoint.memory.vma import Vma, parse_maps, parse_smaps
+from checkpoint.memory.vma import VDSO, Vma, find_named, foresee, parse_maps, parse_smaps, read_maps, with_flags
 from tcpstate import codec
 from tcpstate.errors import BadRecord
 
@@ -309,7 +311,7 @@ def test_pages_that_are_not_the_processs_own_are_refused(space: Space, pid: int,
 
 def test_the_code_of_a_vdso_ends_where_its_elf_file_ends() -> None:
     with open("/proc/self/maps", "rb") as maps, open("/proc/self/mem", "rb", 0) as mem:
-        vma = next(v for v in parse_maps(maps.read()) if v.name == vdso.VDSO)
+        vma = next(v for v in parse_maps(maps.read()) if v.name == VDSO)
         mem.seek(vma.start)
         mapped = mem.read(vma.size)
     code = vdso.code(mapped)
@@ -338,3 +340,39 @@ def test_differences_name_the_place_and_the_attribute() -> None:
     assert differences([region(0x1000)], [region(0x1000, digest="e")]) == ["1000-2000 [heap]: digest d became e"]
     assert "only before" in differences([region(0x1000)], [])[0]
     assert "only after" in differences([], [region(0x1000)])[0]
+
+
+def test_what_was_foreseen_has_flags_and_what_came_since_has_none() -> None:
+    before = foresee(os.getpid())
+    assert all(vma.flags for vma in before.values())
+    with mmap.mmap(-1, 3 << 20) as new:
+        at = ctypes.addressof(ctypes.c_char.from_buffer(new))
+        maps = read_maps(os.getpid(), before)
+        assert [vma.key for vma in maps] == [vma.key for vma in read_maps(os.getpid())]
+        assert next(vma for vma in maps if vma.start <= at < vma.end).flags == frozenset()
+        # one that is not known: all are read again
+        assert all(vma.flags for vma in with_flags(os.getpid(), maps))
+    known = [vma for vma in maps if vma.flags]
+    assert len(known) > len(maps) // 2
+    assert with_flags(os.getpid(), known) is known
+
+
+def test_a_mapping_is_found_by_its_name() -> None:
+    found = find_named(os.getpid(), VDSO)
+    assert found is not None
+    assert found == next(vma for vma in read_maps(os.getpid()) if vma.name == VDSO)
+    assert find_named(os.getpid(), "[no such mapping]") is None
+    # a word at the end of a path is not the whole name
+    assert find_named(os.getpid(), "maps") is None
+
+
+def test_guards_are_looked_for_in_one_scan_over_all_private_memory() -> None:
+    text = b"""\
+1000-2000 rw-p 00000000 00:00 0
+3000-4000 r--p 00000000 fe:01 12 /lib
+4000-5000 rw-s 00000000 fe:01 12 /lib
+6000-7000 rw-p 00000000 00:00 0
+8000-9000 r--p 00000000 fe:01 12 /lib
+"""
+    found = [ranges for ranges, _ in scan._spans(parse_maps(text), apart=False)]
+    assert found == [[(0x1000, 0x2000), (0x3000, 0x4000)], [(0x6000, 0x7000), (0x8000, 0x9000)]]
