@@ -1,4 +1,4 @@
-"""What a host has of addresses: records of interfaces, addresses and routes, read by rtnetlink.
+"""What a host has of addresses: records of interfaces, addresses and routes, read by pyroute2 and rtnetlink.
 
 :class:`AddressRecord` and :class:`RouteRecord` are portable: they travel to the target.  :class:`Configuration` is a
 picture of this host, kept (in the journal too) so that it can be put back exactly: of routes it holds the kernel's own
@@ -10,19 +10,19 @@ Source: net/ipv4/devinet.c, net/ipv4/fib_frontend.c, net/ipv6/addrconf.c.
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 import struct
 from dataclasses import dataclass, field
+from typing import Any
 
 from migrate.errors import AddressSyntax
 from migrate.rtnetlink import (
     ADDRESS_HEADER,
     INFINITE,
-    LINK_HEADER,
     ROUTE_HEADER,
     AddressAttribute,
     AddressFlag,
-    LinkAttribute,
     LinkFlag,
     MessageType,
     Netlink,
@@ -35,6 +35,7 @@ from migrate.rtnetlink import (
     packed_address,
     unpacked_address,
 )
+from tcpstate.kernel.route import refusals
 
 __all__ = [
     "AddressRecord",
@@ -55,6 +56,7 @@ __all__ = [
 _CACHE = struct.Struct("=IIII")  # struct ifa_cacheinfo: preferred, valid, created, updated
 _U32 = struct.Struct("=I")
 MAIN_TABLE = 254
+_ETHERNET = 1  # ARPHRD_ETHER
 # of the flags of a route, what somebody configured; the others tell the state of its link
 RTNH_F_ONLINK = 4
 
@@ -213,31 +215,58 @@ def parse_address(text: str) -> tuple[str, int | None]:
 
 def read_configuration(netlink: Netlink) -> Configuration:
     """The picture of this network namespace as it is now."""
+    with refusals():
+        links = list(netlink.iproute.get_links())
+        found = list(netlink.iproute.get_addr())
+    names = {link["index"]: _text(link.get("ifname")) for link in links}
     addresses: dict[int, list[AddressRecord]] = {}
-    links = [_parse_link(m.body) for m in netlink.dump(MessageType.GETLINK, LINK_HEADER.pack(0, 0, 0, 0, 0))]
-    names = {link.index: link.name for link in links}
-    for message in netlink.dump(MessageType.GETADDR, ADDRESS_HEADER.pack(0, 0, 0, 0, 0)):
-        index, record = _parse_address(message.body, names)
-        addresses.setdefault(index, []).append(record)
-    routes = [
-        message.body
-        for family in (socket.AF_INET, socket.AF_INET6)
-        for message in netlink.dump(MessageType.GETROUTE, ROUTE_HEADER.pack(family, 0, 0, 0, 0, 0, 0, 0, 0))
-        if _configured(message.body)
-    ]
-    return Configuration(
-        interfaces=tuple(
-            InterfaceRecord(
-                index=link.index,
-                name=link.name,
-                mac=link.mac,
-                flags=link.flags,
-                addresses=tuple(addresses.get(link.index, ())),
-            )
-            for link in links
-        ),
-        routes=tuple(routes),
+    for message in found:
+        index = message["index"]
+        addresses.setdefault(index, []).append(_address(message, names.get(index, "")))
+    interfaces = (
+        InterfaceRecord(
+            index=link["index"],
+            name=names[link["index"]],
+            # pyroute2 makes six bytes of every link's address
+            mac=link.get("address") or "" if link["ifi_type"] == _ETHERNET else "",
+            flags=link["flags"],
+            addresses=tuple(addresses.get(link["index"], ())),
+        )
+        for link in links
     )
+    routes = (
+        body
+        for family in (socket.AF_INET, socket.AF_INET6)
+        for body in netlink.dump(MessageType.GETROUTE, ROUTE_HEADER.pack(family, 0, 0, 0, 0, 0, 0, 0, 0))
+        if _configured(body)
+    )
+    return Configuration(interfaces=tuple(interfaces), routes=tuple(routes))
+
+
+def _address(message: Any, interface: str) -> AddressRecord:
+    far = message.get("address")
+    near = message.get("local") or far
+    flags = message.get("flags")
+    cache = message.get("cacheinfo") or {}
+    return AddressRecord(
+        address=near,
+        prefixlen=message["prefixlen"],
+        interface=interface,
+        scope=message["scope"],
+        flags=flags,
+        label=_text(message.get("label")),
+        broadcast=message.get("broadcast") or "",
+        peer="" if far == near else far,
+        valid=cache.get("ifa_valid", INFINITE),
+        preferred=cache.get("ifa_preferred", INFINITE),
+        priority=message.get("rt_priority") or 0,
+        protocol=message.get("proto") or 0,
+    )
+
+
+def _text(name: str | bytes | None) -> str:
+    """A name of an interface: bytes to pyroute2 where it is not UTF-8."""
+    return os.fsdecode(name or "")
 
 
 def stable_flags(record: AddressRecord) -> int:
@@ -305,35 +334,6 @@ def _configured(body: bytes) -> bool:
         return True
     # an IPv4 subnet's route comes with its address; an IPv6 one too, but may have been given another metric since
     return bool(kind == RouteType.UNICAST and family == socket.AF_INET6)
-
-
-def _parse_link(body: bytes) -> InterfaceRecord:
-    _, _, index, flags, _ = LINK_HEADER.unpack_from(body)
-    found = attributes(body, LINK_HEADER.size)
-    name = found[LinkAttribute.IFNAME].rstrip(b"\0").decode(errors="surrogateescape")
-    return InterfaceRecord(index=index, name=name, mac=found.get(LinkAttribute.ADDRESS, b"").hex(":"), flags=flags)
-
-
-def _parse_address(body: bytes, names: dict[int, str]) -> tuple[int, AddressRecord]:
-    _, prefixlen, flags, scope, index = ADDRESS_HEADER.unpack_from(body)
-    found = attributes(body, ADDRESS_HEADER.size)
-    near = found.get(AddressAttribute.LOCAL, found[AddressAttribute.ADDRESS])
-    far = found.get(AddressAttribute.ADDRESS, near)
-    preferred, valid, _, _ = _CACHE.unpack(found.get(AddressAttribute.CACHE, _CACHE.pack(INFINITE, INFINITE, 0, 0)))
-    return index, AddressRecord(
-        address=unpacked_address(near),
-        prefixlen=prefixlen,
-        interface=names.get(index, ""),
-        scope=scope,
-        flags=_U32.unpack(found[AddressAttribute.FLAGS])[0] if AddressAttribute.FLAGS in found else flags,
-        label=found.get(AddressAttribute.LABEL, b"").rstrip(b"\0").decode(errors="replace"),
-        broadcast=unpacked_address(found[AddressAttribute.BROADCAST]) if AddressAttribute.BROADCAST in found else "",
-        peer="" if far == near else unpacked_address(far),
-        valid=valid,
-        preferred=preferred,
-        priority=_U32.unpack(found[AddressAttribute.PRIORITY])[0] if AddressAttribute.PRIORITY in found else 0,
-        protocol=found.get(AddressAttribute.PROTOCOL, b"\0")[0],
-    )
 
 
 def dependent_routes(configuration: Configuration, leaving: frozenset[str], record: AddressRecord) -> list[RouteRecord]:

@@ -10,9 +10,11 @@ net/core/neighbour.c (NTF_USE starts the resolution of a neighbour).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import logging
+import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,20 +35,17 @@ from migrate.addresses import (
 from migrate.announce import REPEATS, LinkSocket
 from migrate.errors import AddressChangeFailed, AddressNotLocal, AddressTakenAtTarget, NoInterfaceForAddress
 from migrate.rtnetlink import (
-    NEIGHBOUR_HEADER,
-    ROUTE_HEADER,
     AddressFlag,
     MessageType,
-    NeighbourAttribute,
-    NeighbourFlag,
     Netlink,
     Request,
     RouteAttribute,
     RouteType,
-    attribute,
-    attributes,
+    find_route,
     packed_address,
+    unpacked_address,
 )
+from tcpstate.kernel.route import refusals
 
 __all__ = ["Arrival", "ArrivalRecord", "Landing", "choose_interface", "take_away"]
 
@@ -57,6 +56,8 @@ LOCAL_WAIT = 2.0
 
 #: neighbours that are resolved beforehand; the kernel's table begins to drop entries at 1024 (gc_thresh3)
 WARM_LIMIT = 256
+
+NTF_USE = 0x01  # linux/neighbour.h: resolve it, as a segment would
 
 _log = logging.getLogger(__name__)
 
@@ -207,28 +208,21 @@ class Arrival:
     def _warm(self, peers: Iterable[str]) -> None:
         hops = set()
         for peer in peers:
-            family, packed = packed_address(peer)
-            query = ROUTE_HEADER.pack(family, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0)
+            _, packed = packed_address(peer)
             try:
-                answer = self._netlink.get(MessageType.GETROUTE, query + attribute(RouteAttribute.DST, packed))
+                kind, found = find_route(self._netlink, packed)
             except OSError:
                 # no route yet: it may come with the address. Then the first segment resolves its neighbour
                 continue
-            found = attributes(answer.body, ROUTE_HEADER.size)
-            if ROUTE_HEADER.unpack_from(answer.body)[7] == RouteType.UNICAST and RouteAttribute.OIF in found:
-                hop = found.get(RouteAttribute.GATEWAY, packed)
-                hops.add((family, int.from_bytes(found[RouteAttribute.OIF], "little"), hop))
+            if kind == RouteType.UNICAST and RouteAttribute.OIF in found:
+                hop = unpacked_address(found.get(RouteAttribute.GATEWAY, packed))
+                hops.add((int.from_bytes(found[RouteAttribute.OIF], sys.byteorder), hop))
         if len(hops) > WARM_LIMIT:
             _log.debug("%d of %d neighbours are not resolved beforehand", len(hops) - WARM_LIMIT, len(hops))
-        # a neighbour that cannot be resolved stays unresolved: that is no reason not to move
-        self._netlink.change(
-            (
-                MessageType.NEWNEIGH,
-                Request.CREATE,
-                NEIGHBOUR_HEADER.pack(family, index, 0, NeighbourFlag.USE, 0) + attribute(NeighbourAttribute.DST, hop),
-            )
-            for family, index, hop in sorted(hops)[:WARM_LIMIT]
-        )
+        for index, hop in sorted(hops)[:WARM_LIMIT]:
+            # a neighbour that cannot be resolved stays unresolved: that is no reason not to move
+            with contextlib.suppress(OSError), refusals():
+                self._netlink.iproute.neigh("set", dst=hop, ifindex=index, state=0, flags=NTF_USE)
 
     def add(self) -> None:
         """Add the addresses and the routes that depend on them, and wait until the addresses are local.
@@ -250,14 +244,11 @@ class Arrival:
             raise
 
     def _wait_until_local(self, record: AddressRecord) -> None:
-        family, packed = packed_address(record.address)
-        query = ROUTE_HEADER.pack(family, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0)
-        query += attribute(RouteAttribute.DST, packed)
+        _, packed = packed_address(record.address)
         end = time.monotonic() + LOCAL_WAIT
         while True:
             try:
-                answer = self._netlink.get(MessageType.GETROUTE, query)
-                if ROUTE_HEADER.unpack_from(answer.body)[7] == RouteType.LOCAL:
+                if find_route(self._netlink, packed)[0] == RouteType.LOCAL:
                     return
             except OSError as error:
                 if error.errno not in (errno.ENETUNREACH, errno.EHOSTUNREACH):

@@ -1,41 +1,31 @@
-"""rtnetlink: addresses, routes, neighbours and links of this network namespace, as the kernel writes them.
+"""rtnetlink: the messages that are prepared for the stop, and the routes that are kept in the kernel's own bytes.
 
-Not pyroute2: inside the stop a request must be a buffer that is ready to be sent, and a route that the kernel dropped
-must come back byte for byte, including attributes that no library knows.  Once both exist, a second decoder for the
-same messages would only add its 300 ms of imports.
+All else of addresses and links is read and changed by pyroute2: docs/design/netlink.md.
 
-Source: include/uapi/linux/{netlink,rtnetlink,if_addr,if_link,neighbour}.h; net/netlink/af_netlink.c.
+Source: include/uapi/linux/{rtnetlink,if_addr,if}.h.
 """
 
 from __future__ import annotations
 
 import enum
-import errno
 import ipaddress
-import os
 import socket
 import struct
-from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import ExitStack
 
 from tcpstate.kernel import netlink
-from tcpstate.kernel.netlink import attribute
+from tcpstate.kernel.netlink import Request, attribute
+from tcpstate.kernel.route import iproute
 
 __all__ = [
     "ADDRESS_HEADER",
     "INFINITE",
-    "LINK_HEADER",
-    "NEIGHBOUR_HEADER",
     "ROUTE_HEADER",
     "AddressAttribute",
     "AddressFlag",
-    "LinkAttribute",
     "LinkFlag",
     "MessageType",
-    "NeighbourAttribute",
-    "NeighbourFlag",
     "Netlink",
-    "NetlinkMessage",
     "Request",
     "RouteAttribute",
     "RouteProtocol",
@@ -43,68 +33,25 @@ __all__ = [
     "Scope",
     "attribute",
     "attributes",
+    "find_route",
     "packed_address",
     "unpacked_address",
 ]
 
-HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence number, port
-ERROR = struct.Struct("=i")  # struct nlmsgerr, before the header of the request
 ADDRESS_HEADER = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, interface
 ROUTE_HEADER = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family, dst, src, tos, table, protocol, scope, type, flags
-LINK_HEADER = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
-NEIGHBOUR_HEADER = struct.Struct("=BxxxiHBB")  # struct ndmsg: family, interface, state, flags, type
 
 INFINITE = 0xFFFFFFFF  # lifetime of an address that does not expire, seconds
-SOL_NETLINK = 270
-BATCH = 256  # changes in one message: their acknowledgements must fit into the receive buffer
-RECEIVE_BUFFER = 1 << 20
-RECEIVE_SIZE = 1 << 16  # the kernel builds dumps in blocks of at most 32 KiB
-
-
-class SocketOption(enum.IntEnum):
-    """Options of level SOL_NETLINK (linux/netlink.h)."""
-
-    EXT_ACK = 11
-    GET_STRICT_CHK = 12
 
 
 class MessageType(enum.IntEnum):
-    """Types of messages (linux/netlink.h, linux/rtnetlink.h)."""
+    """Types of messages (linux/rtnetlink.h)."""
 
-    ERROR = 2
-    DONE = 3
-    NEWLINK = 16
-    GETLINK = 18
     NEWADDR = 20
     DELADDR = 21
-    GETADDR = 22
     NEWROUTE = 24
     DELROUTE = 25
     GETROUTE = 26
-    NEWNEIGH = 28
-    DELNEIGH = 29
-    GETNEIGH = 30
-
-
-class Request(enum.IntFlag):
-    """Flags of a message's header: NLM_F_* (linux/netlink.h)."""
-
-    REQUEST = 0x1
-    ACK = 0x4
-    DUMP_INTERRUPTED = 0x10
-    CAPPED = 0x100  # in an answer
-    ACK_ATTRIBUTES = 0x200  # in an answer
-    DUMP = 0x300
-    REPLACE = 0x100
-    EXCLUSIVE = 0x200
-    CREATE = 0x400
-    APPEND = 0x800
-
-
-class ErrorAttribute(enum.IntEnum):
-    """NLMSGERR_ATTR_* (linux/netlink.h)."""
-
-    MESSAGE = 1
 
 
 class AddressAttribute(enum.IntEnum):
@@ -173,13 +120,6 @@ class Scope(enum.IntEnum):
     HOST = 254
 
 
-class LinkAttribute(enum.IntEnum):
-    """IFLA_* (linux/if_link.h)."""
-
-    ADDRESS = 1
-    IFNAME = 3
-
-
 class LinkFlag(enum.IntFlag):
     """IFF_* (linux/if.h)."""
 
@@ -188,31 +128,27 @@ class LinkFlag(enum.IntFlag):
     NOARP = 0x80
 
 
-class NeighbourAttribute(enum.IntEnum):
-    """NDA_* (linux/neighbour.h)."""
+class Netlink(netlink.Netlink):
+    """The raw messages, and beside them pyroute2: both in the network namespace where this was made.
 
-    DST = 1
-    LLADDR = 2
+    iproute  pyroute2's own; its errors are no OSErrors: :func:`tcpstate.kernel.route.refusals`
+    """
 
+    def __init__(self) -> None:
+        with ExitStack() as stack:
+            self.iproute = stack.enter_context(iproute())
+            super().__init__()
+            self._stack = stack.pop_all()
 
-class NeighbourFlag(enum.IntFlag):
-    """NTF_* (linux/neighbour.h)."""
-
-    USE = 0x01
-
-
-@dataclass(frozen=True, slots=True)
-class NetlinkMessage:
-    """One message without its header: ``body`` is the fixed structure and the attributes after it."""
-
-    type: int
-    flags: int
-    body: bytes
+    def close(self) -> None:
+        """Close both sockets."""
+        super().close()
+        self._stack.close()
 
 
 def attributes(data: bytes, offset: int = 0) -> dict[int, bytes]:
     """The attributes in ``data`` from ``offset``: type to value."""
-    return dict(netlink.attributes(data[offset:]))
+    return dict(netlink.attributes(data, offset))
 
 
 def packed_address(text: str) -> tuple[int, bytes]:
@@ -226,114 +162,12 @@ def unpacked_address(data: bytes) -> str:
     return str(ipaddress.ip_address(data))
 
 
-class Netlink:
-    """A NETLINK_ROUTE socket of the calling thread's network namespace, to be opened before the stop.
+def find_route(netlink: Netlink, packed: bytes) -> tuple[RouteType | int, dict[int, bytes]]:
+    """The type and the attributes of the route that packets to the address ``packed`` take. OSError if there is none.
 
-    Every method raises OSError with the kernel's errno and, where it gives one, the kernel's own explanation.
+    For the stop, and for thousands of peers: 15 µs.
     """
-
-    def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-        try:
-            self._socket.bind((0, 0))
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
-            self._socket.setsockopt(SOL_NETLINK, SocketOption.EXT_ACK, 1)
-            # a dump can then be limited by the fields of its header, instead of giving everything
-            self._socket.setsockopt(SOL_NETLINK, SocketOption.GET_STRICT_CHK, 1)
-        except BaseException:
-            self._socket.close()
-            raise
-        self._sequence = 0
-
-    def __enter__(self) -> Netlink:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the socket."""
-        self._socket.close()
-
-    def dump(self, kind: MessageType, body: bytes) -> list[NetlinkMessage]:
-        """Everything of this kind. A dump during which the table changed is made again."""
-        while True:
-            self._send([(kind, Request.DUMP, body)])
-            found: list[NetlinkMessage] = []
-            interrupted = False
-            while True:
-                answers = self._receive()
-                interrupted |= any(m.flags & Request.DUMP_INTERRUPTED for m in answers)
-                for message in answers:
-                    if message.type == MessageType.ERROR:
-                        raise self._error(message)
-                found += [m for m in answers if m.type != MessageType.DONE]
-                if any(m.type == MessageType.DONE for m in answers):
-                    break
-            if not interrupted:
-                return found
-
-    def get(self, kind: MessageType, body: bytes) -> NetlinkMessage:
-        """The one object that ``body`` asks for."""
-        self._send([(kind, Request.REQUEST, body)])
-        (answer,) = self._receive()
-        if answer.type == MessageType.ERROR:
-            raise self._error(answer)
-        return answer
-
-    def change(self, requests: Iterable[tuple[MessageType, Request, bytes]]) -> list[OSError | None]:
-        """Make all changes in order, a batch of them in one system call; for each the error, or None.
-
-        A failed one does not stop those after it (netlink_rcv_skb goes on).
-        """
-        todo = list(requests)
-        results: list[OSError | None] = []
-        for start in range(0, len(todo), BATCH):
-            batch = todo[start : start + BATCH]
-            self._send([(kind, flags | Request.ACK, body) for kind, flags, body in batch])
-            while len(results) < start + len(batch):
-                for message in self._receive():
-                    (code,) = ERROR.unpack_from(message.body)
-                    results.append(self._error(message) if code else None)
-        return results
-
-    def _send(self, messages: list[tuple[MessageType, int, bytes]]) -> None:
-        self._sequence = (self._sequence + 1) & INFINITE
-        data = b"".join(
-            HEADER.pack(HEADER.size + len(body), kind, flags | Request.REQUEST, self._sequence, 0)
-            + body
-            + bytes(-len(body) % 4)
-            for kind, flags, body in messages
-        )
-        self._socket.send(data)
-
-    def _receive(self) -> list[NetlinkMessage]:
-        while True:
-            data, _, flags, _ = self._socket.recvmsg(RECEIVE_SIZE)
-            if flags & socket.MSG_TRUNC:
-                raise OSError(errno.EMSGSIZE, "a netlink answer was cut off")
-            found = []
-            offset = 0
-            while offset + HEADER.size <= len(data):
-                length, kind, header_flags, sequence, _ = HEADER.unpack_from(data, offset)
-                if length < HEADER.size or offset + length > len(data):
-                    raise OSError(errno.EBADMSG, "a netlink message has an impossible length")
-                # answers to an earlier request that failed half-way are still in the queue: not ours
-                if sequence == self._sequence:
-                    found.append(NetlinkMessage(kind, header_flags, data[offset + HEADER.size : offset + length]))
-                offset += length + -length % 4
-            if found:
-                return found
-
-    @staticmethod
-    def _error(message: NetlinkMessage) -> OSError:
-        (code,) = ERROR.unpack_from(message.body)
-        text = os.strerror(-code)
-        if message.flags & Request.ACK_ATTRIBUTES:
-            # the request follows the code: its header alone where the answer is capped
-            (length,) = struct.unpack_from("=I", message.body, ERROR.size)
-            skip = HEADER.size if message.flags & Request.CAPPED else length + -length % 4
-            said = attributes(message.body, ERROR.size + skip).get(ErrorAttribute.MESSAGE, b"")
-            if said:
-                text += ": " + said.rstrip(b"\0").decode(errors="replace")
-        return OSError(-code, text)
+    family = socket.AF_INET if len(packed) == 4 else socket.AF_INET6
+    query = ROUTE_HEADER.pack(family, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0) + attribute(RouteAttribute.DST, packed)
+    body = netlink.get(MessageType.GETROUTE, query)
+    return ROUTE_HEADER.unpack_from(body)[7], attributes(body, ROUTE_HEADER.size)

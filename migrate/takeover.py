@@ -30,18 +30,9 @@ from migrate.errors import (
     AddressNotMovable,
     AddressSyntax,
 )
-from migrate.rtnetlink import (
-    ROUTE_HEADER,
-    MessageType,
-    Netlink,
-    RouteAttribute,
-    Scope,
-    attribute,
-    attributes,
-    packed_address,
-    unpacked_address,
-)
+from migrate.rtnetlink import Netlink, Scope
 from migrate.usage import AddressUser, descendants, held_by, users_of
+from tcpstate.kernel.route import source_towards
 
 __all__ = [
     "AddressPlan",
@@ -118,23 +109,10 @@ def control_addresses(netlink: Netlink, rsh_pid: int, host: str) -> dict[str, st
         # an alias that only the remote shell knows: its connections must do
         return found
     for *_, sockaddr in infos:
-        source = _source_towards(netlink, str(sockaddr[0]).partition("%")[0])
+        source = source_towards(str(sockaddr[0]))
         if source:
             found.setdefault(source, f"the route to {host}")
     return found
-
-
-def _source_towards(netlink: Netlink, address: str) -> str:
-    """The source address that the kernel would choose towards ``address``, or nothing if there is no route."""
-    family, packed = packed_address(address)
-    query = ROUTE_HEADER.pack(family, 8 * len(packed), 0, 0, 0, 0, 0, 0, 0) + attribute(RouteAttribute.DST, packed)
-    try:
-        answer = netlink.get(MessageType.GETROUTE, query)
-    except OSError:
-        # no way to this one of the host's addresses: then the channel does not use it either
-        return ""
-    source = attributes(answer.body, ROUTE_HEADER.size).get(RouteAttribute.PREFSRC)
-    return "" if source is None else unpacked_address(source)
 
 
 def plan(

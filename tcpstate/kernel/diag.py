@@ -83,7 +83,7 @@ def _parse(body: bytes) -> DiagSocket | None:
     local_port, peer_port, local, peer = _ID.unpack_from(body, _ID_AT)
     interface, _ = _ID_REST.unpack_from(body, _ID_AT + _ID.size)
     _, rqueue, wqueue, _, inode = _TAIL.unpack_from(body, _TAIL_AT)
-    extra = dict(netlink.attributes(body[_MESSAGE_SIZE:]))
+    extra = dict(netlink.attributes(body, _MESSAGE_SIZE))
     if state == TcpState.NEW_SYN_RECV:
         state = TcpState.SYN_RECV
     mark = extra.get(Extension.MARK)
@@ -127,7 +127,7 @@ def dump(states: int = ALL_STATES, *, local_port: int = 0, info: bool = False) -
     with netlink.Netlink(netlink.Protocol.SOCK_DIAG) as channel:
         for family in (socket.AF_INET, socket.AF_INET6):
             try:
-                for _, body in channel.dump(
+                for body in channel.dump(
                     _SOCK_DIAG_BY_FAMILY, _request(family, states, _sockid(local_port), info=info)
                 ):
                     found = _parse(body)
@@ -147,7 +147,7 @@ def get(conn_id: ConnId) -> DiagSocket | None:
     request = _request(family, ALL_STATES, _sockid(conn_id.local_port, conn_id.peer_port, *raw))
     with netlink.Netlink(netlink.Protocol.SOCK_DIAG) as channel:
         try:
-            _, body = channel.get(_SOCK_DIAG_BY_FAMILY, request)
+            body = channel.get(_SOCK_DIAG_BY_FAMILY, request)
         except OSError as error:
             if error.errno == errno.ENOENT:
                 return None

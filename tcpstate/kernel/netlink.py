@@ -1,26 +1,34 @@
-"""Just enough netlink for sockets, rules and routes: requests, acknowledgements, dumps, attributes.
+"""Netlink as raw messages, for the places where pyroute2 does not do: docs/design/netlink.md says which, and why.
 
-Source: include/uapi/linux/netlink.h, rtnetlink.h, fib_rules.h.  A library does more, but costs 180 ms to import, and
-this runs inside the stop.
+Requests that the stop sends ready-made, routes kept byte for byte, and dumps of thousands of sockets.  Everything else
+asks pyroute2, through :mod:`tcpstate.kernel.route`.
+
+Source: include/uapi/linux/netlink.h; net/netlink/af_netlink.c.
 """
 
 from __future__ import annotations
 
 import enum
+import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator
-from types import TracebackType
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Self
 
-__all__ = ["Message", "Netlink", "attribute", "attributes"]
+__all__ = ["Netlink", "Protocol", "Request", "attribute", "attributes"]
 
-_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
+_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr: length, type, flags, sequence number, port
+_ERROR = struct.Struct("=i")  # struct nlmsgerr, before the header of the request
 _ATTRIBUTE = struct.Struct("=HH")  # struct nlattr
 _ALIGN = 4
 _TYPE_MASK = 0x3FFF  # without NLA_F_NESTED and NLA_F_NET_BYTEORDER
-_RECEIVE = 1 << 20
+_SEQUENCES = 1 << 32
+_SOL_NETLINK = 270
+_BATCH = 256  # changes in one message: their acknowledgements must fit into the receive buffer
+_RECEIVE_BUFFER = 1 << 20
+_RECEIVE_SIZE = 1 << 16  # the kernel builds dumps in blocks of at most 32 KiB
 
 
 class Protocol(enum.IntEnum):
@@ -30,14 +38,24 @@ class Protocol(enum.IntEnum):
     SOCK_DIAG = 4
 
 
-class Flags(enum.IntFlag):
-    """nlmsg_flags of requests."""
+class Request(enum.IntFlag):
+    """Flags of a message's header: NLM_F_*."""
 
-    REQUEST = 1
-    ACK = 4
+    REQUEST = 0x1
+    ACK = 0x4
+    DUMP_INTERRUPTED = 0x10
+    CAPPED = 0x100  # in an answer
+    ACK_ATTRIBUTES = 0x200  # in an answer
     DUMP = 0x300
-    EXCL = 0x200
+    REPLACE = 0x100
+    EXCLUSIVE = 0x200
     CREATE = 0x400
+    APPEND = 0x800
+
+
+class _SocketOption(enum.IntEnum):
+    EXT_ACK = 11
+    GET_STRICT_CHK = 12
 
 
 class _Control(enum.IntEnum):
@@ -45,8 +63,14 @@ class _Control(enum.IntEnum):
     DONE = 3
 
 
-#: (nlmsg_type, payload)
-Message = tuple[int, bytes]
+_ERROR_MESSAGE = 1  # NLMSGERR_ATTR_MSG
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    type: int
+    flags: int
+    body: bytes
 
 
 def attribute(kind: int, data: bytes) -> bytes:
@@ -55,9 +79,9 @@ def attribute(kind: int, data: bytes) -> bytes:
     return _ATTRIBUTE.pack(length, kind) + data + bytes(-length % _ALIGN)
 
 
-def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """(type, value) of each attribute in ``data``."""
-    at = 0
+def attributes(data: bytes, offset: int = 0) -> Iterator[tuple[int, bytes]]:
+    """(type, value) of each attribute in ``data`` from ``offset``."""
+    at = offset
     while at + _ATTRIBUTE.size <= len(data):
         length, kind = _ATTRIBUTE.unpack_from(data, at)
         if length < _ATTRIBUTE.size:
@@ -67,61 +91,113 @@ def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 class Netlink:
-    """A netlink socket of the calling thread's network namespace. A context manager."""
+    """A netlink socket of the calling thread's network namespace. A context manager.
 
-    def __init__(self, protocol: Protocol) -> None:
-        self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+    Every method raises OSError with the kernel's errno and, where it gives one, the kernel's own explanation.
+    """
+
+    def __init__(self, protocol: Protocol = Protocol.ROUTE) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+        try:
+            self._socket.bind((0, 0))
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
+            self._socket.setsockopt(_SOL_NETLINK, _SocketOption.EXT_ACK, 1)
+            # a dump can then be limited by the fields of its header, instead of giving everything
+            self._socket.setsockopt(_SOL_NETLINK, _SocketOption.GET_STRICT_CHK, 1)
+        except BaseException:
+            self._socket.close()
+            raise
         self._sequence = 0
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._sock.close()
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    def _send(self, kind: int, flags: int, body: bytes) -> None:
-        self._sequence += 1
-        header = _HEADER.pack(_HEADER.size + len(body), kind, flags | Flags.REQUEST, self._sequence, 0)
-        self._sock.sendto(header + body, (0, 0))
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
 
-    def _answers(self) -> Iterator[Message]:
-        """Messages that answer the last request, up to its end; OSError for an error message."""
+    def dump(self, kind: int, body: bytes) -> list[bytes]:
+        """The bodies of everything of this kind. A dump during which the table changed is made again."""
         while True:
-            data = self._sock.recv(_RECEIVE)
-            at = 0
-            while at + _HEADER.size <= len(data):
-                length, kind, _, sequence, _ = _HEADER.unpack_from(data, at)
-                if length < _HEADER.size:
-                    raise OSError("netlink: malformed message")
-                body = data[at + _HEADER.size : at + length]
-                at += length + -length % _ALIGN
-                if sequence != self._sequence:
-                    continue
-                if kind == _Control.DONE:
-                    return
-                if kind == _Control.ERROR:
-                    (error,) = struct.unpack_from("=i", body)
-                    if error:
-                        raise OSError(-error, os.strerror(-error))
-                    return
-                yield kind, body
+            self._send([(kind, Request.DUMP, body)])
+            found: list[bytes] = []
+            interrupted = done = False
+            while not done:
+                for message in self._receive():
+                    interrupted |= bool(message.flags & Request.DUMP_INTERRUPTED)
+                    if message.type == _Control.ERROR:
+                        raise _refusal(message)
+                    if message.type == _Control.DONE:
+                        done = True
+                    else:
+                        found.append(message.body)
+            if not interrupted:
+                return found
 
-    def request(self, kind: int, body: bytes, flags: int = 0) -> None:
-        """Ask for a change and wait until it is made; OSError if the kernel refuses it."""
-        self._send(kind, flags | Flags.ACK, body)
-        for _ in self._answers():
-            pass
+    def get(self, kind: int, body: bytes) -> bytes:
+        """The body of the one object that ``body`` asks for."""
+        self._send([(kind, Request.REQUEST, body)])
+        (answer,) = self._receive()
+        if answer.type == _Control.ERROR:
+            raise _refusal(answer)
+        return answer.body
 
-    def get(self, kind: int, body: bytes) -> Message:
-        """Ask for one thing; OSError (ENOENT and the like) if there is none."""
-        self._send(kind, 0, body)
-        for message in self._answers():
-            return message
-        raise OSError("netlink: no answer")
+    def change(self, requests: Iterable[tuple[int, Request, bytes]]) -> list[OSError | None]:
+        """Make all changes in order, a batch of them in one system call; for each the error, or None.
 
-    def dump(self, kind: int, body: bytes) -> Iterator[Message]:
-        """Ask for all there are."""
-        self._send(kind, Flags.DUMP, body)
-        yield from self._answers()
+        A failed one does not stop those after it (netlink_rcv_skb goes on).
+        """
+        todo = list(requests)
+        results: list[OSError | None] = []
+        for start in range(0, len(todo), _BATCH):
+            batch = todo[start : start + _BATCH]
+            self._send([(kind, flags | Request.ACK, body) for kind, flags, body in batch])
+            while len(results) < start + len(batch):
+                for message in self._receive():
+                    (code,) = _ERROR.unpack_from(message.body)
+                    results.append(_refusal(message) if code else None)
+        return results
+
+    def _send(self, messages: list[tuple[int, int, bytes]]) -> None:
+        self._sequence = (self._sequence + 1) % _SEQUENCES
+        data = b"".join(
+            _HEADER.pack(_HEADER.size + len(body), kind, flags | Request.REQUEST, self._sequence, 0)
+            + body
+            + bytes(-len(body) % _ALIGN)
+            for kind, flags, body in messages
+        )
+        self._socket.send(data)
+
+    def _receive(self) -> list[_Message]:
+        while True:
+            data, _, flags, _ = self._socket.recvmsg(_RECEIVE_SIZE)
+            if flags & socket.MSG_TRUNC:
+                raise OSError(errno.EMSGSIZE, "a netlink answer was cut off")
+            found = []
+            offset = 0
+            while offset + _HEADER.size <= len(data):
+                length, kind, header_flags, sequence, _ = _HEADER.unpack_from(data, offset)
+                if length < _HEADER.size or offset + length > len(data):
+                    raise OSError(errno.EBADMSG, "a netlink message has an impossible length")
+                # answers to an earlier request that failed half-way are still in the queue: not ours
+                if sequence == self._sequence:
+                    found.append(_Message(kind, header_flags, data[offset + _HEADER.size : offset + length]))
+                offset += length + -length % _ALIGN
+            if found:
+                return found
+
+
+def _refusal(message: _Message) -> OSError:
+    (code,) = _ERROR.unpack_from(message.body)
+    text = os.strerror(-code)
+    if message.flags & Request.ACK_ATTRIBUTES:
+        # the request follows the code: its header alone where the answer is capped
+        (length,) = struct.unpack_from("=I", message.body, _ERROR.size)
+        skip = _HEADER.size if message.flags & Request.CAPPED else length + -length % _ALIGN
+        said = dict(attributes(message.body, _ERROR.size + skip)).get(_ERROR_MESSAGE, b"")
+        if said:
+            text += ": " + said.rstrip(b"\0").decode(errors="replace")
+    return OSError(-code, text)

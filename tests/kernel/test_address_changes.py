@@ -8,17 +8,8 @@ import time
 import pytest
 
 from migrate.addresses import AddressRecord, add_body, delete_body
-from migrate.rtnetlink import (
-    NEIGHBOUR_HEADER,
-    AddressFlag,
-    MessageType,
-    NeighbourAttribute,
-    NeighbourFlag,
-    Netlink,
-    Request,
-    attribute,
-    packed_address,
-)
+from migrate.arrival import NTF_USE
+from migrate.rtnetlink import AddressFlag, MessageType, Netlink, Request
 from tests.system.test_takeover import Host, hosts
 
 __all__ = ["hosts"]
@@ -102,10 +93,8 @@ def test_replacing_flags_of_an_ipv6_address_starts_no_duplicate_detection(hosts:
 
 def test_use_of_a_neighbour_resolves_it(hosts: Hosts) -> None:
     a, b, _ = hosts
-    family, packed = packed_address("10.94.0.2")
-    body = NEIGHBOUR_HEADER.pack(family, index(a), 0, NeighbourFlag.USE, 0) + attribute(NeighbourAttribute.DST, packed)
     with a.inside(), Netlink() as netlink:
-        assert netlink.change([(MessageType.NEWNEIGH, Request.CREATE, body)]) == [None]
+        netlink.iproute.neigh("set", dst="10.94.0.2", ifindex=index(a), state=0, flags=NTF_USE)
     deadline = time.monotonic() + 2
     while a.neighbour("10.94.0.2") is None and time.monotonic() < deadline:
         time.sleep(0.005)
