@@ -196,8 +196,8 @@ class Stub(Process):
         child._injection = self._injection.inherited(child)
         return child
 
-    def clone_threads(self, tids: Sequence[int]) -> None:
-        """More threads, with these numbers in the stub's PID namespace, added to ``threads`` in this order.
+    def clone_threads(self, tids: Sequence[int | None]) -> None:
+        """More threads, with these numbers in the stub's PID namespace (None: any), added to ``threads`` in this order.
 
         PidTaken, SpawnFailed.
         """
