@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-from checkpoint import records
+from checkpoint import records, rehearsal
 from migrate.journal import JournalRecord
 from migrate.messages import Message
 from tcpstate import codec
@@ -17,6 +17,7 @@ def warm() -> None:
     """Get everything ready that both ends of a migration will use while the processes stand still."""
     records.prepare()
     codec.prepare(Message, JournalRecord, Segment)
+    rehearsal.rehearse()
     # What lives by now lives to the end: a collection in the stop need not look at it again.
     gc.collect()
     gc.freeze()
