@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import click
 
 from checkpoint import hostcheck, preflight
 from checkpoint.verdict import Status, Verdict, refusals
+from cli.about import about, table
 from cli.command import command
 from cli.errors import UsageMistake
 from cli.session import Result, Session, Table
@@ -39,7 +41,11 @@ def check(
         found += preflight.check(pids)
     if host is not None and not refusals(found):
         found += _of_target(pids, host, rsh, remote_command, address)
-    return report(found, every=session.verbose)
+    result = report(found, every=session.verbose)
+    processes = about(pids)
+    if not processes:
+        return result
+    return replace(result, data=result.data | {"processes": processes}, body=[table(processes), *result.body])
 
 
 def _of_target(

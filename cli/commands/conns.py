@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from cli.about import about, table
 from cli.command import command
 from cli.session import Result, Session, Table
 from tcpstate.locate import Located, connections
@@ -43,8 +44,12 @@ def _listing(pids: tuple[int, ...]) -> Result:
     found = sorted(connections(pids or None, info=True), key=lambda each: str(each.conn_id))
     columns = ["connection", "state", "owner", "recv", "send", "rtt ms", "cwnd"]
     rows = [_row(each) for each in found]
-    table = Table(columns=columns, rows=rows, styles={"FROZEN": "bold yellow"})
-    return Result(data={"connections": [_plain(each) for each in found]}, body=[table] if rows else [])
+    listing = Table(columns=columns, rows=rows, styles={"FROZEN": "bold yellow"})
+    processes = about(owner.pid for each in found for owner in each.owners)
+    return Result(
+        data={"connections": [_plain(each) for each in found], "processes": processes},
+        body=[each for each in (listing, table(processes)) if each.rows],
+    )
 
 
 def _row(each: Located) -> list[str]:

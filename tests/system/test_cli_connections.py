@@ -101,6 +101,10 @@ def test_conns_tells_whose_a_connection_is(talk: Talk) -> None:
     assert (one["receive_queue"], one["send_queue"], one["frozen"]) == (0, 0, False)
     assert 0 < one["rtt_us"] < 1_000_000
     assert one["cwnd"] > 0
+    [process] = found["processes"]
+    assert (process["pid"], process["user"], process["threads"]) == (talk.server.pid, "root", 1)
+    assert process["memory"] > 1 << 20
+    assert process["age"] < 600
     _, everything, _ = tcpmig(talk.host, "conns")
     assert talk.conn_id in [each["connection"] for each in everything["connections"]]
 
