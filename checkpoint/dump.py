@@ -11,7 +11,7 @@ The stages, each a method, in the order in which they are called::
     pages          memory and contents.  The sockets still live: the kernel keeps acknowledging, so that no peer runs
                    into a time-out while gigabytes are copied
     freeze         sockets quiet, then in repair; exported
-    delta          the record FILES_DELTA: sockets, and what else changed since the stop
+    queues, delta  large queues; the record FILES_DELTA: sockets, and what else changed since the stop
     resume         everything as it was, or ...
     discard        ... the connections ended silently, the processes killed: the copy runs
 
@@ -51,6 +51,7 @@ from tcpstate.errors import TcpmigError
 from tcpstate.filters import remove_syn_filter
 from tcpstate.kernel.calls import CallTable
 from tcpstate.segment import Segment
+from tcpstate.silence import Blackhole
 from tcpstate.version import VERSION
 
 __all__ = ["Dump"]
@@ -76,6 +77,7 @@ class Dump:
         self._listeners: list[socket.socket] = []
         self._table: FileTable | None = None
         self._group: TcpGroup | None = None
+        self._blackhole = Blackhole()
         self._files: TreeFiles | None = None
         self._layouts: dict[int, MemoryLayout] = {}
         self._states: dict[int, ProcessState] = {}
@@ -115,6 +117,11 @@ class Dump:
             self._listeners = [socket.socket(fileno=os.dup(sock.fileno())) for sock in TcpGroup(files).listeners]
         self._holdoff = Holdoff(self._listeners)
         return {sock.getsockname()[1] for sock in self._listeners}
+
+    def make_ready(self) -> None:
+        """What takes milliseconds and needs nothing to stand still: rules that silence frozen connections. OSError."""
+        if not self._blackhole.priorities:
+            self._blackhole.ensure()
 
     def hold_off(self) -> None:
         """From now on no new connection begins. Capture SYNs before this."""
@@ -190,7 +197,7 @@ class Dump:
         except Refused as error:
             raise TreeChanged(f"{error.message} [{error.code}]", object=error.object) from error
         self.warnings += self._table.warnings
-        self._group = TcpGroup(self._table)
+        self._group = TcpGroup(self._table, self._blackhole)
         self.connections = self._group.connections
 
     # -- what is sent ---------------------------------------------------------------------------------------------
@@ -232,8 +239,8 @@ class Dump:
         )
 
     def pages(self, *, buffers: int = 1) -> Iterator[PageRun]:
-        """Contents of files that travel along, then the memory of every process. A run is valid until the
-        ``buffers``-th one after it is asked for."""
+        """Contents of files that travel along, the memory of every process, then what large receive queues hold. A run
+        is valid until the ``buffers``-th one after it is asked for."""
         files = self._files_table
         for index in range(len(files.contents)):
             for runs in pages.chunks((o, o + n) for o, n in files.content_runs(index)):
@@ -242,6 +249,12 @@ class Dump:
                     yield PageRun(space=Space.CONTENT, id=index, runs=runs, data=memoryview(data))
         for process in self._tree.processes:
             yield from pages.read(process, self._layouts[process.pid], buffers=buffers)
+        # last: by now their peers have filled what room there was
+        yield from self._connections.early_runs()
+
+    def queues(self) -> list[PageRun]:
+        """The large queues of the frozen connections, and what came since :meth:`pages`; before :meth:`delta`."""
+        return self._connections.runs()
 
     @property
     def connection_addresses(self) -> set[str]:
@@ -295,6 +308,7 @@ class Dump:
         group, self._group = self._group, None
         if group is not None:
             group.thaw()
+        self._blackhole.remove()
 
     def _end_holdoff(self) -> None:
         if self._holdoff is None:
@@ -314,6 +328,7 @@ class Dump:
     def hold(self) -> None:
         """Leave everything as it is, stopped and silent, also when this program ends: the queued SIGSTOPs see to it."""
         self._group = self._holdoff = self.tree = None
+        self._blackhole = Blackhole()  # those that stand stay
         self._restore_gc()
 
     def discard(self) -> None:
@@ -328,8 +343,9 @@ class Dump:
         self.close()
 
     def close(self) -> None:
-        """Close our descriptors."""
+        """Close our descriptors, and take away the rules that nothing needs any more."""
         self._restore_gc()
+        self._blackhole.remove()
         if self._table is not None:
             self._table.close()
             self._table = None

@@ -37,6 +37,7 @@ from checkpoint.spawn import Stub
 from checkpoint.state import clocks, table
 from tcpstate.rebuild import Difference
 from tcpstate.record import ConnectionRecord
+from tcpstate.silence import Blackhole
 
 __all__ = ["Restore", "first_user"]
 
@@ -71,6 +72,7 @@ class Restore:
         self._layouts: dict[int, MemoryLayout] = {}
         self._writers: dict[int, PageWriter] = {}
         self._rebuilder: Rebuilder | None = None
+        self._blackhole = Blackhole()
         self._arrived_ns = 0
         self._complete = False
 
@@ -78,13 +80,20 @@ class Restore:
         self.warnings.append(text)
         _log.warning("%s", text)
 
+    def make_ready(self) -> None:
+        """What takes milliseconds and can be done before the first frame comes: rules that silence connections until
+        their release. OSError."""
+        if not self._blackhole.priorities:
+            self._blackhole.ensure()
+
     # -- frames ---------------------------------------------------------------------------------------------------
 
     def apply(self, frame: Frame) -> None:
         """Take one frame in, and do what it allows. ImageError, ImageIncomplete, BadLayout, PidTaken, ..."""
         match frame.kind:
             case Kind.PAGES:
-                self._write(frame.pages())
+                if self._write(frame.pages()):
+                    return  # the frame's buffer is in use until the connections are rebuilt
             case Kind.MANIFEST:
                 self.manifest = frame.decode(Manifest)
             case Kind.TREE:
@@ -128,7 +137,7 @@ class Restore:
         gc.disable()  # a collection would cost milliseconds in which the original stands still
         clocks.enter(self._tree.clocks, 0)
         taken = [(m.start, m.end) for one in self._layouts.values() for m in one.mappings]
-        self._rebuilder = Rebuilder(self._files, path=self._path, warn=self._warn)
+        self._rebuilder = Rebuilder(self._files, path=self._path, warn=self._warn, blackhole=self._blackhole)
         if self._check:
             for warning in self._rebuilder.check():
                 self._warn(warning)
@@ -142,14 +151,18 @@ class Restore:
         for record in self._living():
             install(self._rebuilder, record.task.pid, self.stubs[record.task.pid])
 
-    def _write(self, run: PageRun) -> None:
+    def _write(self, run: PageRun) -> bool:
+        """Put the bytes where they belong; whether their memory is needed from now on."""
+        if run.space in (Space.RECEIVED, Space.SENT):
+            return self._files_rebuilder.take_queue(run)
         if run.space is Space.CONTENT:
             self._files_rebuilder.write_content(run.id, run.runs, run.data)
-            return
+            return False
         writer = self._writers.get(run.id)
         if writer is None:
             raise ImageIncomplete(f"pages of process {run.id} came before its memory was laid out, or it has none")
         writer.write(run)
+        return False
 
     # -- the end --------------------------------------------------------------------------------------------------
 
@@ -225,6 +238,7 @@ class Restore:
         if self._rebuilder is not None:
             self._rebuilder.abort()
             self._rebuilder = None
+        self._blackhole.remove()
         gc.enable()
 
     def close(self) -> None:
@@ -232,6 +246,7 @@ class Restore:
         if self._rebuilder is not None:
             self._rebuilder.close()
             self._rebuilder = None
+        self._blackhole.remove()
         gc.enable()
 
 

@@ -55,6 +55,8 @@ class IncomingTrees:
     def check(self, needs: Needs, options: dict[str, str]) -> list[Verdict]:
         """A verdict on this host, and on every PID and path."""
         warm()
+        if needs.connections:
+            self._restore.make_ready()
         found = refusals(hostcheck.check())
         for tree in needs.trees:
             taken = first_user(tree.tids)

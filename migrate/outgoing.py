@@ -77,6 +77,7 @@ class OutgoingTrees:
         if ports:
             self._syns = Capture(syn_only=True, ports=ports)
             self._syns.start()
+        self._dump.make_ready()
         self._dump.hold_off()
         self._dump.drain()
 
@@ -98,6 +99,8 @@ class OutgoingTrees:
         """Connections, and the end of the image."""
         self._capture_all()
         self._dump.freeze(note=lambda originals: note("connections", originals))
+        for run in self._dump.queues():
+            image.write(self._writer.pages(run))
         image.write(self._writer.frame(Kind.FILES_DELTA, self._dump.delta()))
         image.write(self._writer.end())
         for warning in self._dump.warnings:
@@ -111,6 +114,7 @@ class OutgoingTrees:
         image.pages(self._dump.pages(buffers=image.AHEAD + 2))
         self._capture_all()
         self._dump.freeze()
+        image.pages(self._dump.queues())
         image.record(Kind.FILES_DELTA, self._dump.delta())
 
     def _capture_all(self) -> None:

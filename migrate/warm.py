@@ -8,6 +8,7 @@ from checkpoint import records, rehearsal
 from migrate.journal import JournalRecord
 from migrate.messages import Message
 from tcpstate import codec
+from tcpstate.rehearsal import rehearse
 from tcpstate.segment import Segment
 
 __all__ = ["warm"]
@@ -15,6 +16,7 @@ __all__ = ["warm"]
 
 def warm() -> None:
     """Get everything ready that both ends of a migration will use while the processes stand still."""
+    rehearse()
     records.prepare()
     codec.prepare(Message, JournalRecord, Segment)
     rehearsal.rehearse()

@@ -1,18 +1,32 @@
-"""Is a rebuilt connection what its record says? Asked before the commit, while it is still in repair."""
+"""Is a rebuilt connection what its record says? Asked before the commit, while it is still in repair.
+
+:func:`differences` asks the kernel only for what is compared, and looks closer, by exporting it again
+(:func:`read_back`, :func:`compare`), at a connection where anything is not as expected.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from tcpstate import options
 from tcpstate.export import export_connections
 from tcpstate.freeze import Gate, QuietState
+from tcpstate.kernel.sockets import Level, unpack_address
+from tcpstate.kernel.tcp import TCP, InfoOption, RepairQueue, TcpState
 from tcpstate.options import Stage, number
+from tcpstate.reading import PEEK, SMALL, Raw, peek_from, peeking_on, read_numbers, read_queues
 from tcpstate.record import ConnectionRecord, State
+from tcpstate.segment import SEQ_MASK
 
-__all__ = ["Difference", "compare", "read_back"]
+__all__ = ["Difference", "compare", "differences", "read_back"]
+
+_NEGOTIATED: Final = int(InfoOption.TIMESTAMPS | InfoOption.SACK | InfoOption.WSCALE)
+_CHUNK: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +98,113 @@ def _queue(what: str, expected: bytes, found: bytes) -> Difference:
     if len(expected) != len(found):
         return Difference(what, f"{len(expected)} bytes", f"{len(found)} bytes")
     return Difference(what, f"{len(expected)} bytes", "other bytes of the same length")
+
+
+def differences(
+    socks: Sequence[socket.socket],
+    records: Sequence[ConnectionRecord],
+    early: Mapping[int, Sequence[memoryview]] | None = None,
+) -> list[tuple[int, Difference]]:
+    """(place, difference) of rebuilt connections that are not released yet, as :func:`compare` finds them.
+
+    early  what :func:`~tcpstate.rebuild.rebuild_connections` was given
+    """
+    if not socks:
+        return []
+    heads = early or {}
+    found = read_numbers(socks)
+    suspects = options.unlike(socks, [r.options for r in records])
+    address = functools.cache(unpack_address)
+    agreed = functools.cache(_agreed)
+    for i, (raw, record) in enumerate(zip(found, records, strict=True)):
+        head = sum(map(len, heads.get(i, ())))
+        n = record.negotiated
+        if (
+            _numbers(raw) != _expected(record, head)
+            or (raw.info_options & _NEGOTIATED, raw.scales) != agreed(n.sack, n.timestamps, n.snd_wscale, n.rcv_wscale)
+            or raw.congestion.rstrip(b"\0").decode("ascii", "replace") != record.congestion
+            or raw.outq not in (0, record.sent)
+            or _end(raw.local, address) != (record.conn_id.local.partition("%")[0], record.conn_id.local_port)
+            or _end(raw.peer, address) != (record.conn_id.peer.partition("%")[0], record.conn_id.peer_port)
+        ):
+            suspects.add(i)
+    suspects |= _other_bytes(socks, records, found, heads)
+    result = []
+    for i in sorted(suspects):
+        (again,) = read_back([socks[i]], [records[i]])
+        whole = dataclasses.replace(records[i], receive_queue=b"".join((*heads.get(i, ()), records[i].receive_queue)))
+        result += [(i, difference) for difference in compare(whole, again)]
+    return result
+
+
+def _numbers(raw: Raw) -> tuple[int, ...]:
+    windows = raw.snd_wl1, raw.snd_wnd, raw.max_window, raw.rcv_wnd, raw.rcv_wup
+    return raw.number, (raw.write_seq - raw.outq) & SEQ_MASK, raw.rcv_nxt, raw.inq, raw.mss, *windows
+
+
+def _expected(record: ConnectionRecord, head: int) -> tuple[int, ...]:
+    w = record.windows
+    windows = w.snd_wl1, w.snd_wnd, w.max_window, w.rcv_wnd, w.rcv_wup
+    unread = head + len(record.receive_queue)
+    return int(TcpState.ESTABLISHED), record.snd_una, record.rcv_nxt, unread, record.negotiated.mss, *windows
+
+
+def _agreed(sack: bool, timestamps: bool, snd_wscale: int | None, rcv_wscale: int | None) -> tuple[int, int]:
+    """Of TCP_INFO: options and both scales."""
+    scaled = snd_wscale is not None and rcv_wscale is not None
+    bits = (InfoOption.SACK if sack else 0) | (InfoOption.TIMESTAMPS if timestamps else 0)
+    return int(bits | (InfoOption.WSCALE if scaled else 0)), (snd_wscale or 0) | (rcv_wscale or 0) << 4
+
+
+def _end(data: bytes, address: Callable[[bytes], tuple[str, int, int, int]]) -> tuple[str, int]:
+    """Address and port; the text of each address is made once."""
+    return address(data[:2] + bytes(2) + data[4:])[0], data[2] << 8 | data[3]
+
+
+def _other_bytes(
+    socks: Sequence[socket.socket],
+    records: Sequence[ConnectionRecord],
+    found: list[Raw],
+    heads: Mapping[int, Sequence[memoryview]],
+) -> set[int]:
+    """Which have other bytes in their queues than was told."""
+    filled = [i for i, raw in enumerate(found) if raw.inq or raw.outq]
+    small = [i for i in filled if found[i].inq <= SMALL and i not in heads]
+    other = set()
+    read_queues(small, socks, found, [None] * len(socks))
+    for i in small:
+        if found[i].receive_queue != records[i].receive_queue:
+            other.add(i)
+    for i in sorted(set(filled) - set(small)):
+        if not _same(socks[i], [*heads.get(i, ()), memoryview(records[i].receive_queue)]):
+            other.add(i)
+        if found[i].outq:
+            found[i].send_queue = peek_from(socks[i], RepairQueue.SEND, found[i].outq)
+    for i in filled:
+        if found[i].outq != len(found[i].send_queue) or not records[i].send_queue.startswith(found[i].send_queue):
+            other.add(i)
+    return other
+
+
+def _same(sock: socket.socket, pieces: Sequence[memoryview]) -> bool:
+    """Whether the receive queue begins with these bytes, read piece by piece."""
+    buffer = bytearray(_CHUNK)
+    sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.RECEIVE)
+    try:
+        with peeking_on(sock) as moves:
+            if not moves:
+                return b"".join(pieces) == sock.recv(sum(map(len, pieces)) or 1, PEEK)
+            for piece in pieces:
+                at = 0
+                while at < len(piece):
+                    part = piece[at : at + _CHUNK]
+                    count = sock.recv_into(buffer, len(part), PEEK)
+                    # startswith compares memory; == of a memoryview goes item by item
+                    if not count or not buffer.startswith(part[:count]):
+                        return False
+                    at += count
+            return True
+    except BlockingIOError:
+        return False
+    finally:
+        sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)

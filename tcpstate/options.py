@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import errno
 import functools
+import itertools
 import logging
 import socket
 import struct
@@ -26,7 +27,20 @@ from tcpstate.kernel.tcp import TCP
 from tcpstate.record import ConnectionRecord
 from tcpstate.rows import describe
 
-__all__ = ["EXCLUDED", "TABLE", "VOLATILE", "Format", "Option", "Saved", "Stage", "give", "number", "refresh", "save"]
+__all__ = [
+    "EXCLUDED",
+    "TABLE",
+    "VOLATILE",
+    "Format",
+    "Option",
+    "Saved",
+    "Stage",
+    "give",
+    "number",
+    "refresh",
+    "save",
+    "unlike",
+]
 
 log = logging.getLogger(__name__)
 
@@ -452,6 +466,28 @@ def _set(socks: Sequence[socket.socket], options: Sequence[Option], wanted: Sequ
         if code not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
             raise RowError(code, wanted[row][0], f"setting {option.keyword}")
         log.warning("this kernel does not take socket option %s; it was left out", option.keyword)
+
+
+def unlike(socks: Sequence[socket.socket], numbers: Sequence[Mapping[str, Sequence[int]]]) -> set[int]:
+    """Which of the sockets do not read back what :func:`give` was to set before the release."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for row, of_numbers in enumerate(numbers):
+        known = (BY_KEYWORD.get(keyword) for keyword in of_numbers)
+        keywords = tuple(o.keyword for o in known if o is not None and o.stage is not Stage.RELEASED)
+        if keywords:
+            alike.setdefault(keywords, []).append(row)
+    found = set()
+    for keywords, mine in alike.items():
+        options = [BY_KEYWORD[k] for k in keywords]
+        rows = Rows(len(mine))
+        fd = rows.numbers(socks[i].fileno() for i in mine)
+        fields = [rows.getsockopt(fd, o.level, o.number, o.size, ignore=True) for o in options]
+        rows.run()
+        reader = rows.reader(*((place, o.format.value) for place, o in zip(fields, options, strict=True)))
+        for i, values in zip(mine, reader.iter_unpack(rows.memory), strict=True):
+            if values != tuple(itertools.chain.from_iterable(numbers[i][k] for k in keywords)):
+                found.add(i)
+    return found
 
 
 def number(record: ConnectionRecord, keyword: str) -> int:

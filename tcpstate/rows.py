@@ -7,12 +7,16 @@ import errno
 import os
 import socket
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, overload
 
 from tcpstate.connid import ConnId
 from tcpstate.errors import AddressInUse, ConnectionCallFailed
 from tcpstate.kernel.columns import RowError
 
-__all__ = ["describe", "failures"]
+if TYPE_CHECKING:
+    from tcpstate.record import ConnectionRecord
+
+__all__ = ["Names", "describe", "failures"]
 
 _IN_USE = (errno.EADDRNOTAVAIL, errno.EADDRINUSE)
 
@@ -26,6 +30,23 @@ def describe(sock: socket.socket) -> str:
     except (OSError, ValueError):
         # not connected (any more), or closed: its number must do
         return f"fd {sock.fileno()}"
+
+
+class Names(Sequence[str]):
+    """The conn-IDs of records as text, each made when it is asked for: only errors want them."""
+
+    def __init__(self, records: Sequence[ConnectionRecord]) -> None:
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[str]: ...
+    def __getitem__(self, at: int | slice) -> str | Sequence[str]:
+        return Names(self._records[at]) if isinstance(at, slice) else str(self._records[at].conn_id)
 
 
 @contextlib.contextmanager

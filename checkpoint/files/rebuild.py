@@ -29,10 +29,14 @@ from checkpoint.files.abi import REOPEN_FLAGS, Fcntl, FileFlag
 from checkpoint.files.base import OpenFile, kind_name
 from checkpoint.files.listener import Listener
 from checkpoint.files.locks import Locks
+from checkpoint.files.queues import Queues
 from checkpoint.files.table import TreeFiles, ensure_descriptors
 from checkpoint.files.tcp import RebuiltTcp
+from checkpoint.files.tcpfile import TcpFile
+from checkpoint.image.frames import PageRun
 from tcpstate.rebuild import Difference
 from tcpstate.record import ConnectionRecord
+from tcpstate.silence import Blackhole
 
 __all__ = ["Rebuilder"]
 
@@ -49,6 +53,7 @@ class Rebuilder:
     records  what TreeFiles holds
     path     maps a path of the source to one here
     warn     told, in one sentence, of whatever will differ from the original
+    blackhole  rules that silence connections until their release, if they stand already; removed by ``close``
 
     Kinds use: ``files`` (all records), ``descriptor``, ``content``, ``shared`` (things that several descriptions have
     in common while they are made), ``at_end`` and ``on_abort``.
@@ -60,11 +65,14 @@ class Rebuilder:
         *,
         path: Callable[[str], str] = lambda path: path,
         warn: Callable[[str], None] = _log.warning,
+        blackhole: Blackhole | None = None,
     ) -> None:
         self.records = records
         self.files: list[OpenFile] = list(records.files)
         self.path = path
         self.warn = warn
+        self.blackhole = Blackhole() if blackhole is None else blackhole
+        self.queues = Queues()
         self.shared: dict[tuple[str, object], object] = {}
         self._descriptors: list[int | None] = [None] * len(self.files)
         self._building: set[int] = set()
@@ -208,6 +216,12 @@ class Rebuilder:
                 part, offset = part[written:], offset + written
         if view:
             raise BadFileRecord(f"{len(view)} bytes too many", object=f"content {index}")
+
+    def take_queue(self, run: PageRun) -> bool:
+        """Bytes of a connection's queue; whether their memory is needed from now on. BadFileRecord."""
+        if not 0 <= run.id < len(self.files) or not isinstance(self.files[run.id], TcpFile):
+            raise BadFileRecord("bytes of a queue for what is no connection", object=f"file {run.id}")
+        return self.queues.take(run)
 
     def take(self, delta: Mapping[int, OpenFile]) -> None:
         """Records that replace earlier ones."""

@@ -7,20 +7,25 @@ sends their packets into a blackhole (:mod:`tcpstate.silence`); it stands as lon
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import socket
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from checkpoint.errors import BadFileRecord
 from checkpoint.files.base import FdView, OpenFile
 from checkpoint.files.listener import is_closed, is_tcp
+from checkpoint.files.queues import apart, queue_runs
 from checkpoint.files.tcpfile import TcpFile
-from tcpstate import codec
+from checkpoint.image.frames import PageRun, Space
+from tcpstate import codec, options
 from tcpstate.discard import discard_connections
+from tcpstate.early import Early, read_early
 from tcpstate.export import export_connections
 from tcpstate.freeze import QuietState, quiet, read_originals, thaw
 from tcpstate.kernel.sockets import SO, Level
-from tcpstate.rebuild import Difference, compare, read_back, rebuild_connections, release_connections
+from tcpstate.rebuild import Difference, differences, rebuild_connections, release_connections
 from tcpstate.record import ConnectionRecord
 from tcpstate.rows import describe
 from tcpstate.silence import Blackhole
@@ -30,6 +35,10 @@ if TYPE_CHECKING:
     from checkpoint.files.table import FileTable
 
 __all__ = ["Original", "RebuiltTcp", "TcpGroup"]
+
+#: how often receive queues are looked at before the freeze, and how much more must be there
+_EARLY_ROUNDS: Final = 3
+_EARLY_GROWTH: Final = 512 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +54,12 @@ class Original:
 
 
 class TcpGroup:
-    """The TCP sockets of a file table, through our duplicates. The table must stay open."""
+    """The TCP sockets of a file table, through our duplicates. The table must stay open.
 
-    def __init__(self, table: FileTable) -> None:
+    blackhole  the rules that silence what is frozen, if they stand already: adding them takes milliseconds
+    """
+
+    def __init__(self, table: FileTable, blackhole: Blackhole | None = None) -> None:
         self._table = table
         self._listeners: list[socket.socket] = []
         self._views: list[tuple[int, FdView]] = []
@@ -58,9 +70,13 @@ class TcpGroup:
                 self._listeners.append(view.socket)
             elif not is_closed(view):
                 self._views.append((index, view))
+        self._originals: list[QuietState] | None = None
+        self._options: list[options.Saved] | None = None
+        self._early: list[Early | None] = [None] * len(self._views)
         self._states: list[QuietState] = []
         self._records: dict[int, OpenFile] = {}
-        self._blackhole = Blackhole()
+        self._runs: list[PageRun] = []
+        self._blackhole = Blackhole() if blackhole is None else blackhole
 
     @property
     def listeners(self) -> list[socket.socket]:
@@ -84,7 +100,7 @@ class TcpGroup:
 
     def originals(self) -> bytes:
         """What :meth:`freeze` is about to change, for a journal: by PID and descriptor, packed."""
-        states = read_originals(self.established)
+        states = self._originals = read_originals(self.established)
         places = [view.places for _, view in self._views]
         return codec.pack([Original(places=p, state=s) for p, s in zip(places, states, strict=True)])
 
@@ -93,31 +109,61 @@ class TcpGroup:
         """The addresses of this host that the connections use."""
         return {_local(view.socket) for _, view in self._views} - {""}
 
+    def early_runs(self) -> Iterator[PageRun]:
+        """What large receive queues hold already, while the sockets still live; the owners are stopped. What else can
+        be read before the freeze is read, too."""
+        socks = self.established
+        self._options = options.save(socks)
+        for _ in range(_EARLY_ROUNDS):
+            found = read_early(socks, self._early, _EARLY_GROWTH)
+            for at, (early, data) in found.items():
+                yield from queue_runs(Space.RECEIVED, self._views[at][0], data, early.count - len(data))
+                self._early[at] = early
+            if not found:
+                return
+
     def freeze(self) -> None:
         """Nothing comes in or goes out any more. All or none."""
-        self._blackhole.ensure()
+        if not self._blackhole.priorities:
+            self._blackhole.ensure()
         try:
-            self._states = quiet(self.established)
+            self._states = quiet(self.established, self._originals)
         except BaseException:
             self._blackhole.remove()
             raise
 
     def export(self) -> None:
         """Read the frozen connections; they are in repair afterwards. The owners must be stopped."""
-        ended = [is_closed(view) for _, view in self._views]
+        self._leave_out([is_closed(view) for _, view in self._views])
+        exported = export_connections(self.established, self._states, saved_options=self._options, early=self._early)
+        for (index, view), connection, early in zip(self._views, exported, self._early, strict=True):
+            told = self._table.record(index)
+            if not isinstance(told, TcpFile):
+                raise BadFileRecord("a connection was captured as something else", object=view.object)
+            received = 0 if early is None else early.count
+            whole = dataclasses.replace(told, connection=connection, received=received)
+            self._records[index], runs = apart(whole, index)
+            self._runs += runs
+
+    def _leave_out(self, ended: Sequence[bool]) -> None:
+        """Those that were reset between the capture and the freeze."""
+        if not any(ended):
+            return
         for (index, view), state, is_over in zip(self._views, self._states, ended, strict=True):
             if is_over:
-                # It was reset between the capture and the freeze. Its options are read as its owner knows them.
+                # its options are read as its owner knows them
                 thaw([view.socket], [state])
                 self._records[index] = TcpFile.without_connection(view)
-        self._views = [pair for pair, is_over in zip(self._views, ended, strict=True) if not is_over]
-        self._states = [state for state, is_over in zip(self._states, ended, strict=True) if not is_over]
-        exported = export_connections(self.established, self._states)
-        for (index, view), connection in zip(self._views, exported, strict=True):
-            early = self._table.record(index)
-            if not isinstance(early, TcpFile):
-                raise BadFileRecord("a connection was captured as something else", object=view.object)
-            self._records[index] = dataclasses.replace(early, connection=connection)
+        left = [not is_over for is_over in ended]
+        self._views = list(itertools.compress(self._views, left))
+        self._states = list(itertools.compress(self._states, left))
+        self._early = list(itertools.compress(self._early, left))
+        if self._options is not None:
+            self._options = list(itertools.compress(self._options, left))
+
+    def runs(self) -> list[PageRun]:
+        """Large queues, after :meth:`export`; they come before :meth:`records`."""
+        return self._runs
 
     def records(self) -> dict[int, OpenFile]:
         """The entries of FILES_DELTA, after :meth:`export`."""
@@ -163,7 +209,8 @@ class RebuiltTcp:
         self._host = host
         self._socks: list[socket.socket] = []
         self._records: list[ConnectionRecord] = []
-        self._blackhole = Blackhole()
+        self._early: dict[int, list[memoryview]] = {}
+        self._blackhole = host.blackhole
 
     def rebuild(self, elapsed: float) -> None:
         """All of them, in repair: nothing is sent, and what arrives is not answered."""
@@ -176,23 +223,23 @@ class RebuiltTcp:
                 if record.options is None:
                     raise BadFileRecord("a connection did not come", object=record.conn_id)
                 continue
+            whole, early = self._host.queues.whole(record, index)
+            if whole.connection is None:
+                continue
+            if early:
+                self._early[len(self._socks)] = early
             self._socks.append(socket.socket(fileno=self._host.descriptor(index)))
-            self._records.append(record.connection)
+            self._records.append(whole.connection)
         if not self._socks:
             return
-        self._blackhole.ensure()
-        rebuild_connections(self._records, self._socks, elapsed=elapsed)
+        if not self._blackhole.priorities:
+            self._blackhole.ensure()
+        rebuild_connections(self._records, self._socks, elapsed=elapsed, early=self._early)
 
     def compare(self) -> list[tuple[str, Difference]]:
         """(conn-ID, difference) wherever the sockets read back otherwise than was told."""
-        if not self._socks:
-            return []
-        found = read_back(self._socks, self._records)
-        return [
-            (str(told.conn_id), difference)
-            for told, again in zip(self._records, found, strict=True)
-            for difference in compare(told, again)
-        ]
+        found = differences(self._socks, self._records, self._early)
+        return [(str(self._records[at].conn_id), difference) for at, difference in found]
 
     @property
     def records(self) -> list[ConnectionRecord]:
@@ -200,11 +247,9 @@ class RebuiltTcp:
         return list(self._records)
 
     def release(self) -> None:
-        """Let them live."""
-        try:
-            release_connections(self._socks, self._records)
-        finally:
-            self._blackhole.remove()
+        """Let them live. The blackhole stays until :meth:`close`: nothing carries its mark any more, and removing it
+        takes milliseconds."""
+        release_connections(self._socks, self._records)
 
     def close(self) -> None:
         """Forget the sockets; their descriptors are the host's. Closed in repair they vanish without a packet."""
@@ -212,4 +257,6 @@ class RebuiltTcp:
             sock.detach()
         self._socks = []
         self._records = []
+        self._early = {}
+        self._host.queues.clear()
         self._blackhole.remove()

@@ -40,6 +40,9 @@ class TcpFile(OpenFile):
     family      AF_INET or AF_INET6
     conn_id     its connection when it was captured first; empty: it has none
     connection  the connection's record, once it was frozen
+    received    bytes of its receive queue, before those in the record, that came as pages (files/queues.py)
+    to_send     bytes of its send queue that came as pages, instead of in the record
+    sent        how many of those were sent before
     name        without connection: what it is bound to
     options     without connection
     """
@@ -49,6 +52,9 @@ class TcpFile(OpenFile):
     family: int
     conn_id: str = ""
     connection: ConnectionRecord | None = None
+    received: int = 0
+    to_send: int = 0
+    sent: int = 0
     name: Endpoint | None = None
     options: SocketOptions | None = None
 
@@ -57,6 +63,10 @@ class TcpFile(OpenFile):
             raise ValueError("not an internet socket")
         if not self.conn_id and self.options is None:
             raise ValueError("a TCP socket with neither connection nor options")
+        if not 0 <= self.sent <= self.to_send or self.received < 0:
+            raise ValueError("impossible lengths of queues")
+        if self.to_send and (self.connection is None or self.connection.send_queue):
+            raise ValueError("a send queue in two places")
 
     @property
     def tcp_port(self) -> int:

@@ -134,18 +134,21 @@ _STREAM_FLAGS = int(Flag.OPTIONAL | Flag.CHECKSUM)
 
 
 class Space(enum.StrEnum):
-    """What the runs of a PAGES frame are places of: the memory of a process, or the content of a file."""
+    """What the runs of a PAGES frame are places of: the memory of a process, the content of a file, or a queue of a
+    connection: what has arrived and was not read, what was written and is not acknowledged."""
 
     MEMORY = "memory"
     CONTENT = "content"
+    RECEIVED = "received"
+    SENT = "sent"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Runs:
     """The record of a PAGES or PAGES_DROP frame: where its bytes belong.
 
-    space  memory of a process, or content of a file
-    id     pid (as in TREE), or index in FILES
+    space  memory of a process, content of a file, or queue of a connection
+    id     pid (as in TREE), index of a content, or index in FILES
     runs   (start, length) in bytes, ascending, not overlapping; whole pages in memory
     """
 

@@ -37,13 +37,13 @@ import threading
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from tcpstate.kernel import batch
 from tcpstate.kernel.calls import ENTRY_SIZE, IGNORE_ERROR, RET_OFFSET, indirect
 from tcpstate.kernel.machine import SYS
 
-__all__ = ["Column", "Field", "Reusable", "RowError", "RowResult", "Rows", "Shared"]
+__all__ = ["Column", "Field", "Reusable", "RowError", "RowResult", "Rows", "Shared", "make_all"]
 
 T = TypeVar("T")
 
@@ -385,6 +385,7 @@ class Reusable(Generic[T]):
     def __init__(self, build: Callable[[Rows], T]) -> None:
         self._build = build
         self._made = threading.local()
+        _reusable.append(self)
 
     def of(self, count: int) -> tuple[Rows, T]:
         """The table for ``count`` rows, and what ``build`` returned."""
@@ -395,6 +396,15 @@ class Reusable(Generic[T]):
             rows.place(_SLAB)
         made[0].count = count
         return made
+
+
+_reusable: list[Reusable[Any]] = []
+
+
+def make_all() -> None:
+    """Let this thread build every :class:`Reusable` table now, not at its first use."""
+    for table in _reusable:
+        table.of(0)
 
 
 def _steps(start: int, step: int, count: int) -> array[int]:

@@ -118,6 +118,8 @@ USER_TIMEOUT_MAX = 2**31 - 1
 CONGESTION_NAME_SIZE = 16
 #: what we ask TCP_INFO for; the kernel returns what it has (6.1: 232, 6.12: 248, 6.18: 280)
 INFO_SIZE = 280
+#: the longest of :func:`repair_options`: four of struct tcp_repair_opt
+REPAIR_OPTIONS_SIZE = 32
 
 
 def repair_options(mss: int, *, wscale: tuple[int, int] | None, sack: bool, timestamps: bool) -> bytes:

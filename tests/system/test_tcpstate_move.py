@@ -17,6 +17,7 @@ from tcpstate.discard import discard_connections
 from tcpstate.export import export_connections
 from tcpstate.freeze import Blackhole, quiet, thaw
 from tcpstate.kernel.route import is_local
+from tcpstate.kernel.sockets import Ioctl, ioctl_int
 from tcpstate.locate import take
 from tcpstate.rebuild import compare, rebuild_connections, release_connections
 from tests.tscnet import SERVICE, Watcher, net, pair, wait_until
@@ -156,11 +157,13 @@ def run(family, moves, *, mapped=False, loss=False):
             stack.callback(theirs.kill)
             chance = random.Random(family + moves)
             spent = []
-            for _ in range(moves):
+            for number in range(moves):
                 time.sleep(chance.uniform(0.01, 0.06))
-                begun = time.monotonic()
-                record = service.move(hosts.b if service.host is hosts.a else hosts.a, family)
-                spent.append(time.monotonic() - begun)
+                # now and then the client does not read until there is something that cannot be sent
+                with full(service, theirs) if number % 16 == 8 else contextlib.nullcontext():
+                    begun = time.monotonic()
+                    record = service.move(hosts.b if service.host is hosts.a else hosts.a, family)
+                    spent.append(time.monotonic() - begun)
                 kinds["unacked"] += record.sent > 0
                 kinds["unsent"] += len(record.send_queue) > record.sent
                 kinds["unread"] += bool(record.receive_queue)
@@ -177,6 +180,18 @@ def run(family, moves, *, mapped=False, loss=False):
             f"{service.total[1] >> 10} KiB in, {kinds}, largest gap at the client {theirs.largest_gap * 1e3:.1f} ms"
         )
         return kinds
+
+
+@contextlib.contextmanager
+def full(service, theirs):
+    """The client rests, and what the service writes waits for room."""
+    theirs.stop()
+    try:
+        with take(service.process.pid, service.process.fd) as sock:
+            wait_until(lambda: ioctl_int(sock.fileno(), Ioctl.SIOCOUTQNSD) > 0)
+        yield
+    finally:
+        os.kill(theirs.pid, signal.SIGCONT)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,186 @@
+"""Rebuilt connections let live, once their addresses are local: what :mod:`tcpstate.rebuild` began."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from tcpstate import options
+from tcpstate.errors import ConnectionCallFailed
+from tcpstate.fin import put_own_fins, take_peer_fins
+from tcpstate.kernel import bpf
+from tcpstate.kernel.columns import Column, Field, Reusable, Rows
+from tcpstate.kernel.sockets import IP, IPV6, SO, BufferLock, Level
+from tcpstate.kernel.tcp import TCP, Repair, RepairQueue
+from tcpstate.options import Stage, number
+from tcpstate.preflight import state_of
+from tcpstate.record import ConnectionRecord, State
+from tcpstate.refill import put
+from tcpstate.reopen import tell_windows
+from tcpstate.rows import Names, failures
+from tcpstate.segment import SEQ_MASK
+
+__all__ = ["release_connections"]
+
+#: what release gives back itself, so that the generic table must not
+_OWN_HANDS = frozenset({"ip.transparent", "ipv6.transparent"})
+
+
+def _build_hearing(rows: Rows) -> tuple[Column, Field]:
+    fd, whole = rows.column(), rows.room(4)
+    # What goes out again must go out whole: Nagle would wait for the ACK of its first part.
+    rows.setsockopt(fd, Level.TCP, TCP.NODELAY, whole)
+    # The filter goes before repair does, else it would drop the answer to the probe.
+    rows.setsockopt(fd, Level.SOCKET, SO.DETACH_FILTER, 0, ignore=True)
+    return fd, whole
+
+
+def _build_leaving(rows: Rows) -> tuple[Column, Field, Field]:
+    fd, mark, leave = rows.column(), rows.room(4), rows.room(4)
+    # Until its own mark is back nothing it sends leaves this host.
+    rows.setsockopt(fd, Level.SOCKET, SO.MARK, mark)
+    rows.setsockopt(fd, Level.TCP, TCP.REPAIR, leave, label="leaving repair mode")
+    return fd, mark, leave
+
+
+def _build_ends(rows: Rows) -> tuple[Column, Field]:
+    fd = rows.column()
+    rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.SEND)
+    end = rows.getsockopt(fd, Level.TCP, TCP.QUEUE_SEQ, 4)
+    rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
+    return fd, end
+
+
+_hearing = Reusable(_build_hearing)
+_leaving = Reusable(_build_leaving)
+_ends = Reusable(_build_ends)
+
+
+def release_connections(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
+    """Let rebuilt connections live, once their addresses are local here: they leave repair mode, send what is to be
+    sent and have their own options.
+
+    Afterwards replay what was captured.  ConnectionCallFailed, QueueNotRestored; the other connections of the batch may
+    be released or not then: call it again with those that are still in repair.
+    """
+    if len(socks) != len(records):
+        raise ValueError(f"{len(socks)} sockets, {len(records)} records")
+    if not socks:
+        return
+    names = Names(records)
+    again = _to_send_again(socks, records, names)
+    nodelay = [number(r, "tcp.nodelay") for r in records]
+    rows, (fd, whole) = _hearing.of(len(socks))
+    fd.set(s.fileno() for s in socks)
+    whole.set(int(n > 0) or d for n, d in zip(again, nodelay, strict=True))
+    with failures(socks, names):
+        rows.run()
+    for sock, record in zip(socks, records, strict=True):
+        if record.filter:
+            try:
+                bpf.attach(sock, record.filter)
+            except OSError as error:
+                what = f"giving its filter back: {error.strerror}"
+                raise ConnectionCallFailed(what, object=str(record.conn_id)) from None
+    take_peer_fins(socks, records)
+
+    rows, (fd, mark, leave) = _leaving.of(len(socks))
+    fd.set(s.fileno() for s in socks)
+    mark.set(number(r, "so.mark") for r in records)
+    # The probe asks the peer for its window and for an ACK; data that goes out again does that by itself.
+    leave.set(Repair.OFF_NO_PROBE if n else Repair.OFF for n in again)
+    with failures(socks, names):
+        rows.run()
+    for sock, record, count, delay_off in zip(socks, records, again, nodelay, strict=True):
+        if not record.send_queue or state_of(sock) is State.CLOSED:
+            # The peer has reset it: send() would take the error that its owner is to see.
+            continue
+        if count:
+            put(sock, memoryview(record.send_queue)[:count], record)
+        if len(record.send_queue) > record.sent:
+            if count and not delay_off:
+                sock.setsockopt(Level.TCP, TCP.NODELAY, 0)
+            put(sock, memoryview(record.send_queue)[record.sent :], record)
+    put_own_fins(socks, records)
+    _give_back(socks, records)
+    tell_windows(records)
+
+
+def _to_send_again(
+    socks: Sequence[socket.socket], records: Sequence[ConnectionRecord], names: Sequence[str]
+) -> list[int]:
+    """How many of the bytes that were sent before the rebuild did not queue as sent.
+
+    The end of the send queue tells. No ACK changes it; since the address is here, ACKs may have arrived already.
+    """
+    rows, (fd, end) = _ends.of(len(socks))
+    fd.set(s.fileno() for s in socks)
+    with failures(socks, names):
+        rows.run()
+    return [(record.snd_nxt - write_seq) & SEQ_MASK for record, write_seq in zip(records, end.u32(), strict=True)]
+
+
+@dataclass(slots=True)
+class _Own:
+    """Calls that give the connection's own options and buffers back."""
+
+    fd: Column
+    reuse_address: Field
+    send: Field
+    receive: Field
+    lock: Field
+    transparent: Field
+    nodelay: Field
+    user_timeout: Field
+
+    @classmethod
+    def build(cls, rows: Rows) -> Self:
+        fd = rows.column()
+        own = cls(fd, *(rows.room(4) for _ in range(7)))
+        # Leaving repair cleared it, and the listener beside it could not be bound again.
+        rows.setsockopt(fd, Level.SOCKET, SO.REUSEADDR, own.reuse_address)
+        rows.setsockopt(fd, Level.SOCKET, SO.SNDBUFFORCE, own.send)
+        rows.setsockopt(fd, Level.SOCKET, SO.RCVBUFFORCE, own.receive)
+        # Setting a size fixed it; this lets the kernel tune the sizes again that it tuned before. Before 5.14 it
+        # cannot be.
+        rows.setsockopt(fd, Level.SOCKET, SO.BUF_LOCK, own.lock, ignore=True)
+        rows.setsockopt(fd, Level.IP, IP.TRANSPARENT, own.transparent, ignore=True)
+        rows.setsockopt(fd, Level.IPV6, IPV6.TRANSPARENT, own.transparent, ignore=True)
+        rows.setsockopt(fd, Level.TCP, TCP.NODELAY, own.nodelay)
+        # The largest value kept it alive; 0, the usual one, is not among the recorded options.
+        rows.setsockopt(fd, Level.TCP, TCP.USER_TIMEOUT, own.user_timeout)
+        return own
+
+
+_own = Reusable(_Own.build)
+
+
+def _give_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
+    """The connection's own options, buffers and filter."""
+    rows, own = _own.of(len(socks))
+    own.fd.set(s.fileno() for s in socks)
+    own.reuse_address.set(r.reuse_address for r in records)
+    own.send.set(r.buffers.send // 2 for r in records)
+    own.receive.set(r.buffers.receive // 2 for r in records)
+    own.lock.set(_lock(r) for r in records)
+    own.transparent.set(_transparent(r) for r in records)
+    own.nodelay.set(number(r, "tcp.nodelay") for r in records)
+    own.user_timeout.set(number(r, "tcp.user_timeout") for r in records)
+    with failures(socks, Names(records)):
+        rows.run()
+        numbers, data = [r.options for r in records], [r.option_data for r in records]
+        options.give(socks, numbers, data, Stage.RELEASED, skip=_OWN_HANDS)
+    for sock, record in zip(socks, records, strict=True):
+        if record.filter_locked:
+            sock.setsockopt(Level.SOCKET, SO.LOCK_FILTER, 1)
+
+
+def _lock(record: ConnectionRecord) -> int:
+    send = BufferLock.SEND if record.buffers.send_locked else 0
+    return send | (BufferLock.RECEIVE if record.buffers.receive_locked else 0)
+
+
+def _transparent(record: ConnectionRecord) -> int:
+    return max(number(record, keyword) for keyword in _OWN_HANDS)
