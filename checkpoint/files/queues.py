@@ -41,15 +41,18 @@ def apart(record: TcpFile, index: int) -> tuple[TcpFile, list[PageRun]]:
     if connection is None:
         return record, []
     runs: list[PageRun] = []
+    received, to_send, sent = record.received, 0, 0
     if len(connection.receive_queue) > LARGE:
-        runs += queue_runs(Space.RECEIVED, index, memoryview(connection.receive_queue), record.received)
-        record = dataclasses.replace(record, received=record.received + len(connection.receive_queue))
+        runs += queue_runs(Space.RECEIVED, index, memoryview(connection.receive_queue), received)
+        received += len(connection.receive_queue)
         connection = dataclasses.replace(connection, receive_queue=b"")
     if len(connection.send_queue) > LARGE:
         runs += queue_runs(Space.SENT, index, memoryview(connection.send_queue), 0)
-        record = dataclasses.replace(record, to_send=len(connection.send_queue), sent=connection.sent)
+        to_send, sent = len(connection.send_queue), connection.sent
         connection = dataclasses.replace(connection, send_queue=b"", snd_nxt=connection.snd_una)
-    return dataclasses.replace(record, connection=connection), runs
+    if not runs:
+        return record, []
+    return dataclasses.replace(record, connection=connection, received=received, to_send=to_send, sent=sent), runs
 
 
 class Queues:
@@ -86,7 +89,7 @@ class Queues:
             except ValueError as error:
                 raise BadFileRecord(f"its send queue does not fit: {error}", object=record.conn_id) from None
         early = self._of(Space.RECEIVED, index, record.received) if record.received else []
-        return dataclasses.replace(record, connection=connection), early
+        return dataclasses.replace(record, connection=connection, received=0, to_send=0, sent=0), early
 
     def _of(self, space: Space, index: int, length: int) -> list[memoryview]:
         found = self._lengths.get((space, index), 0)
