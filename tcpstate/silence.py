@@ -10,8 +10,12 @@ import contextlib
 import errno
 import socket
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from tcpstate.kernel import route
+
+if TYPE_CHECKING:
+    from pyroute2.iproute.linux import IPRoute
 
 __all__ = ["MARK", "Blackhole", "blackhole"]
 
@@ -33,26 +37,36 @@ class Blackhole:
 
     def ensure(self) -> None:
         """Add the rules in the calling thread's network namespace. OSError."""
-        for family in (socket.AF_INET, socket.AF_INET6):
-            if family in self.priorities:
-                continue
-            try:
-                self.priorities[family] = next(p for p in _RULE_PRIORITIES if route.add_blackhole_rule(family, MARK, p))
-            except StopIteration:
-                self.remove()
-                raise OSError(errno.EUSERS, "all priorities for blackhole rules are taken") from None
-            except OSError as error:
-                # no IPv6 in this kernel: nothing to keep silent
-                if family == socket.AF_INET6 and error.errno in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP):
-                    continue
-                self.remove()
-                raise
+        try:
+            with route.iproute() as channel:
+                for family in (socket.AF_INET, socket.AF_INET6):
+                    if family not in self.priorities:
+                        self._add(channel, family)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _add(self, channel: IPRoute, family: int) -> None:
+        try:
+            for priority in _RULE_PRIORITIES:
+                if route.add_blackhole_rule(channel, family, MARK, priority):
+                    self.priorities[family] = priority
+                    return
+        except OSError as error:
+            # no IPv6 in this kernel: nothing to keep silent
+            if family == socket.AF_INET6 and error.errno in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP):
+                return
+            raise
+        raise OSError(errno.EUSERS, "all priorities for blackhole rules are taken")
 
     def remove(self) -> None:
         """Remove them; none must be frozen any more. Rules that are gone already are no error."""
-        while self.priorities:
-            family, priority = self.priorities.popitem()
-            route.remove_blackhole_rule(family, MARK, priority)
+        if not self.priorities:
+            return
+        with route.iproute() as channel:
+            while self.priorities:
+                family, priority = self.priorities.popitem()
+                route.remove_blackhole_rule(channel, family, MARK, priority)
 
 
 @contextlib.contextmanager

@@ -5,14 +5,10 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import errno
 import os
-import struct
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
-
-from tcpstate.kernel import netlink
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
@@ -29,20 +25,6 @@ __all__ = [
 
 _ROUTE_TYPE_LOCAL = 2  # RTN_LOCAL
 _ACTION_BLACKHOLE = 6  # FR_ACT_BLACKHOLE
-_RULE = struct.Struct("=BBBBBBBBI")  # struct fib_rule_hdr
-
-
-class _Type(enum.IntEnum):
-    NEWRULE = 32
-    DELRULE = 33
-
-
-class _Rule(enum.IntEnum):
-    PRIORITY = 6
-    FWMARK = 10
-    FWMASK = 16
-
-
 _NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EACCES)
 
 
@@ -93,32 +75,32 @@ def source_towards(address: str) -> str:
     return "" if route is None else route.get("prefsrc") or ""
 
 
-def _rule(family: int, mark: int, priority: int) -> bytes:
-    return (
-        _RULE.pack(family, 0, 0, 0, 0, 0, 0, _ACTION_BLACKHOLE, 0)
-        + netlink.attribute(_Rule.PRIORITY, struct.pack("=I", priority))
-        + netlink.attribute(_Rule.FWMARK, struct.pack("=I", mark))
-        + netlink.attribute(_Rule.FWMASK, struct.pack("=I", 0xFFFFFFFF))
-    )
+def _rule(family: int, mark: int, priority: int) -> dict[str, Any]:
+    return {"family": family, "priority": priority, "fwmark": mark, "fwmask": 0xFFFFFFFF, "action": "blackhole"}
 
 
-def add_blackhole_rule(family: int, mark: int, priority: int) -> bool:
+def add_blackhole_rule(channel: IPRoute, family: int, mark: int, priority: int) -> bool:
     """Add the rule; False if the very same one is there already. OSError if the kernel refuses it."""
-    flags = netlink.Request.CREATE | netlink.Request.EXCLUSIVE
-    return _changed(_Type.NEWRULE, flags, _rule(family, mark, priority), unless=errno.EEXIST)
+    try:
+        with refusals():
+            channel.rule("add", **_rule(family, mark, priority))
+    except OSError as error:
+        if error.errno == errno.EEXIST:
+            return False
+        raise
+    return True
 
 
-def remove_blackhole_rule(family: int, mark: int, priority: int) -> bool:
+def remove_blackhole_rule(channel: IPRoute, family: int, mark: int, priority: int) -> bool:
     """Remove the rule; False if there is none."""
-    return _changed(_Type.DELRULE, netlink.Request(0), _rule(family, mark, priority), unless=errno.ENOENT)
-
-
-def _changed(kind: _Type, flags: netlink.Request, body: bytes, *, unless: int) -> bool:
-    with netlink.Netlink() as channel:
-        (error,) = channel.change([(kind, flags, body)])
-    if error is not None and error.errno != unless:
-        raise error
-    return error is None
+    try:
+        with refusals():
+            channel.rule("del", **_rule(family, mark, priority))
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return False
+        raise
+    return True
 
 
 def blackhole_rules(family: int, mark: int) -> list[int]:
