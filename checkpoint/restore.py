@@ -7,6 +7,7 @@
     prepare()         threads and state, connections rebuilt in repair and compared, registers set
     survive()         from here on the death of the tool does not end the processes
     release()         connections live: their addresses are local by now
+    tell_windows()    peers hear that there is room, once the network knows where the addresses are
     run()             threads let go
     abort()           nothing is left; possible until release()
 
@@ -216,6 +217,10 @@ class Restore:
     def release(self) -> None:
         """The addresses are local: connections send and answer again, listeners listen."""
         self._files_rebuilder.release()
+
+    def tell_windows(self) -> None:
+        """The addresses are announced: peers that wait for room hear that there is some. OSError."""
+        self._files_rebuilder.tell_windows()
 
     def run(self) -> dict[int, int]:
         """Let the processes go. Root PIDs in the image to PIDs here."""

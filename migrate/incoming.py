@@ -98,10 +98,15 @@ class IncomingTrees:
         Not later: what arrives after the release is answered, and a SYN that was must not come again.
         """
         arrived = [codec.unpack(Segment, segment) for segment in segments]
-        if self._capture is not None and not self._replayed:
+        first, self._replayed = not self._replayed, True
+        if first and self._capture is not None:
             arrived += self._capture.segments()
-        self._replayed = True
+            self._capture.stop()
         replay(arrived, self._connections)
+        if first:
+            # The addresses are announced by now.  Earlier, a peer that had waited for room would send all it has to
+            # where they were.
+            self._restore.tell_windows()
 
     def run(self) -> Arrived:
         """Let them go."""

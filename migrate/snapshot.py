@@ -209,6 +209,8 @@ def restore(path: str, *, take_addresses: bool = True) -> RestoreSummary:
             arrival.announce(time.monotonic())
         if capture is not None:
             replay(capture.segments(), connections)
+        with logged("telling windows"):
+            rebuilt.tell_windows()
         pids = rebuilt.run()
         rebuilt.close()
         _finish(arrival)

@@ -175,6 +175,11 @@ class Capture:
                     found.append(segment)
         return found
 
+    def stop(self) -> None:
+        """Keep no more; what waits can still be fetched. Costs nothing, unlike :meth:`close`. OSError."""
+        for sock in self._socks:
+            bpf.attach(sock, (_DROP,))
+
     @property
     def lost(self) -> int:
         """Packets that found no room since the start. Their senders will send them again, after a time-out."""

@@ -58,9 +58,14 @@ _leaving = Reusable(_build_leaving)
 _ends = Reusable(_build_ends)
 
 
-def release_connections(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
+def release_connections(
+    socks: Sequence[socket.socket], records: Sequence[ConnectionRecord], *, tell: bool = True
+) -> None:
     """Let rebuilt connections live, once their addresses are local here: they leave repair mode, send what is to be
     sent and have their own options.
+
+    tell  let peers that may wait for room know that there is some (:mod:`tcpstate.reopen`).  False: the caller does,
+          once the network knows where the address is now; they answer with all they have
 
     Afterwards replay what was captured.  ConnectionCallFailed, QueueNotRestored; the other connections of the batch may
     be released or not then: call it again with those that are still in repair.
@@ -105,7 +110,8 @@ def release_connections(socks: Sequence[socket.socket], records: Sequence[Connec
             put(sock, memoryview(record.send_queue)[record.sent :], record)
     put_own_fins(socks, records)
     _give_back(socks, records)
-    tell_windows(records)
+    if tell:
+        tell_windows(records)
 
 
 def _to_send_again(

@@ -9,6 +9,7 @@
     complete(..)        contents sealed, connections rebuilt in repair
     compare()           what the rebuilt connections read back as
     release()           the addresses are local, the original is gone: connections live, listeners listen, names appear
+    tell_windows()      the addresses are announced: peers that wait for room in a receive window hear of it
     close()             our descriptors; the processes keep theirs
 
 ``abort`` instead of ``release`` takes everything away; nothing has been changed that somebody else could see.
@@ -264,6 +265,10 @@ class Rebuilder:
             except OSError as error:
                 raise FileRebuildFailed(f"{kind_name(type(record))}: {error}", object=self.name(index)) from error
         self._locks.insist(self.warn)
+
+    def tell_windows(self) -> None:
+        """The addresses are announced: peers that wait for room hear that there is some. OSError."""
+        self._connections.tell_windows()
 
     @property
     def _connections(self) -> RebuiltTcp:

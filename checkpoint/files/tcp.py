@@ -27,6 +27,7 @@ from tcpstate.freeze import QuietState, quiet, read_originals, thaw
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.rebuild import Difference, differences, rebuild_connections, release_connections
 from tcpstate.record import ConnectionRecord
+from tcpstate.reopen import tell_windows
 from tcpstate.rows import describe
 from tcpstate.silence import Blackhole
 
@@ -249,7 +250,11 @@ class RebuiltTcp:
     def release(self) -> None:
         """Let them live. The blackhole stays until :meth:`close`: nothing carries its mark any more, and removing it
         takes milliseconds."""
-        release_connections(self._socks, self._records)
+        release_connections(self._socks, self._records, tell=False)
+
+    def tell_windows(self) -> None:
+        """After the release, once the addresses are announced: peers that wait for room hear that there is some."""
+        tell_windows(self._records)
 
     def close(self) -> None:
         """Forget the sockets; their descriptors are the host's. Closed in repair they vanish without a packet."""
