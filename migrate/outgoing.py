@@ -73,11 +73,11 @@ class OutgoingTrees:
 
     def prepare(self) -> None:
         """New connections are held off and captured."""
+        self._dump.make_ready()
         ports = self._dump.find_listeners()
         if ports:
             self._syns = Capture(syn_only=True, ports=ports)
             self._syns.start()
-        self._dump.make_ready()
         self._dump.hold_off()
         self._dump.drain()
 
