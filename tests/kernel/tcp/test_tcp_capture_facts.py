@@ -225,3 +225,15 @@ def test_built_packets_pass_the_kernels_checksum(hosts, ends):
 def _checksum_errors(hosts):
     lines = sh(f"ip netns exec {hosts.a.name} nstat -asz TcpInCsumErrors TcpInErrs").splitlines()[1:]
     return [line.split()[1] for line in lines]
+
+
+def test_a_stopped_capture_keeps_what_it_has(hosts, ends):
+    served, client = ends
+    port = served.getsockname()[1]
+    with hosts.a, Capture(ports={port}) as capture:
+        client.sendall(b"kept")
+        assert receive(served, 4) == b"kept"
+        capture.stop()
+        client.sendall(b"lost")
+        assert receive(served, 4) == b"lost"
+        assert [s.payload for s in capture.segments() if s.payload] == [b"kept"]
