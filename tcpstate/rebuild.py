@@ -308,12 +308,15 @@ def _fill(
             sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
 
 
-def _build_finishing(rows: Rows) -> tuple[Column, Field, Field, Column]:
+def _build_finishing(rows: Rows) -> tuple[Column, Field, Field, Field, Column]:
     fd, size = rows.column(), rows.column()
-    windows, name = rows.room(WINDOW_SIZE), rows.room(CONGESTION_NAME_SIZE)
+    receive, windows, name = rows.room(4), rows.room(WINDOW_SIZE), rows.room(CONGESTION_NAME_SIZE)
+    # The queue is in: the buffer has its own size again before any window is computed.  One that was offered cannot be
+    # taken back, and what does not fit the real buffer would be dropped, and come again after a time-out.
+    rows.setsockopt(fd, Level.SOCKET, SO.RCVBUFFORCE, receive)
     rows.setsockopt(fd, Level.TCP, TCP.REPAIR_WINDOW, windows, size=WINDOW_SIZE, label="setting the windows")
     rows.setsockopt(fd, Level.TCP, TCP.CONGESTION, name, size=size, label="setting the congestion control")
-    return fd, windows, name, size
+    return fd, receive, windows, name, size
 
 
 _finishing = Reusable(_build_finishing)
@@ -321,8 +324,9 @@ _finishing = Reusable(_build_finishing)
 
 def _finish(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
     """Windows, congestion control and what else can be set before the address is here."""
-    rows, (fd, windows, name, size) = _finishing.of(len(socks))
+    rows, (fd, receive, windows, name, size) = _finishing.of(len(socks))
     fd.set(s.fileno() for s in socks)
+    receive.set(r.buffers.receive // 2 for r in records)
     windows.set_bytes([_window(r) for r in records])
     name.set_bytes([r.congestion.encode("ascii") for r in records])
     size.set(len(r.congestion) for r in records)

@@ -135,7 +135,6 @@ class _Own:
     fd: Column
     reuse_address: Field
     send: Field
-    receive: Field
     lock: Field
     transparent: Field
     nodelay: Field
@@ -144,11 +143,10 @@ class _Own:
     @classmethod
     def build(cls, rows: Rows) -> Self:
         fd = rows.column()
-        own = cls(fd, *(rows.room(4) for _ in range(7)))
+        own = cls(fd, *(rows.room(4) for _ in range(6)))
         # Leaving repair cleared it, and the listener beside it could not be bound again.
         rows.setsockopt(fd, Level.SOCKET, SO.REUSEADDR, own.reuse_address)
         rows.setsockopt(fd, Level.SOCKET, SO.SNDBUFFORCE, own.send)
-        rows.setsockopt(fd, Level.SOCKET, SO.RCVBUFFORCE, own.receive)
         # Setting a size fixed it; this lets the kernel tune the sizes again that it tuned before. Before 5.14 it
         # cannot be.
         rows.setsockopt(fd, Level.SOCKET, SO.BUF_LOCK, own.lock, ignore=True)
@@ -169,7 +167,6 @@ def _give_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecor
     own.fd.set(s.fileno() for s in socks)
     own.reuse_address.set(r.reuse_address for r in records)
     own.send.set(r.buffers.send // 2 for r in records)
-    own.receive.set(r.buffers.receive // 2 for r in records)
     own.lock.set(_lock(r) for r in records)
     own.transparent.set(_transparent(r) for r in records)
     own.nodelay.set(number(r, "tcp.nodelay") for r in records)

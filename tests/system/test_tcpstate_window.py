@@ -11,7 +11,7 @@ from tcpstate.export import export_connections
 from tcpstate.freeze import Blackhole, quiet
 from tcpstate.kernel.route import is_local
 from tcpstate.rebuild import rebuild_connections, release_connections
-from tests.tscnet import SERVICE, net, pair, wait_until
+from tests.tscnet import SERVICE, Watcher, net, pair, wait_until
 
 TOTAL = 40_000_000
 #: the client's persist timer must have backed off beyond the time that is allowed below
@@ -47,10 +47,16 @@ def test_a_closed_window_opens(family):
             (made,) = rebuild_connections(records)
         ends.callback(made.close)
         a.remove(family)
-        b.add(family)
-        with b:
-            wait_until(lambda: is_local(SERVICE[family]))
-            release_connections([made], records)
+        with Watcher(b, keep=lambda s: s.source_port == 7000) as watcher:
+            b.add(family)
+            with b:
+                wait_until(lambda: is_local(SERVICE[family]))
+                release_connections([made], records)
+            # what was offered cannot be taken back, and what does not fit is dropped: never more than the buffer holds
+            scale = records[0].negotiated.rcv_wscale or 0
+            offered = max(s.window << scale for s in watcher.sent())
+            room = made.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) - len(records[0].receive_queue)
+            assert offered <= max(room, 2 * records[0].negotiated.mss)
         with a:
             discard_connections([served])
         made.settimeout(5)
