@@ -10,6 +10,7 @@ The stages, each a method, in the order in which they are called::
     skeleton       records MANIFEST, TREE, FILES, MAPPINGS
     pages          memory and contents.  The sockets still live: the kernel keeps acknowledging, so that no peer runs
                    into a time-out while gigabytes are copied
+    early_queues   what large receive queues hold already
     freeze         sockets quiet, then in repair; exported
     queues, delta  large queues; the record FILES_DELTA: sockets, and what else changed since the stop
     resume         everything as it was, or ...
@@ -239,8 +240,8 @@ class Dump:
         )
 
     def pages(self, *, buffers: int = 1) -> Iterator[PageRun]:
-        """Contents of files that travel along, the memory of every process, then what large receive queues hold. A run
-        is valid until the ``buffers``-th one after it is asked for."""
+        """Contents of files that travel along, then the memory of every process. A run is valid until the
+        ``buffers``-th one after it is asked for."""
         files = self._files_table
         for index in range(len(files.contents)):
             for runs in pages.chunks((o, o + n) for o, n in files.content_runs(index)):
@@ -249,11 +250,14 @@ class Dump:
                     yield PageRun(space=Space.CONTENT, id=index, runs=runs, data=memoryview(data))
         for process in self._tree.processes:
             yield from pages.read(process, self._layouts[process.pid], buffers=buffers)
-        # last: by now their peers have filled what room there was
-        yield from self._connections.early_runs()
+
+    def early_queues(self) -> Iterator[PageRun]:
+        """What large receive queues hold, last before :meth:`freeze`: by now their peers have filled what room there
+        was."""
+        return self._connections.early_runs()
 
     def queues(self) -> list[PageRun]:
-        """The large queues of the frozen connections, and what came since :meth:`pages`; before :meth:`delta`."""
+        """Large queues of the frozen connections, but for what :meth:`early_queues` told; before :meth:`delta`."""
         return self._connections.runs()
 
     @property

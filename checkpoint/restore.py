@@ -4,7 +4,8 @@
 
     apply(frame)      for each frame.  With the last MAPPINGS the tree grows, of stubs with the right numbers,
                       with its memory laid out and its files open; PAGES fill it; FILES_DELTA brings the connections
-    prepare()         threads and state, connections rebuilt in repair and compared, registers set
+                      COPIED says that the processes can be completed: threads and state, registers set
+    prepare()         that, if it was not done yet; connections rebuilt in repair and compared
     survive()         from here on the death of the tool does not end the processes
     release()         connections live: their addresses are local by now
     tell_windows()    peers hear that there is room, once the network knows where the addresses are
@@ -21,7 +22,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable
-from typing import Final
 
 from checkpoint import procfs
 from checkpoint.errors import ImageIncomplete, NoSuchProcess, RebuildDiffers
@@ -43,8 +43,6 @@ from tcpstate.silence import Blackhole
 __all__ = ["Restore", "first_user"]
 
 _log = logging.getLogger(__name__)
-
-_KNOWN: Final = frozenset({Kind.MANIFEST, Kind.TREE, Kind.FILES, Kind.MAPPINGS, Kind.PAGES, Kind.FILES_DELTA, Kind.END})
 
 
 class Restore:
@@ -76,6 +74,7 @@ class Restore:
         self._blackhole = Blackhole()
         self._arrived_ns = 0
         self._complete = False
+        self._processes_complete = False
 
     def _keep_warning(self, text: str) -> None:
         self.warnings.append(text)
@@ -107,6 +106,8 @@ class Restore:
                 self._layouts[one.pid] = one
                 if self._layouts.keys() == {r.task.pid for r in self._living()}:
                     self._build()
+            case Kind.COPIED:
+                self._complete_processes()
             case Kind.FILES_DELTA:
                 self._files_rebuilder.take(frame.decode(FilesDelta).files)
             case Kind.END:
@@ -156,6 +157,8 @@ class Restore:
         """Put the bytes where they belong; whether their memory is needed from now on."""
         if run.space in (Space.RECEIVED, Space.SENT):
             return self._files_rebuilder.take_queue(run)
+        if self._processes_complete:
+            raise ImageIncomplete("bytes of memory came after the end of the copy")
         if run.space is Space.CONTENT:
             self._files_rebuilder.write_content(run.id, run.runs, run.data)
             return False
@@ -175,16 +178,24 @@ class Restore:
         if not self._complete:
             raise ImageIncomplete("the image has not come to its end")
         rebuilder = self._files_rebuilder
+        if not self._processes_complete:
+            self._complete_processes()
+        rebuilder.complete(elapsed=elapsed)
+        return rebuilder.compare()
+
+    def _complete_processes(self) -> None:
+        """Threads and state, registers last: their files are open, and all of their memory has come. What is still to
+        be done to files is done in our own process."""
+        if self._rebuilder is None or self._processes_complete:
+            raise ImageIncomplete("the end of the copy came where it is not expected")
         for record in self._living():
             self._give_state(record)
-        rebuilder.complete(elapsed=elapsed)
-        differences = rebuilder.compare()
         for record in self._living():
             stub = self.stubs[record.task.pid]
             stub.leave()
             if record.state is not None:
                 table.install(stub, record.state)
-        return differences
+        self._processes_complete = True
 
     @staticmethod
     def differs(connection: str, difference: Difference) -> RebuildDiffers:

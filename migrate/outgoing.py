@@ -94,9 +94,12 @@ class OutgoingTrees:
         with ThreadPoolExecutor(1) as executor:
             for frame in page_frames(self._writer, self._dump.pages(buffers=_AHEAD + 2), executor, _AHEAD):
                 image.write(frame)
+        image.write(self._writer.frame(Kind.COPIED, {}, optional=True))
 
     def freeze(self, image: ImageWriter, note: NoteWriter) -> int:
         """Connections, and the end of the image."""
+        for run in self._dump.early_queues():
+            image.write(self._writer.pages(run))
         self._capture_all()
         self._dump.freeze(note=lambda originals: note("connections", originals))
         for run in self._dump.queues():
@@ -112,6 +115,7 @@ class OutgoingTrees:
         for kind, record in self._dump.skeleton():
             image.record(kind, record)
         image.pages(self._dump.pages(buffers=image.AHEAD + 2))
+        image.pages(self._dump.early_queues())
         self._capture_all()
         self._dump.freeze()
         image.pages(self._dump.queues())

@@ -261,7 +261,7 @@ class Source:
             outgoing.prepare()
             # again: routes may have changed, and this is what will be given back
             self._departure = departure = Departure(netlink, moved)
-            self._measure()
+            self._measure(MEASUREMENTS)
 
         image = ImageWriter(channel, self._machine.send_image, self._attend)
         self._stopped_ns = monotonic_ns()
@@ -270,6 +270,8 @@ class Source:
         with self._phase("copy"):
             outgoing.send(image)
             image.flush()
+            # The target answers when it has built all that came: what takes it long is done while the connections live.
+            self._measure(1)
         copied = Round(bytes=image.written, ms=self._phases["copy"])
         with self._phase("freeze"):
             exported_ns = outgoing.freeze(image, journal.note)
@@ -319,8 +321,8 @@ class Source:
             lost=running.lost,
         )
 
-    def _measure(self) -> None:
-        for number in range(MEASUREMENTS):
+    def _measure(self, count: int) -> None:
+        for number in range(count):
             sent = monotonic_ns()
             self._say(Measure(number=number))
             answer = self._hear(Measured)

@@ -99,6 +99,7 @@ class Kind(enum.StrEnum):
     MAPPINGS     the memory layout of one process; a later one of the same process replaces it
     PAGES        bytes of memory (by process) or of file contents (by index in FILES): the later bytes of an address win
     PAGES_DROP   pages that are as in a fresh mapping again (a hole, for contents): earlier PAGES of them are void
+    COPIED       no more bytes of memory or contents come: the processes can be completed, while connections are frozen
     MAPS_DELTA   mappings that came, went or changed since the last MAPPINGS of a process
     FILES_DELTA  entries of FILES that came or changed; sockets, as frozen at the end
     ADDRESSES    addresses that the connections need, of an image in a file; of a migration the protocol tells them
@@ -111,6 +112,7 @@ class Kind(enum.StrEnum):
     MAPPINGS = "MAPPINGS"
     PAGES = "PAGES"
     PAGES_DROP = "PAGES_DROP"
+    COPIED = "COPIED"
     MAPS_DELTA = "MAPS_DELTA"
     FILES_DELTA = "FILES_DELTA"
     ADDRESSES = "ADDRESSES"
