@@ -15,11 +15,11 @@ from typing import Final
 
 from checkpoint import procfs
 from checkpoint.kernel import pagemap, process_vm
-from checkpoint.kernel.capability import Cap
 from checkpoint.kernel.kcmp import KcmpType, kcmp
 from checkpoint.verdict import Status, Verdict
 from tcpstate.errors import KernelFeatureMissing, MissingCapability
 from tcpstate.kernel import bpf, diag, route
+from tcpstate.kernel.capability import Cap
 from tcpstate.kernel.sockets import IP, SO, Level, pidfd_getfd
 from tcpstate.kernel.tcp import TCP, Repair
 from tcpstate.silence import MARK

@@ -18,7 +18,7 @@ from tcpstate.kernel.sockets import Ioctl, Level, ioctl_int
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpInfo
 from tcpstate.locate import find, take
 
-__all__ = ["observe"]
+__all__ = ["observe", "observe_socket"]
 
 _FAMILIES = {socket.AF_INET: "ipv4", socket.AF_INET6: "ipv6"}
 _CONGESTION_NAME_SIZE = 16  # TCP_CA_NAME_MAX, include/net/tcp.h
@@ -37,22 +37,30 @@ def observe(conn_id: ConnId, keywords: Collection[str] = ()) -> dict[str, Any]:
         raise NoSuchConnection("no process has this connection open", object=str(conn_id))
     owner = located.owners[0]
     with take(owner.pid, owner.fd) as sock:
-        info = TcpInfo.unpack(sock.getsockopt(Level.TCP, TCP.INFO, INFO_SIZE))
-        congestion = sock.getsockopt(Level.TCP, TCP.CONGESTION, _CONGESTION_NAME_SIZE)
         items: dict[str, Any] = {
             "connection": str(located.conn_id),
             "state": located.state.name,
-            "family": _FAMILIES[socket.AddressFamily(sock.family)],
             "owners": located.owners,
             "frozen": located.frozen,
             "receive_queue": located.receive_queue,
             "send_queue": located.send_queue,
-            "unsent": ioctl_int(sock.fileno(), Ioctl.SIOCOUTQNSD),
-            "congestion": congestion.split(b"\0")[0].decode(errors="replace"),
         }
-        items |= {f"info.{name}": value for name, value in _known(info).items()}
-        items |= _options(sock, keywords)
+        items |= observe_socket(sock, keywords)
     return items | (_originals(conn_id) if located.frozen else {})
+
+
+def observe_socket(sock: socket.socket, keywords: Collection[str] = ()) -> dict[str, Any]:
+    """What the socket itself tells: family, unsent bytes, congestion control, TCP_INFO and options, as in
+    :func:`observe`. OSError."""
+    info = TcpInfo.unpack(sock.getsockopt(Level.TCP, TCP.INFO, INFO_SIZE))
+    congestion = sock.getsockopt(Level.TCP, TCP.CONGESTION, _CONGESTION_NAME_SIZE)
+    items: dict[str, Any] = {
+        "family": _FAMILIES[socket.AddressFamily(sock.family)],
+        "unsent": ioctl_int(sock.fileno(), Ioctl.SIOCOUTQNSD),
+        "congestion": congestion.split(b"\0")[0].decode(errors="replace"),
+    }
+    items |= {f"info.{name}": value for name, value in _known(info).items()}
+    return items | _options(sock, keywords)
 
 
 def _known(info: TcpInfo) -> dict[str, int]:

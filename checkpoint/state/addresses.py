@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from checkpoint.kernel.prctl import Pr
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, register, unsigned
 from tcpstate.kernel.machine import SYS
+from tcpstate.kernel.prctl import Pr
 
 __all__ = ["ClearChildTid", "RestartableSequences", "RobustList"]
 

@@ -25,11 +25,11 @@ import struct
 from dataclasses import dataclass
 from typing import Final, Self
 
-from checkpoint.kernel.capability import CAPABILITY_BITS, capset_data, capset_header, names
-from checkpoint.kernel.prctl import CapAmbient, Pr, Securebit
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, register, unsigned
 from tcpstate.kernel.batch import syscall
+from tcpstate.kernel.capability import CAPABILITY_BITS, capset_data, capset_header, names
 from tcpstate.kernel.machine import SYS
+from tcpstate.kernel.prctl import CapAmbient, Pr, Securebit
 
 __all__ = ["Capabilities", "Credentials", "Ids"]
 

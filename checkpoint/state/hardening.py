@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Self
 
-from checkpoint.kernel.prctl import MceKill, Pr, Speculation, SpeculationState
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, bounded, register, unsigned
 from tcpstate.kernel.machine import SYS
+from tcpstate.kernel.prctl import MceKill, Pr, Speculation, SpeculationState
 
 __all__ = ["MachineCheckPolicy", "SpeculationControls", "TimeStampCounter"]
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Self
 
-from checkpoint.kernel.prctl import Pr
 from checkpoint.kernel.signals import NSIG
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, bounded, register
 from tcpstate.kernel.machine import SYS
+from tcpstate.kernel.prctl import Pr
 
 __all__ = ["Dumpable", "ParentDeathSignal"]
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Self
 
-from checkpoint.kernel.prctl import MdweFlag, Pr
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, register, unsigned
 from tcpstate.kernel.calls import Result
 from tcpstate.kernel.machine import SYS
+from tcpstate.kernel.prctl import MdweFlag, Pr
 
 __all__ = ["MemoryDenyWriteExecute", "MemorySwitches"]
 

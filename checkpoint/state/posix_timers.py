@@ -21,11 +21,11 @@ from typing import Final, Self
 
 from checkpoint import procfs
 from checkpoint.errors import TimerOutOfReach
-from checkpoint.kernel.prctl import Pr, TimerIds
 from checkpoint.kernel.signals import NSIG, timer_siginfo
 from checkpoint.kernel.timers import ITIMER_SIZE, Clock, Notify, TimerSpec, is_cpu_clock, sigevent
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, bounded, register, unsigned
 from tcpstate.kernel.machine import SYS
+from tcpstate.kernel.prctl import Pr, TimerIds
 
 __all__ = ["PosixTimer", "PosixTimers", "creates_wanted_ids", "parse_timers"]
 

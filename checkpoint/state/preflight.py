@@ -25,12 +25,12 @@ from checkpoint.errors import (
     UnsharedThread,
     UnsupportedCpuFeature,
 )
-from checkpoint.kernel.capability import Cap
 from checkpoint.kernel.kcmp import KcmpType, kcmp
 from checkpoint.kernel.seccomp import Mode
 from checkpoint.state.filesystem import directory
 from checkpoint.verdict import Status, Verdict
 from tcpstate.errors import KernelFeatureMissing, TcpmigError
+from tcpstate.kernel.capability import Cap
 
 __all__ = ["verdicts"]
 

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, Self
 
-from checkpoint.kernel.prctl import Pr
 from checkpoint.kernel.sched import (
     CPU_SET_SIZE,
     NICE_OFFSET,
@@ -28,6 +27,7 @@ from checkpoint.kernel.sched import (
 )
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, bounded, register, unsigned
 from tcpstate.kernel.machine import SYS
+from tcpstate.kernel.prctl import Pr
 
 __all__ = ["CpuAffinity", "IoPriority", "Scheduling", "TimerSlack"]
 

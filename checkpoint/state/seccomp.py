@@ -18,7 +18,6 @@ from typing import Final, Self
 
 from checkpoint.errors import SeccompSupervised
 from checkpoint.kernel import ptrace
-from checkpoint.kernel.capability import Cap
 from checkpoint.kernel.seccomp import (
     INSTRUCTION_SIZE,
     MAX_INSTRUCTIONS,
@@ -30,6 +29,7 @@ from checkpoint.kernel.seccomp import (
     program,
 )
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, register
+from tcpstate.kernel.capability import Cap
 from tcpstate.kernel.machine import SYS
 
 __all__ = ["Filter", "Seccomp"]

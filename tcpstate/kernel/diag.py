@@ -50,6 +50,7 @@ class DiagSocket:
     local, peer     addresses (v4-mapped ones in IPv4 form) and ports
     interface       index of the interface it is bound to, or 0
     inode           of the socket's file; 0: no process has it open (half-open, in an accept queue, TIME_WAIT)
+    uid             whose socket it is (0 of what is no full socket: half-open, TIME_WAIT)
     rqueue, wqueue  unread and unacknowledged bytes; of a listener: accept queue length and limit
     mark            SO_MARK (None without CAP_NET_ADMIN)
     md5             whether it has MD5 keys
@@ -64,6 +65,7 @@ class DiagSocket:
     peer_port: int
     interface: int
     inode: int
+    uid: int
     rqueue: int
     wqueue: int
     mark: int | None
@@ -82,7 +84,7 @@ def _parse(body: bytes) -> DiagSocket | None:
     family, state, _, _ = _HEAD.unpack_from(body)
     local_port, peer_port, local, peer = _ID.unpack_from(body, _ID_AT)
     interface, _ = _ID_REST.unpack_from(body, _ID_AT + _ID.size)
-    _, rqueue, wqueue, _, inode = _TAIL.unpack_from(body, _TAIL_AT)
+    _, rqueue, wqueue, uid, inode = _TAIL.unpack_from(body, _TAIL_AT)
     extra = dict(netlink.attributes(body, _MESSAGE_SIZE))
     if state == TcpState.NEW_SYN_RECV:
         state = TcpState.SYN_RECV
@@ -97,6 +99,7 @@ def _parse(body: bytes) -> DiagSocket | None:
         peer_port=peer_port,
         interface=interface,
         inode=inode,
+        uid=uid,
         rqueue=rqueue,
         wqueue=wqueue,
         mark=None if mark is None else struct.unpack("=I", mark)[0],

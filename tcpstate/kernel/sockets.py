@@ -93,6 +93,7 @@ class SO(enum.IntEnum):
     SNDTIMEO_NEW = 67
     PREFER_BUSY_POLL = 69
     BUSY_POLL_BUDGET = 70
+    NETNS_COOKIE = 71  # since 5.14
     BUF_LOCK = 72  # since 5.14
     RESERVE_MEM = 73
     TXREHASH = 74

@@ -15,7 +15,6 @@ import pytest
 from state_moves import capture, differences, give_memory, move, running, shown
 
 from checkpoint.errors import SeccompSupervised, StateRefused
-from checkpoint.kernel.prctl import MdweFlag
 from checkpoint.kernel.seccomp import Mode
 from checkpoint.kernel.timers import NS
 from checkpoint.spawn import spawn_stub
@@ -28,6 +27,7 @@ from checkpoint.state.memory_switches import MemoryDenyWriteExecute
 from checkpoint.state.seccomp import Seccomp
 from checkpoint.state.table import ProcessState
 from checkpoint.tracee import Tree
+from tcpstate.kernel.prctl import MdweFlag
 
 HEAD = "import ctypes, os, sys; libc = ctypes.CDLL(None, use_errno=True)\n"
 WAIT = "\nos.write(1, b'ready\\n')\nwhile True: os.read(0, 1)\n"

@@ -9,13 +9,13 @@ import os
 from kernel_child import in_child
 
 from checkpoint import procfs
-from checkpoint.kernel.capability import Cap, capset_data, capset_header
-from checkpoint.kernel.prctl import Pr, Securebit
 from checkpoint.state.credentials import Capabilities
 from tcpstate.kernel import batch
 from tcpstate.kernel.batch import libc, syscall
 from tcpstate.kernel.calls import CallError, CallTable
+from tcpstate.kernel.capability import Cap, capset_data, capset_header
 from tcpstate.kernel.machine import SYS
+from tcpstate.kernel.prctl import Pr, Securebit
 
 NOBODY = 65534
 

@@ -11,12 +11,12 @@ import threading
 from kernel_child import ERRNO, KILL_PROCESS, child, filter_code, finish, in_child, stopped
 
 from checkpoint.kernel import ptrace
-from checkpoint.kernel.capability import capset_data, capset_header
 from checkpoint.kernel.ptrace import Option
 from checkpoint.kernel.seccomp import FilterFlag, SetMode, program
 from tcpstate.kernel import batch
 from tcpstate.kernel.batch import libc, syscall
 from tcpstate.kernel.calls import CallTable
+from tcpstate.kernel.capability import capset_data, capset_header
 from tcpstate.kernel.machine import SYS
 
 FIRST = filter_code(SYS.getpriority, ERRNO | errno.EXDEV)

@@ -11,11 +11,11 @@ import threading
 from kernel_child import child, in_child, stopped
 
 from checkpoint.kernel import ptrace
-from checkpoint.kernel.prctl import Pr, TimerIds
 from checkpoint.kernel.signals import SiCode, SigInfo
 from checkpoint.kernel.timers import Clock, Notify, sigevent
 from tcpstate.kernel.batch import libc, syscall
 from tcpstate.kernel.machine import SYS
+from tcpstate.kernel.prctl import Pr, TimerIds
 
 
 def _create(wanted: int = 0, sig: int = 0, notify: int = Notify.NONE, clock: int = Clock.MONOTONIC) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from hypothesis import strategies as st
 
 from checkpoint.arch import Component
-from checkpoint.kernel.prctl import MdweFlag
 from checkpoint.kernel.sched import Policy
 from checkpoint.kernel.seccomp import Mode
 from checkpoint.kernel.signals import SiCode, siginfo, timer_siginfo
@@ -36,6 +35,7 @@ from checkpoint.state.seccomp import Filter, Seccomp
 from checkpoint.state.signals import AlternateStack, Handler, SignalHandlers
 from checkpoint.state.subreaper import ChildSubreaper
 from checkpoint.state.table import PROCESS_STATES, THREAD_STATES, ProcessState, ThreadState
+from tcpstate.kernel.prctl import MdweFlag
 
 U64 = st.integers(0, (1 << 64) - 1)
 U32 = st.integers(0, (1 << 32) - 1)

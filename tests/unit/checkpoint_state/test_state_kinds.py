@@ -15,7 +15,6 @@ import pytest
 from own_task import OwnThread, capture, in_child, own_view, rebuild, round_trip
 
 from checkpoint.errors import DirectoryGone, TimerOutOfReach
-from checkpoint.kernel.prctl import Pr
 from checkpoint.kernel.ptrace import RseqConfig
 from checkpoint.kernel.sched import Policy
 from checkpoint.kernel.signals import SIGINFO_SIZE, SiCode, siginfo, timer_siginfo
@@ -43,6 +42,7 @@ from checkpoint.state.subreaper import ChildSubreaper
 from tcpstate.kernel import batch
 from tcpstate.kernel.batch import libc
 from tcpstate.kernel.machine import SYS
+from tcpstate.kernel.prctl import Pr
 
 MS = 1_000_000
 

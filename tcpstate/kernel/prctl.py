@@ -18,6 +18,7 @@ class Pr(enum.IntEnum):
     GET_PDEATHSIG = 2
     GET_DUMPABLE = 3
     SET_DUMPABLE = 4
+    SET_KEEPCAPS = 8
     SET_NAME = 15
     GET_NAME = 16
     SET_SECCOMP = 22
