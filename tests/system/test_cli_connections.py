@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 from tests.hosts import Host, Net
 from tests.hosts.process import HostProcess
 from tests.hosts.tcpmig import TCPMIG, tcpmig
+from tests.tscnet import wait_until
 
 PORT = 7007
 SILENCE = 0.6  # seconds: longer than a retransmission time-out, so that a leak would be seen
@@ -55,6 +55,19 @@ class Talk:
         except TimeoutError:
             return True
         return False
+
+    def stop_with(self, data: bytes) -> None:
+        """Stop the server, then send it data that it leaves in its receive queue."""
+        self.server.send_signal(signal.SIGSTOP)
+        # a signal takes effect when the server runs next: until then it would still read
+        wait_until(lambda: self.host.state(self.server.pid) == "T")
+        self.sock.sendall(data)
+        wait_until(lambda: self.unread() == len(data))
+
+    def unread(self) -> int:
+        _, found, _ = tcpmig(self.host, "conns", self.server.pid)
+        unread: int = found["connections"][0]["receive_queue"]
+        return unread
 
     def get(self, *keywords: str) -> dict[str, Any]:
         status, found, _ = tcpmig(self.host, "get", self.conn_id, *keywords)
@@ -110,11 +123,8 @@ def test_conns_tells_whose_a_connection_is(talk: Talk) -> None:
 
 
 def test_conns_tells_what_waits(talk: Talk) -> None:
-    talk.server.send_signal(signal.SIGSTOP)
-    talk.sock.sendall(b"x" * 1234)
-    time.sleep(0.1)
-    _, found, _ = tcpmig(talk.host, "conns", talk.server.pid)
-    assert found["connections"][0]["receive_queue"] == 1234
+    talk.stop_with(b"x" * 1234)
+    assert talk.unread() == 1234
     talk.server.send_signal(signal.SIGCONT)
 
 
@@ -169,9 +179,7 @@ def test_a_frozen_connection_is_silent_until_it_is_resumed(talk: Talk) -> None:
 
 
 def test_what_the_server_says_meanwhile_comes_later(talk: Talk) -> None:
-    talk.server.send_signal(signal.SIGSTOP)
-    talk.sock.sendall(b"question")
-    time.sleep(0.1)
+    talk.stop_with(b"question")
     tcpmig(talk.host, "freeze", talk.conn_id)
     talk.server.send_signal(signal.SIGCONT)  # it answers into the blackhole
     assert talk.silent()
