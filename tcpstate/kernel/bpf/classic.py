@@ -1,30 +1,27 @@
-"""Socket filters: classic BPF as tuples, and one eBPF program that drops all.
+"""Socket filters in classic BPF, as tuples.
 
-Source: include/uapi/linux/filter.h, linux/bpf_common.h, linux/bpf.h; the filter of a TCP socket sees the segment from
-its TCP header on (net/ipv4/tcp_ipv4.c, tcp_filter).
+Source: include/uapi/linux/filter.h, linux/bpf_common.h; the filter of a TCP socket sees the segment from its TCP header
+on (net/ipv4/tcp_ipv4.c, tcp_filter).
 """
 
 from __future__ import annotations
 
 import ctypes
 import enum
-import functools
-import os
 import socket
 import struct
 
-from tcpstate.kernel import batch
-from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import SO, Level
 
 __all__ = [
     "ACCEPT_ALL",
     "DROP_ALL",
     "INSTRUCTION_SIZE",
+    "MAX_INSTRUCTIONS",
+    "Ancillary",
     "Instruction",
     "Op",
     "attach",
-    "drop_program",
     "pack",
     "program",
     "unpack",
@@ -103,29 +100,3 @@ def attach(sock: socket.socket, instructions: tuple[Instruction, ...]) -> None:
     # in a name: it must outlive the call, which follows its pointer
     argument = program(instructions)
     sock.setsockopt(Level.SOCKET, SO.ATTACH_FILTER, argument.bytes)
-
-
-class _Cmd(enum.IntEnum):
-    PROG_LOAD = 5
-
-
-_SOCKET_FILTER = 1  # BPF_PROG_TYPE_SOCKET_FILTER
-_RETURN_ZERO = bytes.fromhex("b7000000000000009500000000000000")  # r0 = 0; exit
-
-
-@functools.cache
-def drop_program() -> int | None:
-    """Descriptor of an eBPF program that drops every segment, one for all sockets; None if this process may not load
-    one (then the classic :data:`DROP_ALL` does the same, slower to attach)."""
-    code = ctypes.create_string_buffer(_RETURN_ZERO, len(_RETURN_ZERO))
-    licence = ctypes.create_string_buffer(b"Apache-2.0")
-    # union bpf_attr: prog_type, insn_cnt, insns, license, log_level, log_size, log_buf
-    attr = struct.pack("=IIQQIIQ", _SOCKET_FILTER, 2, ctypes.addressof(code), ctypes.addressof(licence), 0, 0, 0)
-    buffer = ctypes.create_string_buffer(attr, len(attr))
-    try:
-        fd = batch.syscall(SYS.bpf, _Cmd.PROG_LOAD, ctypes.addressof(buffer), len(attr))
-    except OSError:
-        # no CAP_BPF, no bpf(2), or locked down: the caller has the classic filter
-        return None
-    os.set_inheritable(fd, False)
-    return fd

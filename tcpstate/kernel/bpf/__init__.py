@@ -1,0 +1,45 @@
+"""BPF: classic socket filters, and a small loader of our own for eBPF.
+
+``classic``   socket filters as tuples; what every socket takes
+``asm``       an assembler for the instructions that we use
+``call``      bpf(2): maps, programs, links, iterators
+``btf``       the kernel's own description of its structures
+``layout``    numbers out of it (offsets, sizes, ids) by name, remembered from run to run
+``tcpsock``   one pass over all TCP sockets: what the kernel keeps of each
+
+No structure of the kernel has an offset in our code: each is asked for by name.  The programs are our own; the kernel
+lends some helpers only to programs that are offered under the GPL as well, so these few instructions are
+(``call.LICENCE``).
+"""
+
+from __future__ import annotations
+
+from tcpstate.kernel.bpf.classic import (
+    ACCEPT_ALL,
+    DROP_ALL,
+    INSTRUCTION_SIZE,
+    MAX_INSTRUCTIONS,
+    Ancillary,
+    Instruction,
+    Op,
+    attach,
+    pack,
+    program,
+    unpack,
+)
+from tcpstate.kernel.bpf.drop import drop_program
+
+__all__ = [
+    "ACCEPT_ALL",
+    "DROP_ALL",
+    "INSTRUCTION_SIZE",
+    "MAX_INSTRUCTIONS",
+    "Ancillary",
+    "Instruction",
+    "Op",
+    "attach",
+    "drop_program",
+    "pack",
+    "program",
+    "unpack",
+]

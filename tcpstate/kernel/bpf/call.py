@@ -1,0 +1,229 @@
+"""bpf(2): maps, programs, links and iterators, as descriptors.
+
+Source: include/uapi/linux/bpf.h, union bpf_attr; kernel/bpf/syscall.c.  Whatever is made here lasts as long as its
+descriptor (or what uses it): nothing is pinned, so nothing outlives a tool that is killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import errno
+import mmap
+import os
+import struct
+from typing import Final
+
+from tcpstate.kernel import batch
+from tcpstate.kernel.machine import SYS
+
+__all__ = [
+    "LICENCE",
+    "Attach",
+    "MapFlag",
+    "MapType",
+    "ProgramType",
+    "Refused",
+    "create_map",
+    "delete",
+    "iterate",
+    "link",
+    "load",
+    "load_btf",
+    "lookup",
+    "map_memory",
+    "run",
+    "update",
+]
+
+#: our programs are offered under it as well, else the kernel keeps some helpers for itself (license_is_gpl_compatible)
+LICENCE: Final = b"Dual MIT/GPL"
+_ATTR_SIZE: Final = 152
+_LOG_SIZE: Final = 1 << 18
+_NAME_SIZE: Final = 16
+_READ_SIZE: Final = 1 << 20
+
+
+class _Cmd(enum.IntEnum):
+    MAP_CREATE = 0
+    MAP_LOOKUP_ELEM = 1
+    MAP_UPDATE_ELEM = 2
+    MAP_DELETE_ELEM = 3
+    PROG_LOAD = 5
+    PROG_TEST_RUN = 10
+    BTF_LOAD = 18
+    LINK_CREATE = 28
+    ITER_CREATE = 33
+
+
+class MapType(enum.IntEnum):
+    """enum bpf_map_type"""
+
+    HASH = 1
+    ARRAY = 2
+    STRUCT_OPS = 26
+
+
+class MapFlag(enum.IntFlag):
+    """Flags of BPF_MAP_CREATE."""
+
+    MMAPABLE = 1 << 10
+    LINK = 1 << 13  # a struct_ops map that is registered by a link (6.4)
+
+
+class ProgramType(enum.IntEnum):
+    """enum bpf_prog_type"""
+
+    SOCKET_FILTER = 1
+    SCHED_CLS = 3
+    TRACING = 26
+    STRUCT_OPS = 27
+    SYSCALL = 31
+
+
+class Attach(enum.IntEnum):
+    """enum bpf_attach_type"""
+
+    NONE = 0
+    TRACE_ITER = 28
+    STRUCT_OPS = 44
+    TCX_INGRESS = 46
+    TCX_EGRESS = 47
+
+
+#: BPF_F_SLEEPABLE
+SLEEPABLE: Final = 1 << 4
+
+
+class Refused(OSError):
+    """bpf(2) refused; the message names the command, and ends with the verifier's last words if it had any."""
+
+
+def _call(command: _Cmd, attr: bytes | bytearray, size: int = _ATTR_SIZE) -> int:
+    buffer = ctypes.create_string_buffer(bytes(attr).ljust(size, b"\0"), size)
+    try:
+        return batch.syscall(SYS.bpf, command, ctypes.addressof(buffer), size)
+    except OSError as error:
+        raise Refused(error.errno, f"bpf {command.name}: {error.strerror}") from None
+
+
+def _made(fd: int) -> int:
+    os.set_inheritable(fd, False)
+    return fd
+
+
+def create_map(
+    kind: MapType, key: int, value: int, entries: int, *, flags: int = 0, name: str = "tcpmig", btf: int = 0,
+    structure: int = 0,
+) -> int:  # fmt: skip
+    """A map: sizes of key and value in bytes. ``btf``, ``structure``: for STRUCT_OPS, some BTF of ours and the id of
+    the kernel's type of the value. Refused."""
+    label = name.encode()[: _NAME_SIZE - 1]
+    attr = struct.pack("=7I16s5I", kind, key, value, entries, flags, 0, 0, label, 0, btf, 0, 0, structure)
+    return _made(_call(_Cmd.MAP_CREATE, attr))
+
+
+def _element(command: _Cmd, fd: int, key: bytes, value: int) -> None:
+    at = ctypes.create_string_buffer(key, len(key))
+    _call(command, struct.pack("=IIQQQ", fd, 0, ctypes.addressof(at), value, 0), 32)
+
+
+def update(fd: int, key: bytes, value: bytes) -> None:
+    """Set one element. Refused."""
+    data = ctypes.create_string_buffer(value, len(value))
+    _element(_Cmd.MAP_UPDATE_ELEM, fd, key, ctypes.addressof(data))
+
+
+def lookup(fd: int, key: bytes, size: int) -> bytes | None:
+    """The value of an element, None if there is none. Refused."""
+    data = ctypes.create_string_buffer(size)
+    try:
+        _element(_Cmd.MAP_LOOKUP_ELEM, fd, key, ctypes.addressof(data))
+    except Refused as error:
+        if error.errno != errno.ENOENT:
+            raise
+        return None
+    return data.raw
+
+
+def delete(fd: int, key: bytes) -> None:
+    """Remove an element. Refused (ENOENT: there is none)."""
+    _element(_Cmd.MAP_DELETE_ELEM, fd, key, 0)
+
+
+def map_memory(fd: int, size: int) -> mmap.mmap:
+    """The values of a MMAPABLE array map, as memory of ours. OSError."""
+    return mmap.mmap(fd, size)
+
+
+def load(
+    kind: ProgramType, code: bytes, *, attach: Attach | int = 0, target: int = 0, flags: int = 0, name: str = "tcpmig"
+) -> int:
+    """Load a program. Refused, with what the verifier said.
+
+    attach  expected attach type; of a STRUCT_OPS program the index of the member that it is for
+    target  BTF id of what it attaches to
+    """
+    instructions = ctypes.create_string_buffer(code, len(code))
+    licence = ctypes.create_string_buffer(LICENCE)
+    log = ctypes.create_string_buffer(0)
+
+    def attr(level: int) -> bytes:
+        size = ctypes.sizeof(log)
+        log_at = ctypes.addressof(log) if level else 0
+        head = struct.pack(
+            "=IIQQIIQII16sII", kind, len(code) // 8, ctypes.addressof(instructions), ctypes.addressof(licence),
+            level, size if level else 0, log_at, 0, flags, name.encode()[: _NAME_SIZE - 1], 0, int(attach),
+        )  # fmt: skip
+        # prog_btf_fd, func_info and line_info: none
+        return head.ljust(108, b"\0") + struct.pack("=II", target, 0)
+
+    try:
+        return _made(_call(_Cmd.PROG_LOAD, attr(0)))
+    except Refused as first:
+        log = ctypes.create_string_buffer(_LOG_SIZE)
+        try:
+            return _made(_call(_Cmd.PROG_LOAD, attr(1)))
+        except Refused:
+            said = [line for line in log.value.decode("ascii", "replace").splitlines() if line]
+            # the last line counts instructions; the reason stands before it
+            reason = "; ".join(line for line in said[-4:] if not line.startswith("processed "))
+            raise Refused(first.errno, f"program {name}: {first.strerror} {reason}".strip()) from None
+
+
+def link(program: int, target: int, attach: Attach) -> int:
+    """Attach: ``target`` is an interface index (TCX_*), 0 (TRACE_ITER); ``program`` may be a struct_ops map. It lasts
+    as long as the descriptor returned. Refused."""
+    return _made(_call(_Cmd.LINK_CREATE, struct.pack("=IIII", program, target, attach, 0)))
+
+
+def iterate(link_fd: int) -> bytes:
+    """All that an iterator's program writes, in the calling thread's network namespace. OSError."""
+    fd = _made(_call(_Cmd.ITER_CREATE, struct.pack("=II", link_fd, 0)))
+    try:
+        parts = []
+        while part := os.read(fd, _READ_SIZE):
+            parts.append(part)
+        return b"".join(parts)
+    finally:
+        os.close(fd)
+
+
+def run(program: int, context: bytes) -> int:
+    """Run a SYSCALL program once with this context; what it returned. Refused."""
+    at = ctypes.create_string_buffer(context, len(context))
+    attr = bytearray(struct.pack("=IIIIQQIIIIQQIII", program, *[0] * 3, 0, 0, 0, 0, len(context), 0,
+                                 ctypes.addressof(at), 0, 0, 0, 0))  # fmt: skip
+    buffer = ctypes.create_string_buffer(bytes(attr), len(attr))
+    try:
+        batch.syscall(SYS.bpf, _Cmd.PROG_TEST_RUN, ctypes.addressof(buffer), len(attr))
+    except OSError as error:
+        raise Refused(error.errno, f"bpf PROG_TEST_RUN: {error.strerror}") from None
+    value: int = struct.unpack_from("=I", buffer.raw, 4)[0]
+    return value
+
+
+def load_btf(data: bytes) -> int:
+    """BTF of our own. Refused."""
+    buffer = ctypes.create_string_buffer(data, len(data))
+    return _made(_call(_Cmd.BTF_LOAD, struct.pack("=QQIII", ctypes.addressof(buffer), 0, len(data), 0, 0), 28))
