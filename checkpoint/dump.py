@@ -10,6 +10,7 @@ The stages, each a method, in the order in which they are called::
     skeleton       records MANIFEST, TREE, FILES, MAPPINGS
     pages          memory and contents.  The sockets still live: the kernel keeps acknowledging, so that no peer runs
                    into a time-out while gigabytes are copied
+    secure         the tool's death leaves everything stopped from now on
     early_queues   what large receive queues hold already
     freeze         sockets quiet, then in repair; exported
     queues, delta  large queues; the record FILES_DELTA: sockets, and what else changed since the stop
@@ -17,7 +18,7 @@ The stages, each a method, in the order in which they are called::
     discard        ... the connections ended silently, the processes killed: the copy runs
 
 ``resume`` undoes whatever has been done, at any stage.  Should the tool die, the kernel lets the threads go; from
-``freeze`` on a SIGSTOP is queued to each of them, so that they cannot meet a socket in repair.
+``secure`` on a SIGSTOP is queued to each of them, so that they cannot meet a socket in repair.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from checkpoint import preflight, procfs
 from checkpoint.errors import NoSuchProcess, Refused, TreeChanged
@@ -45,11 +46,23 @@ from checkpoint.records import FilesDelta, Manifest, ProcessRecord, TreeRecord
 from checkpoint.state import table
 from checkpoint.state.table import ProcessState
 from checkpoint.tracee import Process, Tree
+from checkpoint.traces import (
+    FrozenTree,
+    GivenUpLock,
+    HeldListener,
+    HeldListeners,
+    NoteWriter,
+    Rules,
+    Trace,
+    Traced,
+    listener_name,
+    write,
+)
 from checkpoint.tree import Task, plan
 from checkpoint.verdict import Verdict
 from tcpstate.capture import replay
 from tcpstate.errors import TcpmigError
-from tcpstate.filters import remove_syn_filter
+from tcpstate.filters import own_filter, read_filters, remove_syn_filter
 from tcpstate.kernel.calls import CallTable
 from tcpstate.segment import Segment
 from tcpstate.silence import Blackhole
@@ -67,15 +80,18 @@ class Dump:
     """One or more process trees on their way out. See the module's docstring for the order of calls.
 
     roots  PIDs of the trees' roots
+    note   told, before anything that would outlast our death is changed, what undoing it takes (checkpoint.traces)
     """
 
-    def __init__(self, roots: Sequence[int]) -> None:
+    def __init__(self, roots: Sequence[int], note: NoteWriter | None = None) -> None:
         self.roots = tuple(roots)
+        self.note = note
         self.tree: Tree | None = None
         self.warnings: list[str] = []
         self._foreseen: dict[int, dict[bytes, Vma]] = {}
         self._holdoff: Holdoff | None = None
         self._listeners: list[socket.socket] = []
+        self._places: list[list[tuple[int, int]]] = []
         self._table: FileTable | None = None
         self._group: TcpGroup | None = None
         self._blackhole = Blackhole()
@@ -84,6 +100,7 @@ class Dump:
         self._states: dict[int, ProcessState] = {}
         self._last = LastSegments(())
         self._collecting = gc.isenabled()
+        self._secured = False
         #: how many TCP connections the trees hold, once they are stopped
         self.connections = 0
         #: the processes, once they are stopped
@@ -115,19 +132,27 @@ class Dump:
         with preflight.live_files(preflight.pids(self.roots)) as files:
             # Of nothing else: a connection that the application closes while we have it would stay open.  Not by
             # socket.dup(): that sets a time-out, and with it O_NONBLOCK of the application's own socket.
-            self._listeners = [socket.socket(fileno=os.dup(sock.fileno())) for sock in TcpGroup(files).listeners]
+            group = TcpGroup(files)
+            self._listeners = [socket.socket(fileno=os.dup(sock.fileno())) for sock in group.listeners]
+            self._places = group.listener_places
         self._holdoff = Holdoff(self._listeners)
         return {sock.getsockname()[1] for sock in self._listeners}
 
     def make_ready(self) -> None:
         """What takes milliseconds and needs nothing to stand still: rules that silence frozen connections. OSError."""
         if not self._blackhole.priorities:
-            self._blackhole.ensure()
+            self._blackhole.ensure(lambda rules: write(self.note, Trace.RULES, Rules(priorities=rules)))
 
     def hold_off(self) -> None:
         """From now on no new connection begins. Capture SYNs before this."""
         if self._holdoff is None:
             raise RuntimeError("find_listeners() comes first")
+        if self._listeners:
+            held = [
+                HeldListener(places=places, name=listener_name(sock), filter=own_filter(own))
+                for sock, places, own in zip(self._listeners, self._places, read_filters(self._listeners), strict=True)
+            ]
+            write(self.note, Trace.LISTENERS, HeldListeners(roots=self.roots, listeners=held))
         self._holdoff.begin()
 
     def drain(self) -> None:
@@ -270,16 +295,30 @@ class Dump:
         """The local ports of the trees' connections and listeners."""
         return set() if self._group is None else self._group.ports
 
-    def freeze(self, note: Callable[[bytes], None] | None = None) -> None:
-        """Make the connections quiet and export them. Capture segments before this.
-
-        note  given, before anything is changed, what giving the sockets back takes
-        """
-        self._last.wait()
-        if note is not None and self._connections.connections:
-            note(self._connections.originals())
-        # from here on the application must not run, even if we die
+    def secure(self) -> None:
+        """From now on our death leaves the trees stopped, and how to give their sockets back is written down. Before
+        :meth:`early_queues`; nothing is injected after this."""
+        if self.note is not None:
+            records = [] if self._files is None else self._files.files
+            locks = [
+                GivenUpLock(places=view.places, lock=lock)
+                for view, record in zip(self._files_table.entries, records, strict=True)
+                for lock in record.locks
+            ]
+            tree = FrozenTree(
+                processes=[Traced.of(process) for process in self._tree.processes],
+                connections=self._connections.originals(),
+                locks=locks,
+            )
+            write(self.note, Trace.TREE, tree)
         self._tree.queue_sigstops()
+        self._secured = True
+
+    def freeze(self) -> None:
+        """Make the connections quiet and export them. Capture segments before this."""
+        if not self._secured:
+            self.secure()
+        self._last.wait()
         self._connections.freeze()
         self._connections.export()
         self.exported_ns = time.monotonic_ns()

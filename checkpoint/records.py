@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 
 from checkpoint.files.base import OpenFile
 from checkpoint.files.table import TreeFiles
-from checkpoint.files.tcp import Original
 from checkpoint.image.frames import End
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.state.clocks import Clocks
 from checkpoint.state.table import ProcessState
+from checkpoint.traces import FrozenTree
 from checkpoint.tree import Task
 from tcpstate import codec
 from tcpstate.record import ConnectionRecord
@@ -99,4 +99,4 @@ class FilesDelta:
 
 def prepare() -> None:
     """Work out beforehand how the records of an image are written and read: 12 ms that the stop would pay else."""
-    codec.prepare(Manifest, TreeRecord, TreeFiles, MemoryLayout, FilesDelta, End, ConnectionRecord, list[Original])
+    codec.prepare(Manifest, TreeRecord, TreeFiles, MemoryLayout, FilesDelta, End, ConnectionRecord, FrozenTree)

@@ -12,7 +12,8 @@
     run()             threads let go
     abort()           nothing is left; possible until release()
 
-Until ``survive`` the stubs die with the tool (PTRACE_O_EXITKILL).
+Until ``survive`` the stubs die with the tool (PTRACE_O_EXITKILL); from then on until ``run`` its death leaves them
+stopped (a SIGSTOP is queued to each thread).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from checkpoint.errors import ImageIncomplete, NoSuchProcess, RebuildDiffers
 from checkpoint.files.install import install
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.table import TreeFiles
+from checkpoint.files.tcpfile import TcpFile
 from checkpoint.grow import grow
 from checkpoint.image.frames import Frame, Kind, PageRun, Space
 from checkpoint.memory import layout
@@ -36,6 +38,7 @@ from checkpoint.memory.pages import PageWriter
 from checkpoint.records import FilesDelta, Manifest, ProcessRecord, TreeRecord
 from checkpoint.spawn import Stub
 from checkpoint.state import clocks, table
+from checkpoint.traces import Made, NoteWriter, Rules, StagedName, Stubs, Trace, Traced, write
 from tcpstate.rebuild import Difference
 from tcpstate.record import ConnectionRecord
 from tcpstate.silence import Blackhole
@@ -51,6 +54,7 @@ class Restore:
     path   maps a path of the source to one here
     warn   told, in one sentence, of whatever will differ from the original
     check  look for missing and differing files before anything is built; a migration has done that before its stop
+    note   told, before anything that would outlast our death is changed, what undoing it takes (checkpoint.traces)
     """
 
     def __init__(
@@ -59,7 +63,9 @@ class Restore:
         path: Callable[[str], str] = lambda path: path,
         warn: Callable[[str], None] | None = None,
         check: bool = True,
+        note: NoteWriter | None = None,
     ) -> None:
+        self.note = note
         self.warnings: list[str] = []
         self.manifest: Manifest | None = None
         self.stubs: dict[int, Stub] = {}
@@ -84,7 +90,7 @@ class Restore:
         """What takes milliseconds and can be done before the first frame comes: rules that silence connections until
         their release. OSError."""
         if not self._blackhole.priorities:
-            self._blackhole.ensure()
+            self._blackhole.ensure(lambda rules: write(self.note, Trace.RULES, Rules(priorities=rules)))
 
     # -- frames ---------------------------------------------------------------------------------------------------
 
@@ -139,7 +145,15 @@ class Restore:
         gc.disable()  # a collection would cost milliseconds in which the original stands still
         clocks.enter(self._tree.clocks, 0)
         taken = [(m.start, m.end) for one in self._layouts.values() for m in one.mappings]
-        self._rebuilder = Rebuilder(self._files, path=self._path, warn=self._warn, blackhole=self._blackhole)
+        if any(isinstance(file, TcpFile) and file.conn_id for file in self._files.files):
+            self.make_ready()
+        self._rebuilder = Rebuilder(
+            self._files,
+            path=self._path,
+            warn=self._warn,
+            blackhole=self._blackhole,
+            note_path=lambda path: write(self.note, Trace.MADE, Made(path=path)),
+        )
         if self._check:
             for warning in self._rebuilder.check():
                 self._warn(warning)
@@ -196,6 +210,26 @@ class Restore:
             if record.state is not None:
                 table.install(stub, record.state)
         self._processes_complete = True
+        self._secure(self._rebuilder)
+
+    def _secure(self, rebuilder: Rebuilder) -> None:
+        """Nothing is injected any more: from :meth:`survive` on our death leaves the processes stopped."""
+        records = {record.task.pid: record for record in self._living()}
+        processes = [
+            Traced(
+                pid=stub.pid,
+                start_time=stub.stat.start_time,
+                stop_signal=records[pid].stop_signal if pid in records else 0,
+            )
+            for pid, stub in self.stubs.items()
+        ]
+        names = [StagedName(staged=staged, real=real) for staged, real in rebuilder.staged]
+        write(self.note, Trace.STUBS, Stubs(processes=processes, names=names, roots=self._roots()))
+        for stub in self.stubs.values():
+            stub.queue_sigstops()
+
+    def _roots(self) -> dict[int, int]:
+        return {} if self.manifest is None else {root: self.stubs[root].pid for root in self.manifest.roots}
 
     @staticmethod
     def differs(connection: str, difference: Difference) -> RebuildDiffers:
@@ -238,8 +272,7 @@ class Restore:
         for record in self._living():
             if record.stop_signal:
                 os.kill(self.stubs[record.task.pid].pid, record.stop_signal)
-        roots = () if self.manifest is None else self.manifest.roots
-        pids = {root: self.stubs[root].pid for root in roots}
+        pids = self._roots()
         for stub in self.stubs.values():
             stub.release()
         self.stubs = {}

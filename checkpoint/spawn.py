@@ -41,7 +41,7 @@ from checkpoint.kernel.clone import (
 from checkpoint.kernel.ptrace import Option
 from checkpoint.memory.vma import PAGE
 from checkpoint.thread import Thread, wait_status
-from checkpoint.tracee import Process
+from checkpoint.tracee import Process, signal_of
 from tcpstate.kernel.batch import libc, syscall
 from tcpstate.kernel.calls import CallError, CallTable
 from tcpstate.kernel.machine import SYS
@@ -143,6 +143,7 @@ class Stub(Process):
         self.parking = (window[0] + _PARKING[0], window[0] + _PARKING[1])
         self.tool_pidfd = tool_pidfd
         self._injection: _StubInjection
+        self._to_swallow: list[Thread] = []
 
     @property
     def injection(self) -> Injection:
@@ -237,13 +238,23 @@ class Stub(Process):
         meaningless registers: what comes next are their real registers and masks."""
         self._injection.close()
 
+    def queue_sigstops(self) -> None:
+        """Queue a SIGSTOP to every thread that has none of its own waiting: once it survives the tool, the tool's death
+        leaves it stopped instead of running. After :meth:`leave`."""
+        for thread in self.threads:
+            if not any(signal_of(info) == signal.SIGSTOP for info in thread.pending()):
+                syscall(SYS.tgkill, self.pid, thread.tid, signal.SIGSTOP)
+                self._to_swallow.append(thread)
+
     def survive_tool(self) -> None:
-        """From now on the death of the tool lets it run on."""
+        """From now on the death of the tool lets it run on, or leaves it stopped (:meth:`queue_sigstops`)."""
         for thread in self.threads:
             ptrace.set_options(thread.tid, Option(0))
 
     def release(self) -> None:
         """Let it run, without us."""
+        for thread in self._to_swallow:
+            self._swallow_sigstop(thread)
         for thread in self.threads:
             thread.detach()
         self.close()

@@ -19,6 +19,7 @@ __all__ = [
     "InDoubt",
     "JournalDamaged",
     "JournalUnusable",
+    "KeptFramesLost",
     "LinkLost",
     "LinkSilent",
     "NoInterfaceForAddress",
@@ -177,6 +178,14 @@ class RshSyntax(TcpmigError):
     code = "TM-0617"
     outcome = Outcome.USAGE
     fix = "Quote it once for the shell: --rsh 'ssh -p 2222'."
+
+
+class KeptFramesLost(TcpmigError):
+    """The tool died while it released rebuilt connections, and what it kept of them in the runtime directory cannot be
+    read: the bytes that they had not sent yet are not known."""
+
+    code = "TM-0635"
+    fix = "Decide with `tcpmig recover ID --assume here|there`; connections that were not released will be reset."
 
 
 class AddressNotHere(TcpmigError):

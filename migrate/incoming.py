@@ -12,8 +12,10 @@ from checkpoint.errors import FileMissing, PidTaken
 from checkpoint.files.verdicts import judge_here
 from checkpoint.image.format import FrameReader
 from checkpoint.restore import Restore, first_user
+from checkpoint.traces import NoteWriter
 from checkpoint.verdict import Verdict, refusals
 from migrate.clock import monotonic_ns
+from migrate.kept import KeptFrames
 from migrate.messages import Comparison, Difference, Needs
 from migrate.parts import Arrived
 from migrate.warm import warm
@@ -37,6 +39,8 @@ class IncomingTrees:
         self._capture: Capture | None = None
         self._replayed = False
         self._connections: list[ConnectionRecord] = []
+        self._connected = False
+        self._kept: KeptFrames | None = None
 
     # -- the image ------------------------------------------------------------------------------------------------
 
@@ -47,6 +51,8 @@ class IncomingTrees:
     def received(self, count: int) -> object:
         """They have come: build what can be built."""
         for frame in self._reader.received(count):
+            if self._kept is not None:
+                self._kept.keep(frame)
             self._restore.apply(frame)
         return None
 
@@ -55,8 +61,7 @@ class IncomingTrees:
     def check(self, needs: Needs, options: dict[str, str]) -> list[Verdict]:
         """A verdict on this host, and on every PID and path."""
         warm()
-        if needs.connections:
-            self._restore.make_ready()
+        self._connected = needs.connections > 0
         found = refusals(hostcheck.check())
         for tree in needs.trees:
             taken = first_user(tree.tids)
@@ -68,6 +73,13 @@ class IncomingTrees:
                 )
             )
         return found + judge_here(needs.files) + [_judge_directory(path) for path in needs.directories]
+
+    def prepare(self, note: NoteWriter) -> None:
+        """What can be done before the stop."""
+        self._restore.note = note
+        if self._connected:
+            self._restore.make_ready()
+        self._kept = KeptFrames.noted(note)
 
     def rebuild(self, elapsed: Callable[[], float]) -> Comparison:
         """Everything stands in repair."""
@@ -113,9 +125,16 @@ class IncomingTrees:
         pids = self._restore.run()
         return Arrived(pids=pids, released_ns=monotonic_ns())
 
+    def forget(self) -> None:
+        """That they run is journalled."""
+        if self._kept is not None:
+            self._kept.remove()
+
     def discard(self) -> None:
         """Nothing is left."""
         self._restore.abort()
+        if self._kept is not None:
+            self._kept.remove()
 
     def hold(self) -> None:
         """Everything stays as it is."""
@@ -126,6 +145,8 @@ class IncomingTrees:
         if self._capture is not None:
             self._capture.close()
         self._restore.close()
+        if self._kept is not None:
+            self._kept.close()
         self._executor.shutdown()
 
 

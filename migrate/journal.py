@@ -1,6 +1,6 @@
 """The journal: what must be known after a crash, on disk before it is done.
 
-One file per migration and side, ``STATE_DIR/journals/ID.source`` or ``ID.target``::
+One file per migration and side, ``STATE_DIR/journals/ID.source`` or ``ID.target``, and one per checkpoint and restore::
 
     "TCPMIGJ1"   then records:   length u32, crc32 u32 (little endian), msgpack of a JournalRecord
     zeros        room written beforehand
@@ -34,6 +34,7 @@ from migrate.arrival import ArrivalRecord
 from migrate.departure import DepartureRecord
 from migrate.errors import JournalDamaged, JournalUnusable
 from migrate.hostfacts import host_facts, state_directory
+from migrate.messages import HostFacts
 from tcpstate import codec
 from tcpstate.codec import family, member
 from tcpstate.errors import BadRecord
@@ -48,6 +49,7 @@ __all__ = [
     "JournalView",
     "Note",
     "Opened",
+    "Place",
     "Role",
     "Step",
     "StepKind",
@@ -63,8 +65,10 @@ ROOM = 64 << 10
 MAX_RECORD = 256 << 20
 #: seconds after which a closed journal is removed
 KEEP = 30 * 86400
+_LOCK_TRIES = 10
+_LOCK_PAUSE = 0.01
 
-_NAME = re.compile(r"[0-9a-f]{32}\.(source|target)")
+_NAME = re.compile(r"[0-9a-f]{32}\.(source|target|checkpoint|restore)")
 
 
 class Role(enum.Enum):
@@ -72,14 +76,20 @@ class Role(enum.Enum):
 
     SOURCE = "source"
     TARGET = "target"
+    CHECKPOINT = "checkpoint"
+    RESTORE = "restore"
+
+    @property
+    def leaves(self) -> bool:
+        """Whether the processes ran here before."""
+        return self in (Role.SOURCE, Role.CHECKPOINT)
 
 
 class StepKind(enum.Enum):
     """What is about to happen, or has been decided."""
 
-    FREEZE = "freeze"  # source: connections are about to be changed; the notes say how they were
-    COMMIT = "commit"  # source: COMMIT may have been sent
-    STARTED = "started"  # target: COMMIT was received; the processes outlive the program
+    COMMIT = "commit"  # source: COMMIT may have been sent; checkpoint: the image is complete, the originals must go
+    STARTED = "started"  # target, restore: the processes outlive the program, and are this host's
     RUNNING = "running"  # either: they run at the target
     ABORTED = "aborted"  # either: all is undone on this side
 
@@ -87,9 +97,23 @@ class StepKind(enum.Enum):
 class End(enum.Enum):
     """How it ended."""
 
-    MOVED = "moved"
-    ABORTED = "aborted"
-    REFUSED = "refused"
+    MOVED = "moved"  # they do not run here any more, or they run here now
+    ABORTED = "aborted"  # all is as it was
+    DONE = "done"  # all is as it was, as it should be: a checkpoint that lets them run on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A host as long as it lives: a boot, a network and a PID namespace (inode numbers)."""
+
+    boot_id: str
+    network: int
+    pids: int
+
+    @classmethod
+    def of(cls, facts: HostFacts) -> Place:
+        """The place in what a host tells of itself."""
+        return cls(boot_id=facts.boot_id, network=facts.network, pids=facts.pids)
 
 
 @family
@@ -107,6 +131,8 @@ class Opened(JournalRecord):
     roots                      root processes, by their PID at the source
     tool                       PID of the program
     wall                       seconds since the epoch, for people
+    image                      the file of a checkpoint or restore
+    there                      the other host, in the source's
     """
 
     migration: str
@@ -120,6 +146,8 @@ class Opened(JournalRecord):
     host: str = ""
     rsh: str = ""
     remote_command: str = ""
+    image: str = ""
+    there: Place | None = None
 
 
 @member(JournalRecord, "note")
@@ -191,6 +219,10 @@ class JournalView:
         last = self.records[-1]
         return last if isinstance(last, Closed) else None
 
+    def notes(self, name: str) -> list[bytes]:
+        """All notes of a name, oldest first."""
+        return [r.data for r in self.records if isinstance(r, Note) and r.name == name]
+
     def last(self, kind: type[_Record]) -> _Record | None:
         """The newest record of a kind."""
         return next((r for r in reversed(self.records) if isinstance(r, kind)), None)
@@ -237,6 +269,8 @@ class Journal:
         host: str = "",
         rsh: str = "",
         remote_command: str = "",
+        image: str = "",
+        there: Place | None = None,
         directory: Path | None = None,
     ) -> Journal:
         """A new journal of this host."""
@@ -254,9 +288,30 @@ class Journal:
                 host=host,
                 rsh=rsh,
                 remote_command=remote_command,
+                image=image,
+                there=there,
             ),
             directory=directory,
         )
+
+    @classmethod
+    def take(cls, view: JournalView) -> Journal | None:
+        """The journal of a program that has died, to be written on: a record that it cut short is overwritten. None if
+        somebody else has it. JournalDamaged, JournalUnusable."""
+        self = cls.__new__(cls)
+        self.path = view.path
+        try:
+            self._fd = os.open(view.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            _lock(self._fd)
+            self._end, self._room = _length(view.path), os.fstat(self._fd).st_size
+            _write_all(self._fd, bytes(self._room - self._end), self._end)
+        except BlockingIOError:
+            self._close()
+            return None
+        except OSError as error:
+            self._close()
+            raise JournalUnusable(f"the journal cannot be written: {error.strerror}", object=str(view.path)) from error
+        return self
 
     def append(self, *records: JournalRecord) -> None:
         """Write records and wait until they are on disk. JournalUnusable if that fails: then do not act."""
@@ -309,6 +364,16 @@ class Journal:
         self._end += len(data)
 
 
+def _lock(fd: int) -> None:
+    """Lock for writing. BlockingIOError if a program writes it; one that only looks has it for a moment."""
+    for _ in range(_LOCK_TRIES):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(_LOCK_PAUSE)
+    raise BlockingIOError
+
+
 def _write_all(fd: int, data: bytes | bytearray, offset: int) -> None:
     view = memoryview(data)
     while view:
@@ -330,11 +395,11 @@ def read_journal(path: Path) -> JournalView:
             os.close(fd)
     except OSError as error:
         raise JournalDamaged(f"it cannot be read: {error.strerror}", object=str(path)) from error
-    records, torn = _parse(data, path)
+    records, torn, _ = _parse(data, path)
     if not records or not isinstance(records[0], Opened):
         raise JournalDamaged("it does not begin with what it is about", object=str(path))
     opened, facts = records[0], host_facts()
-    mine = (opened.boot_id, opened.network, opened.pids) == (facts.boot_id, facts.network, facts.pids)
+    mine = Place(boot_id=opened.boot_id, network=opened.network, pids=opened.pids) == Place.of(facts)
     return JournalView(path, opened, tuple(records), torn, mine, alive)
 
 
@@ -351,7 +416,13 @@ def journals(directory: Path | None = None) -> Iterator[JournalView]:
     yield from sorted(found, key=lambda view: view.opened.wall)
 
 
-def _parse(data: bytes, path: Path) -> tuple[list[JournalRecord], bool]:
+def _length(path: Path) -> int:
+    """Bytes up to the end of the last whole record."""
+    return _parse(path.read_bytes(), path)[2]
+
+
+def _parse(data: bytes, path: Path) -> tuple[list[JournalRecord], bool, int]:
+    """The records, whether another one was cut short, and where they end."""
     if data[: len(MAGIC)] != MAGIC:
         raise JournalDamaged("it does not start as a journal does", object=str(path))
     records: list[JournalRecord] = []
@@ -360,18 +431,18 @@ def _parse(data: bytes, path: Path) -> tuple[list[JournalRecord], bool]:
         length, checksum = _FRAME.unpack_from(data, at)
         if length == 0:
             # the room behind the last record; a torn record may have left its length unwritten
-            return records, any(data[at:])
+            return records, any(data[at:]), at
         payload = data[at + _FRAME.size : at + _FRAME.size + length]
         if len(payload) < length or zlib.crc32(payload) != checksum:
             if any(_intact(data, start) for start in range(at + _FRAME.size, len(data) - _FRAME.size)):
                 raise JournalDamaged(f"the record at byte {at} has a wrong checksum", object=str(path))
-            return records, True
+            return records, True, at
         try:
             records.append(codec.unpack(JournalRecord, payload))
         except BadRecord as error:
             raise JournalDamaged(f"the record at byte {at}: {error.message}", object=str(path)) from error
         at += _FRAME.size + length
-    return records, at != len(data)
+    return records, at != len(data), at
 
 
 def _intact(data: bytes, at: int) -> bool:

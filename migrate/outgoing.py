@@ -71,8 +71,9 @@ class OutgoingTrees:
             memory=sum(map(_resident, members)),
         )
 
-    def prepare(self) -> None:
+    def prepare(self, note: NoteWriter | None = None) -> None:
         """New connections are held off and captured."""
+        self._dump.note = note
         self._dump.make_ready()
         ports = self._dump.find_listeners()
         if ports:
@@ -96,12 +97,13 @@ class OutgoingTrees:
                 image.write(frame)
         image.write(self._writer.frame(Kind.COPIED, {}, optional=True))
 
-    def freeze(self, image: ImageWriter, note: NoteWriter) -> int:
+    def freeze(self, image: ImageWriter) -> int:
         """Connections, and the end of the image."""
+        self._dump.secure()
         for run in self._dump.early_queues():
             image.write(self._writer.pages(run))
         self._capture_all()
-        self._dump.freeze(note=lambda originals: note("connections", originals))
+        self._dump.freeze()
         for run in self._dump.queues():
             image.write(self._writer.pages(run))
         image.write(self._writer.frame(Kind.FILES_DELTA, self._dump.delta()))
@@ -115,6 +117,7 @@ class OutgoingTrees:
         for kind, record in self._dump.skeleton():
             image.record(kind, record)
         image.pages(self._dump.pages(buffers=image.AHEAD + 2))
+        self._dump.secure()
         image.pages(self._dump.early_queues())
         self._capture_all()
         self._dump.freeze()

@@ -10,14 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from checkpoint.traces import NoteWriter
 from checkpoint.verdict import Verdict
 from migrate.messages import Comparison, Lost, Needs
 from migrate.wire import ImageSink, ImageWriter
 
 __all__ = ["Arrived", "Incoming", "NoteWriter", "Outgoing"]
-
-#: writes something that undoing needs into the journal, and returns when it is on disk: (name, bytes)
-NoteWriter = Callable[[str, bytes], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +40,11 @@ class Outgoing(Protocol):
         """Step 1: look at everything, stop nothing. Raises what has to be refused. ``addresses`` and ``macs`` are left
         empty."""
 
-    def prepare(self) -> None:
-        """Step 2: SYNs are captured, listeners take no new connections, accept queues drain."""
+    def prepare(self, note: NoteWriter) -> None:
+        """Step 2: SYNs are captured, listeners take no new connections, accept queues drain.
+
+        note  kept, now and in later steps: what undoing needs, before anything is changed
+        """
 
     def stop(self, moved: Sequence[str]) -> None:
         """Step 3: everything stands still and is captured; nothing of ours is left inside.
@@ -54,10 +55,8 @@ class Outgoing(Protocol):
     def send(self, image: ImageWriter) -> None:
         """Steps 4 and 5: the skeleton and the pages, while the sockets still live."""
 
-    def freeze(self, image: ImageWriter, note: NoteWriter) -> int:
+    def freeze(self, image: ImageWriter) -> int:
         """Step 6: segments are captured, sockets frozen and exported, the last records sent.
-
-        note  what undoing needs, before anything is changed
 
         Returns when the connections' clocks were read: CLOCK_MONOTONIC, nanoseconds.
         """
@@ -89,6 +88,12 @@ class Incoming(ImageSink, Protocol):
     def check(self, needs: Needs, options: dict[str, str]) -> list[Verdict]:
         """Step 1: a verdict on every PID, path and feature that is needed here. Nothing is built."""
 
+    def prepare(self, note: NoteWriter) -> None:
+        """The source is about to stop the processes: what can be made ready is.
+
+        note  kept, now and in later steps: what undoing needs, before anything is changed
+        """
+
     def rebuild(self, elapsed: Callable[[], float]) -> Comparison:
         """Step 6: the image is complete. Sockets are rebuilt in repair, exported again and compared.
 
@@ -96,7 +101,7 @@ class Incoming(ImageSink, Protocol):
         """
 
     def keep(self) -> None:
-        """Step 8: the processes outlive this program from now on."""
+        """Step 8: the processes outlive this program from now on: stopped, should it die."""
 
     def release(self) -> None:
         """Step 8: the addresses are here. Sockets leave repair, and send what was never sent."""
@@ -107,6 +112,9 @@ class Incoming(ImageSink, Protocol):
 
     def run(self) -> Arrived:
         """Step 8: threads get their registers and are let go."""
+
+    def forget(self) -> None:
+        """They run, and that is journalled: nothing needs to be known of their building any more."""
 
     def discard(self) -> None:
         """Leave nothing: no process, socket or file made here. At any step before :meth:`release`; again: nothing

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +24,13 @@ from checkpoint.image.reader import ImageReader, open_image
 from checkpoint.image.writer import ImageFile
 from checkpoint.preflight import pids as members_of
 from checkpoint.restore import Restore
+from checkpoint.traces import Made, Trace, write
 from checkpoint.verdict import refusals
 from migrate.addresses import AddressRecord
 from migrate.driving import logged, signals_held
 from migrate.errors import ConnectionsWouldBreak, TargetRefused, from_remote
+from migrate.journal import AddressesArrive, AddressesLeave, End, Journal, Role, Step, StepKind
+from migrate.kept import KeptFrames
 from migrate.outgoing import OutgoingTrees
 from migrate.rtnetlink import Netlink
 from migrate.takeover import AddressPlan, AddressPolicy, Arrival, Departure, plan, select
@@ -130,10 +134,13 @@ def checkpoint(
         addresses = Addresses(records=chosen.records, moved=not leave_running, peers=needs.peers)
         moved = () if leave_running else tuple(record.address for record in chosen.records)
         departure = Departure(netlink, moved)
+        journal = Journal.open(Role.CHECKPOINT, secrets.token_hex(16), roots=tuple(roots), image=os.path.abspath(path))
         try:
+            file = ImageFile(path)
+            write(journal.note, Trace.MADE, Made(path=file.temporary))
             # opened first: a file that cannot be made stops nothing
-            with ThreadPoolExecutor(1) as executor, ImageFile(path, executor=executor) as image:
-                trees.prepare()
+            with ThreadPoolExecutor(1) as file.executor, file as image:
+                trees.prepare(journal.note)
                 trees.stop(moved)
                 trees.write(image)
                 image.record(Kind.ADDRESSES, addresses)
@@ -142,15 +149,21 @@ def checkpoint(
                     trees.resume()
             if not leave_running:
                 with signals_held():
+                    journal.append(AddressesLeave(departure=departure.record), Step(step=StepKind.COMMIT))
                     departure.remove()
                     stopped_ms = trees.stopped_ms()
                     trees.discard()
         except BaseException:
-            departure.restore()
-            trees.resume()
+            try:
+                departure.restore()
+            finally:
+                trees.resume()
+            journal.finish(End.ABORTED)
             raise
         with logged("putting back what depended on the addresses"):
             departure.settle()
+        with logged("closing the journal"):
+            journal.finish(End.DONE if leave_running else End.MOVED)
         return CheckpointSummary(
             pid=roots[0],
             pids=trees.pids,
@@ -187,9 +200,13 @@ def restore(path: str, *, take_addresses: bool = True) -> RestoreSummary:
         for first in refusals(verdicts):
             raise from_remote(first.code, first.text, first.subject, first.fix, otherwise=TargetRefused, where="")
         arrival.prepare(addresses.peers)
-        rebuilt = Restore()
+        journal = Journal.open(Role.RESTORE, secrets.token_hex(16), image=os.path.abspath(path))
+        rebuilt = Restore(note=journal.note)
+        kept = KeptFrames.noted(journal.note)
+        ends.callback(kept.close)
         try:
             for frame in image.frames:
+                kept.keep(frame)
                 rebuilt.apply(frame)
             rebuilt.end()  # open_image has seen it
             for connection, difference in rebuilt.prepare():
@@ -198,10 +215,13 @@ def restore(path: str, *, take_addresses: bool = True) -> RestoreSummary:
             capture = ends.enter_context(Capture(ports=ports)) if ports else None
             ends.enter_context(signals_held())
             rebuilt.survive()
+            journal.append(AddressesArrive(arrival=arrival.record), Step(step=StepKind.STARTED))
             arrival.add()
         except BaseException:
             rebuilt.abort()
             arrival.remove()
+            kept.remove()
+            journal.finish(End.ABORTED)
             raise
         connections = rebuilt.connections
         rebuilt.release()
@@ -213,7 +233,12 @@ def restore(path: str, *, take_addresses: bool = True) -> RestoreSummary:
             rebuilt.tell_windows()
         pids = rebuilt.run()
         rebuilt.close()
+        with logged("journalling that they run"):
+            journal.step(StepKind.RUNNING, pids=pids)
+            kept.remove()
         _finish(arrival)
+        with logged("closing the journal"):
+            journal.finish(End.MOVED)
         root = next(iter(pids.values()))
         return RestoreSummary(
             pid=root,

@@ -33,7 +33,7 @@ from migrate.errors import (
     undone,
 )
 from migrate.hostfacts import host_facts
-from migrate.journal import AddressesLeave, End, Journal, Role, Step, StepKind
+from migrate.journal import AddressesLeave, End, Journal, Place, Role, Step, StepKind
 from migrate.messages import (
     HIGHEST_VERSION,
     LOWEST_VERSION,
@@ -169,6 +169,7 @@ class Source:
         self._offset = Offset()
         self._journal: Journal | None = None
         self._departure: Departure | None = None
+        self._there: Place | None = None
         self._phases: dict[str, float] = {}
         self._began = monotonic_ns()
         self._stopped_ns = 0
@@ -213,7 +214,8 @@ class Source:
             with contextlib.suppress(LinkLost):
                 # a remote shell that has ended already: the next line tells why
                 self._say(hello)
-            self._machine.receive(self._remote.first())
+            theirs = self._machine.receive(self._remote.first())
+            self._there = Place.of(theirs.host) if isinstance(theirs, Hello) else None
             needs = self._outgoing.needs()
             control = control_addresses(netlink, self._remote.pid, self._remote.host)
             pids = {pid for tree in needs.trees for pid in tree.pids}
@@ -255,10 +257,11 @@ class Source:
             host=self._remote.host,
             rsh=self._options.rsh,
             remote_command=self._options.remote_command,
+            there=self._there,
             directory=self._options.state_directory,
         )
         with self._phase("prepare"):
-            outgoing.prepare()
+            outgoing.prepare(journal.note)
             # again: routes may have changed, and this is what will be given back
             self._departure = departure = Departure(netlink, moved)
             self._measure(MEASUREMENTS)
@@ -274,7 +277,7 @@ class Source:
             self._measure(1)
         copied = Round(bytes=image.written, ms=self._phases["copy"])
         with self._phase("freeze"):
-            exported_ns = outgoing.freeze(image, journal.note)
+            exported_ns = outgoing.freeze(image)
             image.flush()
         with self._phase("rebuild"):
             self._say(

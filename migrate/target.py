@@ -188,13 +188,16 @@ class Target:
     def _open_journal(self) -> None:
         if self._journal is None:
             self._journal = Journal.open(Role.TARGET, self._machine.migration, directory=self._state_directory)
+            self._incoming.prepare(self._journal.note)
 
     def _take_over(self) -> Arrived:
         """Step 8, after COMMIT."""
         incoming, arrival, machine = self._incoming, self._the_arrival, self._machine
         migration, token = machine.migration, machine.token
-        self._the_journal.append(AddressesArrive(arrival=arrival.record), Step(step=StepKind.STARTED))
+        # First: so STARTED in the journal means that all of them stand.  Should we die in between they stay stopped,
+        # and `recover` ends them.
         incoming.keep()
+        self._the_journal.append(AddressesArrive(arrival=arrival.record), Step(step=StepKind.STARTED))
         self._tell(Started(migration=migration, token=token))
         arrival.add()
         machine.release()
@@ -217,6 +220,7 @@ class Target:
         )
         with logged("journalling that they run"):
             self._the_journal.step(StepKind.RUNNING, pids=arrived.pids)
+            incoming.forget()
         return arrived
 
     def _first_segments(self) -> tuple[bytes, ...]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from tcpstate.kernel import route
@@ -23,6 +24,8 @@ __all__ = ["MARK", "Blackhole", "blackhole"]
 MARK = 0x74636D69
 #: before the rules that a host usually has, after that of the local table
 _RULE_PRIORITIES = range(5, 105)
+#: of rules that are written down before they are added
+_NOTED_PRIORITIES = range(105, 4105)
 
 
 class Blackhole:
@@ -30,25 +33,34 @@ class Blackhole:
 
     Every user adds rules of its own (same selector, another priority), so that several at a time do not disturb each
     other; :meth:`remove` takes away only one's own.
+
+    priorities  of rules that stand already, by family: found in a journal, or kept beside frozen connections
     """
 
-    def __init__(self) -> None:
-        self.priorities: dict[int, int] = {}
+    def __init__(self, priorities: Mapping[int, int] | None = None) -> None:
+        self.priorities: dict[int, int] = dict(priorities or {})
 
-    def ensure(self) -> None:
-        """Add the rules in the calling thread's network namespace. OSError."""
+    def ensure(self, note: Callable[[dict[int, int]], None] | None = None) -> None:
+        """Add the rules in the calling thread's network namespace. OSError.
+
+        note  told, before each rule is added, what :attr:`priorities` will be then: what a journal must know
+        """
         try:
             with route.iproute() as channel:
                 for family in (socket.AF_INET, socket.AF_INET6):
                     if family not in self.priorities:
-                        self._add(channel, family)
+                        self._add(channel, family, note)
         except BaseException:
             self.remove()
             raise
 
-    def _add(self, channel: IPRoute, family: int) -> None:
+    def _add(self, channel: IPRoute, family: int, note: Callable[[dict[int, int]], None] | None) -> None:
         try:
-            for priority in _RULE_PRIORITIES:
+            # At random if it is written down: should we die before the rule is there, hardly anybody takes the same.
+            chosen = _RULE_PRIORITIES if note is None else random.sample(_NOTED_PRIORITIES, len(_NOTED_PRIORITIES))
+            for priority in chosen:
+                if note is not None:
+                    note({**self.priorities, family: priority})
                 if route.add_blackhole_rule(channel, family, MARK, priority):
                     self.priorities[family] = priority
                     return

@@ -34,6 +34,7 @@ from checkpoint.files.queues import Queues
 from checkpoint.files.table import TreeFiles, ensure_descriptors
 from checkpoint.files.tcp import RebuiltTcp
 from checkpoint.files.tcpfile import TcpFile
+from checkpoint.files.unixbuild import Builder
 from checkpoint.image.frames import PageRun
 from tcpstate.rebuild import Difference
 from tcpstate.record import ConnectionRecord
@@ -55,6 +56,7 @@ class Rebuilder:
     path     maps a path of the source to one here
     warn     told, in one sentence, of whatever will differ from the original
     blackhole  rules that silence connections until their release, if they stand already; removed by ``close``
+    note_path  told the path of whatever is made beside its place, before it is made
 
     Kinds use: ``files`` (all records), ``descriptor``, ``content``, ``shared`` (things that several descriptions have
     in common while they are made), ``at_end`` and ``on_abort``.
@@ -67,11 +69,13 @@ class Rebuilder:
         path: Callable[[str], str] = lambda path: path,
         warn: Callable[[str], None] = _log.warning,
         blackhole: Blackhole | None = None,
+        note_path: Callable[[str], None] | None = None,
     ) -> None:
         self.records = records
         self.files: list[OpenFile] = list(records.files)
         self.path = path
         self.warn = warn
+        self.note_path = note_path
         self.blackhole = Blackhole() if blackhole is None else blackhole
         self.queues = Queues()
         self.shared: dict[tuple[str, object], object] = {}
@@ -255,6 +259,12 @@ class Rebuilder:
     def compare(self) -> list[tuple[str, Difference]]:
         """(conn-ID, difference) where the rebuilt connections read back otherwise than was told; none, normally."""
         return self._connections.compare()
+
+    @property
+    def staged(self) -> list[tuple[str, str]]:
+        """(where it waits, its place) of each name of a local socket that the release publishes."""
+        builder = self.shared.get(("unix", 0))
+        return builder.staged if isinstance(builder, Builder) else []
 
     def release(self) -> None:
         """The addresses are local and the original is gone. Connections first: their peers wait."""

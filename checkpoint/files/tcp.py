@@ -19,7 +19,7 @@ from checkpoint.files.listener import is_closed, is_tcp
 from checkpoint.files.queues import apart, queue_runs
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.image.frames import PageRun, Space
-from tcpstate import codec, options
+from tcpstate import options
 from tcpstate.discard import discard_connections
 from tcpstate.early import Early, read_early
 from tcpstate.export import export_connections
@@ -46,12 +46,18 @@ _EARLY_GROWTH: Final = 512 << 10
 class Original:
     """One connection's socket as it was before the freeze: what giving it back by hand takes.
 
-    places  every (pid, fd) that it has
-    state   its own filter, mark and time-outs
+    places    every (pid, fd) that it has
+    name      its conn-ID
+    state     its own filter, mark and time-outs
+    inline    SO_OOBINLINE
+    peek_off  SO_PEEK_OFF, -1: off
     """
 
     places: list[tuple[int, int]]
+    name: str
     state: QuietState
+    inline: bool = False
+    peek_off: int = -1
 
 
 class TcpGroup:
@@ -63,12 +69,15 @@ class TcpGroup:
     def __init__(self, table: FileTable, blackhole: Blackhole | None = None) -> None:
         self._table = table
         self._listeners: list[socket.socket] = []
+        #: every (pid, fd) of each listener
+        self.listener_places: list[list[tuple[int, int]]] = []
         self._views: list[tuple[int, FdView]] = []
         for index, view in enumerate(table.entries):
             if not is_tcp(view):
                 continue
             if view.socket.getsockopt(Level.SOCKET, SO.ACCEPTCONN):
                 self._listeners.append(view.socket)
+                self.listener_places.append(view.places)
             elif not is_closed(view):
                 self._views.append((index, view))
         self._originals: list[QuietState] | None = None
@@ -99,11 +108,25 @@ class TcpGroup:
         """The local ports of connections and listeners."""
         return {sock.getsockname()[1] for sock in (*self._listeners, *self.established)}
 
-    def originals(self) -> bytes:
-        """What :meth:`freeze` is about to change, for a journal: by PID and descriptor, packed."""
+    def originals(self) -> list[Original]:
+        """What :meth:`early_runs`, :meth:`freeze` and :meth:`export` are about to change. The owners are stopped, so it
+        stays true."""
         states = self._originals = read_originals(self.established)
-        places = [view.places for _, view in self._views]
-        return codec.pack([Original(places=p, state=s) for p, s in zip(places, states, strict=True)])
+        saved = self._options = options.save(self.established)
+        return [
+            Original(
+                places=view.places,
+                name=self._name(index),
+                state=state,
+                inline=bool(own.numbers.get("so.oobinline", (0,))[0]),
+                peek_off=own.numbers.get("so.peek_off", (-1,))[0],
+            )
+            for (index, view), state, own in zip(self._views, states, saved, strict=True)
+        ]
+
+    def _name(self, index: int) -> str:
+        told = self._table.record(index)
+        return told.conn_id if isinstance(told, TcpFile) else ""
 
     @property
     def local_addresses(self) -> set[str]:
@@ -114,7 +137,8 @@ class TcpGroup:
         """What large receive queues hold already, while the sockets still live; the owners are stopped. What else can
         be read before the freeze is read, too."""
         socks = self.established
-        self._options = options.save(socks)
+        if self._options is None:
+            self._options = options.save(socks)
         for _ in range(_EARLY_ROUNDS):
             found = read_early(socks, self._early, _EARLY_GROWTH)
             for at, (early, data) in found.items():

@@ -55,7 +55,7 @@ class Builder:
         self._bound: dict[int, BoundName] = {}
         self._gone: dict[int, socket.socket] = {}  # the closed peer of a socket, kept until its queue is filled
         self._passing: dict[tuple[int, bytes], tuple[socket.socket, bytes]] = {}
-        self._stage = Stage()
+        self._stage = Stage(note=host.note_path)
         self._completed = False
         self._released = False
         for record in host.files:
@@ -233,6 +233,11 @@ class Builder:
         sock.setsockopt(Level.SOCKET, SO.PEEK_OFF, record.peek_off)
 
     # ---- releasing
+
+    @property
+    def staged(self) -> list[tuple[str, str]]:
+        """(where it waits, its place) of each name that :meth:`release` publishes."""
+        return self._stage.names
 
     def release(self) -> None:
         """The original is gone: publish the names."""

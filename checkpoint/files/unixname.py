@@ -18,7 +18,7 @@ import socket
 import stat
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -115,8 +115,12 @@ class BoundName:
 
 @dataclass(slots=True)
 class Stage:
-    """Binds sockets in private roots and puts their files into place, or takes everything away again."""
+    """Binds sockets in private roots and puts their files into place, or takes everything away again.
 
+    note  told the path of each directory before it is made
+    """
+
+    note: Callable[[str], None] | None = None
     _folders: list[str] = field(default_factory=list)
     _bound: list[BoundName] = field(default_factory=list)
 
@@ -138,7 +142,7 @@ class Stage:
         """Bind ``sock`` with a file that is never published: it can be connected to until the stage is taken down."""
         if name.abstract:
             return self.bind(sock, name, "")
-        folder = tempfile.mkdtemp(prefix=".tcpmig-")
+        folder = self._folder(tempfile.gettempdir())
         try:
             bound = self._bind_in(folder, sock, name, keep=True)
         except OSError as error:
@@ -147,14 +151,22 @@ class Stage:
         return bound
 
     def _bind_path(self, sock: socket.socket, name: UnixName, real: str) -> BoundName:
-        if real:
-            folder = os.path.join(os.path.dirname(real), f".tcpmig-{secrets.token_hex(4)}")
-            os.mkdir(folder, 0o700)
-        else:
-            folder = tempfile.mkdtemp(prefix=".tcpmig-")
+        folder = self._folder(os.path.dirname(real) if real else tempfile.gettempdir())
         bound = self._bind_in(folder, sock, name, keep=bool(real))
         bound.real = real
         return bound
+
+    def _folder(self, parent: str) -> str:
+        folder = os.path.join(parent, f".tcpmig-{secrets.token_hex(8)}")
+        if self.note is not None:
+            self.note(folder)
+        os.mkdir(folder, 0o700)
+        return folder
+
+    @property
+    def names(self) -> list[tuple[str, str]]:
+        """(where it waits, its place) of each file that :meth:`publish` will move."""
+        return [(bound.staged, bound.real) for bound in self._bound if bound.staged and bound.real]
 
     def _bind_in(self, folder: str, sock: socket.socket, name: UnixName, *, keep: bool) -> BoundName:
         self._folders.append(folder)

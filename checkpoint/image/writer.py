@@ -42,16 +42,19 @@ class ImageFile:
         sign: Callable[[bytes], bytes] | None = None,
     ) -> None:
         self.path = os.fspath(path)
-        self._executor = executor
+        #: computes digests while frames are written; set before the block at the latest
+        self.executor = executor
         self._sign = sign
         self._writer = FrameWriter()
         self._directory = -1
         self._fd = -1
         self._temporary = ""
+        parent, name = os.path.split(os.path.abspath(self.path))
+        #: where the file lies until it is complete
+        self.temporary = os.path.join(parent, f".{name}.{secrets.token_hex(8)}.tmp")
 
     def __enter__(self) -> Self:
-        parent, name = os.path.split(os.path.abspath(self.path))
-        self._temporary = f".{name}.{secrets.token_hex(8)}.tmp"
+        parent, self._temporary = os.path.split(self.temporary)
         try:
             # everything else is done relative to the directory: renaming it meanwhile does not lead us astray
             self._directory = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -97,7 +100,7 @@ class ImageFile:
     def pages(self, runs: Iterable[PageRun]) -> int:
         """Append PAGES frames; the bytes of pages in them. ImageNotWritten."""
         total = 0
-        for buffers in page_frames(self._writer, runs, self._executor, self.AHEAD):
+        for buffers in page_frames(self._writer, runs, self.executor, self.AHEAD):
             self._put(buffers)
             total += len(buffers[-1])
         return total

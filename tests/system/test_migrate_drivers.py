@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint.traces import NoteWriter
 from checkpoint.verdict import Status, Verdict
 from migrate.errors import (
     AddressChangeFailed,
@@ -33,7 +34,7 @@ from migrate.errors import (
 )
 from migrate.journal import End, Journal, JournalRecord, Role, StepKind, journals
 from migrate.messages import Comparison, Difference, Message, Needs, TreeNeed
-from migrate.parts import Arrived, NoteWriter
+from migrate.parts import Arrived
 from migrate.source import Source, SourceOptions, Summary
 from migrate.target import Received, Target
 from migrate.transport import Remote
@@ -87,7 +88,8 @@ class FakeOutgoing:
         self.world.reach("needs")
         return Needs(trees=(TreeNeed(root=77, pids=(77,), tids=(77,)),), used_addresses=self.addresses)
 
-    def prepare(self) -> None:
+    def prepare(self, note: NoteWriter) -> None:
+        self.note = note
         self.world.reach("prepare")
 
     def stop(self, moved: Sequence[str]) -> None:
@@ -99,8 +101,8 @@ class FakeOutgoing:
             image.write([b"head", bytes(1 << 20)])
         self.world.reach("send")
 
-    def freeze(self, image: ImageWriter, note: NoteWriter) -> int:
-        note("sockets", b"as they were")
+    def freeze(self, image: ImageWriter) -> int:
+        self.note("sockets", b"as they were")
         self.world.reach("freeze")
         image.write([b"tail"])
         return time.monotonic_ns()
@@ -147,6 +149,12 @@ class FakeIncoming:
         self.world.reach("check")
         assert options == {"map": "/a=/b"}
         return self.verdicts
+
+    def prepare(self, note: NoteWriter) -> None:
+        note("rules", b"that stand")
+
+    def forget(self) -> None:
+        self.world.events.append("forget")
 
     def rebuild(self, elapsed: Callable[[], float]) -> Comparison:
         self.elapsed = elapsed()
@@ -275,7 +283,8 @@ def test_a_migration(tmp_path: Path) -> None:
     assert summary.rounds[0].bytes == 3 * ((1 << 20) + 4)
     order = [e for e in run.world.events if e not in ("replay", "close", "close there")]
     assert order == [
-        "needs", "check", "prepare", "stop", "build", "send", "freeze", "rebuild", "keep", "release", "run", "discard",
+        "needs", "check", "prepare", "stop", "build", "send", "freeze", "rebuild", "keep", "release", "run", "forget",
+        "discard",
     ] or set(order) >= {"build", "send"}  # fmt: skip
     assert order.index("rebuild") < order.index("keep") < order.index("release") < order.index("run")
 

@@ -1,0 +1,175 @@
+"""What a tool changes on a host that would outlast its death, as it is written down before the change.
+
+A note has a name (:class:`Trace`) and the packed record below; who keeps the notes (a journal) need not understand
+them.  Their undoing is in :mod:`checkpoint.undo` and :mod:`checkpoint.finish`.
+
+``places`` are (pid, descriptor): wherever the open file was seen.  Processes are named with their start time as well:
+a number that was given to another process meanwhile is no longer meant.
+"""
+
+from __future__ import annotations
+
+import enum
+import socket
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from checkpoint import procfs
+from checkpoint.errors import NoSuchProcess
+from checkpoint.files.base import FileLock
+from checkpoint.files.tcp import Original
+from checkpoint.procfs import Stat
+from checkpoint.tracee import Process
+from tcpstate import codec
+from tcpstate.kernel.bpf import Instruction
+
+__all__ = [
+    "FrozenTree",
+    "GivenUpLock",
+    "HeldListener",
+    "HeldListeners",
+    "Made",
+    "NoteWriter",
+    "Peeked",
+    "Rules",
+    "StagedName",
+    "Stubs",
+    "Trace",
+    "Traced",
+    "alive",
+    "listener_name",
+    "write",
+]
+
+#: keeps a note (name, bytes) and returns when it will outlast the tool's death
+NoteWriter = Callable[[str, bytes], None]
+
+
+class Trace(enum.StrEnum):
+    """The names of notes."""
+
+    RULES = "rules"  # Rules: routing rules, added now
+    LISTENERS = "listeners"  # HeldListeners: listeners that are about to drop SYNs
+    PEEKED = "peeked"  # Peeked: sockets whose queues are about to be read
+    TREE = "tree"  # FrozenTree: processes about to be kept stopped, connections to be frozen, locks to be given up
+    STUBS = "stubs"  # Stubs: rebuilt processes that are about to outlive the tool
+    MADE = "made"  # Made: a file or directory that is about to be made, and is not to stay
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traced:
+    """One process.
+
+    start_time   field 22 of /proc/PID/stat
+    stop_signal  it holds the process in a stop of its own (state T): it stays so
+    """
+
+    pid: int
+    start_time: int
+    stop_signal: int = 0
+
+    @classmethod
+    def of(cls, process: Process) -> Traced:
+        """A process that stands still."""
+        return cls(pid=process.pid, start_time=process.stat.start_time, stop_signal=process.stop_signal)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """Rules of :class:`tcpstate.silence.Blackhole`: priority by address family. A later record replaces it."""
+
+    priorities: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldListener:
+    """A listening socket: its address, and its own filter."""
+
+    places: list[tuple[int, int]]
+    name: str
+    filter: tuple[Instruction, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldListeners:
+    """The listeners of the trees of ``roots``; what they accept meanwhile inherits the filter."""
+
+    roots: tuple[int, ...]
+    listeners: list[HeldListener]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peeked:
+    """Sockets that are not TCP: options (level, number, value) as they are."""
+
+    sockets: list[tuple[list[tuple[int, int]], list[tuple[int, int, int]]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GivenUpLock:
+    """A flock or OFD lock of an open file."""
+
+    places: list[tuple[int, int]]
+    lock: FileLock
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrozenTree:
+    """Processes that will stay stopped if the tool dies, parents before children; connections as they were; locks."""
+
+    processes: list[Traced]
+    connections: list[Original]
+    locks: list[GivenUpLock]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagedName:
+    """The file of a local socket: where it waits, and its place."""
+
+    staged: str
+    real: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """A file or directory of ours: beside the place of a local socket, or of an image."""
+
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stubs:
+    """Rebuilt processes, complete.
+
+    names  of local sockets, that appear at the release
+    roots  root processes: PID at the source to PID here
+    """
+
+    processes: list[Traced]
+    names: list[StagedName]
+    roots: dict[int, int]
+
+
+def write(note: NoteWriter | None, trace: Trace, record: object) -> None:
+    """Keep a note; nothing if there is nobody to keep it (a rehearsal, a test)."""
+    if note is not None:
+        note(trace, codec.pack(record))
+
+
+def listener_name(sock: socket.socket) -> str:
+    """The address of a listening socket as text."""
+    address, port = sock.getsockname()[:2]
+    return f"{address} {port}"
+
+
+def alive(processes: Iterable[Traced]) -> list[Traced]:
+    """Those that are there still and have not ended."""
+    return [each for each in processes if _is_there(each)]
+
+
+def _is_there(traced: Traced) -> bool:
+    try:
+        stat: Stat = procfs.read_stat(traced.pid)
+    except NoSuchProcess:
+        return False
+    return stat.start_time == traced.start_time and not stat.zombie
