@@ -32,6 +32,7 @@ from collections.abc import Iterator, Sequence
 
 from checkpoint import preflight, procfs
 from checkpoint.errors import NoSuchProcess, Refused, TreeChanged
+from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.files.table import FileTable, TreeFiles
 from checkpoint.files.tcp import TcpGroup
 from checkpoint.holdoff import Holdoff, LastSegments
@@ -64,6 +65,7 @@ from tcpstate.capture import replay
 from tcpstate.errors import TcpmigError
 from tcpstate.filters import own_filter, read_filters, remove_syn_filter
 from tcpstate.kernel.calls import CallTable
+from tcpstate.kernel.route import local_addresses
 from tcpstate.segment import Segment
 from tcpstate.silence import Blackhole
 from tcpstate.version import VERSION
@@ -79,13 +81,16 @@ _STOP_ATTEMPTS = 5
 class Dump:
     """One or more process trees on their way out. See the module's docstring for the order of calls.
 
-    roots  PIDs of the trees' roots
-    note   told, before anything that would outlast our death is changed, what undoing it takes (checkpoint.traces)
+    roots   PIDs of the trees' roots
+    policy  what the user decided about files and connections that lead out of the trees
+    note    told, before anything that would outlast our death is changed, what undoing it takes (checkpoint.traces)
     """
 
-    def __init__(self, roots: Sequence[int], note: NoteWriter | None = None) -> None:
+    def __init__(self, roots: Sequence[int], policy: Policy = NO_POLICY, note: NoteWriter | None = None) -> None:
         self.roots = tuple(roots)
         self.note = note
+        self._policy = policy
+        self._local: set[str] = set()
         self.tree: Tree | None = None
         self.warnings: list[str] = []
         self._foreseen: dict[int, dict[bytes, Vma]] = {}
@@ -113,7 +118,7 @@ class Dump:
 
     def check(self) -> list[Verdict]:
         """A verdict on every thread, descriptor, mapping and connection. NoSuchProcess, Refused for the roots."""
-        return preflight.check(self.roots)
+        return preflight.check(self.roots, self._policy)
 
     def prepare(self) -> None:
         """Refuse what has to be refused, and read beforehand what is slow to read. Refused names the first reason."""
@@ -142,6 +147,7 @@ class Dump:
         """What takes milliseconds and needs nothing to stand still: rules that silence frozen connections. OSError."""
         if not self._blackhole.priorities:
             self._blackhole.ensure(lambda rules: write(self.note, Trace.RULES, Rules(priorities=rules)))
+        self._local = local_addresses()
 
     def hold_off(self) -> None:
         """From now on no new connection begins. Capture SYNs before this."""
@@ -208,7 +214,7 @@ class Dump:
         return self._group
 
     def _capture(self, tree: Tree) -> None:
-        self._table = FileTable()
+        self._table = FileTable(policy=self._policy)
         for process in tree.processes:
             process.foreseen = self._foreseen.get(process.pid, {})
             with Injection(process) as injection:
@@ -218,12 +224,13 @@ class Dump:
                 self._states[process.pid] = table.capture(process, injection, calls)
             self._table.add_process(process)
             self._layouts[process.pid] = layout.capture(process, self._table, brk=brk.value)
+        self._group = TcpGroup(self._table, self._blackhole)
         try:
             self._files = self._table.records()
+            self._group.find_peers(self._local)
         except Refused as error:
             raise TreeChanged(f"{error.message} [{error.code}]", object=error.object) from error
         self.warnings += self._table.warnings
-        self._group = TcpGroup(self._table, self._blackhole)
         self.connections = self._group.connections
 
     # -- what is sent ---------------------------------------------------------------------------------------------

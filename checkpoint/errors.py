@@ -443,6 +443,14 @@ class FileDiffers(Refused):
     fix = "Use a shared file system, copy the file while the program rests, or point to it with --map OLD=NEW."
 
 
+class PairWithoutAddress(Refused):
+    """A connection has both ends in the process tree, on an address that is neither a loopback address nor among those
+    that move. At the target, where nobody has the address, its segments would leave the host."""
+
+    code = "TM-0390"
+    fix = "Move the address as well (--address), or let the processes talk over 127.0.0.1 or ::1."
+
+
 class EpollTargetLost(Refused):
     """An epoll instance watches a file that no descriptor of the tree leads to any more (closed here, kept open
     elsewhere). Its registration cannot be made again."""
@@ -749,8 +757,8 @@ class TimerOutOfReach(TcpmigError):
 
 
 class LocalPeer(Refused):
-    """Both ends of a TCP connection are sockets of this host. If the address of one end moved away, the other end
-    would be left talking to nobody."""
+    """The other end of a TCP connection is held by a process of this host that is not moved. It would be left behind,
+    talking to nobody."""
 
     code = "TM-0383"
-    fix = "Close the connection, or let the peer connect from another host."
+    fix = "Name the other process as well, or decide what the moved one shall see: --local-peer close or reset."

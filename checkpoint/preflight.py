@@ -14,15 +14,19 @@ from dataclasses import dataclass
 from checkpoint import procfs, refuse
 from checkpoint.errors import LocalPeer, NoSuchProcess, Refused
 from checkpoint.files import verdicts as files
+from checkpoint.files.outside import holders_text
+from checkpoint.files.peers import Place, place_of
+from checkpoint.files.policy import NO_POLICY, LocalPeers, Policy
 from checkpoint.files.table import FileTable
 from checkpoint.memory import verdicts as memory
 from checkpoint.state import preflight as state
 from checkpoint.verdict import Status, Verdict, refusals
 from tcpstate import locate
-from tcpstate.errors import Outcome, TcpmigError, catalogue
+from tcpstate.errors import NoSuchConnection, Outcome, TcpmigError, catalogue
+from tcpstate.kernel.route import local_addresses
 from tcpstate.locate import Located
 
-__all__ = ["check", "connections", "first_refusal", "live_files", "pids"]
+__all__ = ["Peered", "check", "connections", "first_refusal", "live_files", "pids"]
 
 _CONNECTION = "tcp connection"
 
@@ -54,8 +58,10 @@ def live_files(members: Sequence[int]) -> FileTable:
     return table
 
 
-def check(roots: Sequence[int]) -> list[Verdict]:
+def check(roots: Sequence[int], policy: Policy = NO_POLICY) -> list[Verdict]:
     """A verdict on every process, its state, descriptors, mappings and connections; the refusals have their codes.
+
+    policy  what the user decided about files and connections that lead out of the trees
 
     A root that cannot be touched at all has one verdict: the refusal.
     """
@@ -73,23 +79,66 @@ def check(roots: Sequence[int]) -> list[Verdict]:
             found += memory.verdicts(pid)
         except NoSuchProcess:
             continue  # a descendant that has ended meanwhile
-    found += files.verdicts(members)
-    found += [_judge(connection, here) for connection, here in connections(members)]
+    found += files.verdicts(members, policy)
+    found += [_judge(one, policy) for one in connections(members)]
     return found
 
 
-def connections(members: Sequence[int]) -> list[tuple[Located, bool]]:
-    """The TCP connections of the processes, each with whether its other end is a socket of this host as well."""
-    everyone = {c.conn_id for c in locate.connections()}
-    return [(c, c.conn_id.reversed() in everyone) for c in locate.connections(members)]
+@dataclass(frozen=True, slots=True)
+class Peered:
+    """A TCP connection of the trees, and where its other end is."""
+
+    connection: Located
+    place: Place
+
+    @property
+    def away(self) -> bool:
+        """Whether its other end is on another host."""
+        return self.place is Place.AWAY
 
 
-def _judge(connection: Located, peer_is_here: bool) -> Verdict:
+def connections(members: Sequence[int]) -> list[Peered]:
+    """The TCP connections of the processes."""
+    local = local_addresses()
+    listening = locate.listening_ports(members)
+    ours = locate.connections(members)
+    tree = {c.conn_id for c in ours}
+    found = []
+    for one in ours:
+        place = place_of(one.conn_id, tree, local)
+        if place is Place.QUEUED and one.conn_id.peer_port in listening:
+            place = Place.TREE  # the application accepts it before it is stopped
+        found.append(Peered(one, place))
+    return found
+
+
+def _judge(one: Peered, policy: Policy) -> Verdict:
+    connection, place = one.connection, one.place
     subject = str(connection.conn_id)
-    if peer_is_here:
-        return Verdict.refuse(LocalPeer("the other end of the connection is on this host", object=subject), _CONNECTION)
-    queues = f"{connection.receive_queue} bytes unread, {connection.send_queue} unacknowledged"
-    return Verdict(subject=subject, kind=_CONNECTION, status=Status.OK, text=f"{connection.state.name}, {queues}")
+    text = f"{connection.state.name}, {connection.receive_queue} bytes unread, {connection.send_queue} unacknowledged"
+    match place:
+        case Place.AWAY:
+            return Verdict(subject=subject, kind=_CONNECTION, text=text)
+        case Place.TREE:
+            return Verdict(subject=subject, kind=_CONNECTION, text=f"{text}; both ends move")
+        case Place.CLOSED:
+            return Verdict(subject=subject, kind=_CONNECTION, text=f"{text}; its other end, on this host, has closed")
+    holders = _holders(connection)
+    if policy.local_peer is LocalPeers.REFUSE:
+        error = LocalPeer(f"the other end is {place.value}{holders}", object=subject)
+        return Verdict.refuse(error, _CONNECTION)
+    happens = f"the moved end will see it {'closed' if policy.local_peer is LocalPeers.CLOSE else 'reset'}"
+    text = f"the other end is {place.value}{holders}: {happens}"
+    return Verdict(subject=subject, kind=_CONNECTION, status=Status.WARN, text=text)
+
+
+def _holders(connection: Located) -> str:
+    """Who has the other end, as far as /proc shows it."""
+    with contextlib.suppress(NoSuchConnection):
+        owners = locate.find(connection.conn_id.reversed()).owners
+        if owners:
+            return f" ({holders_text([(owner.pid, owner.fd) for owner in owners])})"
+    return ""
 
 
 def first_refusal(found: Sequence[Verdict]) -> TcpmigError | None:

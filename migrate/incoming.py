@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from checkpoint import hostcheck
-from checkpoint.errors import FileMissing, PidTaken
+from checkpoint.errors import FileMissing, PairWithoutAddress, PidTaken
 from checkpoint.files.verdicts import judge_here
 from checkpoint.image.format import FrameReader
 from checkpoint.restore import Restore, first_user
@@ -21,6 +21,7 @@ from migrate.parts import Arrived
 from migrate.warm import warm
 from tcpstate import codec
 from tcpstate.capture import Capture, replay
+from tcpstate.kernel.route import is_local
 from tcpstate.record import ConnectionRecord
 from tcpstate.segment import Segment
 
@@ -72,7 +73,9 @@ class IncomingTrees:
                     PidTaken(f"the number is in use by {taken[1]}", object=f"pid {taken[0]}"), "process"
                 )
             )
-        return found + judge_here(needs.files) + [_judge_directory(path) for path in needs.directories]
+        found += judge_here(needs.files) + [_judge_directory(path) for path in needs.directories]
+        moving = {record.address for record in needs.addresses}
+        return found + [_judge_pair(address) for address in needs.paired if address not in moving]
 
     def prepare(self, note: NoteWriter) -> None:
         """What can be done before the stop."""
@@ -148,6 +151,14 @@ class IncomingTrees:
         if self._kept is not None:
             self._kept.close()
         self._executor.shutdown()
+
+
+def _judge_pair(address: str) -> Verdict:
+    """On an address that does not move, and is no loopback address, connections between processes of the tree."""
+    if not is_local(address):
+        error = PairWithoutAddress("both ends of a connection use it; it neither moves nor is here", object=address)
+        return Verdict.refuse(error, "address")
+    return Verdict(subject=address, kind="address", text="is here as well: connections with both ends on it go on")
 
 
 def _judge_directory(path: str) -> Verdict:

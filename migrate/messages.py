@@ -107,6 +107,9 @@ class Needs:
     macs            link-layer addresses of the source
     peers           the other ends of the connections
     connections     their number
+    away            how many of them have their other end on another host
+    paired          local addresses, loopback apart, of connections whose two ends are both here: where these do not
+                    move, the target must have them
     memory          bytes that will be resident
     features        names of kernel features without which the state cannot be rebuilt
     """
@@ -119,6 +122,8 @@ class Needs:
     macs: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()
     connections: int = 0
+    away: int = 0
+    paired: tuple[str, ...] = ()
     memory: int = 0
     features: frozenset[str] = frozenset()
     cpu: CpuState | None = None
@@ -126,7 +131,7 @@ class Needs:
     def __post_init__(self) -> None:
         if not self.trees:
             raise ValueError("a migration has at least one process tree")
-        for text in (*self.used_addresses, *self.peers):
+        for text in (*self.used_addresses, *self.peers, *self.paired):
             ipaddress.ip_address(text)
 
 

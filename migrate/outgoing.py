@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from checkpoint import preflight, procfs
 from checkpoint.dump import Dump
 from checkpoint.errors import NoSuchProcess
+from checkpoint.files.peers import is_loopback
+from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.files.tcp import TcpGroup
 from checkpoint.files.verdicts import foretell
 from checkpoint.image.format import FrameWriter, page_frames
@@ -27,8 +29,6 @@ from migrate.warm import warm
 from migrate.wire import ImageWriter
 from tcpstate import codec
 from tcpstate.capture import Capture, unanswered
-from tcpstate.connid import ConnId
-from tcpstate.rows import describe
 from tcpstate.segment import Segment
 
 __all__ = ["OutgoingTrees"]
@@ -39,12 +39,17 @@ _AHEAD = 2  # page frames whose digests are computed while another is sent
 _ANYWHERE = frozenset({"0.0.0.0", "::"})
 
 
+def _bare(address: str) -> str:
+    return address.partition("%")[0]
+
+
 class OutgoingTrees:
     """The trees that begin at ``roots``. See :class:`migrate.parts.Outgoing` for the order of calls."""
 
-    def __init__(self, roots: Sequence[int]) -> None:
+    def __init__(self, roots: Sequence[int], policy: Policy = NO_POLICY) -> None:
         self._roots = tuple(roots)
-        self._dump = Dump(roots)
+        self._policy = policy
+        self._dump = Dump(roots, policy)
         self._writer = FrameWriter(stream=True)
         self._syns: Capture | None = None
         self._segments: Capture | None = None
@@ -56,18 +61,21 @@ class OutgoingTrees:
         members = preflight.pids(self._roots)
         with preflight.live_files(members) as files:
             group = TcpGroup(files)
-            names = [describe(sock) for sock in group.established]
             bound = {sock.getsockname()[0].partition("%")[0].removeprefix("::ffff:") for sock in group.listeners}
             local = group.local_addresses
-        peers = {ConnId.parse(name).peer.partition("%")[0] for name in names if name.startswith("tcp:")}
+        connections = preflight.connections(members)
+        peers = {_bare(one.connection.conn_id.peer) for one in connections if one.away}
+        paired = {_bare(one.connection.conn_id.local) for one in connections if not one.away}
         used = {address.partition("%")[0] for address in local} | (bound - _ANYWHERE)
         return Needs(
             trees=tuple(_tree(root) for root in self._roots),
-            files=tuple(foretell(members)),
+            files=tuple(foretell(members, self._policy)),
             directories=tuple(sorted(_directories(members))),
             used_addresses=tuple(sorted(used)),
             peers=tuple(sorted(peers)),
-            connections=len(names),
+            connections=len(connections),
+            away=sum(one.away for one in connections),
+            paired=tuple(sorted(address for address in paired if not is_loopback(address))),
             memory=sum(map(_resident, members)),
         )
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from checkpoint.files.policy import NO_POLICY, Policy
 from migrate.incoming import IncomingTrees
 from migrate.outgoing import OutgoingTrees
 from migrate.source import Checked, Source, SourceOptions, Summary
@@ -23,11 +24,12 @@ def migrate(
     rsh: str = DEFAULT_RSH,
     remote_command: str = DEFAULT_REMOTE_COMMAND,
     options: SourceOptions | None = None,
+    policy: Policy = NO_POLICY,
 ) -> Summary:
     """Move the process trees at ``roots`` to ``host``. Raises the TcpmigError that ended it; see
     :meth:`migrate.source.Source.run`."""
     with Remote(host, rsh=rsh, remote_command=remote_command) as remote:
-        return Source(OutgoingTrees(roots), remote, options).run()
+        return Source(OutgoingTrees(roots, policy), remote, options).run()
 
 
 def check(
@@ -37,10 +39,11 @@ def check(
     rsh: str = DEFAULT_RSH,
     remote_command: str = DEFAULT_REMOTE_COMMAND,
     options: SourceOptions | None = None,
+    policy: Policy = NO_POLICY,
 ) -> Checked:
     """Could they be moved? Both hosts are asked; nothing is stopped or changed. Raises the first refusal."""
     with Remote(host, rsh=rsh, remote_command=remote_command) as remote:
-        return Source(OutgoingTrees(roots), remote, options).check()
+        return Source(OutgoingTrees(roots, policy), remote, options).check()
 
 
 def receive() -> Received | None:

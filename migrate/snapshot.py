@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.image.frames import Kind
 from checkpoint.image.reader import ImageReader, open_image
 from checkpoint.image.writer import ImageFile
@@ -109,16 +110,18 @@ def checkpoint(
     leave_running: bool = False,
     address: str = "auto",
     policy: AddressPolicy = AddressPolicy.REFUSE,
+    files: Policy = NO_POLICY,
 ) -> CheckpointSummary:
     """The trees at ``roots`` into the image file ``path``.
 
     leave_running  they run on, connections and all; else they end
     address        which addresses go with the image: auto, none, or a list
+    files          what was decided about files and connections that lead out of the trees
 
     Refused, ConnectionsWouldBreak (nothing was stopped), ImageNotWritten and others (everything runs on).
     """
     begun = time.monotonic()
-    trees = OutgoingTrees(roots)
+    trees = OutgoingTrees(roots, files)
     with Netlink() as netlink, contextlib.closing(trees):
         needs = trees.needs()
         wanted = select(address, needs.used_addresses)
@@ -126,9 +129,9 @@ def checkpoint(
         # addresses that nobody takes away can be shared
         if not leave_running:
             _refuse(chosen)
-            if needs.connections and not chosen.records:
+            if needs.away and not chosen.records:
                 raise ConnectionsWouldBreak(
-                    f"{needs.connections} connections would be reset by their peers' next segment",
+                    f"{needs.away} connections would be reset by their peers' next segment",
                     object=f"pid {roots[0]}",
                 )
         addresses = Addresses(records=chosen.records, moved=not leave_running, peers=needs.peers)

@@ -25,6 +25,8 @@ __all__ = [
     "connections",
     "find",
     "listener_backlog",
+    "listening_ports",
+    "look_up",
     "orphans",
     "owners_of",
     "take",
@@ -149,6 +151,12 @@ def connections(pids: Iterable[int] | None = None, *, info: bool = False) -> lis
     return [_located(sock, owners) for sock in found]
 
 
+def listening_ports(pids: Iterable[int]) -> set[int]:
+    """The ports of the TCP listeners that one of these processes has open."""
+    owners = owners_of(pids=list(pids))
+    return {sock.local_port for sock in diag.dump(1 << TcpState.LISTEN) if sock.inode in owners}
+
+
 def orphans(states: Collection[TcpState]) -> list[Located]:
     """The connections in one of these states that nobody has open: closed by their owners, with segments under way."""
     mask = sum(1 << state for state in states)
@@ -157,14 +165,20 @@ def orphans(states: Collection[TcpState]) -> list[Located]:
 
 def find(conn_id: ConnId) -> Located:
     """The connection with this conn-ID, and its owners; NoSuchConnection if there is none."""
+    sock = look_up(conn_id)
+    if sock is None:
+        raise NoSuchConnection("there is no such connection", object=str(conn_id))
+    return _located(sock, owners_of({sock.inode}) if sock.inode else {})
+
+
+def look_up(conn_id: ConnId) -> diag.DiagSocket | None:
+    """The connection with this conn-ID as sock_diag tells it; None if there is none. Its owners are not looked for."""
     sock = diag.get(conn_id)
     if sock is None or sock.state is TcpState.LISTEN or sock.conn_id != conn_id:
         # the exact look-up misses sockets that are bound to an interface
         wanted = [s for s in diag.dump(local_port=conn_id.local_port) if s.state is not TcpState.LISTEN]
         sock = next((s for s in wanted if _same(s.conn_id, conn_id)), None)
-    if sock is None:
-        raise NoSuchConnection("there is no such connection", object=str(conn_id))
-    return _located(sock, owners_of({sock.inode}) if sock.inode else {})
+    return sock
 
 
 def _same(found: ConnId, wanted: ConnId) -> bool:

@@ -59,6 +59,7 @@ __all__ = [
     "differences",
     "read_back",
     "rebuild_connections",
+    "record_family",
     "release_connections",
 ]
 
@@ -68,7 +69,8 @@ _BUFFER_SLACK = 64 << 10
 _BUFFER_MAX = (1 << 30) - 1
 
 
-def _family(record: ConnectionRecord) -> int:
+def record_family(record: ConnectionRecord) -> int:
+    """AF_INET or AF_INET6: what a socket of the connection must be."""
     return socket.AF_INET if record.family is Family.IPV4 else socket.AF_INET6
 
 
@@ -76,7 +78,7 @@ def _fresh(records: Sequence[ConnectionRecord]) -> list[socket.socket]:
     made: list[socket.socket] = []
     try:
         for record in records:
-            made.append(socket.socket(_family(record), socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
+            made.append(socket.socket(record_family(record), socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
     except OSError:
         _close(made)
         raise
@@ -120,7 +122,7 @@ def rebuild_connections(
     heads = [early.get(i, ()) for i in range(len(records))] if early else [()] * len(records)
     try:
         for family in (socket.AF_INET, socket.AF_INET6):
-            mine = [i for i, record in enumerate(records) if _family(record) == family]
+            mine = [i for i, record in enumerate(records) if record_family(record) == family]
             if mine:
                 _connect(
                     [made[i] for i in mine],

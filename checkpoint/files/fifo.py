@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Self
 from checkpoint.errors import FileMissing, FileRebuildFailed, PeerOutsideTree
 from checkpoint.files.abi import REOPEN_FLAGS, Fcntl
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
-from checkpoint.files.pipe import PipeQueue, ends_in_tree, holders_text, read_queue, write_queue
+from checkpoint.files.outside import holders_text
+from checkpoint.files.pipe import PipeQueue, ends_in_tree, read_queue, write_queue
 from checkpoint.files.regular import path_of
 
 if TYPE_CHECKING:

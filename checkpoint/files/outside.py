@@ -7,12 +7,19 @@ seen: what the kernel tells about a file itself (POLLHUP of a pipe, the peer of 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from checkpoint.files.table import FileTable
 
-__all__ = ["Outside"]
+__all__ = ["Outside", "holders_text"]
+
+
+def holders_text(holders: Sequence[tuple[int, int]]) -> str:
+    """``pid 7 fd 3`` and so on, shortened."""
+    names = [f"pid {pid} fd {fd}" for pid, fd in holders[:3]]
+    return ", ".join(names) + (" and others" if len(holders) > 3 else "")
 
 
 class Outside:

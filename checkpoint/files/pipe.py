@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final, Self
 from checkpoint.errors import BadFileRecord, FileCaptureFailed, FileRebuildFailed, PeerOutsideTree
 from checkpoint.files.abi import AccessMode, Fcntl, FileFlag, Ioctl, tee
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
+from checkpoint.files.outside import holders_text
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
@@ -59,12 +60,6 @@ def other_end_outside(view: FdView) -> str:
     if not readers and not events & select.POLLERR:
         return "reader"
     return ""
-
-
-def holders_text(holders: list[tuple[int, int]]) -> str:
-    """``pid 7 fd 3`` and so on, shortened."""
-    names = [f"pid {pid} fd {fd}" for pid, fd in holders[:3]]
-    return ", ".join(names) + (" and others" if len(holders) > 3 else "")
 
 
 def read_queue(fd: int, packets: bool, object: str) -> PipeQueue:

@@ -27,6 +27,7 @@ from checkpoint.files.base import FdView, FileLock, OpenFile, PosixLock, kind_na
 from checkpoint.files.content import Content, ContentKind, data_runs
 from checkpoint.files.kinds import kind_for
 from checkpoint.files.outside import Outside
+from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.files.unixdiag import UnixSocket, unix_sockets
 from tcpstate.errors import KernelFeatureMissing
 
@@ -119,10 +120,12 @@ class FileTable:
     ``records``. Close it when the capture is over.
 
     ``live``: the processes run; descriptors that vanish meanwhile are left out, and nothing is captured.
+    ``policy``: what the user decided.
     """
 
-    def __init__(self, *, live: bool = False) -> None:
+    def __init__(self, *, live: bool = False, policy: Policy = NO_POLICY) -> None:
         self.live = live
+        self.policy = policy
         #: whether the capture at hand is the last one (:meth:`recapture`)
         self.late = False
         self.entries: list[FdView] = []

@@ -9,23 +9,27 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import socket
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from checkpoint.errors import BadFileRecord
+from checkpoint.errors import BadFileRecord, LocalPeer
 from checkpoint.files.base import FdView, OpenFile
 from checkpoint.files.listener import is_closed, is_tcp
+from checkpoint.files.peers import Place, StandIn, alone, mirrored, place_of
+from checkpoint.files.policy import LocalPeers
 from checkpoint.files.queues import apart, queue_runs
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.image.frames import PageRun, Space
 from tcpstate import options
+from tcpstate.connid import ConnId
 from tcpstate.discard import discard_connections
 from tcpstate.early import Early, read_early
 from tcpstate.export import export_connections
 from tcpstate.freeze import QuietState, quiet, read_originals, thaw
 from tcpstate.kernel.sockets import SO, Level
-from tcpstate.rebuild import Difference, differences, rebuild_connections, release_connections
+from tcpstate.rebuild import Difference, differences, rebuild_connections, record_family, release_connections
 from tcpstate.record import ConnectionRecord
 from tcpstate.reopen import tell_windows
 from tcpstate.rows import describe
@@ -40,6 +44,8 @@ __all__ = ["Original", "RebuiltTcp", "TcpGroup"]
 #: how often receive queues are looked at before the freeze, and how much more must be there
 _EARLY_ROUNDS: Final = 3
 _EARLY_GROWTH: Final = 512 << 10
+#: SO_LINGER with which close() resets
+_AT_ONCE: Final = struct.pack("ii", 1, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +92,7 @@ class TcpGroup:
         self._states: list[QuietState] = []
         self._records: dict[int, OpenFile] = {}
         self._runs: list[PageRun] = []
+        self._places: dict[int, Place] = {}
         self._blackhole = Blackhole() if blackhole is None else blackhole
 
     @property
@@ -102,6 +109,27 @@ class TcpGroup:
     def connections(self) -> int:
         """How many connections there are."""
         return len(self._views)
+
+    def find_peers(self, local: Collection[str]) -> None:
+        """Look for other ends on this host; ``local`` are its addresses. LocalPeer for one that a process has which
+        stays, unless the policy says what to do."""
+        names = [describe(view.socket) for _, view in self._views]
+        conns = [ConnId.parse(name) if name.startswith("tcp:") else None for name in names]
+        tree = {conn for conn in conns if conn is not None}
+        for (index, view), conn in zip(self._views, conns, strict=True):
+            place = Place.AWAY if conn is None else place_of(conn, tree, local)
+            if place in (Place.OUTSIDE, Place.QUEUED) and self._table.policy.local_peer is LocalPeers.REFUSE:
+                raise LocalPeer(f"the other end is {place.value}", object=f"{view.object}, {conn}")
+            if place is not Place.AWAY:
+                self._places[index] = place
+
+    def _stand_in(self, index: int) -> StandIn:
+        place = self._places.get(index, Place.AWAY)
+        if place in (Place.AWAY, Place.TREE):
+            return StandIn.NONE
+        if place is Place.CLOSED or self._table.policy.local_peer is not LocalPeers.RESET:
+            return StandIn.CLOSE
+        return StandIn.RESET
 
     @property
     def ports(self) -> set[int]:
@@ -166,7 +194,10 @@ class TcpGroup:
             if not isinstance(told, TcpFile):
                 raise BadFileRecord("a connection was captured as something else", object=view.object)
             received = 0 if early is None else early.count
-            whole = dataclasses.replace(told, connection=connection, received=received)
+            stand_in = self._stand_in(index)
+            if stand_in is not StandIn.NONE:
+                connection = alone(connection)
+            whole = dataclasses.replace(told, connection=connection, received=received, stand_in=stand_in)
             self._records[index], runs = apart(whole, index)
             self._runs += runs
 
@@ -210,21 +241,42 @@ class TcpGroup:
             self._table.go_on()
 
     def discard(self) -> None:
-        """End the connections without a packet, for their owners too. The addresses must have left this host."""
+        """End the connections without a packet, for their owners too. The addresses must have left this host.
+
+        But the other end of a connection that stays on this host learns that its peer has gone: such a connection is
+        given back, and ends with the process that has it."""
+        staying = [self._places.get(index) is Place.OUTSIDE and _at_home(view.socket) for index, view in self._views]
+        silent = [view.socket for (_, view), stays in zip(self._views, staying, strict=True) if not stays]
         try:
-            discard_connections(self.established, close=False)
+            discard_connections(silent, close=False)
+            self._let_end(list(itertools.compress(self.established, staying)), staying)
         finally:
             self._states = []
             self._blackhole.remove()
 
+    def _let_end(self, socks: Sequence[socket.socket], staying: Sequence[bool]) -> None:
+        if not socks:
+            return
+        if self._states:
+            thaw(socks, list(itertools.compress(self._states, staying)), probe=False)
+        if self._table.policy.local_peer is LocalPeers.RESET:
+            for sock in socks:
+                sock.setsockopt(Level.SOCKET, SO.LINGER, _AT_ONCE)
+
 
 def _local(sock: socket.socket) -> str:
     name = describe(sock)
-    if not name.startswith("tcp:"):
-        return ""
-    from tcpstate.connid import ConnId
+    return ConnId.parse(name).local if name.startswith("tcp:") else ""
 
-    return ConnId.parse(name).local
+
+def _at_home(sock: socket.socket) -> bool:
+    """Whether the local address of a connection is (still) one of this host."""
+    with socket.socket(sock.family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((sock.getsockname()[0], 0))
+        except OSError:
+            return False
+    return True
 
 
 class RebuiltTcp:
@@ -235,12 +287,16 @@ class RebuiltTcp:
         self._socks: list[socket.socket] = []
         self._records: list[ConnectionRecord] = []
         self._early: dict[int, list[memoryview]] = {}
+        # for other ends that do not exist any more: the last of the sockets above, and what each shall do
+        self._stand_ins: list[tuple[socket.socket, StandIn]] = []
+        self._alone: set[ConnId] = set()
         self._blackhole = host.blackhole
 
     def rebuild(self, elapsed: float) -> None:
         """All of them, in repair: nothing is sent, and what arrives is not answered."""
         if self._socks:
             raise RuntimeError("the connections were rebuilt already")
+        mirrors: list[tuple[ConnectionRecord, StandIn]] = []
         for index, record in enumerate(self._host.files):
             if not isinstance(record, TcpFile) or not record.conn_id:
                 continue
@@ -255,6 +311,14 @@ class RebuiltTcp:
                 self._early[len(self._socks)] = early
             self._socks.append(socket.socket(fileno=self._host.descriptor(index)))
             self._records.append(whole.connection)
+            if record.stand_in is not StandIn.NONE:
+                mirrors.append((mirrored(whole.connection), record.stand_in))
+        for mirror, does in mirrors:
+            stand_in = socket.socket(record_family(mirror), socket.SOCK_STREAM)
+            self._stand_ins.append((stand_in, does))
+            self._alone.add(mirror.conn_id.reversed())
+            self._socks.append(stand_in)
+            self._records.append(mirror)
         if not self._socks:
             return
         if not self._blackhole.priorities:
@@ -268,22 +332,29 @@ class RebuiltTcp:
 
     @property
     def records(self) -> list[ConnectionRecord]:
-        """The connections that were rebuilt."""
-        return list(self._records)
+        """The connections that were rebuilt, without stand-ins."""
+        return self._records[: len(self._records) - len(self._stand_ins)]
 
     def release(self) -> None:
         """Let them live. The blackhole stays until :meth:`close`: nothing carries its mark any more, and removing it
         takes milliseconds."""
         release_connections(self._socks, self._records, tell=False)
+        for sock, does in self._stand_ins:
+            if does is StandIn.RESET:
+                sock.setsockopt(Level.SOCKET, SO.LINGER, _AT_ONCE)
+            sock.close()
 
     def tell_windows(self) -> None:
         """After the release, once the addresses are announced: peers that wait for room hear that there is some."""
-        tell_windows(self._records)
+        tell_windows([record for record in self.records if record.conn_id not in self._alone])
 
     def close(self) -> None:
         """Forget the sockets; their descriptors are the host's. Closed in repair they vanish without a packet."""
-        for sock in self._socks:
+        for sock, _ in self._stand_ins:
+            sock.close()
+        for sock in self._socks[: len(self._socks) - len(self._stand_ins)]:
             sock.detach()
+        self._stand_ins = []
         self._socks = []
         self._records = []
         self._early = {}

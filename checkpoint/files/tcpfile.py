@@ -16,6 +16,7 @@ from checkpoint.errors import AddressTaken
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
 from checkpoint.files.inet import Endpoint
 from checkpoint.files.listener import bind, is_closed, is_tcp, new_socket
+from checkpoint.files.peers import StandIn
 from checkpoint.files.sockopts import SocketOptions, before_bind, give_late, give_own_filter, save
 from checkpoint.files.unix import held_outside
 from tcpstate.connid import ConnId
@@ -43,6 +44,7 @@ class TcpFile(OpenFile):
     received    bytes of its receive queue, before those in the record, that came as pages (files/queues.py)
     to_send     bytes of its send queue that came as pages, instead of in the record
     sent        how many of those were sent before
+    stand_in    the other end was on the same host and does not move: what a stand-in for it does (files/peers.py)
     name        without connection: what it is bound to
     options     without connection
     """
@@ -55,6 +57,7 @@ class TcpFile(OpenFile):
     received: int = 0
     to_send: int = 0
     sent: int = 0
+    stand_in: StandIn = StandIn.NONE
     name: Endpoint | None = None
     options: SocketOptions | None = None
 

@@ -26,7 +26,7 @@ from checkpoint.errors import (
 )
 from checkpoint.files import unixqueue
 from checkpoint.files.base import FdView, OpenFile, register
-from checkpoint.files.pipe import holders_text
+from checkpoint.files.outside import holders_text
 from checkpoint.files.sockopts import SocketOptions, save
 from checkpoint.files.unixdiag import SocketState, UnixSocket
 from checkpoint.files.unixname import UnixName, name_of

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from checkpoint.errors import FileCaptureFailed
 from checkpoint.files.base import FdView, OpenFile, kind_name
 from checkpoint.files.kinds import kind_for
+from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.table import FileTable, TreeFiles
 from checkpoint.memory.vma import Vma, read_maps
@@ -32,11 +33,11 @@ class _Process:
     pid: int
 
 
-def verdicts(pids: Sequence[int]) -> list[Verdict]:
+def verdicts(pids: Sequence[int], policy: Policy = NO_POLICY) -> list[Verdict]:
     """One verdict per descriptor of each process, and one for a table that cannot be rebuilt. Processes that end
     meanwhile are left out."""
     found: list[Verdict] = []
-    with FileTable(live=True) as table:
+    with FileTable(live=True, policy=policy) as table:
         for pid in pids:
             try:
                 table.add_process(_Process(pid))
@@ -71,12 +72,12 @@ def _judge(view: FdView) -> list[Verdict]:
     return [dataclasses.replace(one, subject=f"pid {pid} fd {fd}") for pid, fd in view.places]
 
 
-def foretell(pids: Sequence[int]) -> list[OpenFile]:
+def foretell(pids: Sequence[int], policy: Policy = NO_POLICY) -> list[OpenFile]:
     """Records of what another host must have for these processes, read while they run: files with a path, also those
     that are only mapped, and addresses that listeners and UDP sockets are bound to. Each differs from the later capture
     in what goes on meanwhile (sizes, positions)."""
     found: list[OpenFile] = []
-    with FileTable(live=True) as table:
+    with FileTable(live=True, policy=policy) as table:
         for pid in pids:
             try:
                 table.add_process(_Process(pid))

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import click
 
 from checkpoint import hostcheck, preflight
+from checkpoint.files.policy import Policy
 from checkpoint.verdict import Status, Verdict, refusals
 from cli.about import about, table
 from cli.command import command
 from cli.errors import UsageMistake
+from cli.filepolicy import file_policy, policy_of
 from cli.session import Result, Session, Table
 from tcpstate.errors import Outcome
 
@@ -27,8 +30,15 @@ _STYLES = {"ok": "green", "warn": "yellow", "refuse": "bold red"}
 @click.option("--rsh", metavar="CMD", help="With --to: the remote shell.  [default: ssh]")
 @click.option("--remote-command", metavar="CMD", help="With --to: what it runs there.  [default: tcpmig receive]")
 @click.option("--address", metavar="auto|none|ADDR,...", default="auto", help="With --to: which addresses would move.")
+@file_policy
 def check(
-    session: Session, pids: tuple[int, ...], host: str | None, rsh: str | None, remote_command: str | None, address: str
+    session: Session,
+    pids: tuple[int, ...],
+    host: str | None,
+    rsh: str | None,
+    remote_command: str | None,
+    address: str,
+    **files: Any,
 ) -> Result:
     """Can this host do it, and can the process trees PID be moved? One verdict per item, those that are fine with -v.
 
@@ -37,10 +47,11 @@ def check(
     if host is not None and not pids:
         raise UsageMistake("--to wants the PID of what would move")
     found = hostcheck.check()
+    policy = policy_of(**files)
     if pids:
-        found += preflight.check(pids)
+        found += preflight.check(pids, policy)
     if host is not None and not refusals(found):
-        found += _of_target(pids, host, rsh, remote_command, address)
+        found += _of_target(pids, host, rsh, remote_command, address, policy)
     result = report(found, every=session.verbose)
     processes = about(pids)
     if not processes:
@@ -49,7 +60,7 @@ def check(
 
 
 def _of_target(
-    pids: Sequence[int], host: str, rsh: str | None, remote_command: str | None, address: str
+    pids: Sequence[int], host: str, rsh: str | None, remote_command: str | None, address: str, policy: Policy
 ) -> list[Verdict]:
     """What the addresses and the target have to say; raises the first refusal."""
     from migrate.run import check as ask
@@ -62,6 +73,7 @@ def _of_target(
         rsh=rsh or DEFAULT_RSH,
         remote_command=remote_command or DEFAULT_REMOTE_COMMAND,
         options=SourceOptions(address=address),
+        policy=policy,
     )
     return [*checked.here, *checked.there]
 

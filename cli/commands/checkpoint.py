@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from cli.command import command
 from cli.fields import fields
+from cli.filepolicy import file_policy, policy_of
 from cli.session import Result, Session
 from migrate.snapshot import checkpoint as dump
 from migrate.takeover import AddressPolicy
@@ -26,8 +29,15 @@ __all__ = ["checkpoint"]
     default=AddressPolicy.REFUSE.value,
     help="What if others use such an address.  [default: refuse]",
 )
+@file_policy
 def checkpoint(
-    session: Session, pids: tuple[int, ...], output: str, leave_running: bool, address: str, address_policy: str
+    session: Session,
+    pids: tuple[int, ...],
+    output: str,
+    leave_running: bool,
+    address: str,
+    address_policy: str,
+    **files: Any,
 ) -> Result:
     """Write the process trees PID and their connections into one image file.
 
@@ -35,7 +45,8 @@ def checkpoint(
     `tcpmig restore` brings both back.
     """
     policy = AddressPolicy(address_policy)
-    summary = dump(pids, output, leave_running=leave_running, address=address, policy=policy)
+    decided = policy_of(**files)
+    summary = dump(pids, output, leave_running=leave_running, address=address, policy=policy, files=decided)
     what = "runs on" if summary.running else "has ended"
     gone = f", {', '.join(summary.addresses)} left this host" if summary.addresses else ""
     lines = [

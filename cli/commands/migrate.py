@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from cli.command import command
 from cli.commands.check import report
 from cli.errors import UsageMistake
 from cli.fields import fields
+from cli.filepolicy import file_policy, policy_of
 from cli.session import Result, Session
 from migrate.run import check as check_with
 from migrate.run import migrate as move
@@ -36,6 +39,7 @@ __all__ = ["migrate"]
     help="What if others use such an address.  [default: refuse]",
 )
 @click.option("--map-dev", metavar="OLD=NEW", multiple=True, help="Interface OLD's addresses go to NEW there.")
+@file_policy
 @click.option("--dry-run", is_flag=True, help="Only ask both hosts whether it can be done.")
 def migrate(
     session: Session,
@@ -47,6 +51,7 @@ def migrate(
     address_policy: str,
     map_dev: tuple[str, ...],
     dry_run: bool,
+    **files: Any,
 ) -> Result:
     """Move the process trees PID to HOST, with their connections and addresses.
 
@@ -60,10 +65,11 @@ def migrate(
         rsh=rsh,
         remote_command=remote_command,
     )
+    decided = policy_of(**files)
     if dry_run:
-        checked = check_with(pids, host, rsh=rsh, remote_command=remote_command, options=options)
+        checked = check_with(pids, host, rsh=rsh, remote_command=remote_command, options=options, policy=decided)
         return report([*checked.here, *checked.there], every=session.verbose)
-    summary = move(pids, host, rsh=rsh, remote_command=remote_command, options=options)
+    summary = move(pids, host, rsh=rsh, remote_command=remote_command, options=options, policy=decided)
     return Result(data=fields(summary), body=list(_lines(summary, host)), outcome=summary.status)
 
 

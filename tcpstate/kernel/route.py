@@ -18,6 +18,7 @@ __all__ = [
     "blackhole_rules",
     "iproute",
     "is_local",
+    "local_addresses",
     "refusals",
     "remove_blackhole_rule",
     "source_towards",
@@ -67,6 +68,13 @@ def is_local(address: str) -> bool:
     """Whether packets to ``address`` are delivered in this network namespace (a new IPv6 address takes a moment)."""
     route = _route_to(address)
     return route is not None and route["type"] == _ROUTE_TYPE_LOCAL
+
+
+def local_addresses() -> set[str]:
+    """The addresses that are configured in this network namespace, loopback included."""
+    with iproute() as channel:
+        found = list(channel.get_addr())
+    return {address for one in found if (address := one.get("local") or one.get("address"))}
 
 
 def source_towards(address: str) -> str:

@@ -1,0 +1,270 @@
+"""TCP connections with both ends in the tree: they move as pairs, and no address of theirs moves."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.counters import counters
+from tests.hosts import Host, ThreeHosts
+from tests.hosts.tcpmig import MigrationFailed, migrate, tcpmig
+from tests.system.test_cli_bad_input import connected
+from tests.workloads.servers import wait_listening
+
+PORT = 7100
+PATIENCE = 30.0
+
+
+@dataclass(slots=True)
+class Pair:
+    """The two processes, and a client on another host who asks them how they are."""
+
+    hosts: ThreeHosts
+    pid: int
+    sock: socket.socket
+    here: Host
+    there: Host
+    figures: list[dict[str, Any]] = field(default_factory=list)
+
+    def ask(self) -> list[dict[str, Any]]:
+        self.sock.sendall(b"?\n")
+        answer = b""
+        while not answer.endswith(b"\n"):
+            piece = self.sock.recv(65536)
+            assert piece
+            answer += piece
+        told: list[dict[str, Any]] = json.loads(answer)
+        assert [end["wrong"] for end in told] == [""] * len(told)
+        return told
+
+    def flows(self, least: int = 1 << 20) -> None:
+        """Until every end has received so much more."""
+        before = self.ask()
+        end = time.monotonic() + PATIENCE
+        while any(b["received"] - a["received"] < least for a, b in zip(before, self.ask(), strict=True)):
+            assert time.monotonic() < end, f"it does not flow: {before} then {self.ask()}"
+            time.sleep(0.01)
+
+    def move(self) -> None:
+        self.figures.append(migrate(self.here, self.pid, self.there))
+        self.here, self.there = self.there, self.here
+
+
+@pytest.fixture
+def pair(hosts: ThreeHosts, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pair]:
+    service = hosts.net.service4
+    addresses = [hosts.net.service4 if a == "service" else a for a in getattr(request, "param", ("127.0.0.1", "::1"))]
+    argv = [sys.executable, "-m", "tests.workloads.loopback_pair", service, PORT, *addresses]
+    log = tmp_path / "log"
+    with hosts.source.popen(argv, cwd=Path(__file__).parents[2], stderr=log.open("wb")) as process:
+        wait_listening(hosts.source, process, service, PORT, log)
+        with hosts.client.netns_entered():
+            sock = connected((service, PORT))
+        with sock:
+            sock.settimeout(PATIENCE)
+            found = Pair(hosts, process.pid, sock, hosts.source, hosts.target)
+            found.flows()
+            yield found
+            found.here.kill(found.pid, 9)
+
+
+def resets(hosts: ThreeHosts) -> dict[str, int]:
+    return {host.name: counters(host).get("TcpOutRsts", 0) for host in (hosts.source, hosts.target, hosts.client)}
+
+
+def test_a_pair_at_full_speed_moves_ten_times(pair: Pair) -> None:
+    before = resets(pair.hosts)
+    moment = random.Random(7)
+    for _ in range(10):
+        time.sleep(moment.uniform(0, 0.1))
+        pair.move()
+        pair.flows()
+    assert resets(pair.hosts) == before
+    stops = sorted(figure["stop_ms"] for figure in pair.figures)
+    total = sum(end["received"] for end in pair.ask())
+    print(f"stop_ms median {stops[5]:.1f}, most {stops[-1]:.1f}; {total >> 20} MiB verified")
+
+
+@pytest.mark.parametrize("pair", [("service", "127.0.0.1")], indirect=True)
+def test_a_pair_on_the_address_that_moves(pair: Pair) -> None:
+    before = resets(pair.hosts)
+    pair.move()
+    pair.flows()
+    assert resets(pair.hosts) == before
+
+
+def test_a_pair_in_an_image(pair: Pair, tmp_path: Path) -> None:
+    before = resets(pair.hosts)
+    image = tmp_path / "image"
+    assert tcpmig(pair.here, "checkpoint", pair.pid, "-o", image)[0] == 0
+    pair.here.wait_until_gone(pair.pid)
+    assert tcpmig(pair.there, "restore", image)[0] == 0
+    pair.here, pair.there = pair.there, pair.here
+    pair.flows()
+    assert resets(pair.hosts) == before
+
+
+# A program with one end of a connection on this host, in a given state. Asked on a line from the service address it
+# reads what it has of that connection until the end, and tells that, or the error.
+ONE_END = f"""
+import os, socket, sys
+service, local, state = sys.argv[1:4]
+family = socket.AF_INET6 if ":" in local else socket.AF_INET
+status = socket.create_server((service, {PORT}))
+listener = socket.create_server((local, {PORT} + 1), family=family)
+other = socket.create_connection((local, {PORT} + 1))
+end = listener.accept()[0]
+listener.close()
+order = [end, other]
+if state == "half closed by us":
+    order = [other, end]
+    end.send(b"last words")
+    end.shutdown(socket.SHUT_WR)
+elif state == "half closed by it":
+    other.send(b"unread")
+    other.shutdown(socket.SHUT_WR)
+elif state == "closed":
+    other.send(b"unread")
+    other.close()
+else:
+    if state == "outside, with data":
+        other.send(b"unread")
+    from_it, to_us = os.pipe()
+    if os.fork() == 0:
+        if os.fork() == 0:
+            os.setsid()
+            status.close()
+            end.close()
+            os.close(from_it)
+            os.close(to_us)
+            try:
+                said = repr(other.recv(100))
+            except OSError as error:
+                said = error.strerror
+            print(said, flush=True)
+        os._exit(0)
+    os.close(to_us)
+    os.wait()
+    assert os.read(from_it, 1) == b""
+    os.close(from_it)
+    other.close()
+asker = status.accept()[0]
+asker.sendall(b"ready\\n")
+while asker.recv(100):
+    told = []
+    for sock in order:
+        if sock.fileno() < 0:
+            continue
+        got = b""
+        try:
+            while piece := sock.recv(100):
+                got += piece
+            told.append(got.decode() + ", end")
+        except OSError as error:
+            told.append(got.decode() + ", " + error.strerror)
+        try:
+            sock.sendall(b"answer")
+        except OSError:
+            told.append("nobody listens")
+        sock.close()
+    asker.sendall(("; ".join(told) + "\\n").encode())
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class OneEnd:
+    """A running ONE_END, and its asker."""
+
+    hosts: ThreeHosts
+    pid: int
+    sock: socket.socket
+    said: Path
+
+    def tells(self) -> str:
+        self.sock.sendall(b"?\n")
+        return self.hears()
+
+    def hears(self) -> str:
+        return self.sock.makefile().readline().rstrip("\n")
+
+
+@pytest.fixture
+def one_end(hosts: ThreeHosts, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OneEnd]:
+    state, local = request.param
+    said, errors = tmp_path / "said", tmp_path / "errors"
+    argv = [sys.executable, "-IS", "-c", ONE_END, hosts.net.service4, local, state]
+    with said.open("wb") as out, errors.open("wb") as err:
+        process = hosts.source.popen(argv, stdout=out, stderr=err)
+    with process:
+        with hosts.client.netns_entered():
+            sock = connected((hosts.net.service4, PORT))
+        with sock:
+            sock.settimeout(PATIENCE)
+            found = OneEnd(hosts, process.pid, sock, said)
+            assert found.hears() == "ready", errors.read_text()
+            yield found
+
+
+@pytest.mark.parametrize(
+    ("one_end", "told"),
+    [
+        (("half closed by us", "127.0.0.1"), "last words, end; answer, end; nobody listens"),
+        (("half closed by it", "::1"), "unread, end; answer, end; nobody listens"),
+        (("closed", "127.0.0.1"), "unread, end"),
+    ],
+    indirect=["one_end"],
+)
+def test_ends_in_other_states(one_end: OneEnd, told: str) -> None:
+    migrate(one_end.hosts.source, one_end.pid, one_end.hosts.target)
+    assert one_end.tells() == told
+    one_end.hosts.target.kill(one_end.pid, 9)
+
+
+@pytest.mark.parametrize("one_end", [("outside, with data", "127.0.0.1")], indirect=True)
+def test_an_end_outside_is_refused_by_name(one_end: OneEnd) -> None:
+    source = one_end.hosts.source
+    with pytest.raises(MigrationFailed) as refused:
+        migrate(source, one_end.pid, one_end.hosts.target)
+    assert (refused.value.status, refused.value.summary["code"]) == (3, "TM-0383")
+    assert f"127.0.0.1:{PORT + 1}" in refused.value.summary["object"]
+    status, shown, _ = tcpmig(source, "check", one_end.pid, "--local-peer", "close")
+    assert status == 0
+    assert [v for v in shown["verdicts"] if v["status"] == "warn" and "will see it closed" in v["text"]]
+    assert source.state(one_end.pid) == "S"
+    assert one_end.said.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("one_end", "policy", "told", "said"),
+    [
+        # a process that ends with unread data resets the connection: so the kernel does
+        (("outside, with data", "127.0.0.1"), "close", "unread, end", "Connection reset by peer"),
+        (("outside", "::1"), "close", ", end", "b''"),
+        (
+            ("outside, with data", "::1"),
+            "reset",
+            "unread, Connection reset by peer; nobody listens",
+            "Connection reset by peer",
+        ),
+        (("outside", "127.0.0.1"), "reset", ", Connection reset by peer; nobody listens", "Connection reset by peer"),
+    ],
+    indirect=["one_end"],
+)
+def test_an_end_outside_by_policy(one_end: OneEnd, policy: str, told: str, said: str) -> None:
+    migrate(one_end.hosts.source, one_end.pid, one_end.hosts.target, options=["--local-peer", policy])
+    assert one_end.tells() == told
+    end = time.monotonic() + PATIENCE
+    while not one_end.said.read_text():
+        assert time.monotonic() < end, "the other end was not told"
+        time.sleep(0.01)
+    assert one_end.said.read_text().strip() == said
+    one_end.hosts.target.kill(one_end.pid, 9)
