@@ -166,7 +166,9 @@ class DeletedFile(OpenFile):
     @classmethod
     def capture(cls, view: FdView) -> Self:
         name = view.link[: -len(DELETED)]
-        return cls(content=view.table.content(view, ContentKind.DELETED, name), **view.common())
+        # O_NOFOLLOW (tempfile uses it) was about the path that led here; with it no file could be opened through /proc
+        common = view.common() | {"flags": view.flags & ~FileFlag.NOFOLLOW}
+        return cls(content=view.table.content(view, ContentKind.DELETED, name), **common)
 
     def rebuild(self, host: Rebuilder) -> int:
         fd = host.reopen(host.content(self.content), self.flags)

@@ -111,7 +111,8 @@ def test_deleted_file_keeps_its_bytes_and_its_name(tmp_path: Path) -> None:
     path = str(tmp_path / "gone")
     same(
         f"""
-a = os.open({path!r}, os.O_RDWR | os.O_CREAT, 0o640); os.write(a, b'x' * 10000); os.pwrite(a, b'far', 1 << 20)
+a = os.open({path!r}, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o640)
+os.write(a, b'x' * 10000); os.pwrite(a, b'far', 1 << 20)
 b = os.open({path!r}, os.O_WRONLY | os.O_APPEND)
 os.unlink({path!r}); os.lseek(a, 3, 0)
 keep.update(a=a, b=b)

@@ -81,17 +81,23 @@ def resets(hosts: ThreeHosts) -> dict[str, int]:
     return {host.name: counters(host).get("TcpOutRsts", 0) for host in (hosts.source, hosts.target, hosts.client)}
 
 
-def test_a_pair_at_full_speed_moves_ten_times(pair: Pair) -> None:
+def test_a_pair_moves_at_full_speed(pair: Pair) -> None:
+    move_often(pair, 4, 7)
+
+
+def move_often(pair: Pair, times: int, seed: int) -> None:
+    """At random moments; nothing may be lost or reset."""
     before = resets(pair.hosts)
-    moment = random.Random(7)
-    for _ in range(10):
+    moment = random.Random(seed)
+    for _ in range(times):
         time.sleep(moment.uniform(0, 0.1))
         pair.move()
         pair.flows()
     assert resets(pair.hosts) == before
     stops = sorted(figure["stop_ms"] for figure in pair.figures)
+    print(pair.figures[-1]["phases"], pair.figures[-1]["bytes_sent"])
     total = sum(end["received"] for end in pair.ask())
-    print(f"stop_ms median {stops[5]:.1f}, most {stops[-1]:.1f}; {total >> 20} MiB verified")
+    print(f"stop_ms median {stops[len(stops) // 2]:.1f}, most {stops[-1]:.1f}; {total >> 20} MiB verified")
 
 
 @pytest.mark.parametrize("pair", [("service", "127.0.0.1")], indirect=True)
@@ -255,7 +261,6 @@ def test_an_end_outside_is_refused_by_name(one_end: OneEnd) -> None:
             "unread, Connection reset by peer; nobody listens",
             "Connection reset by peer",
         ),
-        (("outside", "127.0.0.1"), "reset", ", Connection reset by peer; nobody listens", "Connection reset by peer"),
     ],
     indirect=["one_end"],
 )
