@@ -27,6 +27,7 @@ COMMANDS = {
     "get": "What can be read of one connection while it flows.",
     "freeze": "Silence one connection until it is resumed.",
     "resume": "Let a frozen connection flow again.",
+    "chaperone": "Serve unprivileged processes that move their own connections.",
     "inspect": "What an image holds.",
     "verify": "Is an image whole? Checks every digest.",
     "explain": "What an error code means, why it happens, what to do.",
