@@ -70,11 +70,14 @@ __all__ = [
     "StateRefused",
     "StateUnreadable",
     "StopTimeout",
+    "SupervisedElsewhere",
     "SyscallDispatch",
     "SysvSharedMemory",
     "TimerOutOfReach",
     "TooManyDescriptors",
     "TreeChanged",
+    "UnitMainProcess",
+    "UnitRestarts",
     "UnknownFrameKind",
     "UnsharedThread",
     "UnsupportedCpuFeature",
@@ -762,3 +765,30 @@ class LocalPeer(Refused):
 
     code = "TM-0383"
     fix = "Name the other process as well, or decide what the moved one shall see: --local-peer close or reset."
+
+
+class UnitRestarts(Refused):
+    """The process belongs to a systemd service with Restart=, and is its main process as far as can be told. When the
+    original ends, systemd takes it for a crash and starts a second copy, on the same files and without the address."""
+
+    code = "TM-0384"
+    fix = (
+        "Give --unit-hook CMD, a program that keeps systemd from it (see docs/guide/migrating.md), or take Restart= "
+        "off: a drop-in with Restart=no and `systemctl daemon-reload`."
+    )
+
+
+class UnitMainProcess(Refused):
+    """The process is the main process of a systemd service. When it ends, systemd takes the service for stopped: it
+    runs ExecStopPost=, kills what is left in the service's cgroup, and stops what is bound to the service."""
+
+    code = "TM-0385"
+    fix = "Give --unit-hook CMD, a program that deals with the unit on this host (see docs/guide/migrating.md)."
+
+
+class SupervisedElsewhere(Refused):
+    """The parent of the process is a program that starts its children again when they end: supervisord, runit, s6, a
+    container engine. When the original ends, it starts a second copy."""
+
+    code = "TM-0386"
+    fix = "Tell the supervisor to let go of the process first, or give --unit-hook CMD, a program that does."

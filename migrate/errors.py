@@ -32,6 +32,8 @@ __all__ = [
     "TargetAborted",
     "TargetRefused",
     "TargetStuck",
+    "UnitHookFailed",
+    "UnitHookSyntax",
     "VersionMismatch",
     "from_remote",
     "undone",
@@ -268,6 +270,24 @@ class AddressNotMovable(TcpmigError):
     code = "TM-0710"
     outcome = Outcome.REFUSED
     fix = "Connect over a global address, or close the connection before the move."
+
+
+class UnitHookFailed(TcpmigError):
+    """The program that --unit-hook names could not be started, ended with another status than 0, or took longer than 30
+    seconds. Before the commit that ends the move: nothing had been stopped, and the hook was called again with
+    `aborted`. Afterwards it is only told."""
+
+    code = "TM-0711"
+    outcome = Outcome.REFUSED
+    fix = "Run the program by hand with the environment that docs/guide/migrating.md names; its output is in the log."
+
+
+class UnitHookSyntax(TcpmigError):
+    """--unit-hook is split into words as a shell would do it, and this one has an open quote or no word."""
+
+    code = "TM-0712"
+    outcome = Outcome.USAGE
+    fix = "Quote it once for the shell: --unit-hook '/etc/tcpmig/hook --verbose'."
 
 
 def from_remote(

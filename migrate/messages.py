@@ -14,6 +14,7 @@ import checkpoint.files.kinds  # noqa: F401  (makes every kind of open file know
 from checkpoint.files.base import OpenFile
 from checkpoint.verdict import Verdict
 from migrate.addresses import AddressRecord
+from migrate.unithook import HookUnit
 from tcpstate.codec import family, member
 
 __all__ = [
@@ -112,6 +113,7 @@ class Needs:
                     move, the target must have them
     memory          bytes that will be resident
     features        names of kernel features without which the state cannot be rebuilt
+    units           services at the source that the processes are in; for the hook there
     """
 
     trees: tuple[TreeNeed, ...]
@@ -126,6 +128,7 @@ class Needs:
     paired: tuple[str, ...] = ()
     memory: int = 0
     features: frozenset[str] = frozenset()
+    units: tuple[HookUnit, ...] = ()
     cpu: CpuState | None = None
 
     def __post_init__(self) -> None:

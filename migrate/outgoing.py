@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from checkpoint import preflight, procfs
+from checkpoint import preflight, procfs, supervisors
 from checkpoint.dump import Dump
 from checkpoint.errors import NoSuchProcess
 from checkpoint.files.peers import is_loopback
@@ -25,6 +25,7 @@ from checkpoint.image.writer import ImageFile
 from migrate.clock import monotonic_ns
 from migrate.messages import Needs, TreeNeed
 from migrate.parts import NoteWriter
+from migrate.unithook import HookUnit
 from migrate.warm import warm
 from migrate.wire import ImageWriter
 from tcpstate import codec
@@ -44,10 +45,18 @@ def _bare(address: str) -> str:
 
 
 class OutgoingTrees:
-    """The trees that begin at ``roots``. See :class:`migrate.parts.Outgoing` for the order of calls."""
+    """The trees that begin at ``roots``. See :class:`migrate.parts.Outgoing` for the order of calls.
 
-    def __init__(self, roots: Sequence[int], policy: Policy = NO_POLICY) -> None:
+    stay       they will run on here: whoever supervises them notices nothing
+    unit_hook  the user has a program that deals with their supervisors
+    """
+
+    def __init__(
+        self, roots: Sequence[int], policy: Policy = NO_POLICY, *, stay: bool = False, unit_hook: bool = False
+    ) -> None:
         self._roots = tuple(roots)
+        self._stay = stay
+        self._unit_hook = unit_hook
         self._policy = policy
         self._dump = Dump(roots, policy)
         self._writer = FrameWriter(stream=True)
@@ -59,6 +68,8 @@ class OutgoingTrees:
         warm()
         self._dump.prepare()
         members = preflight.pids(self._roots)
+        if not self._stay:
+            self._judge_supervisors(members)
         with preflight.live_files(members) as files:
             group = TcpGroup(files)
             bound = {sock.getsockname()[0].partition("%")[0].removeprefix("::ffff:") for sock in group.listeners}
@@ -77,7 +88,16 @@ class OutgoingTrees:
             away=sum(one.away for one in connections),
             paired=tuple(sorted(address for address in paired if not is_loopback(address))),
             memory=sum(map(_resident, members)),
+            units=tuple(_hook_unit(one) for one in supervisors.supervised(members)),
         )
+
+    def _judge_supervisors(self, members: Sequence[int]) -> None:
+        found = supervisors.verdicts(self._roots, members, hook=self._unit_hook)
+        refusal = preflight.first_refusal(found)
+        if refusal is not None:
+            raise refusal
+        for verdict in found:
+            _log.warning("%s: %s", verdict.subject, verdict.text)
 
     def prepare(self, note: NoteWriter | None = None) -> None:
         """New connections are held off and captured."""
@@ -183,6 +203,11 @@ class OutgoingTrees:
             if capture is not None:
                 capture.close()
         self._dump.close()
+
+
+def _hook_unit(one: supervisors.Supervised) -> HookUnit:
+    unit = one.unit
+    return HookUnit(name=unit.name.name, user=unit.name.user, restart=unit.restart, main=one.main, pids=one.pids)
 
 
 def _tree(root: int) -> TreeNeed:

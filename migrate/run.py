@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from checkpoint.files.policy import NO_POLICY, Policy
 from migrate.incoming import IncomingTrees
 from migrate.outgoing import OutgoingTrees
-from migrate.source import Checked, Source, SourceOptions, Summary
+from migrate.source import Source
+from migrate.summary import Checked, SourceOptions, Summary
 from migrate.target import Received, Target
 from migrate.transport import DEFAULT_REMOTE_COMMAND, DEFAULT_RSH, Remote
 from migrate.wire import Channel
@@ -29,7 +30,7 @@ def migrate(
     """Move the process trees at ``roots`` to ``host``. Raises the TcpmigError that ended it; see
     :meth:`migrate.source.Source.run`."""
     with Remote(host, rsh=rsh, remote_command=remote_command) as remote:
-        return Source(OutgoingTrees(roots, policy), remote, options).run()
+        return Source(_trees(roots, policy, options), remote, options).run()
 
 
 def check(
@@ -43,12 +44,19 @@ def check(
 ) -> Checked:
     """Could they be moved? Both hosts are asked; nothing is stopped or changed. Raises the first refusal."""
     with Remote(host, rsh=rsh, remote_command=remote_command) as remote:
-        return Source(OutgoingTrees(roots, policy), remote, options).check()
+        return Source(_trees(roots, policy, options), remote, options).check()
 
 
-def receive() -> Received | None:
-    """The target's half, on our standard input and output; what is printed from now on goes to standard error."""
+def _trees(roots: Sequence[int], policy: Policy, options: SourceOptions | None) -> OutgoingTrees:
+    return OutgoingTrees(roots, policy, unit_hook=options is not None and bool(options.unit_hook))
+
+
+def receive(*, unit_hook: str = "") -> Received | None:
+    """The target's half, on our standard input and output; what is printed from now on goes to standard error.
+
+    unit_hook  ``--unit-hook``: a program for this host
+    """
     sys.stdout.flush()
     line = os.dup(1)
     os.dup2(2, 1)
-    return Target(IncomingTrees(), Channel(0, line, listens=False)).run()
+    return Target(IncomingTrees(), Channel(0, line, listens=False), unit_hook=unit_hook).run()

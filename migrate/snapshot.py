@@ -17,7 +17,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.image.frames import Kind
@@ -35,6 +35,7 @@ from migrate.kept import KeptFrames
 from migrate.outgoing import OutgoingTrees
 from migrate.rtnetlink import Netlink
 from migrate.takeover import AddressPlan, AddressPolicy, Arrival, Departure, plan, select
+from migrate.unithook import HookFacts, UnitHook
 from tcpstate.capture import Capture, replay
 from tcpstate.errors import Outcome
 
@@ -111,17 +112,22 @@ def checkpoint(
     address: str = "auto",
     policy: AddressPolicy = AddressPolicy.REFUSE,
     files: Policy = NO_POLICY,
+    unit_hook: str = "",
 ) -> CheckpointSummary:
     """The trees at ``roots`` into the image file ``path``.
 
     leave_running  they run on, connections and all; else they end
     address        which addresses go with the image: auto, none, or a list
     files          what was decided about files and connections that lead out of the trees
+    unit_hook      a program that deals with the processes' supervisors; not called if they run on
 
     Refused, ConnectionsWouldBreak (nothing was stopped), ImageNotWritten and others (everything runs on).
     """
     begun = time.monotonic()
-    trees = OutgoingTrees(roots, files)
+    hook = None
+    if unit_hook and not leave_running:
+        hook = UnitHook(unit_hook, HookFacts(command="checkpoint", role="source", host=path, pids=tuple(roots)))
+    trees = OutgoingTrees(roots, files, stay=leave_running, unit_hook=hook is not None)
     with Netlink() as netlink, contextlib.closing(trees):
         needs = trees.needs()
         wanted = select(address, needs.used_addresses)
@@ -143,6 +149,10 @@ def checkpoint(
             write(journal.note, Trace.MADE, Made(path=file.temporary))
             # opened first: a file that cannot be made stops nothing
             with ThreadPoolExecutor(1) as file.executor, file as image:
+                if hook is not None:
+                    facts = replace(hook.facts, addresses=moved, units=needs.units)
+                    journal.note("unit-hook", hook.note(facts))
+                    hook.before_stop(facts)
                 trees.prepare(journal.note)
                 trees.stop(moved)
                 trees.write(image)
@@ -162,7 +172,13 @@ def checkpoint(
             finally:
                 trees.resume()
             journal.finish(End.ABORTED)
+            if hook is not None:
+                with logged("the unit hook"):
+                    hook.aborted()
             raise
+        if hook is not None:
+            with logged("the unit hook"):
+                hook.committed()
         with logged("putting back what depended on the addresses"):
             departure.settle()
         with logged("closing the journal"):

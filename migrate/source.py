@@ -13,11 +13,10 @@ import logging
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TypeVar
 
-from checkpoint.verdict import Verdict, refusals
+from checkpoint.verdict import refusals
 from migrate.clock import Offset, monotonic_ns
 from migrate.driving import failure_of, logged, remote_error, signals_held
 from migrate.errors import (
@@ -46,7 +45,6 @@ from migrate.messages import (
     Failure,
     Hello,
     Keepalive,
-    Lost,
     Measure,
     Measured,
     Message,
@@ -62,12 +60,14 @@ from migrate.messages import (
 from migrate.parts import Outgoing
 from migrate.protocol import SourceMachine
 from migrate.rtnetlink import Netlink
-from migrate.takeover import AddressPlan, AddressPolicy, Departure, control_addresses, plan, select
+from migrate.summary import Checked, Round, SourceOptions, Summary
+from migrate.takeover import AddressPlan, Departure, control_addresses, plan, select
 from migrate.transport import Remote
+from migrate.unithook import HookFacts, UnitHook
 from migrate.wire import ImageWriter
-from tcpstate.errors import Outcome, TcpmigError
+from tcpstate.errors import TcpmigError
 
-__all__ = ["Checked", "Round", "Source", "SourceOptions", "Summary"]
+__all__ = ["Source"]
 
 _log = logging.getLogger(__name__)
 
@@ -81,76 +81,6 @@ CAPTURED_BYTES = 4 << 20
 STRAGGLERS = 0.25
 
 _M = TypeVar("_M", bound=Message)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceOptions:
-    """What the command line says.
-
-    address         ``--address``: auto, none, or addresses
-    policy          ``--address-policy``
-    map_dev         ``--map-dev``: interface here to interface there
-    forwarded       options for the rebuilding side, by name
-    rsh, remote_command  for the journal: how `recover` reaches the target
-    state_directory  where the journal goes; None: TCPMIG_STATE_DIR
-    """
-
-    address: str = "auto"
-    policy: AddressPolicy = AddressPolicy.REFUSE
-    map_dev: dict[str, str] = field(default_factory=dict)
-    forwarded: dict[str, str] = field(default_factory=dict)
-    rsh: str = ""
-    remote_command: str = ""
-    state_directory: Path | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Round:
-    """One transfer of memory."""
-
-    bytes: int
-    ms: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
-    """What a migration did; the fields of ``--json``.
-
-    pid, target_pid  the (first) root here and there; ``pids`` all roots
-    stop_ms          from the first thread stopped here to the last one released there, by this host's clock
-    total_ms         from the first word to the last
-    bytes_sent       on the line
-    phases           milliseconds of each phase
-    lost             connections that did not come through
-    """
-
-    outcome: str
-    migration: str
-    pid: int
-    target_pid: int
-    pids: dict[int, int]
-    connections: int
-    addresses: tuple[str, ...]
-    rounds: tuple[Round, ...]
-    stop_ms: float
-    total_ms: float
-    bytes_sent: int
-    phases: dict[str, float]
-    lost: tuple[Lost, ...] = ()
-
-    @property
-    def status(self) -> Outcome:
-        """The exit status."""
-        return Outcome.PARTIAL if self.lost else Outcome.DONE
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checked:
-    """What both sides say before anything is stopped: all verdicts, none of which refuses."""
-
-    needs: Needs
-    here: tuple[Verdict, ...]
-    there: tuple[Verdict, ...]
 
 
 class Source:
@@ -170,6 +100,10 @@ class Source:
         self._journal: Journal | None = None
         self._departure: Departure | None = None
         self._there: Place | None = None
+        self._hook: UnitHook | None = None
+        if self._options.unit_hook:
+            facts = HookFacts(command="migrate", role="source", migration=self.migration, host=remote.host)
+            self._hook = UnitHook(self._options.unit_hook, facts)
         self._phases: dict[str, float] = {}
         self._began = monotonic_ns()
         self._stopped_ns = 0
@@ -260,7 +194,12 @@ class Source:
             there=self._there,
             directory=self._options.state_directory,
         )
+        if self._hook is not None:
+            with self._phase("hook"):
+                self._call_hook(self._hook, checked.needs, moved)
         with self._phase("prepare"):
+            # with the first one the target's hook is called: before new connections are held off
+            self._measure(1)
             outgoing.prepare(journal.note)
             # again: routes may have changed, and this is what will be given back
             self._departure = departure = Departure(netlink, moved)
@@ -305,7 +244,7 @@ class Source:
         with self._phase("discard"):
             with logged("journalling that they run there"):
                 journal.step(StepKind.RUNNING, pids=running.pids)
-            self._afterwards(departure)
+            self._afterwards(departure, running)
         with logged("closing the journal"):
             journal.finish(End.MOVED)
         return Summary(
@@ -323,6 +262,13 @@ class Source:
             phases=self._phases,
             lost=running.lost,
         )
+
+    def _call_hook(self, hook: UnitHook, needs: Needs, moved: tuple[str, ...]) -> None:
+        """Before the stop. What the hook has to be told at the end is in the journal first."""
+        facts = replace(hook.facts, pids=tuple(tree.root for tree in needs.trees), addresses=moved, units=needs.units)
+        if self._journal is not None:
+            self._journal.note("unit-hook", hook.note(facts))
+        hook.before_stop(facts)
 
     def _measure(self, count: int) -> None:
         for number in range(count):
@@ -374,10 +320,13 @@ class Source:
         with contextlib.suppress(LinkLost):
             self._channel.send(*messages)
 
-    def _afterwards(self, departure: Departure) -> None:
+    def _afterwards(self, departure: Departure, running: Running) -> None:
         """They run there: nothing that fails here changes that."""
         with logged("discarding the original"):
             self._outgoing.discard()
+        if self._hook is not None:
+            with logged("the unit hook"):
+                self._hook.committed(tuple(running.pids.get(tree, 0) for tree in self._hook.facts.pids))
         with logged("putting back what depended on the addresses"):
             departure.settle()
         with logged("passing on late segments"):
@@ -408,7 +357,10 @@ class Source:
     def _undo(self, error: BaseException) -> None:
         failures: list[Exception] = []
         # first the processes and addresses, then the courtesies
-        for step in (self._restore_addresses, self._outgoing.resume, lambda: self._tell(error), self._close_journal):
+        steps = [self._restore_addresses, self._outgoing.resume, lambda: self._tell(error), self._close_journal]
+        if self._hook is not None:
+            steps.append(self._hook.aborted)
+        for step in steps:
             try:
                 step()
             except Exception as failure:  # all is tried, whatever the first of them meets

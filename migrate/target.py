@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,6 +54,7 @@ from migrate.messages import (
 from migrate.parts import Arrived, Incoming
 from migrate.protocol import TargetMachine, TargetState, agree
 from migrate.takeover import Arrival
+from migrate.unithook import HookFacts, UnitHook
 from migrate.wire import Channel, ImageFrame
 from tcpstate.errors import TcpmigError
 
@@ -85,10 +86,13 @@ class Target:
 
     incoming         builds the processes
     channel          the line; the caller closes it
+    unit_hook        ``--unit-hook``: a program for this host; empty: none
     state_directory  where the journal goes; None: TCPMIG_STATE_DIR
     """
 
-    def __init__(self, incoming: Incoming, channel: Channel, *, state_directory: Path | None = None) -> None:
+    def __init__(
+        self, incoming: Incoming, channel: Channel, *, unit_hook: str = "", state_directory: Path | None = None
+    ) -> None:
         self._incoming = incoming
         self._channel = channel
         self._state_directory = state_directory
@@ -97,6 +101,7 @@ class Target:
         self._journal: Journal | None = None
         self._theirs: HostFacts | None = None
         self._cut = False
+        self._hook = UnitHook(unit_hook, HookFacts(command="migrate", role="target")) if unit_hook else None
 
     def run(self) -> Received | None:
         """All steps; None if the source only wanted to know, or gave up before it sent anything. Raises the error that
@@ -111,7 +116,7 @@ class Target:
                 self._hear(Commit)
                 signals.enter_context(signals_held())
                 arrived = self._take_over()
-                self._afterwards()
+                self._afterwards(arrived)
                 return Received(
                     migration=self._machine.migration,
                     pids=arrived.pids,
@@ -152,6 +157,14 @@ class Target:
             self._say(Refused(migration=check.migration, failure=failure, items=tuple(verdicts)))
             raise remote_error(failure, TargetRefused, where="")
         arrival.prepare(needs.peers)
+        if self._hook is not None:
+            self._hook.facts = replace(
+                self._hook.facts,
+                migration=check.migration,
+                pids=tuple(tree.root for tree in needs.trees),
+                addresses=tuple(record.address for record in needs.addresses),
+                units=needs.units,
+            )
         self._say(Verdicts(migration=check.migration, items=tuple(verdicts)))
         return check
 
@@ -168,9 +181,9 @@ class Target:
             heard = self._machine.receive(_message(message))
             match heard:
                 case Measure(number=number):
+                    self._open_journal()
                     # at once: half of what passes until the answer arrives is the error of the measurement
                     self._say(Measured(number=number, clock_ns=monotonic_ns()))
-                    self._open_journal()
                 case Abort(failure=failure):
                     if self._journal is None:
                         _log.info("the source gave up: %s", failure.message)
@@ -186,8 +199,12 @@ class Target:
         return True
 
     def _open_journal(self) -> None:
+        """It is no dry run: the first message that says so has come."""
         if self._journal is None:
             self._journal = Journal.open(Role.TARGET, self._machine.migration, directory=self._state_directory)
+            if self._hook is not None:
+                self._journal.note("unit-hook", self._hook.note())
+                self._hook.before_stop()
             self._incoming.prepare(self._journal.note)
 
     def _take_over(self) -> Arrived:
@@ -251,7 +268,7 @@ class Target:
             self._cut = True
             return None
 
-    def _afterwards(self) -> None:
+    def _afterwards(self, arrived: Arrived) -> None:
         """They run. Announce again, deliver what came late, until the source is done; nothing here undoes the move."""
         arrival = self._the_arrival
         with logged("giving addresses their flags"):
@@ -272,6 +289,10 @@ class Target:
                 with logged("delivering late segments"):
                     self._incoming.replay(message.segments)
             done = isinstance(message, Done)
+        if self._hook is not None:
+            # not earlier: late segments and announcements must not wait for it
+            with logged("the unit hook"):
+                self._hook.committed(tuple(arrived.pids.get(pid, 0) for pid in self._hook.facts.pids))
         with logged("closing the journal"):
             self._the_journal.finish(End.MOVED)
 
@@ -303,6 +324,9 @@ class Target:
             with logged("closing the journal"):
                 self._journal.append(Step(step=StepKind.ABORTED, detail=str(error)))
                 self._journal.finish(End.ABORTED)
+        if self._hook is not None:
+            with logged("the unit hook"):
+                self._hook.aborted()
         if self._machine.may_abort:
             self._tell(Abort(migration=self._machine.migration, failure=failure_of(error)))
 

@@ -122,7 +122,9 @@ class Rebuilder:
 
     def reopen(self, fd: int, flags: int) -> int:
         """Another description of the same file, opened with ``flags``."""
-        return os.open(f"/proc/self/fd/{fd}", flags & REOPEN_FLAGS & ~FileFlag.DIRECTORY | os.O_CLOEXEC)
+        # O_NOFOLLOW, as Python's tempfile has it, would refuse the link in /proc; it changes nothing later on
+        flags &= REOPEN_FLAGS & ~(FileFlag.DIRECTORY | FileFlag.NOFOLLOW)
+        return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
 
     def duplicate(self, fd: int) -> int:
         """A duplicate, close-on-exec."""

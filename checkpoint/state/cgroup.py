@@ -1,7 +1,8 @@
 """The control groups that a process is in.
 
 It enters the groups of the same names at the target, where they exist, and the root group of a hierarchy where not: the
-rebuilt tree must not stay in the tool's own group, which may be an ssh session's and end with it.
+rebuilt tree must not stay in the tool's own group, which may be an ssh session's and end with it.  A session's group of
+the same name is another session's here: that is never entered, nor is the tool's own if it is a service's.
 
 Source: Linux Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/cgroups.rst; /proc/PID/cgroup.
 """
@@ -9,6 +10,7 @@ Source: Linux Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/cgroups.rst; /p
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -21,6 +23,8 @@ __all__ = ["Cgroup", "Cgroups", "Mount", "mounts", "parse_cgroups"]
 
 
 _ROOT: Final = "/"
+#: systemd's groups for logins and for what `systemd-run --scope` starts: their names say nothing on another host
+_SESSION: Final = re.compile(r"(session|run)-.*\.scope")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,11 @@ class Cgroup:
     def outside(self) -> bool:
         """Whether it lies outside of the cgroup namespace from which it was seen."""
         return ".." in PurePosixPath(self.path).parts
+
+    @property
+    def session(self) -> bool:
+        """Whether it is a login's, or below that."""
+        return any(_SESSION.fullmatch(part) for part in PurePosixPath(self.path).parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +93,8 @@ class Cgroups(State):
         for now in parse_cgroups(_read(task.pid)):
             # A hierarchy that the source did not have: out of the tool's own group all the same.
             group = wanted.pop(now.hierarchy, Cgroup(now.hierarchy, _ROOT))
+            if group.session or (group.path == now.path and group.path.endswith(".service")):
+                group = Cgroup(now.hierarchy, _ROOT)
             if group.path != now.path:
                 _enter(group, now, here, task)
         for group in wanted.values():

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from checkpoint import hostcheck, preflight
+from checkpoint import hostcheck, preflight, supervisors
 from checkpoint.files.policy import Policy
 from checkpoint.verdict import Status, Verdict, refusals
 from cli.about import about, table
@@ -17,6 +17,7 @@ from cli.command import command
 from cli.errors import UsageMistake
 from cli.filepolicy import file_policy, policy_of
 from cli.session import Result, Session, Table
+from migrate.summary import SourceOptions
 from tcpstate.errors import Outcome
 
 __all__ = ["check", "report"]
@@ -31,6 +32,7 @@ _STYLES = {"ok": "green", "warn": "yellow", "refuse": "bold red"}
 @click.option("--remote-command", metavar="CMD", help="With --to: what it runs there.  [default: tcpmig receive]")
 @click.option("--address", metavar="auto|none|ADDR,...", default="auto", help="With --to: which addresses would move.")
 @file_policy
+@click.option("--unit-hook", metavar="CMD", default="", help="As given to migrate or checkpoint; it is not run.")
 def check(
     session: Session,
     pids: tuple[int, ...],
@@ -38,6 +40,7 @@ def check(
     rsh: str | None,
     remote_command: str | None,
     address: str,
+    unit_hook: str,
     **files: Any,
 ) -> Result:
     """Can this host do it, and can the process trees PID be moved? One verdict per item, those that are fine with -v.
@@ -50,8 +53,11 @@ def check(
     policy = policy_of(**files)
     if pids:
         found += preflight.check(pids, policy)
+        if not refusals(found):
+            found += supervisors.verdicts(pids, preflight.pids(pids), hook=bool(unit_hook))
     if host is not None and not refusals(found):
-        found += _of_target(pids, host, rsh, remote_command, address, policy)
+        options = SourceOptions(address=address, unit_hook=unit_hook)
+        found += _of_target(pids, host, rsh, remote_command, options, policy)
     result = report(found, every=session.verbose)
     processes = about(pids)
     if not processes:
@@ -60,11 +66,15 @@ def check(
 
 
 def _of_target(
-    pids: Sequence[int], host: str, rsh: str | None, remote_command: str | None, address: str, policy: Policy
+    pids: Sequence[int],
+    host: str,
+    rsh: str | None,
+    remote_command: str | None,
+    options: SourceOptions,
+    policy: Policy,
 ) -> list[Verdict]:
     """What the addresses and the target have to say; raises the first refusal."""
     from migrate.run import check as ask
-    from migrate.source import SourceOptions
     from migrate.transport import DEFAULT_REMOTE_COMMAND, DEFAULT_RSH
 
     checked = ask(
@@ -72,7 +82,7 @@ def _of_target(
         host,
         rsh=rsh or DEFAULT_RSH,
         remote_command=remote_command or DEFAULT_REMOTE_COMMAND,
-        options=SourceOptions(address=address),
+        options=options,
         policy=policy,
     )
     return [*checked.here, *checked.there]

@@ -30,6 +30,7 @@ __all__ = ["checkpoint"]
     help="What if others use such an address.  [default: refuse]",
 )
 @file_policy
+@click.option("--unit-hook", metavar="CMD", default="", help="A program that deals with their supervisor.")
 def checkpoint(
     session: Session,
     pids: tuple[int, ...],
@@ -37,6 +38,7 @@ def checkpoint(
     leave_running: bool,
     address: str,
     address_policy: str,
+    unit_hook: str,
     **files: Any,
 ) -> Result:
     """Write the process trees PID and their connections into one image file.
@@ -46,7 +48,15 @@ def checkpoint(
     """
     policy = AddressPolicy(address_policy)
     decided = policy_of(**files)
-    summary = dump(pids, output, leave_running=leave_running, address=address, policy=policy, files=decided)
+    summary = dump(
+        pids,
+        output,
+        leave_running=leave_running,
+        address=address,
+        policy=policy,
+        files=decided,
+        unit_hook=unit_hook,
+    )
     what = "runs on" if summary.running else "has ended"
     gone = f", {', '.join(summary.addresses)} left this host" if summary.addresses else ""
     lines = [

@@ -14,7 +14,7 @@ from cli.filepolicy import file_policy, policy_of
 from cli.session import Result, Session
 from migrate.run import check as check_with
 from migrate.run import migrate as move
-from migrate.source import SourceOptions, Summary
+from migrate.summary import SourceOptions, Summary
 from migrate.takeover import AddressPolicy
 from migrate.transport import DEFAULT_REMOTE_COMMAND, DEFAULT_RSH
 
@@ -40,6 +40,7 @@ __all__ = ["migrate"]
 )
 @click.option("--map-dev", metavar="OLD=NEW", multiple=True, help="Interface OLD's addresses go to NEW there.")
 @file_policy
+@click.option("--unit-hook", metavar="CMD", default="", help="A program that deals with their supervisor here.")
 @click.option("--dry-run", is_flag=True, help="Only ask both hosts whether it can be done.")
 def migrate(
     session: Session,
@@ -50,6 +51,7 @@ def migrate(
     address: str,
     address_policy: str,
     map_dev: tuple[str, ...],
+    unit_hook: str,
     dry_run: bool,
     **files: Any,
 ) -> Result:
@@ -62,6 +64,7 @@ def migrate(
         address=address,
         policy=AddressPolicy(address_policy),
         map_dev=dict(map(_pair, map_dev)),
+        unit_hook=unit_hook,
         rsh=rsh,
         remote_command=remote_command,
     )

@@ -107,6 +107,21 @@ assert os.readlink('', dir_fd=keep['p']) == 'nowhere'
     )
 
 
+def test_deleted_temporary_file_of_python() -> None:
+    # opened with O_NOFOLLOW, and so not to be opened again in the same way through /proc
+    round_trip(
+        """
+import tempfile
+t = tempfile.TemporaryFile(); t.write(b'kept'); t.flush()
+keep['t'] = t.fileno()
+""",
+        """
+assert os.pread(keep['t'], 9, 0) == b'kept'
+os.write(keep['t'], b' on'); assert os.pread(keep['t'], 9, 0) == b'kept on'
+""",
+    )
+
+
 def test_deleted_file_keeps_its_bytes_and_its_name(tmp_path: Path) -> None:
     path = str(tmp_path / "gone")
     same(

@@ -35,7 +35,8 @@ from migrate.errors import (
 from migrate.journal import End, Journal, JournalRecord, Role, StepKind, journals
 from migrate.messages import Comparison, Difference, Message, Needs, TreeNeed
 from migrate.parts import Arrived
-from migrate.source import Source, SourceOptions, Summary
+from migrate.source import Source
+from migrate.summary import SourceOptions, Summary
 from migrate.target import Received, Target
 from migrate.transport import Remote
 from migrate.wire import Channel, ImageWriter

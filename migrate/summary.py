@@ -1,0 +1,85 @@
+"""What a migration is told by the command line, and what it tells at its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from checkpoint.verdict import Verdict
+from migrate.messages import Lost, Needs
+from migrate.takeover import AddressPolicy
+from tcpstate.errors import Outcome
+
+__all__ = ["Checked", "Round", "SourceOptions", "Summary"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceOptions:
+    """What the command line says.
+
+    address         ``--address``: auto, none, or addresses
+    policy          ``--address-policy``
+    map_dev         ``--map-dev``: interface here to interface there
+    forwarded       options for the rebuilding side, by name
+    unit_hook       ``--unit-hook``: a program for this host; empty: none
+    rsh, remote_command  for the journal: how `recover` reaches the target
+    state_directory  where the journal goes; None: TCPMIG_STATE_DIR
+    """
+
+    address: str = "auto"
+    policy: AddressPolicy = AddressPolicy.REFUSE
+    map_dev: dict[str, str] = field(default_factory=dict)
+    forwarded: dict[str, str] = field(default_factory=dict)
+    unit_hook: str = ""
+    rsh: str = ""
+    remote_command: str = ""
+    state_directory: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One transfer of memory."""
+
+    bytes: int
+    ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a migration did; the fields of ``--json``.
+
+    pid, target_pid  the (first) root here and there; ``pids`` all roots
+    stop_ms          from the first thread stopped here to the last one released there, by this host's clock
+    total_ms         from the first word to the last
+    bytes_sent       on the line
+    phases           milliseconds of each phase
+    lost             connections that did not come through
+    """
+
+    outcome: str
+    migration: str
+    pid: int
+    target_pid: int
+    pids: dict[int, int]
+    connections: int
+    addresses: tuple[str, ...]
+    rounds: tuple[Round, ...]
+    stop_ms: float
+    total_ms: float
+    bytes_sent: int
+    phases: dict[str, float]
+    lost: tuple[Lost, ...] = ()
+
+    @property
+    def status(self) -> Outcome:
+        """The exit status."""
+        return Outcome.PARTIAL if self.lost else Outcome.DONE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """What both sides say before anything is stopped: all verdicts, none of which refuses."""
+
+    needs: Needs
+    here: tuple[Verdict, ...]
+    there: tuple[Verdict, ...]
