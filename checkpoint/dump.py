@@ -23,16 +23,20 @@ The stages, each a method, in the order in which they are called::
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from checkpoint import preflight, procfs
-from checkpoint.errors import NoSuchProcess, Refused, TreeChanged
+from checkpoint.errors import FileNotShared, NoSuchProcess, Refused, TreeChanged
+from checkpoint.files.base import OpenFile
+from checkpoint.files.identity import Evidence
 from checkpoint.files.policy import NO_POLICY, Policy
+from checkpoint.files.regular import RegularFile
 from checkpoint.files.table import FileTable, TreeFiles
 from checkpoint.files.tcp import TcpGroup
 from checkpoint.holdoff import Holdoff, LastSegments
@@ -91,6 +95,7 @@ class Dump:
         self.note = note
         self._policy = policy
         self._local: set[str] = set()
+        self._evidence: dict[tuple[str, int, int, int], Evidence] = {}
         self.tree: Tree | None = None
         self.warnings: list[str] = []
         self._foreseen: dict[int, dict[bytes, Vma]] = {}
@@ -166,6 +171,16 @@ class Dump:
         if self._holdoff is not None:
             self._holdoff.drain()
 
+    def expect(self, files: Sequence[OpenFile]) -> None:
+        """What is known of the trees' files from before the stop: it is not read again there."""
+        for file in files:
+            if isinstance(file, RegularFile) and file.evidence is not None:
+                self._evidence[file.path, file.size, file.mtime_ns, file.inode] = file.evidence
+
+    def share(self, shared: Iterable[str], apart: Iterable[str]) -> None:
+        """The target has told which directories it shares, and which files that are open for writing it does not."""
+        self._policy = dataclasses.replace(self._policy, shared=frozenset(shared), apart=frozenset(apart))
+
     # -- the stop -------------------------------------------------------------------------------------------------
 
     def stop(self, addresses: Sequence[str] = ()) -> None:
@@ -215,6 +230,7 @@ class Dump:
 
     def _capture(self, tree: Tree) -> None:
         self._table = FileTable(policy=self._policy)
+        self._table.evidence = self._evidence
         for process in tree.processes:
             process.foreseen = self._foreseen.get(process.pid, {})
             with Injection(process) as injection:
@@ -228,10 +244,19 @@ class Dump:
         try:
             self._files = self._table.records()
             self._group.find_peers(self._local)
+            self._refuse_new_files(self._files)
         except Refused as error:
             raise TreeChanged(f"{error.message} [{error.code}]", object=error.object) from error
         self.warnings += self._table.warnings
         self.connections = self._group.connections
+
+    def _refuse_new_files(self, found: TreeFiles) -> None:
+        """Files that were opened for writing since the target was asked, where it shares nothing with us."""
+        if self._policy.shared is None:
+            return
+        for file in found.files:
+            if isinstance(file, RegularFile) and file.written and self._policy.stays_behind(file.path):
+                raise FileNotShared("opened for writing since the target was asked", object=file.path)
 
     # -- what is sent ---------------------------------------------------------------------------------------------
 

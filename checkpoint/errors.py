@@ -435,7 +435,30 @@ class FileMissing(Refused):
     """A file or directory that the processes hold open or mapped does not exist here, or is of another type."""
 
     code = "TM-0345"
-    fix = "Provide the file (shared file system, a copy), or point to it with --map OLD=NEW."
+    fix = "Provide the file (shared file system, a copy), point to it with --map OLD=NEW, or let it travel with --ship."
+
+
+class FileNotShared(Refused):
+    """A process has a file open for writing, and the target has not the very same file, on a file system that both
+    hosts share. What the process writes there would be missing here: the two files would silently diverge."""
+
+    code = "TM-0353"
+    fix = "Use a shared file system, let the file travel with --ship, or name another one with --map OLD=NEW."
+
+
+class ShipWouldOverwrite(Refused):
+    """A file that is to travel with the processes (--ship) has its place taken, by a file with another content or by
+    something that is not a regular file."""
+
+    code = "TM-0354"
+    fix = "Move away what is there, let it be replaced (--overwrite), or send the file elsewhere with --map OLD=NEW."
+
+
+class BadPathMap(Refused):
+    """A --map is not of the form OLD=NEW with two absolute paths, or says two things of one path."""
+
+    code = "TM-0355"
+    fix = "Write --map /old/directory=/new/directory; it may be repeated."
 
 
 class FileDiffers(Refused):

@@ -55,6 +55,7 @@ class Restore:
     warn   told, in one sentence, of whatever will differ from the original
     check  look for missing and differing files before anything is built; a migration has done that before its stop
     note   told, before anything that would outlast our death is changed, what undoing it takes (checkpoint.traces)
+    overwrite  shipped files replace differing ones
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class Restore:
         warn: Callable[[str], None] | None = None,
         check: bool = True,
         note: NoteWriter | None = None,
+        overwrite: bool = False,
     ) -> None:
         self.note = note
+        self._overwrite = overwrite
         self.warnings: list[str] = []
         self.manifest: Manifest | None = None
         self.stubs: dict[int, Stub] = {}
@@ -85,6 +88,10 @@ class Restore:
     def _keep_warning(self, text: str) -> None:
         self.warnings.append(text)
         _log.warning("%s", text)
+
+    def place(self, path: Callable[[str], str], *, overwrite: bool) -> None:
+        """Where the source's paths are here, and whether shipped files replace others; before the first frame."""
+        self._path, self._overwrite = path, overwrite
 
     def make_ready(self) -> None:
         """What takes milliseconds and can be done before the first frame comes: rules that silence connections until
@@ -153,6 +160,7 @@ class Restore:
             warn=self._warn,
             blackhole=self._blackhole,
             note_path=lambda path: write(self.note, Trace.MADE, Made(path=path)),
+            overwrite=self._overwrite,
         )
         if self._check:
             for warning in self._rebuilder.check():
@@ -242,7 +250,7 @@ class Restore:
         if state is None:
             return
         elapsed = time.monotonic_ns() - self._arrived_ns
-        table.build(self.stubs[record.task.pid], state, warn=self._warn, elapsed=elapsed)
+        table.build(self.stubs[record.task.pid], state, warn=self._warn, elapsed=elapsed, path=self._path)
 
     def survive(self) -> None:
         """The processes outlive the tool from now on."""

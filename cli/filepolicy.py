@@ -7,23 +7,55 @@ from typing import TypeVar
 
 import click
 
+from checkpoint.files.pathmap import PathMap
 from checkpoint.files.policy import LocalPeers, Policy
+from migrate.fileoptions import FileOptions
 
-__all__ = ["file_policy", "policy_of"]
+__all__ = ["file_places", "file_policy", "places_of", "policy_of"]
 
 _F = TypeVar("_F", bound=Callable[..., object])
 
 
 def file_policy(function: _F) -> _F:
-    """Give a command the options; it hands what it gets by them to :func:`policy_of`."""
-    return click.option(
-        "--local-peer",
-        type=click.Choice([policy.value for policy in LocalPeers]),
-        default=LocalPeers.REFUSE.value,
-        help="What a moved end of a connection sees if the other end stays on this host.  [default: refuse]",
-    )(function)
+    """Give a command the options that concern the source; what it gets by them goes to :func:`policy_of`."""
+    return _with(
+        function,
+        click.option(
+            "--local-peer",
+            type=click.Choice([policy.value for policy in LocalPeers]),
+            default=LocalPeers.REFUSE.value,
+            help="What a moved end of a connection sees if the other end stays on this host.  [default: refuse]",
+        ),
+        click.option("--ship", is_flag=True, help="Files open for writing travel along where they are not shared."),
+    )
 
 
-def policy_of(*, local_peer: str) -> Policy:
-    """What the options say."""
-    return Policy(local_peer=LocalPeers(local_peer))
+def file_places(function: _F) -> _F:
+    """Give a command the options that concern the target; what it gets by them goes to :func:`places_of`."""
+    return _with(
+        function,
+        click.option(
+            "--map",
+            "path_map",
+            metavar="OLD=NEW",
+            multiple=True,
+            help="Paths that begin with OLD begin with NEW there.",
+        ),
+        click.option("--overwrite", is_flag=True, help="Shipped files replace other files at their places."),
+    )
+
+
+def _with(function: _F, *options: Callable[[_F], _F]) -> _F:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def policy_of(*, local_peer: str, ship: bool, **_: object) -> Policy:
+    """What the options of :func:`file_policy` say."""
+    return Policy(local_peer=LocalPeers(local_peer), ship=ship)
+
+
+def places_of(*, path_map: tuple[str, ...], overwrite: bool, ship: bool = False, **_: object) -> FileOptions:
+    """What the options of :func:`file_places` say, and what of the others the target must know. BadPathMap."""
+    return FileOptions(path=PathMap.parse(path_map), ship=ship, overwrite=overwrite)

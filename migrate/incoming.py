@@ -15,6 +15,7 @@ from checkpoint.restore import Restore, first_user
 from checkpoint.traces import NoteWriter
 from checkpoint.verdict import Verdict, refusals
 from migrate.clock import monotonic_ns
+from migrate.fileoptions import FileOptions
 from migrate.kept import KeptFrames
 from migrate.messages import Comparison, Difference, Needs
 from migrate.parts import Arrived
@@ -73,7 +74,12 @@ class IncomingTrees:
                     PidTaken(f"the number is in use by {taken[1]}", object=f"pid {taken[0]}"), "process"
                 )
             )
-        found += judge_here(needs.files) + [_judge_directory(path) for path in needs.directories]
+        told = FileOptions.told(options)
+        self._restore.place(told.path, overwrite=told.overwrite)
+        found += judge_here(
+            needs.files, path=told.path, beacons=needs.beacons, ship=told.ship, overwrite=told.overwrite
+        )
+        found += [_judge_directory(told.path(path)) for path in needs.directories]
         moving = {record.address for record in needs.addresses}
         return found + [_judge_pair(address) for address in needs.paired if address not in moving]
 

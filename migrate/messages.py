@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import checkpoint.files.kinds  # noqa: F401  (makes every kind of open file known to the codec)
 from checkpoint.files.base import OpenFile
+from checkpoint.files.regular import RegularFile
 from checkpoint.verdict import Verdict
 from migrate.addresses import AddressRecord
 from migrate.unithook import HookUnit
@@ -103,6 +104,7 @@ class Needs:
 
     files           what the processes have open or mapped and the target must have too: paths, addresses to listen on
     directories     their working and root directories
+    beacons         by what directories of the source are known (checkpoint/files/identity.py): name of a file in each
     used_addresses  local addresses of the trees' connections and bound listeners
     addresses       those of them that move, filled in by the source's takeover
     macs            link-layer addresses of the source
@@ -119,6 +121,7 @@ class Needs:
     trees: tuple[TreeNeed, ...]
     files: tuple[OpenFile, ...] = ()
     directories: tuple[str, ...] = ()
+    beacons: dict[str, str] = field(default_factory=dict)
     used_addresses: tuple[str, ...] = ()
     addresses: tuple[AddressRecord, ...] = ()
     macs: tuple[str, ...] = ()
@@ -130,6 +133,11 @@ class Needs:
     features: frozenset[str] = frozenset()
     units: tuple[HookUnit, ...] = ()
     cpu: CpuState | None = None
+
+    @property
+    def written(self) -> list[str]:
+        """The files that the processes have open for writing."""
+        return [file.path for file in self.files if isinstance(file, RegularFile) and file.written]
 
     def __post_init__(self) -> None:
         if not self.trees:

@@ -78,9 +78,11 @@ class OutgoingTrees:
         peers = {_bare(one.connection.conn_id.peer) for one in connections if one.away}
         paired = {_bare(one.connection.conn_id.local) for one in connections if not one.away}
         used = {address.partition("%")[0] for address in local} | (bound - _ANYWHERE)
+        foretold = foretell(members, self._policy)
+        self._dump.expect(foretold)
         return Needs(
             trees=tuple(_tree(root) for root in self._roots),
-            files=tuple(foretell(members, self._policy)),
+            files=tuple(foretold),
             directories=tuple(sorted(_directories(members))),
             used_addresses=tuple(sorted(used)),
             peers=tuple(sorted(peers)),
@@ -90,6 +92,10 @@ class OutgoingTrees:
             memory=sum(map(_resident, members)),
             units=tuple(_hook_unit(one) for one in supervisors.supervised(members)),
         )
+
+    def share(self, shared: Sequence[str], apart: Sequence[str]) -> None:
+        """What the target said of files that are open for writing."""
+        self._dump.share(shared, apart)
 
     def _judge_supervisors(self, members: Sequence[int]) -> None:
         found = supervisors.verdicts(self._roots, members, hook=self._unit_hook)

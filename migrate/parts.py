@@ -40,6 +40,13 @@ class Outgoing(Protocol):
         """Step 1: look at everything, stop nothing. Raises what has to be refused. ``addresses`` and ``macs`` are left
         empty."""
 
+    def share(self, shared: Sequence[str], apart: Sequence[str]) -> None:
+        """The target's answer about files that are open for writing.
+
+        shared  directories (of this host) that are the very same there
+        apart   files that are not the same there, and travel
+        """
+
     def prepare(self, note: NoteWriter) -> None:
         """Step 2: SYNs are captured, listeners take no new connections, accept queues drain.
 

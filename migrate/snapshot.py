@@ -30,6 +30,7 @@ from checkpoint.verdict import refusals
 from migrate.addresses import AddressRecord
 from migrate.driving import logged, signals_held
 from migrate.errors import ConnectionsWouldBreak, TargetRefused, from_remote
+from migrate.fileoptions import FileOptions
 from migrate.journal import AddressesArrive, AddressesLeave, End, Journal, Role, Step, StepKind
 from migrate.kept import KeptFrames
 from migrate.outgoing import OutgoingTrees
@@ -202,10 +203,11 @@ def _refuse(chosen: AddressPlan) -> None:
         raise from_remote(first.code, first.text, first.subject, first.fix, otherwise=TargetRefused, where="")
 
 
-def restore(path: str, *, take_addresses: bool = True) -> RestoreSummary:
+def restore(path: str, *, take_addresses: bool = True, files: FileOptions | None = None) -> RestoreSummary:
     """The image's processes run again, with their PIDs; their addresses come to this host.
 
     take_addresses  False: they are left alone (the connections work only if they are local anyway)
+    files           where files are here, and whether shipped ones replace others
 
     ImageError, Refused and others: nothing is left of it then.
     """
@@ -220,7 +222,8 @@ def restore(path: str, *, take_addresses: bool = True) -> RestoreSummary:
             raise from_remote(first.code, first.text, first.subject, first.fix, otherwise=TargetRefused, where="")
         arrival.prepare(addresses.peers)
         journal = Journal.open(Role.RESTORE, secrets.token_hex(16), image=os.path.abspath(path))
-        rebuilt = Restore(note=journal.note)
+        files = files or FileOptions()
+        rebuilt = Restore(note=journal.note, path=files.path, overwrite=files.overwrite)
         kept = KeptFrames.noted(journal.note)
         ends.callback(kept.close)
         try:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from checkpoint.files.identity import Beacons
 from checkpoint.verdict import refusals
 from migrate.clock import Offset, monotonic_ns
 from migrate.driving import failure_of, logged, remote_error, signals_held
@@ -31,6 +33,7 @@ from migrate.errors import (
     from_remote,
     undone,
 )
+from migrate.fileoptions import shared_and_apart
 from migrate.hostfacts import host_facts
 from migrate.journal import AddressesLeave, End, Journal, Place, Role, Step, StepKind
 from migrate.messages import (
@@ -160,15 +163,17 @@ class Source:
                     refusal.code, refusal.text, refusal.subject, refusal.fix, otherwise=TargetRefused, where=""
                 )
             needs = replace(needs, addresses=addresses.records, macs=addresses.macs)
-            self._say(
-                Check(
-                    migration=self.migration,
-                    needs=needs,
-                    map_dev=self._options.map_dev,
-                    options=self._options.forwarded,
+            with Beacons(map(os.path.dirname, needs.written)) as beacons:
+                self._say(
+                    Check(
+                        migration=self.migration,
+                        needs=replace(needs, beacons=beacons.names),
+                        map_dev=self._options.map_dev,
+                        options=self._options.forwarded,
+                    )
                 )
-            )
-            answer = self._hear(Verdicts)
+                answer = self._hear(Verdicts)
+            self._outgoing.share(*shared_and_apart(needs.written, answer.items))
             _log.info(
                 "%s can take pid %s with %d connections; addresses: %s",
                 self._remote.host,

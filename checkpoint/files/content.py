@@ -22,11 +22,13 @@ from typing import Final
 
 from checkpoint.errors import FileMissing, FileRebuildFailed
 from checkpoint.files.abi import Fcntl, Seal
+from checkpoint.files.identity import BEACON
 
 __all__ = ["Content", "ContentKind", "data_runs"]
 
 #: the suffix that the kernel puts behind the name of a file without links
 DELETED: Final = " (deleted)"
+_NAME_MAX: Final = 255
 _MFD_ALLOW_SEALING: Final = os.MFD_ALLOW_SEALING
 #: asm-generic/mman-common.h; Python has it from 3.13 on
 _MAP_NORESERVE: Final = 0x4000
@@ -37,6 +39,7 @@ class ContentKind(enum.Enum):
 
     MEMFD = "memfd"
     DELETED = "deleted file"
+    SHIPPED = "shipped file"  # its bytes come to a passing name beside its place (files/shipped.py)
     SHARED = "shared anonymous memory"
 
 
@@ -44,7 +47,7 @@ class ContentKind(enum.Enum):
 class Content:
     """A file that travels with the processes.
 
-    name   of a memfd: what memfd_create was given; of a deleted file: its last path
+    name   of a memfd: what memfd_create was given; of a deleted file: its last path; of a shipped file: its path
     size   bytes
     mode   permission bits
     uid    owner
@@ -65,8 +68,8 @@ class Content:
             raise ValueError("size, mode or seals out of range")
         if "\0" in self.name:
             raise ValueError("a name holds a zero byte")
-        if self.kind is ContentKind.DELETED and not self.name.startswith("/"):
-            raise ValueError("the path of a deleted file is not absolute")
+        if self.kind in (ContentKind.DELETED, ContentKind.SHIPPED) and not self.name.startswith("/"):
+            raise ValueError("the path of a file is not absolute")
 
     def check(self, path: Callable[[str], str]) -> None:
         """FileMissing if the directory of a deleted file is not here."""
@@ -75,13 +78,18 @@ class Content:
             if not os.path.isdir(folder):
                 raise FileMissing("the directory of a deleted file that is still open is not here", object=folder)
 
-    def make(self, path: Callable[[str], str]) -> int:
-        """An empty file of this size, open for reading and writing; ``path`` maps paths of the source to ours."""
+    def make(self, path: Callable[[str], str], note: Callable[[str], None] | None = None) -> int:
+        """An empty file of this size, open for reading and writing; ``path`` maps paths of the source to ours, ``note``
+        is told the passing name of a shipped file before it is made."""
         try:
             if self.kind is ContentKind.MEMFD:
                 fd = self._memfd()
             elif self.kind is ContentKind.SHARED:
                 return self._shared()
+            elif self.kind is ContentKind.SHIPPED:
+                fd = _staged(os.path.realpath(path(self.name)), note)
+                os.ftruncate(fd, self.size)
+                return fd  # its owner and mode come last: until then it is nobody's business
             else:
                 fd = self._deleted(path(self.name))
             os.ftruncate(fd, self.size)
@@ -127,6 +135,16 @@ class Content:
                 fcntl.fcntl(fd, Fcntl.ADD_SEALS, wanted)
             except OSError as error:
                 raise FileRebuildFailed(f"seals {wanted:#x}: {error.strerror}", object=self.name) from error
+
+
+def _staged(path: str, note: Callable[[str], None] | None) -> int:
+    """An empty file of a passing name beside ``path``."""
+    folder, name = os.path.split(path)
+    start = f"{BEACON}{secrets.token_hex(6)}-"
+    staged = os.path.join(folder, start + os.fsdecode(os.fsencode(name)[: _NAME_MAX - len(start)]))
+    if note is not None:
+        note(staged)
+    return os.open(staged, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 def _map_file(area: mmap.mmap) -> str:

@@ -18,6 +18,7 @@ from checkpoint.files.listener import Listener
 from checkpoint.files.memfd import Memfd
 from checkpoint.files.pipe import Pipe
 from checkpoint.files.regular import DeletedFile, Directory, PathOnly, RegularFile, SharedMemory
+from checkpoint.files.shipped import ShippedFile
 from checkpoint.files.signalfd import SignalFd
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.files.timerfd import TimerFd
@@ -37,6 +38,7 @@ KINDS: Final[tuple[type[OpenFile], ...]] = (
     Memfd,
     SharedMemory,
     DeletedFile,
+    ShippedFile,
     RegularFile,
     Directory,
     EventFd,

@@ -7,6 +7,7 @@ records: who restores the image repeats nothing.
 from __future__ import annotations
 
 import enum
+import posixpath
 from dataclasses import dataclass
 
 __all__ = ["NO_POLICY", "LocalPeers", "Policy"]
@@ -30,9 +31,21 @@ class Policy:
     """Decisions of the user; the default is to refuse whatever would be left behind.
 
     local_peer  connections to processes of this host that stay
+    ship        files that are open for writing travel along, unless the target has the very same ones
+    shared      directories whose files are the very same at the target; None: there is no target to ask
+    apart       files of those that are not
     """
 
     local_peer: LocalPeers = LocalPeers.REFUSE
+    ship: bool = False
+    shared: frozenset[str] | None = None
+    apart: frozenset[str] = frozenset()
+
+    def stays_behind(self, path: str) -> bool:
+        """Whether a file that is open for writing would be left behind, as far as the target has told."""
+        if self.shared is None:
+            return self.ship
+        return path in self.apart or posixpath.dirname(path) not in self.shared
 
 
 NO_POLICY = Policy()

@@ -31,6 +31,8 @@ from checkpoint.files.base import OpenFile, kind_name
 from checkpoint.files.listener import Listener
 from checkpoint.files.locks import Locks
 from checkpoint.files.queues import Queues
+from checkpoint.files.regular import RegularFile
+from checkpoint.files.shipped import Shipment
 from checkpoint.files.table import TreeFiles, ensure_descriptors
 from checkpoint.files.tcp import RebuiltTcp
 from checkpoint.files.tcpfile import TcpFile
@@ -57,9 +59,12 @@ class Rebuilder:
     warn     told, in one sentence, of whatever will differ from the original
     blackhole  rules that silence connections until their release, if they stand already; removed by ``close``
     note_path  told the path of whatever is made beside its place, before it is made
+    overwrite  shipped files replace differing ones
+    ship, beacons  for a check before the stop of the source: files that are not shared can travel; by what directories
+               of the source are known here (files/identity.py), None: the source is not there to tell
 
     Kinds use: ``files`` (all records), ``descriptor``, ``content``, ``shared`` (things that several descriptions have
-    in common while they are made), ``at_end`` and ``on_abort``.
+    in common while they are made), ``at_end`` and ``on_abort``; ``travelling`` are files that a check wants shipped.
     """
 
     def __init__(
@@ -70,9 +75,19 @@ class Rebuilder:
         warn: Callable[[str], None] = _log.warning,
         blackhole: Blackhole | None = None,
         note_path: Callable[[str], None] | None = None,
+        overwrite: bool = False,
+        ship: bool = False,
+        beacons: Mapping[str, str] | None = None,
     ) -> None:
         self.records = records
         self.files: list[OpenFile] = list(records.files)
+        self.overwrite = overwrite
+        self.ship = ship
+        self.beacons = beacons
+        self.travelling: set[str] = set()
+        #: files that some description is open for writing of
+        self.written = {f.path for f in self.files if isinstance(f, RegularFile) and f.written}
+        self.shipments: list[Shipment] = []
         self.path = path
         self.warn = warn
         self.note_path = note_path
@@ -112,7 +127,7 @@ class Rebuilder:
         """Our descriptor, for reading and writing, of a file that travels along."""
         made = self._contents[self._checked(index)]
         if made is None:
-            made = self._contents[index] = self.records.contents[index].make(self.path)
+            made = self._contents[index] = self.records.contents[index].make(self.path, self.note_path)
         return made
 
     def _checked(self, index: int) -> int:
@@ -246,6 +261,8 @@ class Rebuilder:
         for index, fd in enumerate(self._contents):
             if fd is not None:
                 self.records.contents[index].seal(fd)
+        for shipment in self.shipments:
+            shipment.complete()
         self._connections.rebuild(elapsed)
 
     @property
@@ -264,9 +281,10 @@ class Rebuilder:
 
     @property
     def staged(self) -> list[tuple[str, str]]:
-        """(where it waits, its place) of each name of a local socket that the release publishes."""
+        """(where it waits, its place) of each name of a local socket or shipped file that the release publishes."""
         builder = self.shared.get(("unix", 0))
-        return builder.staged if isinstance(builder, Builder) else []
+        names = builder.staged if isinstance(builder, Builder) else []
+        return names + [(shipment.staged, shipment.place) for shipment in self.shipments]
 
     def release(self) -> None:
         """The addresses are local and the original is gone. Connections first: their peers wait."""

@@ -5,15 +5,24 @@ Sources: fs/d_path.c (" (deleted)"), fs/open.c; /proc/PID/map_files for what is 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Final, Self
+from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, Self
 
-from checkpoint.errors import FileDiffers, FileMissing, FileRebuildFailed, FileUnreachable, UnsupportedFile
+from checkpoint.errors import (
+    FileDiffers,
+    FileMissing,
+    FileNotShared,
+    FileRebuildFailed,
+    FileUnreachable,
+    UnsupportedFile,
+)
 from checkpoint.files.abi import REOPEN_FLAGS, FileFlag, Magic, filesystem_magic
 from checkpoint.files.base import FdView, OpenFile, register
-from checkpoint.files.content import DELETED, ContentKind
+from checkpoint.files.content import DELETED, ContentKind, reopened
+from checkpoint.files.identity import Evidence, build_id, digest, evidence_of, same_folder, shown
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
@@ -24,6 +33,24 @@ __all__ = ["DeletedFile", "Directory", "PathOnly", "RegularFile", "SharedMemory"
 _VOLATILE: Final = frozenset(
     {Magic.PROC, Magic.SYSFS, Magic.CGROUP, Magic.CGROUP2, Magic.DEBUGFS, Magic.TRACEFS, Magic.SECURITYFS}
 )
+
+
+def volatile(view: FdView) -> bool:
+    """Whether the file is made up when it is read: such files have no size, and nothing that is written stays."""
+    # asking every file for its file system would cost a system call each
+    return view.stat.st_size == 0 and view.dup >= 0 and filesystem_magic(view.dup) in _VOLATILE
+
+
+class Marks(NamedTuple):
+    """By what a file is told from another."""
+
+    size: int
+    mtime_ns: int
+    build_id: bytes = b""
+
+    def beside(self, here: Marks) -> str:
+        """Both, for messages; ``self`` is the source's."""
+        return f"here {shown(*here)}, at the source {shown(*self)}"
 
 
 def _same(path: str, wanted: os.stat_result, *, follow: bool = True) -> bool:
@@ -188,6 +215,7 @@ class RegularFile(OpenFile):
     mtime_ns  time of modification, likewise
     inode     number, a hint that it is the very same file (shared file system)
     volatile  on a file system like /proc: size and time mean nothing
+    evidence  what else tells its content, if it is only read
     """
 
     mappable: ClassVar[bool] = True
@@ -198,9 +226,20 @@ class RegularFile(OpenFile):
     mtime_ns: int
     inode: int
     volatile: bool
+    evidence: Evidence | None = None
 
     def validate(self) -> None:
         _absolute(self.path)
+
+    @property
+    def written(self) -> bool:
+        """Whether it is open for writing (or mapped so), and what is written stays there."""
+        return self.access.writes and not self.volatile
+
+    @property
+    def marks(self) -> Marks:
+        """What is compared."""
+        return Marks(self.size, self.mtime_ns, self.evidence.build_id if self.evidence else b"")
 
     @classmethod
     def examine(cls, view: FdView) -> str:
@@ -210,38 +249,108 @@ class RegularFile(OpenFile):
     @classmethod
     def capture(cls, view: FdView) -> Self:
         path = path_of(view)
-        # only pseudo files have no size; asking the others for their file system costs a system call each
-        volatile = view.stat.st_size == 0 and view.dup >= 0 and filesystem_magic(view.dup) in _VOLATILE
-        if (
-            view.dup >= 0
-            and not volatile
-            and view.stat.st_blocks == 0
-            and filesystem_magic(view.dup) == Magic.HUGETLBFS
-        ):
+        made_up = volatile(view)
+        if view.dup >= 0 and not made_up and view.stat.st_blocks == 0 and filesystem_magic(view.dup) == Magic.HUGETLBFS:
             raise UnsupportedFile("file of huge pages", object=view.object)
         return cls(
             path=path,
             size=view.stat.st_size,
             mtime_ns=view.stat.st_mtime_ns,
             inode=view.stat.st_ino,
-            volatile=volatile,
+            volatile=made_up,
+            evidence=view.table.evidence.get((path, view.stat.st_size, view.stat.st_mtime_ns, view.stat.st_ino)),
             **view.common(),
         )
 
+    def prove(self, view: FdView) -> Self:
+        """The record with evidence, which takes reading the file: not in the stop. OSError."""
+        if self.access.writes or self.volatile:
+            return self
+        with reopened(view.magic) as fd:
+            return dataclasses.replace(self, evidence=evidence_of(fd, self.size))
+
     def check(self, host: Rebuilder) -> str:
         path = host.path(self.path)
+        written = self.written or self.path in host.written
+        if written and host.beacons is not None:
+            return self._check_shared(host, path)
         found = _found(path, "regular file")
-        if self.volatile or (found.st_size == self.size and found.st_mtime_ns == self.mtime_ns):
+        if self.volatile:
             return ""
-        what = f"{found.st_size} bytes here, {self.size} at the source"
-        if found.st_size == self.size:
-            what = "same size, other time of modification"
+        if written:
+            return self._check_left(host, path, found)
+        return self._check_content(path, found)
+
+    def _check_content(self, path: str, found: os.stat_result) -> str:
+        """It is only read: another file of the same content does as well."""
+        evidence = self.evidence or Evidence()
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise FileMissing(f"it cannot be read: {error.strerror}", object=path) from None
+        try:
+            here = Marks(found.st_size, found.st_mtime_ns, build_id(fd) if evidence.build_id else b"")
+            if here.build_id != evidence.build_id:
+                raise FileDiffers(f"another build of the program or library: {self.marks.beside(here)}", object=path)
+            if here.size == self.size:
+                if evidence.build_id or here.mtime_ns == self.mtime_ns:
+                    return ""
+                if evidence.digest and digest(fd, found.st_size) == evidence.digest:
+                    return ""
+        except OSError as error:
+            raise FileMissing(f"it cannot be read: {error.strerror}", object=path) from None
+        finally:
+            os.close(fd)
+        if found.st_ino == self.inode and found.st_size > self.size and not evidence.build_id:
+            # on a file system that both hosts share, and somebody appends to it
+            return f"{path} has grown: {self.marks.beside(here)}"
+        raise FileDiffers(f"not the same file: {self.marks.beside(here)}", object=path)
+
+    def _check_shared(self, host: Rebuilder, path: str) -> str:
+        """It is written to, and will be written to here from now on: it has to be the very same file."""
+        beacon = (host.beacons or {}).get(os.path.dirname(self.path), "")
+        try:
+            found = os.stat(path)
+        except OSError:
+            found = None
+        if (
+            found is not None
+            and found.st_ino == self.inode
+            and stat.S_ISREG(found.st_mode)
+            and same_folder(path, beacon)
+        ):
+            return ""
+        if host.ship:
+            from checkpoint.files.shipped import judge_place
+
+            warning = judge_place(host, self.path, self.size, self.mtime_ns)
+            host.travelling.add(self.path)
+            return warning
+        here = _found(path, "regular file")
+        if path != self.path:
+            return self._pointed_to(path, here)
+        marks = self.marks.beside(Marks(here.st_size, here.st_mtime_ns))
+        raise FileNotShared(f"open for writing, and not the same file on both hosts: {marks}", object=path)
+
+    def _pointed_to(self, path: str, found: os.stat_result) -> str:
+        """``--map`` says that it goes on with this file: so be it, as far as it can."""
+        marks = self.marks.beside(Marks(found.st_size, found.st_mtime_ns))
+        if found.st_size < self.size and self.access.writes and not self.flags & FileFlag.APPEND:
+            raise FileDiffers(f"shorter than at the source: {marks}", object=path)
+        return f"{self.path} goes on as {path}, as --map says: {marks}"
+
+    def _check_left(self, host: Rebuilder, path: str, found: os.stat_result) -> str:
+        """It was written to, and has to be as the process left it."""
+        here = Marks(found.st_size, found.st_mtime_ns)
+        if (here.size, here.mtime_ns) == (self.size, self.mtime_ns):
+            return ""
+        if path != self.path:
+            return self._pointed_to(path, found)
         if found.st_ino != self.inode:
-            # on a file system that both hosts share it would be the same: a program or its data would be another's
-            raise FileDiffers(f"not the same file: {what}", object=path)
+            raise FileDiffers(f"not the same file: {self.marks.beside(here)}", object=path)
         if found.st_size < self.size:
-            raise FileDiffers(f"shorter than at the source: {what}", object=path)
-        return f"{path}: {what}"
+            raise FileDiffers(f"shorter than at the source: {self.marks.beside(here)}", object=path)
+        return f"{path} has changed: {self.marks.beside(here)}"
 
     def rebuild(self, host: Rebuilder) -> int:
         path = host.path(self.path)

@@ -17,17 +17,18 @@ import os
 import resource
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
 from checkpoint.errors import FileCaptureFailed, LockTaken, SharedDescriptors, TooManyDescriptors, UnsupportedMapping
 from checkpoint.files import abi, locks
 from checkpoint.files.abi import CAPTURED_FLAGS, AccessMode, FileFlag, Kcmp
 from checkpoint.files.base import FdView, FileLock, OpenFile, PosixLock, kind_name, locks_of, parse_info, read_info
 from checkpoint.files.content import Content, ContentKind, data_runs
+from checkpoint.files.identity import Evidence
 from checkpoint.files.kinds import kind_for
 from checkpoint.files.outside import Outside
 from checkpoint.files.policy import NO_POLICY, Policy
+from checkpoint.files.treefiles import LocksOfFile, Mapping, Owner, TreeFiles
 from checkpoint.files.unixdiag import UnixSocket, unix_sockets
 from tcpstate.errors import KernelFeatureMissing
 
@@ -36,68 +37,6 @@ __all__ = ["FileTable", "LocksOfFile", "Mapping", "Owner", "TreeFiles"]
 #: descriptors that the tool needs besides one per open file
 _OWN_DESCRIPTORS: Final = 256
 _CLOEXEC: Final = int(FileFlag.CLOEXEC)
-
-
-class Owner(Protocol):
-    """What is needed of a process (``tracee.Process`` has it)."""
-
-    @property
-    def pid(self) -> int: ...
-
-
-class Mapping(Protocol):
-    """What is needed of a mapping (``memory.vma.Vma`` has it)."""
-
-    @property
-    def start(self) -> int: ...
-    @property
-    def end(self) -> int: ...
-    @property
-    def shared(self) -> bool: ...
-    @property
-    def dev(self) -> int: ...
-    @property
-    def inode(self) -> int: ...
-    @property
-    def name(self) -> str: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocksOfFile:
-    """The record locks that a process has on one file.
-
-    file   index of a description that the process has of the file
-    locks  the ranges
-    """
-
-    file: int
-    locks: tuple[PosixLock, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TreeFiles:
-    """Everything that the processes of a tree hold open or mapped. One record of the image.
-
-    files     one per open file description, and one per file that is only mapped
-    contents  files whose bytes travel along
-    tables    by PID: descriptor -> (index in files, close-on-exec)
-    locks     by PID: record locks (F_SETLK)
-    """
-
-    files: list[OpenFile]
-    contents: list[Content]
-    tables: dict[int, dict[int, tuple[int, bool]]]
-    locks: dict[int, list[LocksOfFile]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for pid, table in self.tables.items():
-            for fd, (index, _) in table.items():
-                if not 0 <= fd < 1 << 30 or not 0 <= index < len(self.files):
-                    raise ValueError(f"pid {pid} fd {fd} leads to file {index} of {len(self.files)}")
-        for pid, held in self.locks.items():
-            for lock in held:
-                if not 0 <= lock.file < len(self.files):
-                    raise ValueError(f"pid {pid} has locks on file {lock.file} of {len(self.files)}")
 
 
 class _LastMapped:
@@ -143,6 +82,9 @@ class FileTable:
         self._content_source: list[str] = []
         self._content_fd: dict[int, int] = {}
         self._files: list[OpenFile] = []
+        #: (path, size, time, inode) -> what else is known of a file's content, from before the stop
+        self.evidence: dict[tuple[str, int, int, int], Evidence] = {}
+        self._written: set[tuple[int, int]] = set()
         self._given_up: list[tuple[int, FileLock]] = []
         self._posix: dict[int, dict[tuple[int, int], tuple[int, tuple[PosixLock, ...]]]] = {}
 
@@ -266,8 +208,13 @@ class FileTable:
                     return same[middle]
                 low, high = (low, middle) if order == 1 else (middle + 1, high)
             same.insert(low, len(self.entries))
-        self.entries.append(view)
+        self._enter(view)
         return len(self.entries) - 1
+
+    def _enter(self, view: FdView) -> None:
+        self.entries.append(view)
+        if view.access.writes:
+            self._written.add((view.stat.st_dev, view.stat.st_ino))
 
     def add_in_flight(self, fd: int) -> int:
         """The index of a description that a message in a socket's queue carries; ``fd`` is ours, and given up to us."""
@@ -328,7 +275,7 @@ class FileTable:
         if not kind.mappable:
             raise UnsupportedMapping(f"mapping of {link} ({kind_name(kind)})", object=view.object)
         kind.examine(view)
-        self.entries.append(view)
+        self._enter(view)
         self._by_mapping[key] = len(self.entries) - 1
         return len(self.entries) - 1
 
@@ -351,6 +298,11 @@ class FileTable:
     def index_of_socket(self, inode: int) -> int | None:
         """The entry of the socket with this inode, if the tree has it."""
         return self._by_socket.get(inode)
+
+    def ships(self, view: FdView) -> bool:
+        """Whether the bytes of a file travel, since somebody of the tree writes to it and it would stay behind."""
+        written = (view.stat.st_dev, view.stat.st_ino) in self._written
+        return written and not self.live and self.policy.ship and self.policy.stays_behind(view.link)
 
     def same_file(self, view: FdView) -> list[FdView]:
         """Every entry of the tree that is the same file (same inode, link), in the order of the entries: the ends of

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from checkpoint.errors import FileCaptureFailed
@@ -17,12 +17,16 @@ from checkpoint.files.base import FdView, OpenFile, kind_name
 from checkpoint.files.kinds import kind_for
 from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.files.rebuild import Rebuilder
+from checkpoint.files.regular import RegularFile
 from checkpoint.files.table import FileTable, TreeFiles
 from checkpoint.memory.vma import Vma, read_maps
 from checkpoint.verdict import Status, Verdict
 from tcpstate.errors import TcpmigError
 
-__all__ = ["foretell", "judge_here", "verdicts"]
+__all__ = ["SHIPPED", "foretell", "judge_here", "verdicts"]
+
+#: kind of the verdicts on files that will travel along
+SHIPPED = "shipped file"
 
 #: what looking at something that has just gone gives
 _GONE = (errno.ENOENT, errno.ESRCH, errno.EBADF)
@@ -91,7 +95,8 @@ def foretell(pids: Sequence[int], policy: Policy = NO_POLICY) -> list[OpenFile]:
             try:
                 kind = kind_for(view)
                 if kind.foreseeable:
-                    found.append(kind.capture(view))
+                    record = kind.capture(view)
+                    found.append(record.prove(view) if isinstance(record, RegularFile) else record)
             except (OSError, TcpmigError):
                 continue
     return found
@@ -105,9 +110,24 @@ def _add_mapped(table: FileTable, pid: int, vma: Vma) -> None:
         return
 
 
-def judge_here(files: Sequence[OpenFile], *, path: Callable[[str], str] = lambda path: path) -> list[Verdict]:
-    """At the target: what would stand in the way of making these files here. ``path`` maps paths of the source."""
-    host = Rebuilder(TreeFiles(files=list(files), contents=[], tables={}), path=path)
+def judge_here(
+    files: Sequence[OpenFile],
+    *,
+    path: Callable[[str], str] = lambda path: path,
+    beacons: Mapping[str, str] | None = None,
+    ship: bool = False,
+    overwrite: bool = False,
+) -> list[Verdict]:
+    """At the target: what would stand in the way of making these files here.
+
+    path       maps paths of the source
+    beacons    by what the source's directories are known (files/identity.py)
+    ship       files that are open for writing, and not the same here, travel along: their verdicts are of the kind
+               SHIPPED, and their subjects the paths of the source
+    overwrite  also where another file is at their place
+    """
+    records = TreeFiles(files=list(files), contents=[], tables={})
+    host = Rebuilder(records, path=path, beacons=beacons, ship=ship, overwrite=overwrite)
     found = []
     for record in files:
         kind = kind_name(type(record))
@@ -118,5 +138,7 @@ def judge_here(files: Sequence[OpenFile], *, path: Callable[[str], str] = lambda
             found.append(Verdict.refuse(error, kind))
         else:
             status = Status.WARN if warning else Status.OK
+            if name in host.travelling:
+                kind, warning = SHIPPED, warning or f"travels along, to {path(name)}"
             found.append(Verdict(subject=name, kind=kind, status=status, text=warning))
     return found

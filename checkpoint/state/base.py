@@ -174,6 +174,7 @@ class TaskBuilder:
     elapsed     nanoseconds since the capture, as measured by the caller; timers are that much nearer
     outside     done by the tool after the calls have been made, in order
     birth       /proc/PID/status of the new process as it was born, for its credentials; read if it is not given
+    path        maps a path of the source to one here
     """
 
     pid: int
@@ -183,6 +184,7 @@ class TaskBuilder:
     calls: CallTable = field(default_factory=CallTable)
     outside: list[Callable[[], None]] = field(default_factory=list)
     birth: dict[str, str] = field(default_factory=dict)
+    path: Callable[[str], str] = lambda path: path
 
     @property
     def leader(self) -> bool:

@@ -49,9 +49,11 @@ class Filesystem(State):
     def rebuild(self, task: TaskBuilder) -> None:
         calls = task.calls
         # The working directory first: its path is the tool's, and means something else after chroot.
-        calls.call(SYS.chdir, calls.path(self.cwd), label=f"enter the working directory {self.cwd}")
+        cwd = task.path(self.cwd)
+        calls.call(SYS.chdir, calls.path(cwd), label=f"enter the working directory {cwd}")
         if self.root is not None:
-            calls.call(SYS.chroot, calls.path(self.root), label=f"enter the root directory {self.root}")
+            root = task.path(self.root)
+            calls.call(SYS.chroot, calls.path(root), label=f"enter the root directory {root}")
         calls.call(SYS.umask, self.umask, label="set the umask")
 
 

@@ -254,21 +254,30 @@ def rebuild_thread(state: ThreadState, task: TaskBuilder) -> None:
         state.get(kind).rebuild(task)
 
 
-def build(stub: Stub, state: ProcessState, *, warn: Callable[[str], None], elapsed: int = 0) -> None:
+def build(
+    stub: Stub,
+    state: ProcessState,
+    *,
+    warn: Callable[[str], None],
+    elapsed: int = 0,
+    path: Callable[[str], str] = lambda path: path,
+) -> None:
     """Give a stub its threads, with their numbers, and all state but the registers.
 
     warn     told of whatever will differ from the original
     elapsed  nanoseconds since the capture, at this moment, as measured by the caller
+    path     maps a path of the source to one here
 
     StateRefused if the kernel refuses a call, PidTaken, SpawnFailed, TimerOutOfReach, MachineForeign.
     """
     birth = procfs.read_status(stub.pid)
-    first = TaskBuilder(pid=stub.pid, tid=stub.pid, warn=warn, elapsed=elapsed, birth=birth)
+    first = TaskBuilder(pid=stub.pid, tid=stub.pid, warn=warn, elapsed=elapsed, birth=birth, path=path)
     rebuild_first(state, first)
     _run(stub, [first])
     stub.clone_threads([thread.tid for thread in state.threads[1:]])
     tasks = [
-        TaskBuilder(pid=stub.pid, tid=thread.tid, warn=warn, elapsed=elapsed, birth=birth) for thread in stub.threads
+        TaskBuilder(pid=stub.pid, tid=thread.tid, warn=warn, elapsed=elapsed, birth=birth, path=path)
+        for thread in stub.threads
     ]
     rebuild_process(state, tasks[0])
     for thread, task in zip(state.threads, tasks, strict=True):

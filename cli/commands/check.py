@@ -15,7 +15,7 @@ from checkpoint.verdict import Status, Verdict, refusals
 from cli.about import about, table
 from cli.command import command
 from cli.errors import UsageMistake
-from cli.filepolicy import file_policy, policy_of
+from cli.filepolicy import file_places, file_policy, places_of, policy_of
 from cli.session import Result, Session, Table
 from migrate.summary import SourceOptions
 from tcpstate.errors import Outcome
@@ -33,6 +33,7 @@ _STYLES = {"ok": "green", "warn": "yellow", "refuse": "bold red"}
 @click.option("--address", metavar="auto|none|ADDR,...", default="auto", help="With --to: which addresses would move.")
 @file_policy
 @click.option("--unit-hook", metavar="CMD", default="", help="As given to migrate or checkpoint; it is not run.")
+@file_places
 def check(
     session: Session,
     pids: tuple[int, ...],
@@ -51,12 +52,12 @@ def check(
         raise UsageMistake("--to wants the PID of what would move")
     found = hostcheck.check()
     policy = policy_of(**files)
+    options = SourceOptions(address=address, unit_hook=unit_hook, forwarded=places_of(**files).texts())
     if pids:
         found += preflight.check(pids, policy)
         if not refusals(found):
             found += supervisors.verdicts(pids, preflight.pids(pids), hook=bool(unit_hook))
     if host is not None and not refusals(found):
-        options = SourceOptions(address=address, unit_hook=unit_hook)
         found += _of_target(pids, host, rsh, remote_command, options, policy)
     result = report(found, every=session.verbose)
     processes = about(pids)

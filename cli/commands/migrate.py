@@ -10,7 +10,7 @@ from cli.command import command
 from cli.commands.check import report
 from cli.errors import UsageMistake
 from cli.fields import fields
-from cli.filepolicy import file_policy, policy_of
+from cli.filepolicy import file_places, file_policy, places_of, policy_of
 from cli.session import Result, Session
 from migrate.run import check as check_with
 from migrate.run import migrate as move
@@ -41,6 +41,7 @@ __all__ = ["migrate"]
 @click.option("--map-dev", metavar="OLD=NEW", multiple=True, help="Interface OLD's addresses go to NEW there.")
 @file_policy
 @click.option("--unit-hook", metavar="CMD", default="", help="A program that deals with their supervisor here.")
+@file_places
 @click.option("--dry-run", is_flag=True, help="Only ask both hosts whether it can be done.")
 def migrate(
     session: Session,
@@ -65,6 +66,7 @@ def migrate(
         policy=AddressPolicy(address_policy),
         map_dev=dict(map(_pair, map_dev)),
         unit_hook=unit_hook,
+        forwarded=places_of(**files).texts(),
         rsh=rsh,
         remote_command=remote_command,
     )

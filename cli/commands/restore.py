@@ -12,6 +12,7 @@ import click
 from cli.command import command
 from cli.errors import PidFileNotWritten
 from cli.fields import fields
+from cli.filepolicy import file_places, places_of
 from cli.session import Result, Session
 from migrate.snapshot import restore as build
 
@@ -23,13 +24,23 @@ __all__ = ["restore"]
 @click.option("--no-address", is_flag=True, help="Leave the addresses alone: they are local anyway, or not needed.")
 @click.option("--pid-file", metavar="FILE", type=click.Path(), help="Write the root's PID there.")
 @click.option("--foreground", is_flag=True, help="Stay as the parent, and pass on the exit status.")
-def restore(session: Session, file: str, no_address: bool, pid_file: str | None, foreground: bool) -> Result | None:
+@file_places
+def restore(
+    session: Session,
+    file: str,
+    no_address: bool,
+    pid_file: str | None,
+    foreground: bool,
+    path_map: tuple[str, ...],
+    overwrite: bool,
+) -> Result | None:
     """Let the processes of the image FILE run again, here, with their PIDs, connections and addresses.
 
     The image is verified whole before anything is built. Prints the root's PID.
     """
+    places = places_of(path_map=path_map, overwrite=overwrite)
     with _pid_file(pid_file) as out:
-        summary = build(file, take_addresses=not no_address)
+        summary = build(file, take_addresses=not no_address, files=places)
         if out is not None:
             out.write(f"{summary.pid}\n")
     data = fields(summary)

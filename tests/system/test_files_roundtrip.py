@@ -180,7 +180,7 @@ def test_missing_and_differing_files_are_told_before_anything_is_built(tmp_path:
     rebuilder = Rebuilder(records)
     assert rebuilder.check() == []
     path.write_bytes(b"123456")
-    assert any("6 bytes here" in warning for warning in rebuilder.check())
+    assert any("here 6 bytes" in warning for warning in rebuilder.check())
     path.write_bytes(b"1")
     with pytest.raises(Refused, match="TM-0346"):
         rebuilder.check()

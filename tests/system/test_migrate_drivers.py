@@ -89,6 +89,9 @@ class FakeOutgoing:
         self.world.reach("needs")
         return Needs(trees=(TreeNeed(root=77, pids=(77,), tids=(77,)),), used_addresses=self.addresses)
 
+    def share(self, shared: Sequence[str], apart: Sequence[str]) -> None:
+        self.world.reach("share")
+
     def prepare(self, note: NoteWriter) -> None:
         self.note = note
         self.world.reach("prepare")

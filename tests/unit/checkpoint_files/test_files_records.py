@@ -20,6 +20,7 @@ from checkpoint.files.epoll import Epoll, EpollWatch
 from checkpoint.files.eventfd import EventFd
 from checkpoint.files.external import External
 from checkpoint.files.fifo import Fifo
+from checkpoint.files.identity import Evidence
 from checkpoint.files.inet import Endpoint
 from checkpoint.files.inotify import Inotify, Watch
 from checkpoint.files.kinds import KINDS
@@ -28,6 +29,7 @@ from checkpoint.files.memfd import Memfd
 from checkpoint.files.multicast import Membership
 from checkpoint.files.pipe import Pipe, PipeQueue
 from checkpoint.files.regular import DeletedFile, Directory, PathOnly, RegularFile, SharedMemory
+from checkpoint.files.shipped import ShippedFile
 from checkpoint.files.signalfd import SignalFd
 from checkpoint.files.sockopts import SocketOptions
 from checkpoint.files.table import LocksOfFile, TreeFiles
@@ -62,6 +64,7 @@ RECORDS: list[OpenFile] = [
     SharedMemory(flags=2, content=1),
     DeletedFile(flags=1, content=2, locks=(FileLock(whole=False, type=LockType.READ, start=3, length=0),)),
     RegularFile(flags=0, path="/etc/\udcff", size=1, mtime_ns=2, inode=3, volatile=False),
+    ShippedFile(flags=2, path="/var/log/x", content=3, mtime_ns=-1, attributes={"user.a": b"\xff"}),
     Directory(flags=0o200000, pos=1 << 40, path="/usr"),
     EventFd(flags=2, count=2**64 - 2, semaphore=True),
     TimerFd(flags=2, clock=1, ticks=1, settime=0, left=5, interval=6, deadline=7),
@@ -106,7 +109,7 @@ def test_round_trip_through_the_codec() -> None:
     files = TreeFiles(
         files=RECORDS,
         contents=[Content(kind=ContentKind.MEMFD, name="m", size=1 << 40, mode=0o777, uid=0, gid=0, seals=15)],
-        tables={7: {0: (0, True), 500: (18, False)}},
+        tables={7: {0: (0, True), 500: (19, False)}},
         locks={7: [LocksOfFile(file=8, locks=(PosixLock(type=LockType.WRITE, start=0, length=5),))]},
     )
     assert codec.unpack(TreeFiles, codec.pack(files)) == files
@@ -153,6 +156,8 @@ def test_garbage_is_no_record(data: bytes) -> None:
         lambda: Content(kind=ContentKind.MEMFD, name="m", size=-1, mode=0, uid=0, gid=0),
         lambda: TcpFile(flags=0, family=socket.AF_UNIX, conn_id="x"),
         lambda: TcpFile(flags=0, family=socket.AF_INET),
+        lambda: ShippedFile(flags=2, path="no path", content=3, mtime_ns=0),
+        lambda: Evidence(digest=b"short"),
         lambda: SocketOptions(data={"so.bindtodevice": bytes(17)}, buffers=OPTIONS.buffers),
         lambda: SocketOptions(numbers={"so.linger": (1, 2, 3)}, buffers=OPTIONS.buffers),
     ],
