@@ -15,7 +15,8 @@ The stages, each a method, in the order in which they are called::
     freeze         sockets quiet, then in repair; exported
     queues, delta  large queues; the record FILES_DELTA: sockets, and what else changed since the stop
     resume         everything as it was, or ...
-    discard        ... the connections ended silently, the processes killed: the copy runs
+    discard        ... the connections ended silently, the processes killed: the copy runs, or ...
+    held, end      ... somebody keeps the connections and listeners, and the processes are killed
 
 ``resume`` undoes whatever has been done, at any stage.  Should the tool die, the kernel lets the threads go; from
 ``secure`` on a SIGSTOP is queued to each of them, so that they cannot meet a socket in repair.
@@ -34,6 +35,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from checkpoint import preflight, procfs
 from checkpoint.errors import FileNotShared, NoSuchProcess, Refused, TreeChanged
 from checkpoint.files.base import OpenFile
+from checkpoint.files.held import HeldSocket
 from checkpoint.files.identity import Evidence
 from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.files.regular import RegularFile
@@ -405,6 +407,20 @@ class Dump:
         self._group = self._holdoff = self.tree = None
         self._blackhole = Blackhole()  # those that stand stay
         self._restore_gc()
+
+    def held(self) -> list[HeldSocket]:
+        """After :meth:`freeze`: the connections and listeners, for somebody who keeps them when the processes end."""
+        return self._connections.held()
+
+    def end(self) -> None:
+        """Somebody else keeps what :meth:`held` told, and the image is complete: the processes end."""
+        if self._group is not None:
+            self._group.give_away()
+        self._group = self._holdoff = None
+        tree, self.tree = self.tree, None
+        if tree is not None:
+            tree.kill()
+        self.close()
 
     def discard(self) -> None:
         """The copy runs: end the connections without a packet, then the processes. The addresses must be gone."""

@@ -22,10 +22,11 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from checkpoint import procfs
 from checkpoint.errors import ImageIncomplete, NoSuchProcess, RebuildDiffers
+from checkpoint.files.held import HeldSocket
 from checkpoint.files.install import install
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.table import TreeFiles
@@ -53,6 +54,7 @@ class Restore:
 
     path   maps a path of the source to one here
     warn   told, in one sentence, of whatever will differ from the original
+    held   asked, when the open files are known, for the sockets of theirs that were kept on this host
     check  look for missing and differing files before anything is built; a migration has done that before its stop
     note   told, before anything that would outlast our death is changed, what undoing it takes (checkpoint.traces)
     overwrite  shipped files replace differing ones
@@ -66,6 +68,7 @@ class Restore:
         check: bool = True,
         note: NoteWriter | None = None,
         overwrite: bool = False,
+        held: Callable[[TreeFiles], Mapping[int, HeldSocket]] | None = None,
     ) -> None:
         self.note = note
         self._overwrite = overwrite
@@ -74,6 +77,7 @@ class Restore:
         self.stubs: dict[int, Stub] = {}
         self._path = path
         self._check = check
+        self._held = held
         self._warn = self._keep_warning if warn is None else warn
         self._tree: TreeRecord | None = None
         self._files: TreeFiles | None = None
@@ -126,7 +130,7 @@ class Restore:
             case Kind.END:
                 self.end()
             case _:
-                pass  # ADDRESSES: not this room's
+                pass  # ADDRESSES, HOLD: not this room's
         frame.release()
 
     def end(self) -> None:
@@ -152,6 +156,7 @@ class Restore:
         gc.disable()  # a collection would cost milliseconds in which the original stands still
         clocks.enter(self._tree.clocks, 0)
         taken = [(m.start, m.end) for one in self._layouts.values() for m in one.mappings]
+        held = {} if self._held is None else self._held(self._files)
         if any(isinstance(file, TcpFile) and file.conn_id for file in self._files.files):
             self.make_ready()
         self._rebuilder = Rebuilder(
@@ -159,6 +164,7 @@ class Restore:
             path=self._path,
             warn=self._warn,
             blackhole=self._blackhole,
+            held=held,
             note_path=lambda path: write(self.note, Trace.MADE, Made(path=path)),
             overwrite=self._overwrite,
         )
@@ -266,6 +272,11 @@ class Restore:
     def connections(self) -> list[ConnectionRecord]:
         """The rebuilt connections, after :meth:`prepare`."""
         return self._files_rebuilder.connections
+
+    @property
+    def taken(self) -> int:
+        """How many of them are the very sockets that were held."""
+        return self._files_rebuilder.taken
 
     def release(self) -> None:
         """The addresses are local: connections send and answer again, listeners listen."""

@@ -68,7 +68,7 @@ KEEP = 30 * 86400
 _LOCK_TRIES = 10
 _LOCK_PAUSE = 0.01
 
-_NAME = re.compile(r"[0-9a-f]{32}\.(source|target|checkpoint|restore)")
+_NAME = re.compile(r"[0-9a-f]{32}\.(source|target|checkpoint|restore|handover)")
 
 
 class Role(enum.Enum):
@@ -78,6 +78,7 @@ class Role(enum.Enum):
     TARGET = "target"
     CHECKPOINT = "checkpoint"
     RESTORE = "restore"
+    HANDOVER = "handover"  # a hold is given up for a restore elsewhere
 
     @property
     def leaves(self) -> bool:

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from checkpoint import preflight, procfs, supervisors
 from checkpoint.dump import Dump
 from checkpoint.errors import NoSuchProcess
+from checkpoint.files.held import HeldSocket
 from checkpoint.files.peers import is_loopback
 from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.files.tcp import TcpGroup
@@ -184,20 +185,29 @@ class OutgoingTrees:
 
     def segments(self) -> Sequence[bytes]:
         """Captured since the last call, packed."""
-        return [codec.pack(segment) for segment in self._captured()]
+        return [codec.pack(segment) for segment in self.captured()]
 
-    def _captured(self) -> list[Segment]:
+    def captured(self) -> list[Segment]:
+        """Captured since the last call."""
         # not before the stop: the answer to a SYN may be under way when the SYN is seen
         found = [] if self._syns is None else unanswered(self._syns.segments())
         return found + ([] if self._segments is None else self._segments.segments())
 
     def resume(self) -> None:
         """Everything as it was; what was captured is delivered here."""
-        self._dump.resume(self._captured())
+        self._dump.resume(self.captured())
 
     def hold(self) -> None:
         """In doubt: stopped and silent, also after this program has ended."""
         self._dump.hold()
+
+    def held(self) -> list[HeldSocket]:
+        """The frozen connections, and the listeners, for somebody who keeps them."""
+        return self._dump.held()
+
+    def end(self) -> None:
+        """The originals end, and somebody keeps their connections."""
+        self._dump.end()
 
     def discard(self) -> None:
         """The originals end."""

@@ -1,11 +1,12 @@
 """Process trees into a file and out of it again, with their connections and addresses.
 
-``checkpoint`` ends the processes (unless they are to run on) and takes their addresses away: peers then find nobody
-home, neither an answer nor a reset, and keep trying as long as their own patience lasts.  ``restore`` brings processes,
-connections and addresses back, here or on another host of the same link.
+``checkpoint`` ends the processes (unless they are to run on), and a holder keeps their connections and listeners
+(:mod:`migrate.hold`): peers find nobody home, neither an answer nor a reset, and keep trying as long as their own
+patience lasts.  ``restore`` brings the processes back: on the same host with the very sockets, on another host with
+connections rebuilt from the image, and their addresses.
 
-The order of a checkpoint that ends the processes: the image is complete and on disk, then the addresses go, then the
-connections are ended without a packet.  Until the image is on disk any failure lets the processes run on.
+The order of a checkpoint that ends the processes: the image is complete and on disk, then the holders have the
+sockets, then the processes end.  Until then any failure lets the processes run on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
+from checkpoint.files.listener import Listener
 from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.image.frames import Kind
 from checkpoint.image.reader import ImageReader, open_image
@@ -27,22 +30,28 @@ from checkpoint.preflight import pids as members_of
 from checkpoint.restore import Restore
 from checkpoint.traces import Made, Trace, write
 from checkpoint.verdict import refusals
-from migrate.addresses import AddressRecord
+from migrate import holdstore
+from migrate.addresses import AddressRecord, read_configuration
 from migrate.driving import logged, signals_held
-from migrate.errors import ConnectionsWouldBreak, TargetRefused, from_remote
+from migrate.errors import AddressTakenAtTarget, NotHeld, TargetRefused, from_remote
 from migrate.fileoptions import FileOptions
-from migrate.journal import AddressesArrive, AddressesLeave, End, Journal, Role, Step, StepKind
+from migrate.handover import Origin
+from migrate.hold import DEFAULT_TIMEOUT, HoldMade, NewHold, TakenHold
+from migrate.journal import AddressesArrive, End, Journal, Role, Step, StepKind
 from migrate.kept import KeptFrames
 from migrate.outgoing import OutgoingTrees
 from migrate.rtnetlink import Netlink
-from migrate.takeover import AddressPlan, AddressPolicy, Arrival, Departure, plan, select
+from migrate.takeover import AddressPlan, AddressPolicy, Arrival, plan, select
 from migrate.unithook import HookFacts, UnitHook
 from tcpstate.capture import Capture, replay
 from tcpstate.errors import Outcome
+from tcpstate.segment import Segment
 
 __all__ = ["Addresses", "CheckpointSummary", "RestoreSummary", "checkpoint", "restore"]
 
 _log = logging.getLogger(__name__)
+
+_NAME_THE_ORIGIN = "Name the host that holds the connections with --from; see `tcpmig holds` there."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +74,8 @@ class CheckpointSummary:
     pid, pids    the (first) root; all processes
     file, bytes  the image
     connections  how many it holds
-    addresses    those that were taken away
+    addresses    those that a restore on another host needs
+    hold         the ID of the hold that has the connections; empty if there is none
     running      whether the processes run on
     stop_ms      how long they stood still (until they were resumed, or ended)
     """
@@ -76,6 +86,7 @@ class CheckpointSummary:
     bytes: int
     connections: int
     addresses: tuple[str, ...]
+    hold: str
     running: bool
     stop_ms: float
     total_ms: float
@@ -88,6 +99,7 @@ class RestoreSummary:
 
     pid, pids    the (first) root; root PIDs in the image and here
     connections  how many live again
+    held         how many of those were taken back from a hold of this host
     addresses    those that were added
     """
 
@@ -95,6 +107,7 @@ class RestoreSummary:
     pids: dict[int, int]
     file: str
     connections: int
+    held: int
     addresses: tuple[str, ...]
     total_ms: float
     warnings: tuple[str, ...] = ()
@@ -111,18 +124,22 @@ def checkpoint(
     *,
     leave_running: bool = False,
     address: str = "auto",
-    policy: AddressPolicy = AddressPolicy.REFUSE,
     files: Policy = NO_POLICY,
     unit_hook: str = "",
+    timeout: float = DEFAULT_TIMEOUT,
+    capacity: int | None = None,
 ) -> CheckpointSummary:
     """The trees at ``roots`` into the image file ``path``.
 
-    leave_running  they run on, connections and all; else they end
+    leave_running  they run on, connections and all; else they end, and their connections are held
     address        which addresses go with the image: auto, none, or a list
     files          what was decided about files and connections that lead out of the trees
     unit_hook      a program that deals with the processes' supervisors; not called if they run on
+    timeout        seconds after which a hold ends by itself; 0: never
+    capacity       sockets that one holder keeps; None: as many as it can
 
-    Refused, ConnectionsWouldBreak (nothing was stopped), ImageNotWritten and others (everything runs on).
+    Refused, HoldUnavailable (nothing was stopped), HolderFailed, ImageNotWritten and others
+    (everything runs on).
     """
     begun = time.monotonic()
     hook = None
@@ -132,44 +149,56 @@ def checkpoint(
     with Netlink() as netlink, contextlib.closing(trees):
         needs = trees.needs()
         wanted = select(address, needs.used_addresses)
-        chosen = plan(netlink, wanted, pids=members_of(roots), control={}, policy=policy)
-        # addresses that nobody takes away can be shared
+        # the addresses stay here: only a restore elsewhere takes them from whoever uses them too
+        chosen = plan(netlink, wanted, pids=members_of(roots), control={}, policy=AddressPolicy.ALLOW)
         if not leave_running:
             _refuse(chosen)
-            if needs.away and not chosen.records:
-                raise ConnectionsWouldBreak(
-                    f"{needs.away} connections would be reset by their peers' next segment",
-                    object=f"pid {roots[0]}",
-                )
         addresses = Addresses(records=chosen.records, moved=not leave_running, peers=needs.peers)
-        moved = () if leave_running else tuple(record.address for record in chosen.records)
-        departure = Departure(netlink, moved)
-        journal = Journal.open(Role.CHECKPOINT, secrets.token_hex(16), roots=tuple(roots), image=os.path.abspath(path))
+        identity = secrets.token_hex(16)
+        journal = Journal.open(Role.CHECKPOINT, identity, roots=tuple(roots), image=os.path.abspath(path))
+        hold: NewHold | None = None
+        sockets = needs.away + sum(isinstance(file, Listener) for file in needs.files)
+        if sockets and not leave_running:
+            hold = NewHold(
+                identity,
+                image=path,
+                roots=roots,
+                addresses=chosen.records,
+                timeout=timeout,
+                capacity=capacity,
+            )
         try:
             file = ImageFile(path)
             write(journal.note, Trace.MADE, Made(path=file.temporary))
+            if hold is not None:
+                hold.begin(journal.note, sockets)
             # opened first: a file that cannot be made stops nothing
             with ThreadPoolExecutor(1) as file.executor, file as image:
                 if hook is not None:
-                    facts = replace(hook.facts, addresses=moved, units=needs.units)
+                    facts = replace(hook.facts, units=needs.units)
                     journal.note("unit-hook", hook.note(facts))
                     hook.before_stop(facts)
                 trees.prepare(journal.note)
-                trees.stop(moved)
+                trees.stop(() if leave_running else [record.address for record in chosen.records])
                 trees.write(image)
                 image.record(Kind.ADDRESSES, addresses)
+                if hold is not None:
+                    image.record(Kind.HOLD, hold.made)
                 if leave_running:
                     stopped_ms = trees.stopped_ms()
                     trees.resume()
             if not leave_running:
                 with signals_held():
-                    journal.append(AddressesLeave(departure=departure.record), Step(step=StepKind.COMMIT))
-                    departure.remove()
+                    if hold is not None:
+                        hold.take(trees.held(), trees.captured())
+                        hold.seal()
+                    journal.step(StepKind.COMMIT)
                     stopped_ms = trees.stopped_ms()
-                    trees.discard()
+                    trees.end()
         except BaseException:
             try:
-                departure.restore()
+                if hold is not None:
+                    hold.undo()
             finally:
                 trees.resume()
             journal.finish(End.ABORTED)
@@ -177,11 +206,12 @@ def checkpoint(
                 with logged("the unit hook"):
                     hook.aborted()
             raise
+        finally:
+            if hold is not None:
+                hold.close()
         if hook is not None:
             with logged("the unit hook"):
                 hook.committed()
-        with logged("putting back what depended on the addresses"):
-            departure.settle()
         with logged("closing the journal"):
             journal.finish(End.DONE if leave_running else End.MOVED)
         return CheckpointSummary(
@@ -190,7 +220,8 @@ def checkpoint(
             file=path,
             bytes=os.stat(path).st_size,
             connections=trees.connections,
-            addresses=moved,
+            addresses=tuple(record.address for record in chosen.records),
+            hold=hold.hold if hold is not None else "",
             running=leave_running,
             stop_ms=stopped_ms,
             total_ms=1e3 * (time.monotonic() - begun),
@@ -203,30 +234,55 @@ def _refuse(chosen: AddressPlan) -> None:
         raise from_remote(first.code, first.text, first.subject, first.fix, otherwise=TargetRefused, where="")
 
 
-def restore(path: str, *, take_addresses: bool = True, files: FileOptions | None = None) -> RestoreSummary:
+def restore(
+    path: str, *, take_addresses: bool = True, files: FileOptions | None = None, origin: Origin | None = None
+) -> RestoreSummary:
     """The image's processes run again, with their PIDs; their addresses come to this host.
 
     take_addresses  False: they are left alone (the connections work only if they are local anyway)
     files           where files are here, and whether shipped ones replace others
+    origin          the host that holds the connections, if it is another one: it gives them up, and the addresses
 
-    ImageError, Refused and others: nothing is left of it then.
+    ImageError, Refused and others: nothing is left of it then, and what is held, here or there, is held as before.
     """
     begun = time.monotonic()
     with contextlib.ExitStack() as ends:
         executor = ends.enter_context(ThreadPoolExecutor(os.cpu_count()))
         image = ends.enter_context(open_image(path, executor=executor))
-        addresses = _addresses(image)
-        arrival = ends.enter_context(Arrival(addresses.records if addresses.moved and take_addresses else ()))
-        verdicts = arrival.check(())
+        addresses, made = _last(image, Kind.ADDRESSES, Addresses), _last(image, Kind.HOLD, HoldMade)
+        held = None if made is None or origin is not None else _held_here(made)
+        if held is not None:
+            ends.enter_context(held)
+        macs: tuple[str, ...] = ()
+        if origin is not None:
+            if made is None:
+                raise NotHeld("the connections of this image are not held anywhere", object=path)
+            macs = origin.ask(made, [record.address for record in _records(addresses)])
+        coming = _records(addresses) if take_addresses else ()
+        if made is not None and made.here:
+            # it is this host's image: what is local is so because it never left
+            coming = _not_local(coming)
+        arrival = ends.enter_context(Arrival(coming))
+        verdicts = arrival.check(macs)
         for first in refusals(verdicts):
-            raise from_remote(first.code, first.text, first.subject, first.fix, otherwise=TargetRefused, where="")
-        arrival.prepare(addresses.peers)
+            held_there = first.code == AddressTakenAtTarget.code and made is not None and origin is None
+            fix = _NAME_THE_ORIGIN if held_there else first.fix
+            raise from_remote(first.code, first.text, first.subject, fix, otherwise=TargetRefused, where="")
+        arrival.prepare(() if addresses is None else addresses.peers)
         journal = Journal.open(Role.RESTORE, secrets.token_hex(16), image=os.path.abspath(path))
         files = files or FileOptions()
-        rebuilt = Restore(note=journal.note, path=files.path, overwrite=files.overwrite)
+        rebuilt = Restore(
+            note=journal.note,
+            path=files.path,
+            overwrite=files.overwrite,
+            held=None if held is None else held.sockets,
+        )
         kept = KeptFrames.noted(journal.note)
         ends.callback(kept.close)
+        segments: list[Segment] = []
         try:
+            if held is not None:
+                held.noted(journal.note)
             for frame in image.frames:
                 kept.keep(frame)
                 rebuilt.apply(frame)
@@ -236,9 +292,15 @@ def restore(path: str, *, take_addresses: bool = True, files: FileOptions | None
             ports = rebuilt.ports
             capture = ends.enter_context(Capture(ports=ports)) if ports else None
             ends.enter_context(signals_held())
+            if origin is not None:
+                segments += origin.give_up()
             rebuilt.survive()
             journal.append(AddressesArrive(arrival=arrival.record), Step(step=StepKind.STARTED))
             arrival.add()
+            if held is not None:
+                segments += held.captured()
+                # all of them stand, deaf still: nobody is reset
+                held.lift()
         except BaseException:
             rebuilt.abort()
             arrival.remove()
@@ -250,11 +312,15 @@ def restore(path: str, *, take_addresses: bool = True, files: FileOptions | None
         with logged("announcing the addresses"):
             arrival.announce(time.monotonic())
         if capture is not None:
-            replay(capture.segments(), connections)
+            replay(segments + capture.segments(), connections)
         with logged("telling windows"):
             rebuilt.tell_windows()
         pids = rebuilt.run()
+        taken = rebuilt.taken
         rebuilt.close()
+        if held is not None:
+            with logged("ending the hold"):
+                held.finish()
         with logged("journalling that they run"):
             journal.step(StepKind.RUNNING, pids=pids)
             kept.remove()
@@ -267,15 +333,39 @@ def restore(path: str, *, take_addresses: bool = True, files: FileOptions | None
             pids=pids,
             file=path,
             connections=len(connections),
+            held=taken,
             addresses=tuple(landing.record.address for landing in arrival.record.landings),
             total_ms=1e3 * (time.monotonic() - begun),
             warnings=tuple(rebuilt.warnings),
         )
 
 
-def _addresses(image: ImageReader) -> Addresses:
-    found = [frame.decode(Addresses) for frame in image.records(Kind.ADDRESSES)]
-    return found[-1] if found else Addresses()
+_Record = TypeVar("_Record")
+
+
+def _last(image: ImageReader, kind: Kind, cls: type[_Record]) -> _Record | None:
+    found = [frame.decode(cls) for frame in image.records(kind)]
+    return found[-1] if found else None
+
+
+def _records(addresses: Addresses | None) -> tuple[AddressRecord, ...]:
+    return addresses.records if addresses is not None and addresses.moved else ()
+
+
+def _not_local(records: Sequence[AddressRecord]) -> tuple[AddressRecord, ...]:
+    with Netlink() as netlink:
+        here = read_configuration(netlink)
+    return tuple(record for record in records if here.find(record.address) is None)
+
+
+def _held_here(made: HoldMade) -> TakenHold | None:
+    if not made.here:
+        return None
+    record = holdstore.find(made.hold)
+    if record is None:
+        _log.warning("hold %s is over: connections are rebuilt from the image, and some peers may be gone", made.hold)
+        return None
+    return TakenHold(record)
 
 
 def _finish(arrival: Arrival) -> None:

@@ -181,6 +181,11 @@ class Capture:
             bpf.attach(sock, (_DROP,))
 
     @property
+    def sockets(self) -> list[socket.socket]:
+        """What can be read when something has arrived: for select()."""
+        return list(self._socks)
+
+    @property
     def lost(self) -> int:
         """Packets that found no room since the start. Their senders will send them again, after a time-out."""
         for sock in self._socks:

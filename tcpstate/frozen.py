@@ -31,7 +31,7 @@ from tcpstate.kernel.sockets import SO, Level
 from tcpstate.locate import find, take
 from tcpstate.silence import MARK, Blackhole
 
-__all__ = ["FrozenConnection", "freeze", "frozen", "resume", "runtime_dir"]
+__all__ = ["FrozenConnection", "elsewhere", "freeze", "frozen", "resume", "runtime_dir"]
 
 _log = logging.getLogger(__name__)
 
@@ -139,6 +139,13 @@ def frozen() -> list[FrozenConnection]:
     """What is frozen in this network namespace."""
     with _store() as directory:
         return _of_this_namespace(directory)
+
+
+def elsewhere() -> list[FrozenConnection]:
+    """What the runtime directory tells of other boots and network namespaces."""
+    with _store() as directory:
+        here = _of_this_namespace(directory)
+        return [entry for entry in map(_read, sorted(directory.glob("*.frozen"))) if entry and entry not in here]
 
 
 def _socket(entry: FrozenConnection) -> socket.socket:

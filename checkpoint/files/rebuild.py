@@ -28,6 +28,7 @@ from typing import Final
 from checkpoint.errors import BadFileRecord, FileRebuildFailed
 from checkpoint.files.abi import REOPEN_FLAGS, Fcntl, FileFlag
 from checkpoint.files.base import OpenFile, kind_name
+from checkpoint.files.held import HeldSocket
 from checkpoint.files.listener import Listener
 from checkpoint.files.locks import Locks
 from checkpoint.files.queues import Queues
@@ -62,6 +63,7 @@ class Rebuilder:
     overwrite  shipped files replace differing ones
     ship, beacons  for a check before the stop of the source: files that are not shared can travel; by what directories
                of the source are known here (files/identity.py), None: the source is not there to tell
+    held     sockets that were kept on this host, by index: they are taken instead of being made; they stay the caller's
 
     Kinds use: ``files`` (all records), ``descriptor``, ``content``, ``shared`` (things that several descriptions have
     in common while they are made), ``at_end`` and ``on_abort``; ``travelling`` are files that a check wants shipped.
@@ -78,8 +80,10 @@ class Rebuilder:
         overwrite: bool = False,
         ship: bool = False,
         beacons: Mapping[str, str] | None = None,
+        held: Mapping[int, HeldSocket] | None = None,
     ) -> None:
         self.records = records
+        self.held = dict(held or {})
         self.files: list[OpenFile] = list(records.files)
         self.overwrite = overwrite
         self.ship = ship
@@ -115,8 +119,9 @@ class Rebuilder:
             raise BadFileRecord("a file needs itself to be made", object=f"file {index}")
         self._building.add(index)
         record = self.files[index]
+        held = self.held.get(index)
         try:
-            fd = record.rebuild(self)
+            fd = record.rebuild(self) if held is None else self.duplicate(held.sock.fileno())
         except OSError as error:
             raise FileRebuildFailed(f"{kind_name(type(record))}: {error}", object=self.name(index)) from error
         self._building.discard(index)
@@ -174,7 +179,12 @@ class Rebuilder:
 
     def check(self) -> list[str]:
         """Look, before anything is built, for what would stand in the way. Warnings; the first obstacle is raised."""
-        warnings = [warning for record in self.files if (warning := record.check(self))]
+        warnings = [
+            warning
+            for index, record in enumerate(self.files)
+            # what is held is there, and in nobody's way
+            if index not in self.held and (warning := record.check(self))
+        ]
         for content in self.records.contents:
             content.check(self.path)
         return warnings
@@ -274,6 +284,11 @@ class Rebuilder:
     def connections(self) -> list[ConnectionRecord]:
         """The connections, once they are rebuilt: what a replay must know."""
         return self._connections.records
+
+    @property
+    def taken(self) -> int:
+        """How many connections were held, and taken back."""
+        return self._connections.taken
 
     def compare(self) -> list[tuple[str, Difference]]:
         """(conn-ID, difference) where the rebuilt connections read back otherwise than was told; none, normally."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from checkpoint.errors import BadFileRecord, LocalPeer
 from checkpoint.files.base import FdView, OpenFile
+from checkpoint.files.held import HeldFile, HeldSocket
 from checkpoint.files.listener import is_closed, is_tcp
 from checkpoint.files.peers import Place, StandIn, alone, mirrored, place_of
 from checkpoint.files.policy import LocalPeers
@@ -28,12 +29,13 @@ from tcpstate.discard import discard_connections
 from tcpstate.early import Early, read_early
 from tcpstate.export import export_connections
 from tcpstate.freeze import QuietState, quiet, read_originals, thaw
-from tcpstate.kernel.sockets import SO, Level
+from tcpstate.kernel.sockets import IPV6, SO, Level
 from tcpstate.rebuild import Difference, differences, rebuild_connections, record_family, release_connections
 from tcpstate.record import ConnectionRecord
 from tcpstate.reopen import tell_windows
 from tcpstate.rows import describe
 from tcpstate.silence import Blackhole
+from tcpstate.uses.hold import ListeningEnd
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
@@ -77,6 +79,7 @@ class TcpGroup:
         self._listeners: list[socket.socket] = []
         #: every (pid, fd) of each listener
         self.listener_places: list[list[tuple[int, int]]] = []
+        self._listener_indexes: list[int] = []
         self._views: list[tuple[int, FdView]] = []
         for index, view in enumerate(table.entries):
             if not is_tcp(view):
@@ -84,6 +87,7 @@ class TcpGroup:
             if view.socket.getsockopt(Level.SOCKET, SO.ACCEPTCONN):
                 self._listeners.append(view.socket)
                 self.listener_places.append(view.places)
+                self._listener_indexes.append(index)
             elif not is_closed(view):
                 self._views.append((index, view))
         self._originals: list[QuietState] | None = None
@@ -240,6 +244,26 @@ class TcpGroup:
             self._blackhole.remove()
             self._table.go_on()
 
+    def held(self) -> list[HeldSocket]:
+        """The exported connections to other hosts, and the listeners, for somebody who keeps them when their owners
+        end. What has its other end on this host is not held: the tree's pairs are rebuilt."""
+        found = [
+            HeldSocket(HeldFile(index=index, conn_id=describe(view.socket), quiet=state), view.socket)
+            for (index, view), state in zip(self._views, self._states, strict=True)
+            if self._places.get(index, Place.AWAY) is Place.AWAY
+        ]
+        for index, sock in zip(self._listener_indexes, self._listeners, strict=True):
+            found.append(HeldSocket(HeldFile(index=index, listener=listening_end(sock)), sock))
+        return found
+
+    def give_away(self) -> None:
+        """Somebody else keeps what :meth:`held` told, silent; the others end."""
+        away = [self._places.get(index, Place.AWAY) is Place.AWAY for index, _ in self._views]
+        others = [not one for one in away]
+        self._views = list(itertools.compress(self._views, others))
+        self._states = list(itertools.compress(self._states, others))
+        self.discard()
+
     def discard(self) -> None:
         """End the connections without a packet, for their owners too. The addresses must have left this host.
 
@@ -264,6 +288,15 @@ class TcpGroup:
                 sock.setsockopt(Level.SOCKET, SO.LINGER, _AT_ONCE)
 
 
+def listening_end(sock: socket.socket) -> ListeningEnd:
+    """Where a listening socket listens."""
+    address, port = sock.getsockname()[:2]
+    both = sock.family == socket.AF_INET6 and not sock.getsockopt(Level.IPV6, IPV6.V6ONLY)
+    if address.startswith("::ffff:"):
+        address = address.removeprefix("::ffff:")
+    return ListeningEnd(address, port, both)
+
+
 def _local(sock: socket.socket) -> str:
     name = describe(sock)
     return ConnId.parse(name).local if name.startswith("tcp:") else ""
@@ -280,7 +313,10 @@ def _at_home(sock: socket.socket) -> bool:
 
 
 class RebuiltTcp:
-    """The connections of a tree at the target, on descriptors that were made early."""
+    """The connections of a tree at the target, on descriptors that were made early.
+
+    Those that were held on this host are the very sockets: they need no rebuild, only to be thawed.
+    """
 
     def __init__(self, host: Rebuilder) -> None:
         self._host = host
@@ -290,11 +326,13 @@ class RebuiltTcp:
         # for other ends that do not exist any more: the last of the sockets above, and what each shall do
         self._stand_ins: list[tuple[socket.socket, StandIn]] = []
         self._alone: set[ConnId] = set()
+        self._held: list[tuple[socket.socket, QuietState]] = []
+        self._held_records: list[ConnectionRecord] = []
         self._blackhole = host.blackhole
 
     def rebuild(self, elapsed: float) -> None:
         """All of them, in repair: nothing is sent, and what arrives is not answered."""
-        if self._socks:
+        if self._socks or self._held:
             raise RuntimeError("the connections were rebuilt already")
         mirrors: list[tuple[ConnectionRecord, StandIn]] = []
         for index, record in enumerate(self._host.files):
@@ -306,6 +344,11 @@ class RebuiltTcp:
                 continue
             whole, early = self._host.queues.whole(record, index)
             if whole.connection is None:
+                continue
+            held = self._host.held.get(index)
+            if held is not None and held.file.quiet is not None:
+                self._held.append((socket.socket(fileno=self._host.descriptor(index)), held.file.quiet))
+                self._held_records.append(whole.connection)
                 continue
             if early:
                 self._early[len(self._socks)] = early
@@ -332,13 +375,20 @@ class RebuiltTcp:
 
     @property
     def records(self) -> list[ConnectionRecord]:
-        """The connections that were rebuilt, without stand-ins."""
-        return self._records[: len(self._records) - len(self._stand_ins)]
+        """The connections that were rebuilt, without stand-ins, and those that were taken back."""
+        return self._records[: len(self._records) - len(self._stand_ins)] + self._held_records
+
+    @property
+    def taken(self) -> int:
+        """How many were held."""
+        return len(self._held)
 
     def release(self) -> None:
         """Let them live. The blackhole stays until :meth:`close`: nothing carries its mark any more, and removing it
         takes milliseconds."""
         release_connections(self._socks, self._records, tell=False)
+        if self._held:
+            thaw([sock for sock, _ in self._held], [state for _, state in self._held])
         for sock, does in self._stand_ins:
             if does is StandIn.RESET:
                 sock.setsockopt(Level.SOCKET, SO.LINGER, _AT_ONCE)
@@ -354,9 +404,13 @@ class RebuiltTcp:
             sock.close()
         for sock in self._socks[: len(self._socks) - len(self._stand_ins)]:
             sock.detach()
+        for sock, _ in self._held:
+            sock.detach()
         self._stand_ins = []
         self._socks = []
         self._records = []
+        self._held = []
+        self._held_records = []
         self._early = {}
         self._host.queues.clear()
         self._blackhole.remove()

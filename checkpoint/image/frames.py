@@ -103,6 +103,7 @@ class Kind(enum.StrEnum):
     MAPS_DELTA   mappings that came, went or changed since the last MAPPINGS of a process
     FILES_DELTA  entries of FILES that came or changed; sockets, as frozen at the end
     ADDRESSES    addresses that the connections need, of an image in a file; of a migration the protocol tells them
+    HOLD         where the connections are held that the checkpoint did not end; of an image in a file
     END          index, root digest and, optionally, a signature; always the last
     """
 
@@ -116,6 +117,7 @@ class Kind(enum.StrEnum):
     MAPS_DELTA = "MAPS_DELTA"
     FILES_DELTA = "FILES_DELTA"
     ADDRESSES = "ADDRESSES"
+    HOLD = "HOLD"
     END = "END"
 
 

@@ -10,8 +10,8 @@ from cli.command import command
 from cli.fields import fields
 from cli.filepolicy import file_policy, policy_of
 from cli.session import Result, Session
+from migrate.hold import DEFAULT_TIMEOUT
 from migrate.snapshot import checkpoint as dump
-from migrate.takeover import AddressPolicy
 
 __all__ = ["checkpoint"]
 
@@ -24,10 +24,11 @@ __all__ = ["checkpoint"]
     "--address", metavar="auto|none|ADDR,...", default="auto", help="Which addresses go with it.  [default: auto]"
 )
 @click.option(
-    "--address-policy",
-    type=click.Choice([policy.value for policy in AddressPolicy]),
-    default=AddressPolicy.REFUSE.value,
-    help="What if others use such an address.  [default: refuse]",
+    "--hold-timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(0),
+    default=DEFAULT_TIMEOUT,
+    help=f"When the hold ends by itself; 0: never.  [default: {DEFAULT_TIMEOUT:g}]",
 )
 @file_policy
 @click.option("--unit-hook", metavar="CMD", default="", help="A program that deals with their supervisor.")
@@ -37,30 +38,29 @@ def checkpoint(
     output: str,
     leave_running: bool,
     address: str,
-    address_policy: str,
+    hold_timeout: float,
     unit_hook: str,
     **files: Any,
 ) -> Result:
     """Write the process trees PID and their connections into one image file.
 
-    Without -R the processes end. Their addresses leave this host, so that nobody is reset; peers keep trying until
-    `tcpmig restore` brings both back.
+    Without -R the processes end, and their connections are held: nobody is answered and nobody is reset until
+    `tcpmig restore` brings the processes back, here or (--from) elsewhere, or the hold ends. See `tcpmig holds`.
     """
-    policy = AddressPolicy(address_policy)
     decided = policy_of(**files)
     summary = dump(
         pids,
         output,
         leave_running=leave_running,
         address=address,
-        policy=policy,
         files=decided,
         unit_hook=unit_hook,
+        timeout=hold_timeout,
     )
     what = "runs on" if summary.running else "has ended"
-    gone = f", {', '.join(summary.addresses)} left this host" if summary.addresses else ""
+    kept = f"; hold {summary.hold}" if summary.hold else ""
     lines = [
         f"{output}: {summary.bytes} bytes, {summary.connections} connections",
-        f"pid {summary.pid} {what} after {summary.stop_ms:.1f} ms{gone}",
+        f"pid {summary.pid} {what} after {summary.stop_ms:.1f} ms{kept}",
     ]
     return Result(data=fields(summary), body=lines)

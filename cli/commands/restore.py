@@ -14,7 +14,10 @@ from cli.errors import PidFileNotWritten
 from cli.fields import fields
 from cli.filepolicy import file_places, places_of
 from cli.session import Result, Session
+from migrate.handover import DEFAULT_REMOTE_COMMAND, Origin
 from migrate.snapshot import restore as build
+from migrate.takeover import AddressPolicy
+from migrate.transport import DEFAULT_RSH
 
 __all__ = ["restore"]
 
@@ -23,6 +26,22 @@ __all__ = ["restore"]
 @click.argument("file", type=click.Path())
 @click.option("--no-address", is_flag=True, help="Leave the addresses alone: they are local anyway, or not needed.")
 @click.option("--pid-file", metavar="FILE", type=click.Path(), help="Write the root's PID there.")
+@click.option("--from", "origin", metavar="HOST", help="The host that holds the connections: it gives them up first.")
+@click.option(
+    "--rsh", metavar="CMD", default=DEFAULT_RSH, help=f"With --from: the remote shell.  [default: {DEFAULT_RSH}]"
+)
+@click.option(
+    "--remote-command",
+    metavar="CMD",
+    default=DEFAULT_REMOTE_COMMAND,
+    help=f"With --from: what it runs on HOST.  [default: {DEFAULT_REMOTE_COMMAND}]",
+)
+@click.option(
+    "--address-policy",
+    type=click.Choice([policy.value for policy in AddressPolicy]),
+    default=AddressPolicy.REFUSE.value,
+    help="With --from: what if others there use such an address.  [default: refuse]",
+)
 @click.option("--foreground", is_flag=True, help="Stay as the parent, and pass on the exit status.")
 @file_places
 def restore(
@@ -30,17 +49,27 @@ def restore(
     file: str,
     no_address: bool,
     pid_file: str | None,
+    origin: str | None,
+    rsh: str,
+    remote_command: str,
+    address_policy: str,
     foreground: bool,
     path_map: tuple[str, ...],
     overwrite: bool,
 ) -> Result | None:
     """Let the processes of the image FILE run again, here, with their PIDs, connections and addresses.
 
-    The image is verified whole before anything is built. Prints the root's PID.
+    The image is verified whole before anything is built. Connections that this host holds are taken back; those that
+    another host holds it gives up, with the addresses, if --from names it. Prints the root's PID.
     """
     places = places_of(path_map=path_map, overwrite=overwrite)
-    with _pid_file(pid_file) as out:
-        summary = build(file, take_addresses=not no_address, files=places)
+    with contextlib.ExitStack() as ends:
+        out = ends.enter_context(_pid_file(pid_file))
+        there = None
+        if origin is not None:
+            shared = AddressPolicy(address_policy) is AddressPolicy.ALLOW
+            there = ends.enter_context(Origin(origin, rsh=rsh, remote_command=remote_command, shared=shared))
+        summary = build(file, take_addresses=not no_address, origin=there, files=places)
         if out is not None:
             out.write(f"{summary.pid}\n")
     data = fields(summary)

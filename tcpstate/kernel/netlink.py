@@ -28,6 +28,7 @@ _SEQUENCES = 1 << 32
 _SOL_NETLINK = 270
 _BATCH = 256  # changes in one message: their acknowledgements must fit into the receive buffer
 _RECEIVE_BUFFER = 1 << 20
+_ANSWER_WAIT = 5.0  # seconds; a transaction waits for all processors to leave the old rules
 _RECEIVE_SIZE = 1 << 16  # the kernel builds dumps in blocks of at most 32 KiB
 
 
@@ -36,6 +37,7 @@ class Protocol(enum.IntEnum):
 
     ROUTE = 0
     SOCK_DIAG = 4
+    NETFILTER = 12
 
 
 class Request(enum.IntFlag):
@@ -160,6 +162,30 @@ class Netlink:
                     (code,) = _ERROR.unpack_from(message.body)
                     results.append(_refusal(message) if code else None)
         return results
+
+    def transaction(
+        self, begin: tuple[int, bytes], requests: Iterable[tuple[int, Request, bytes]], end: tuple[int, bytes]
+    ) -> None:
+        """Make all changes or none, between a message that begins the batch and one that ends it (nfnetlink). OSError
+        of the first that was refused, or ETIMEDOUT."""
+        todo = [(kind, flags | Request.ACK, body) for kind, flags, body in requests]
+        self._send([(begin[0], Request.REQUEST, begin[1]), *todo, (end[0], Request.REQUEST, end[1])])
+        # If the batch itself is refused, only that is answered.
+        self._socket.settimeout(_ANSWER_WAIT)
+        refused: OSError | None = None
+        answered = 0
+        try:
+            while answered < len(todo):
+                for message in self._receive():
+                    answered += 1
+                    if refused is None and _ERROR.unpack_from(message.body) != (0,):
+                        refused = _refusal(message)
+        except TimeoutError:
+            refused = refused or OSError(errno.ETIMEDOUT, "no answer to a transaction")
+        finally:
+            self._socket.settimeout(None)
+        if refused is not None:
+            raise refused
 
     def _send(self, messages: list[tuple[int, int, bytes]]) -> None:
         self._sequence = (self._sequence + 1) % _SEQUENCES

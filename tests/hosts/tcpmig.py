@@ -12,7 +12,7 @@ from typing import Any
 from tests.hosts.host import ROOT, Host
 from tests.hosts.process import CommandFailed
 
-__all__ = ["RSH", "TCPMIG", "MigrationFailed", "migrate", "tcpmig"]
+__all__ = ["RSH", "TCPMIG", "MigrationFailed", "from_host", "migrate", "tcpmig"]
 
 TCPMIG = [sys.executable, "-m", "cli.main"]
 RSH = [sys.executable, "-IS", str(ROOT / "tests/hosts/rsh.py")]
@@ -40,6 +40,12 @@ def tcpmig(host: Host, *arguments: object, timeout: float = 60) -> tuple[int, di
     except json.JSONDecodeError:
         summary = {}
     return done.returncode, summary if isinstance(summary, dict) else {}, done.stderr + ("" if summary else done.stdout)
+
+
+def from_host(origin: Host, *, relay: bool = False) -> list[str]:
+    """The options of `restore` for an image whose connections ``origin`` holds."""
+    rsh = shlex.join([*RSH, "--relay"] if relay else RSH)
+    return ["--from", origin.name, "--rsh", rsh, "--remote-command", shlex.join([*TCPMIG, "handover"])]
 
 
 def migrate(

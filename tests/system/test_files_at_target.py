@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.hosts import Host, ThreeHosts
-from tests.hosts.tcpmig import RSH, TCPMIG, MigrationFailed, migrate, tcpmig
+from tests.hosts.tcpmig import RSH, TCPMIG, MigrationFailed, from_host, migrate, tcpmig
 from tests.system.test_cli_bad_input import connected
 from tests.workloads.servers import wait_listening
 
@@ -182,13 +182,14 @@ def test_an_image_with_files(service: Service) -> None:
     assert tcpmig(source, "checkpoint", service.pid, "-o", image, "--ship")[0] == 0
     source.wait_until_gone(service.pid)
     furnish(target, "target")
-    status, said, _ = tcpmig(target, "restore", image)
+    status, said, _ = tcpmig(target, "restore", image, *from_host(source))
     assert (status, said["code"]) == (3, "TM-0354")
     assert service.lines(target) == ["target"]
     target.path("/var/moved").mkdir()
     target.path("/var/moved/service").mkdir()
     target.path("/var/moved/service/release").mkdir()
-    status, back, told = tcpmig(target, "restore", image, "--map", f"{FOLDER}=/var/moved/service", "--overwrite")
+    options = ["--map", f"{FOLDER}=/var/moved/service", "--overwrite", *from_host(source)]
+    status, back, told = tcpmig(target, "restore", image, *options)
     assert status == 0, told
     assert service.say("reader.seek(0) or reader.read()") == b"source\nline 1\nline 2\n"
     assert service.say("os.getcwd()") == "/var/moved/service"

@@ -16,7 +16,7 @@ import pytest
 
 from tests.counters import counters
 from tests.hosts import Host, ThreeHosts
-from tests.hosts.tcpmig import MigrationFailed, migrate, tcpmig
+from tests.hosts.tcpmig import MigrationFailed, from_host, migrate, tcpmig
 from tests.system.test_cli_bad_input import connected
 from tests.workloads.servers import wait_listening
 
@@ -113,7 +113,7 @@ def test_a_pair_in_an_image(pair: Pair, tmp_path: Path) -> None:
     image = tmp_path / "image"
     assert tcpmig(pair.here, "checkpoint", pair.pid, "-o", image)[0] == 0
     pair.here.wait_until_gone(pair.pid)
-    assert tcpmig(pair.there, "restore", image)[0] == 0
+    assert tcpmig(pair.there, "restore", image, *from_host(pair.here))[0] == 0
     pair.here, pair.there = pair.there, pair.here
     pair.flows()
     assert resets(pair.hosts) == before

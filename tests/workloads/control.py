@@ -25,9 +25,14 @@ from typing import Any
 
 from tests.workloads.gaps import GapLog
 
-__all__ = ["Client"]
+__all__ = ["Client", "patience"]
 
 MAX_WRONG = 20  # after so many texts they are only counted
+
+
+def patience(seconds: float) -> float:
+    """How long a client waits for what must come: as it says, or TMH_PATIENCE seconds if that is longer."""
+    return max(seconds, float(os.environ.get("TMH_PATIENCE", "0")))
 
 
 class Client:

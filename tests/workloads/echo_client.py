@@ -12,7 +12,7 @@ import sys
 import time
 from typing import Any
 
-from tests.workloads.control import Client, main
+from tests.workloads.control import Client, main, patience
 
 INTERVAL = 0.001  # seconds from an answer to the next message
 MESSAGE = struct.Struct("=QQ")
@@ -98,7 +98,7 @@ class EchoClient(Client):
     def finish(self) -> dict[str, Any]:
         """The last echoes must come."""
         self._stopped = True
-        self.spin(time.monotonic() + 10, lambda: all(one.dead or not one.open for one in self._all))
+        self.spin(time.monotonic() + patience(10), lambda: all(one.dead or not one.open for one in self._all))
         for one in self._all:
             if one.open and not one.dead:
                 self.blame(f"echo of {one.address}: no answer")

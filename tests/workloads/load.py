@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import subprocess
 import sys
@@ -30,7 +31,8 @@ class Load:
         self._buffer = b""
         pipe = subprocess.PIPE
         argv = [sys.executable, "-m", f"tests.workloads.{module}", *arguments]
-        self._process = host.popen(argv, stdin=pipe, stdout=pipe)
+        given = {name: os.environ[name] for name in ("TMH_PATIENCE",) if name in os.environ}
+        self._process = host.popen(argv, stdin=pipe, stdout=pipe, env=given)
         try:
             ready = self._answer(30)
             if not ready.get("ready"):

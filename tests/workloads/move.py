@@ -174,6 +174,16 @@ class Stage:
         self._judge(report)
         return report
 
+    @property
+    def watcher(self) -> Watcher:
+        """What it watches the clients' interface with."""
+        return self._watcher
+
+    def arrived(self, host: Host) -> None:
+        """The process is on this host now, by other means than :meth:`move`."""
+        if host is not self.here:
+            self.here, self.there = host, self.here
+
     def _gaps(self, report: MoveReport | None = None) -> dict[str, float]:
         marks = ask_all(self.loads, "mark")
         if report is not None:

@@ -15,12 +15,12 @@ import sys
 import time
 from typing import Any
 
-from tests.workloads.control import Client, main
+from tests.workloads.control import Client, main, patience
 from tests.workloads.resp import RespReader, command
 
 INTERVAL = 0.01  # seconds between two connections
 MOST = 200  # connections at once
-PATIENCE = 20.0  # seconds until a connection counts as failed
+PATIENCE = patience(20.0)  # seconds until a connection counts as failed
 KEY, VALUE = b"churn:value", b"as it was set"
 
 

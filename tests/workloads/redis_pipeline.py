@@ -16,7 +16,7 @@ import time
 from collections import deque
 from typing import Any
 
-from tests.workloads.control import Client, main
+from tests.workloads.control import Client, main, patience
 from tests.workloads.resp import RespReader, command
 
 BATCH = 16  # commands in one send
@@ -54,7 +54,7 @@ class Connection:
 
     def last_batch(self) -> None:
         """Send what is left of a batch, waiting for room; none is begun."""
-        self.socket.settimeout(10)
+        self.socket.settimeout(patience(10))
         try:
             if not self.dead:
                 self.socket.sendall(self._out)
@@ -156,7 +156,7 @@ class RedisPipeline(Client):
         for connection in connections:
             connection.last_batch()
         self._connections = []  # no further batches
-        self.spin(time.monotonic() + 10, lambda: all(c.dead or not c.due for c in connections))
+        self.spin(time.monotonic() + patience(10), lambda: all(c.dead or not c.due for c in connections))
         for connection in connections:
             if connection.due:
                 self.blame(f"{connection.name}: {len(connection.due)} replies missing")

@@ -16,13 +16,13 @@ import sys
 import time
 from typing import Any
 
-from tests.workloads.control import Client, main
+from tests.workloads.control import Client, main, patience
 from tests.workloads.resp import RespReader, command
 
 BIG = 1 << 20  # bytes of the value of which the backlog is made
 TIMES = 8  # how often it is asked for
 SETTLE = 0.1  # seconds for the queues to fill
-PATIENCE = 15.0  # seconds until an answer counts as missing
+PATIENCE = patience(15.0)  # seconds until an answer counts as missing
 
 
 class Connection:

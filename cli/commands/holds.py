@@ -1,0 +1,54 @@
+"""``tcpmig holds``: what of ours stands on this host."""
+
+from __future__ import annotations
+
+import click
+
+from cli.command import command
+from cli.fields import fields
+from cli.session import Result, Session, Table
+from migrate.holdlist import Hold, survey
+
+__all__ = ["holds"]
+
+
+@command("holds")
+def holds(session: Session) -> Result:
+    """What checkpoints hold here, and everything else of ours that stands: drop rules, routing rules, frozen
+    connections.
+    """
+    found = survey()
+    body: list[str | Table] = []
+    if found.holds:
+        rows = [_row(hold) for hold in found.holds]
+        styles = {"dead": "red", "partial": "yellow", "unfinished": "yellow"}
+        columns = ["HOLD", "STATE", "AGE", "LEFT", "CONNECTIONS", "LISTENERS", "PIDS", "IMAGE"]
+        body.append(Table(columns=columns, rows=rows, styles=styles))
+    if found.rules:
+        body.append(Table(columns=["RULE", "NAME", "OF"], rows=[[r.kind, r.name, r.owner or "-"] for r in found.rules]))
+    if found.frozen:
+        rows = [[f.connection, str(f.pid), _span(f.age), "" if f.here else "elsewhere"] for f in found.frozen]
+        body.append(Table(columns=["FROZEN", "PID", "AGE", ""], rows=rows))
+    return Result(data=fields(found), body=body or ["nothing is held here"])
+
+
+def _row(hold: Hold) -> list[str]:
+    left = "-" if hold.left is None else _span(hold.left)
+    pids = " ".join(map(str, hold.roots))
+    return [
+        hold.hold,
+        hold.state.value,
+        _span(hold.age),
+        left,
+        str(hold.connections),
+        str(len(hold.listeners)),
+        pids,
+        click.format_filename(hold.image),
+    ]
+
+
+def _span(seconds: float) -> str:
+    whole = int(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

@@ -1,0 +1,1 @@
+"""What frozen connections are good for: the uses of the paper's section 4."""
