@@ -59,10 +59,12 @@ from checkpoint.traces import (
     HeldListener,
     HeldListeners,
     NoteWriter,
+    Roots,
     Rules,
     Trace,
     Traced,
     listener_name,
+    peeked,
     write,
 )
 from checkpoint.tree import Task, plan
@@ -152,6 +154,7 @@ class Dump:
 
     def make_ready(self) -> None:
         """What takes milliseconds and needs nothing to stand still: rules that silence frozen connections. OSError."""
+        write(self.note, Trace.ROOTS, Roots(processes=[Traced.now(pid) for pid in self.roots]))
         if not self._blackhole.priorities:
             self._blackhole.ensure(lambda rules: write(self.note, Trace.RULES, Rules(priorities=rules)))
         self._local = local_addresses()
@@ -165,7 +168,7 @@ class Dump:
                 HeldListener(places=places, name=listener_name(sock), filter=own_filter(own))
                 for sock, places, own in zip(self._listeners, self._places, read_filters(self._listeners), strict=True)
             ]
-            write(self.note, Trace.LISTENERS, HeldListeners(roots=self.roots, listeners=held))
+            write(self.note, Trace.LISTENERS, HeldListeners(listeners=held))
         self._holdoff.begin()
 
     def drain(self) -> None:
@@ -243,6 +246,8 @@ class Dump:
             self._table.add_process(process)
             self._layouts[process.pid] = layout.capture(process, self._table, brk=brk.value)
         self._group = TcpGroup(self._table, self._blackhole)
+        if (sockets := peeked(self._table.entries)).sockets:
+            write(self.note, Trace.PEEKED, sockets)
         try:
             self._files = self._table.records()
             self._group.find_peers(self._local)

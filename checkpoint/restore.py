@@ -238,7 +238,8 @@ class Restore:
             for pid, stub in self.stubs.items()
         ]
         names = [StagedName(staged=staged, real=real) for staged, real in rebuilder.staged]
-        write(self.note, Trace.STUBS, Stubs(processes=processes, names=names, roots=self._roots()))
+        held = {index: one.file.quiet for index, one in rebuilder.held.items() if one.file.quiet is not None}
+        write(self.note, Trace.STUBS, Stubs(processes=processes, names=names, roots=self._roots(), held=held))
         for stub in self.stubs.values():
             stub.queue_sigstops()
 

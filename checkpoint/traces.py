@@ -9,19 +9,32 @@ a number that was given to another process meanwhile is no longer meant.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import socket
+import stat
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from checkpoint import procfs
 from checkpoint.errors import NoSuchProcess
-from checkpoint.files.base import FileLock
+from checkpoint.files.base import FdView, FileLock
+from checkpoint.files.listener import is_tcp
 from checkpoint.files.tcp import Original
+from checkpoint.files.udp import IP_PKTINFO, IPV6_RECVPKTINFO
 from checkpoint.procfs import Stat
 from checkpoint.tracee import Process
 from tcpstate import codec
+from tcpstate.freeze import QuietState
 from tcpstate.kernel.bpf import Instruction
+from tcpstate.kernel.sockets import SO, Level
+
+_PEEK_OFF = (int(Level.SOCKET), int(SO.PEEK_OFF))
+#: options that are on while a queue is read
+_TOLD = {
+    (socket.AF_INET, socket.SOCK_DGRAM): ((int(Level.IP), IP_PKTINFO),),
+    (socket.AF_INET6, socket.SOCK_DGRAM): ((int(Level.IPV6), IPV6_RECVPKTINFO),),
+}
 
 __all__ = [
     "FrozenTree",
@@ -31,6 +44,7 @@ __all__ = [
     "Made",
     "NoteWriter",
     "Peeked",
+    "Roots",
     "Rules",
     "StagedName",
     "Stubs",
@@ -38,6 +52,7 @@ __all__ = [
     "Traced",
     "alive",
     "listener_name",
+    "peeked",
     "write",
 ]
 
@@ -48,6 +63,7 @@ NoteWriter = Callable[[str, bytes], None]
 class Trace(enum.StrEnum):
     """The names of notes."""
 
+    ROOTS = "roots"  # Roots: trees that are about to be stopped
     RULES = "rules"  # Rules: routing rules, added now
     LISTENERS = "listeners"  # HeldListeners: listeners that are about to drop SYNs
     PEEKED = "peeked"  # Peeked: sockets whose queues are about to be read
@@ -69,9 +85,21 @@ class Traced:
     stop_signal: int = 0
 
     @classmethod
+    def now(cls, pid: int) -> Traced:
+        """The process that has this number now. NoSuchProcess."""
+        return cls(pid=pid, start_time=procfs.read_stat(pid).start_time)
+
+    @classmethod
     def of(cls, process: Process) -> Traced:
         """A process that stands still."""
         return cls(pid=process.pid, start_time=process.stat.start_time, stop_signal=process.stop_signal)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roots:
+    """The roots of the trees. Their members are not known before they stand still."""
+
+    processes: list[Traced]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,9 +120,8 @@ class HeldListener:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldListeners:
-    """The listeners of the trees of ``roots``; what they accept meanwhile inherits the filter."""
+    """The listeners of the trees; what they accept meanwhile inherits the filter."""
 
-    roots: tuple[int, ...]
     listeners: list[HeldListener]
 
 
@@ -143,17 +170,32 @@ class Stubs:
 
     names  of local sockets, that appear at the release
     roots  root processes: PID at the source to PID here
+    held   connections that were taken back from a hold, by index in FILES: as they were before they were frozen
     """
 
     processes: list[Traced]
     names: list[StagedName]
     roots: dict[int, int]
+    held: dict[int, QuietState] = field(default_factory=dict)
 
 
 def write(note: NoteWriter | None, trace: Trace, record: object) -> None:
     """Keep a note; nothing if there is nobody to keep it (a rehearsal, a test)."""
     if note is not None:
         note(trace, codec.pack(record))
+
+
+def peeked(entries: Iterable[FdView]) -> Peeked:
+    """The sockets among open files whose queues are read by peeking, as they are."""
+    found = []
+    for view in entries:
+        if view.dup >= 0 and stat.S_ISSOCK(view.stat.st_mode) and not is_tcp(view):
+            options = [_PEEK_OFF, *_TOLD.get((view.socket.family, view.socket.type), ())]
+            # a socket of another kind has none of them
+            with contextlib.suppress(OSError):
+                values = [(level, option, view.socket.getsockopt(level, option)) for level, option in options]
+                found.append((view.places, values))
+    return Peeked(sockets=found)
 
 
 def listener_name(sock: socket.socket) -> str:

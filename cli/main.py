@@ -26,6 +26,7 @@ COMMANDS = {
     "handover": "The holding host's half of restore --from; started by restore.",
     "migrate": "Move running process trees to another host, with their connections.",
     "receive": "The target's half of a migration; started by migrate.",
+    "recover": "Finish or undo what a crash interrupted.",
     "conns": "Connections: who has them, what is queued in them.",
     "get": "What can be read of one connection while it flows.",
     "freeze": "Silence one connection until it is resumed.",

@@ -142,6 +142,16 @@ class Arrival:
         for link in self._links.values():
             link.close()
 
+    def adopt(self, landings: Iterable[Landing]) -> None:
+        """Addresses that an earlier program has added, to be announced again."""
+        self._landings = list(landings)
+        self._open_links(read_configuration(self._netlink))
+
+    def _open_links(self, here: Configuration) -> None:
+        for interface in here.interfaces:
+            if interface.resolves and any(landing.interface == interface.index for landing in self._landings):
+                self._links[interface.index] = LinkSocket(interface.name, interface.mac)
+
     @property
     def record(self) -> ArrivalRecord:
         """For the journal, before :meth:`add`."""
@@ -195,9 +205,7 @@ class Arrival:
             replace(x, record=replace(x.record, routes=tuple(r for r in x.record.routes if _identity(r) not in own)))
             for x in self._landings
         ]
-        for interface in here.interfaces:
-            if interface.resolves and any(landing.interface == interface.index for landing in self._landings):
-                self._links[interface.index] = LinkSocket(interface.name, interface.mac)
+        self._open_links(here)
         self._changes = [
             # without NODAD an IPv6 address would be unusable for a second; that it is free was probed
             (MessageType.NEWADDR, _ADD, add_body(x.record, x.interface, stable_flags(x.record) | AddressFlag.NODAD))

@@ -7,6 +7,7 @@ from tcpstate.errors import Outcome, TcpmigError, catalogue
 __all__ = [
     "AddressCarriesControl",
     "AddressChangeFailed",
+    "AddressElsewhere",
     "AddressInUseByOthers",
     "AddressNotHere",
     "AddressNotLocal",
@@ -26,6 +27,7 @@ __all__ = [
     "HolderFailed",
     "InDoubt",
     "JournalDamaged",
+    "JournalInUse",
     "JournalUnusable",
     "KeptFramesLost",
     "LinkLost",
@@ -33,9 +35,12 @@ __all__ = [
     "NoInterfaceForAddress",
     "NoSuchHold",
     "NotHeld",
+    "NotInDoubt",
     "NotTcpmig",
+    "NothingToRecover",
     "PreparedDiffers",
     "ProtocolError",
+    "RecoverIncomplete",
     "RemoteStartFailed",
     "RshSyntax",
     "SameHost",
@@ -45,6 +50,7 @@ __all__ = [
     "TargetStuck",
     "UnitHookFailed",
     "UnitHookSyntax",
+    "Unsettled",
     "VersionMismatch",
     "from_remote",
     "undone",
@@ -199,6 +205,60 @@ class KeptFramesLost(TcpmigError):
 
     code = "TM-0635"
     fix = "Decide with `tcpmig recover ID --assume here|there`; connections that were not released will be reset."
+
+
+class Unsettled(TcpmigError):
+    """`tcpmig recover` left something as it is: the other host could not be asked, does not know, or holds the
+    processes itself and could not go on with them. The original, if it is on this host, stays stopped and silent, so
+    that there are never two running copies."""
+
+    code = "TM-0636"
+    outcome = Outcome.IN_DOUBT
+    fix = (
+        "Run it again when the other host can be reached, or run `tcpmig recover` there. If that host is gone for "
+        "good, decide: `tcpmig recover ID --assume here` or `--assume there`."
+    )
+
+
+class NothingToRecover(TcpmigError):
+    """No journal of this host that is not settled yet has this name, or several begin with it."""
+
+    code = "TM-0637"
+    outcome = Outcome.REFUSED
+    fix = "See `tcpmig recover --dry-run` for what is not settled on this host."
+
+
+class NotInDoubt(TcpmigError):
+    """--assume decides what nobody knows. Of this one it is known where the processes are, so that nothing is to be
+    decided."""
+
+    code = "TM-0638"
+    outcome = Outcome.REFUSED
+    fix = "Run `tcpmig recover ID` without --assume."
+
+
+class RecoverIncomplete(TcpmigError):
+    """A step of `tcpmig recover` failed; all others were made. What is left to be done stays in the journal."""
+
+    code = "TM-0639"
+    fix = "Mend what is named, and run `tcpmig recover` again."
+
+
+class AddressElsewhere(TcpmigError):
+    """An address that is to be added here is answered for by another machine on the link: most likely the processes run
+    there. If it were added here as well there would be two copies."""
+
+    code = "TM-0640"
+    outcome = Outcome.IN_DOUBT
+    fix = "Look at that machine first. If it has the address by mistake, remove it there and run this again."
+
+
+class JournalInUse(TcpmigError):
+    """The program that writes this journal is still at work, or another `tcpmig recover` is settling it."""
+
+    code = "TM-0641"
+    outcome = Outcome.REFUSED
+    fix = "Wait until it has ended, or end it, and run `tcpmig recover` again."
 
 
 class AddressNotHere(TcpmigError):

@@ -53,6 +53,7 @@ __all__ = [
     "Role",
     "Step",
     "StepKind",
+    "find_journal",
     "journals",
     "read_journal",
 ]
@@ -228,9 +229,13 @@ class JournalView:
         """The newest record of a kind."""
         return next((r for r in reversed(self.records) if isinstance(r, kind)), None)
 
+    def step(self, step: StepKind) -> Step | None:
+        """The newest record of a step."""
+        return next((r for r in reversed(self.records) if isinstance(r, Step) and r.step is step), None)
+
     def reached(self, step: StepKind) -> bool:
         """Whether a step was journalled."""
-        return any(isinstance(r, Step) and r.step is step for r in self.records)
+        return self.step(step) is not None
 
 
 class Journal:
@@ -402,6 +407,12 @@ def read_journal(path: Path) -> JournalView:
     opened, facts = records[0], host_facts()
     mine = Place(boot_id=opened.boot_id, network=opened.network, pids=opened.pids) == Place.of(facts)
     return JournalView(path, opened, tuple(records), torn, mine, alive)
+
+
+def find_journal(migration: str, role: Role, directory: Path | None = None) -> JournalView | None:
+    """The journal of a migration on this side; None if there is none. JournalDamaged."""
+    path = (directory or state_directory()) / "journals" / f"{migration}.{role.value}"
+    return read_journal(path) if _NAME.fullmatch(path.name) and path.exists() else None
 
 
 def journals(directory: Path | None = None) -> Iterator[JournalView]:

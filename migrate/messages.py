@@ -7,6 +7,7 @@ Hello, whose own shape never changes.
 
 from __future__ import annotations
 
+import enum
 import ipaddress
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ __all__ = [
     "HIGHEST_VERSION",
     "LOWEST_VERSION",
     "Abort",
+    "Ask",
     "Captured",
     "Check",
     "Commit",
@@ -42,8 +44,10 @@ __all__ = [
     "Prepared",
     "Refused",
     "Running",
+    "Standing",
     "Started",
     "Stuck",
+    "Told",
     "TreeNeed",
     "Verdicts",
 ]
@@ -354,3 +358,35 @@ class Done(Message):
     """Source: the original is gone; nothing more will come."""
 
     migration: str
+
+
+class Standing(enum.Enum):
+    """What a host knows of a migration that it was the target of."""
+
+    UNKNOWN = "unknown"  # there is no journal of it
+    BUSY = "busy"  # the program that takes it in is still at work
+    ABORTED = "aborted"  # nothing of it runs, or ever ran, here
+    HELD = "held"  # it is this host's, and not let go yet
+    RUNS = "runs"  # it runs here, or did until it ended by itself
+    LOST = "lost"  # it was this host's, which has been booted since
+
+
+@member(Message, "ask")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask(Message):
+    """Source, in place of Check: what has become of this migration? ``settle``: and finish what is yours, undo what is
+    not, as `tcpmig recover` does there; else nothing is changed."""
+
+    migration: str
+    settle: bool = False
+
+
+@member(Message, "told")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told(Message):
+    """Target: the answer to Ask. ``pids`` as in Running; ``failure``: why it is not settled."""
+
+    migration: str
+    standing: Standing
+    pids: dict[int, int] = field(default_factory=dict)
+    failure: Failure | None = None

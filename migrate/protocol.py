@@ -38,6 +38,9 @@ the source holds and will ask.
     DONE                ----->
                         any time before COMMIT, from either side: ABORT;   KEEPALIVE at all times
 
+    ASK                 ----->            in place of CHECK: what became of an earlier migration?
+                        <-----            TOLD
+
 ABORT may cross COMMIT on the line: the target gave up while it waited.  So a source in doubt accepts ABORT, and a
 target that aborted ignores COMMIT and whatever else is still on its way.  RUNNING, STARTED and STUCK carry the token of
 COMMIT: nothing that was sent before COMMIT was read can pass for them.
@@ -56,6 +59,7 @@ from typing import TypeVar
 from migrate.errors import PreparedDiffers, ProtocolError, VersionMismatch
 from migrate.messages import (
     Abort,
+    Ask,
     Captured,
     Check,
     Commit,
@@ -71,6 +75,7 @@ from migrate.messages import (
     Running,
     Started,
     Stuck,
+    Told,
     Verdicts,
 )
 
@@ -98,6 +103,8 @@ class SourceState(enum.Enum):
     DONE = "done"
     REFUSED = "refused"
     ABORTED = "aborted"  # they run here
+    ASKING = "asking"  # what became of an earlier migration
+    ANSWERED = "answered"
 
 
 class TargetState(enum.Enum):
@@ -119,6 +126,8 @@ class TargetState(enum.Enum):
     REFUSED = "refused"
     ABORTED = "aborted"
     STUCK = "stuck"
+    ASKED = "asked"  # what became of an earlier migration
+    ANSWERED = "answered"
 
 
 _What = type[Message] | type[Image]
@@ -127,6 +136,7 @@ _S, _T = SourceState, TargetState
 _SOURCE_SENDS: dict[tuple[SourceState, _What], SourceState] = {
     (_S.START, Hello): _S.GREETED,
     (_S.AGREED, Check): _S.CHECKING,
+    (_S.AGREED, Ask): _S.ASKING,
     (_S.CHECKED, Measure): _S.CHECKED,
     (_S.CHECKED, Image): _S.SENDING,
     (_S.SENDING, Measure): _S.SENDING,
@@ -142,6 +152,7 @@ _SOURCE_SENDS: dict[tuple[SourceState, _What], SourceState] = {
 _SOURCE_RECEIVES: dict[tuple[SourceState, _What], SourceState] = {
     (_S.GREETED, Hello): _S.AGREED,
     (_S.CHECKING, Verdicts): _S.CHECKED,
+    (_S.ASKING, Told): _S.ANSWERED,
     (_S.CHECKING, Refused): _S.REFUSED,
     (_S.CHECKED, Measured): _S.CHECKED,
     (_S.SENDING, Measured): _S.SENDING,
@@ -159,6 +170,7 @@ _SOURCE_RECEIVES: dict[tuple[SourceState, _What], SourceState] = {
 _TARGET_SENDS: dict[tuple[TargetState, _What], TargetState] = {
     (_T.GREETED, Hello): _T.AGREED,
     (_T.CHECKING, Verdicts): _T.READY,
+    (_T.ASKED, Told): _T.ANSWERED,
     (_T.CHECKING, Refused): _T.REFUSED,
     (_T.READY, Measured): _T.READY,
     (_T.RECEIVING, Measured): _T.RECEIVING,
@@ -184,6 +196,7 @@ _TARGET_SENDS: dict[tuple[TargetState, _What], TargetState] = {
 _TARGET_RECEIVES: dict[tuple[TargetState, _What], TargetState] = {
     (_T.START, Hello): _T.GREETED,
     (_T.AGREED, Check): _T.CHECKING,
+    (_T.AGREED, Ask): _T.ASKED,
     (_T.READY, Measure): _T.READY,
     (_T.READY, Image): _T.RECEIVING,
     (_T.RECEIVING, Measure): _T.RECEIVING,
@@ -201,10 +214,10 @@ _TARGET_RECEIVES: dict[tuple[TargetState, _What], TargetState] = {
 #: states of the source in which the original may run, or be resumed
 _SOURCE_HAS_IT = frozenset(_S) - {_S.IN_DOUBT, _S.STUCK, _S.MOVED, _S.DONE}
 #: states of the target in which there is nothing to be undone any more, whatever arrives
-_TARGET_OVER = frozenset({_T.ABORTED, _T.REFUSED})
+_TARGET_OVER = frozenset({_T.ABORTED, _T.REFUSED, _T.ANSWERED})
 #: states of the target that a lost line ends
 _TARGET_DEPENDS = frozenset(
-    {_T.START, _T.GREETED, _T.AGREED, _T.CHECKING, _T.READY, _T.RECEIVING, _T.PREPARING, _T.PREPARED}
+    {_T.START, _T.GREETED, _T.AGREED, _T.ASKED, _T.CHECKING, _T.READY, _T.RECEIVING, _T.PREPARING, _T.PREPARED}
 )
 
 _State = TypeVar("_State", SourceState, TargetState)
@@ -305,7 +318,7 @@ class SourceMachine:
         elif isinstance(message, Measured):
             if message.number > self._asked:
                 raise ProtocolError(f"Measured answers question {message.number}, which was not asked")
-        elif isinstance(message, Verdicts | Refused | Prepared | Started | Running | Stuck | Abort):
+        elif isinstance(message, Verdicts | Refused | Prepared | Started | Running | Stuck | Abort | Told):
             if message.migration != self.migration:
                 raise ProtocolError(f"{type(message).__name__} belongs to another migration")
             if isinstance(message, Started | Running | Stuck):
@@ -392,7 +405,7 @@ class TargetMachine:
     def _examine(self, message: Message) -> None:
         if isinstance(message, Hello):
             self._theirs = message
-        elif isinstance(message, Check):
+        elif isinstance(message, Check | Ask):
             if not message.migration:
                 raise ProtocolError("the migration has no name")
             self.migration = message.migration

@@ -32,6 +32,7 @@ from migrate.messages import (
     HIGHEST_VERSION,
     LOWEST_VERSION,
     Abort,
+    Ask,
     Captured,
     Check,
     Commit,
@@ -111,6 +112,8 @@ class Target:
             try:
                 self._greet()
                 check = self._accept()
+                if check is None:
+                    return None
                 if not self._receive_image():
                     return None
                 self._hear(Commit)
@@ -144,9 +147,14 @@ class Target:
         # the machine has given up if they have none in common; this raises why
         agree(ours, theirs)
 
-    def _accept(self) -> Check:
-        """Step 1. Raises the first refusal, after the source has been told all of them."""
-        check = self._hear(Check)
+    def _accept(self) -> Check | None:
+        """Step 1; None if there was only a question to be answered. Raises the first refusal, after the source has been
+        told all of them."""
+        check = self._hear(Check, Ask)
+        if isinstance(check, Ask):
+            self._answer(check)
+        if not isinstance(check, Check):
+            return None
         needs = check.needs
         verdicts: list[Verdict] = [] if self._theirs is None else judge_host(needs, self._theirs, host_facts())
         verdicts += self._incoming.check(needs, check.options)
@@ -167,6 +175,16 @@ class Target:
             )
         self._say(Verdicts(migration=check.migration, items=tuple(verdicts)))
         return check
+
+    def _answer(self, ask: Ask) -> None:
+        """`tcpmig recover` on the other host asks. Nothing was begun in this run."""
+        # not before: recover imports both drivers
+        from migrate.asking import answer
+
+        self._say(answer(ask, self._say_alive, directory=self._state_directory))
+
+    def _say_alive(self) -> None:
+        self._say(Keepalive())
 
     def _receive_image(self) -> bool:
         """Steps 4 to 7. False if the source gave up before it began."""
@@ -357,16 +375,16 @@ class Target:
             _log.warning("%s was not heard: %s", type(message).__name__, error.message)
             self._cut = True
 
-    def _hear(self, kind: type[_M]) -> _M:
-        """The next message, which must be of this kind; an Abort raises."""
+    def _hear(self, *kinds: type[_M]) -> _M:
+        """The next message, which must be of one of these kinds; an Abort raises."""
         while True:
             message = self._machine.receive(_message(self._channel.receive()))
-            if isinstance(message, kind):
+            if isinstance(message, kinds):
                 return message
             if isinstance(message, Abort):
                 raise remote_error(message.failure, SourceAborted, where="source")
             if not isinstance(message, Keepalive):
-                raise ProtocolError(f"{type(message).__name__} came instead of {kind.__name__}")
+                raise ProtocolError(f"{type(message).__name__} came instead of {kinds[0].__name__}")
 
     @property
     def _the_arrival(self) -> Arrival:

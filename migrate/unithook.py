@@ -133,6 +133,14 @@ class UnitHook:
         self._limit = limit
         self._pending = False
 
+    @classmethod
+    def noted(cls, data: bytes) -> UnitHook:
+        """The hook of a journal's note: :meth:`before_stop` may have been called. UnitHookSyntax, BadRecord."""
+        note = codec.unpack(HookNote, data)
+        hook = cls(note.command, note.facts)
+        hook._pending = True
+        return hook
+
     def note(self, facts: HookFacts | None = None) -> bytes:
         """The journal's note ``unit-hook``, to be written before :meth:`before_stop` is called with the same facts."""
         return codec.pack(HookNote(command=self.command, facts=facts or self.facts))

@@ -10,6 +10,7 @@ from typing import Self
 from tcpstate import options
 from tcpstate.errors import ConnectionCallFailed
 from tcpstate.fin import put_own_fins, take_peer_fins
+from tcpstate.freeze import enter_repair, leave_repair, not_in_repair
 from tcpstate.kernel import bpf
 from tcpstate.kernel.columns import Column, Field, Reusable, Rows
 from tcpstate.kernel.sockets import IP, IPV6, SO, BufferLock, Level
@@ -22,7 +23,7 @@ from tcpstate.reopen import tell_windows
 from tcpstate.rows import Names, failures
 from tcpstate.segment import SEQ_MASK
 
-__all__ = ["release_connections"]
+__all__ = ["finish_release", "release_connections"]
 
 #: what release gives back itself, so that the generic table must not
 _OWN_HANDS = frozenset({"ip.transparent", "ipv6.transparent"})
@@ -125,7 +126,38 @@ def _to_send_again(
     fd.set(s.fileno() for s in socks)
     with failures(socks, names):
         rows.run()
-    return [(record.snd_nxt - write_seq) & SEQ_MASK for record, write_seq in zip(records, end.u32(), strict=True)]
+    missing = [(record.snd_nxt - write_seq) & SEQ_MASK for record, write_seq in zip(records, end.u32(), strict=True)]
+    # more than it has: its own FIN is in the queue already, of a release that was cut short
+    return [n if n <= len(record.send_queue) else 0 for n, record in zip(missing, records, strict=True)]
+
+
+def finish_release(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
+    """:func:`release_connections` for sockets of which some may be released, wholly or in part: it was cut short. The
+    owners are stopped. Errors as there."""
+    out = {id(sock) for sock in not_in_repair(socks)} if socks else set()
+    pairs = list(zip(socks, records, strict=True))
+    held = [pair for pair in pairs if id(pair[0]) not in out]
+    release_connections([sock for sock, _ in held], [record for _, record in held], tell=False)
+    begun = [(s, r) for s, r in pairs if id(s) in out and state_of(s) is not State.CLOSED]
+    if not begun:
+        return
+    rest, told = [sock for sock, _ in begun], [record for _, record in begun]
+    # the end of the queue can only be read in repair; nobody else writes to it
+    enter_repair(rest)
+    try:
+        rows, (fd, end) = _ends.of(len(rest))
+        fd.set(s.fileno() for s in rest)
+        with failures(rest, Names(told)):
+            rows.run()
+        ends = end.u32()
+    finally:
+        leave_repair(rest, [r.reuse_address for r in told], probe=False)
+    for sock, record, write_seq in zip(rest, told, ends, strict=True):
+        left = (record.snd_una + len(record.send_queue) - write_seq) & SEQ_MASK
+        if 0 < left <= len(record.send_queue):
+            put(sock, memoryview(record.send_queue)[len(record.send_queue) - left :], record)
+    put_own_fins(rest, told)
+    _give_back(rest, told)
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from tcpstate.segment import SEQ_MASK
 
 if TYPE_CHECKING:
     from checkpoint.files.tcpfile import TcpFile
+    from tcpstate.record import ConnectionRecord
 
 __all__ = ["LARGE", "Queues", "apart", "queue_runs"]
 
@@ -78,18 +79,23 @@ class Queues:
 
     def whole(self, record: TcpFile, index: int) -> tuple[TcpFile, list[memoryview]]:
         """The file with what was taken out of it but for its early bytes: the pieces of those. BadFileRecord."""
-        connection = record.connection
+        connection = self.to_send(record, index)
         if connection is None:
             return record, []
-        if record.to_send:
+        early = self._of(Space.RECEIVED, index, record.received) if record.received else []
+        return dataclasses.replace(record, connection=connection, received=0, to_send=0, sent=0), early
+
+    def to_send(self, record: TcpFile, index: int) -> ConnectionRecord | None:
+        """The connection with its send queue. BadFileRecord."""
+        connection = record.connection
+        if connection is not None and record.to_send:
             data = b"".join(self._of(Space.SENT, index, record.to_send))
             try:
                 sent = (connection.snd_una + record.sent) & SEQ_MASK
-                connection = dataclasses.replace(connection, send_queue=data, snd_nxt=sent)
+                return dataclasses.replace(connection, send_queue=data, snd_nxt=sent)
             except ValueError as error:
                 raise BadFileRecord(f"its send queue does not fit: {error}", object=record.conn_id) from None
-        early = self._of(Space.RECEIVED, index, record.received) if record.received else []
-        return dataclasses.replace(record, connection=connection, received=0, to_send=0, sent=0), early
+        return connection
 
     def _of(self, space: Space, index: int, length: int) -> list[memoryview]:
         found = self._lengths.get((space, index), 0)

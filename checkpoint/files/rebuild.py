@@ -294,6 +294,26 @@ class Rebuilder:
         """(conn-ID, difference) where the rebuilt connections read back otherwise than was told; none, normally."""
         return self._connections.compare()
 
+    def adopt(self, descriptors: Mapping[int, int]) -> None:
+        """Take over files that an earlier rebuild has made, by descriptors of ours, so that they can be released;
+        those that are missing are left out."""
+        for index, fd in descriptors.items():
+            self._descriptors[index] = fd
+            self._locks.take(fd, self.files[index].locks, self.name(index))
+        self.shared["unix", 0] = Builder.released(self)
+
+    def release_files(self) -> None:
+        """The release of all but the connections. FileRebuildFailed."""
+        for index, record in enumerate(self.files):
+            fd = self._descriptors[index]
+            if fd is None:
+                continue
+            try:
+                record.release(self, fd)
+            except OSError as error:
+                raise FileRebuildFailed(f"{kind_name(type(record))}: {error}", object=self.name(index)) from error
+        self._locks.insist(self.warn)
+
     @property
     def staged(self) -> list[tuple[str, str]]:
         """(where it waits, its place) of each name of a local socket or shipped file that the release publishes."""
@@ -304,12 +324,7 @@ class Rebuilder:
     def release(self) -> None:
         """The addresses are local and the original is gone. Connections first: their peers wait."""
         self._connections.release()
-        for index, record in enumerate(self.files):
-            try:
-                record.release(self, self.descriptor(index))
-            except OSError as error:
-                raise FileRebuildFailed(f"{kind_name(type(record))}: {error}", object=self.name(index)) from error
-        self._locks.insist(self.warn)
+        self.release_files()
 
     def tell_windows(self) -> None:
         """The addresses are announced: peers that wait for room hear that there is some. OSError."""

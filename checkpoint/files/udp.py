@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Datagram", "UdpFile"]
 
 _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
-_IP_PKTINFO: Final = 8
-_IPV6_RECVPKTINFO: Final = 49
+IP_PKTINFO: Final = 8
+IPV6_RECVPKTINFO: Final = 49
 _IPV6_PKTINFO: Final = 50
 _LONGEST: Final = 1 << 16
 _PEEK: Final = socket.MSG_PEEK | socket.MSG_DONTWAIT
@@ -162,7 +162,7 @@ class UdpFile(OpenFile):
 
 def _queue(sock: socket.socket, name: Endpoint, object: str) -> tuple[Datagram, ...]:
     """All unread datagrams, which stay. The address that each was sent to is asked for, then forgotten again."""
-    level, option = (Level.IP, _IP_PKTINFO) if sock.family == socket.AF_INET else (Level.IPV6, _IPV6_RECVPKTINFO)
+    level, option = (Level.IP, IP_PKTINFO) if sock.family == socket.AF_INET else (Level.IPV6, IPV6_RECVPKTINFO)
     peek_before = sock.getsockopt(Level.SOCKET, SO.PEEK_OFF)
     info_before = sock.getsockopt(level, option)
     found: list[Datagram] = []
@@ -186,7 +186,7 @@ def _queue(sock: socket.socket, name: Endpoint, object: str) -> tuple[Datagram, 
 
 def _destination(ancillary: list[tuple[int, int, bytes]], name: Endpoint) -> str:
     for level, number, data in ancillary:
-        if (level, number) == (Level.IP, _IP_PKTINFO):
+        if (level, number) == (Level.IP, IP_PKTINFO):
             # struct in_pktinfo: interface, address of the interface, destination of the header
             return socket.inet_ntop(socket.AF_INET, data[8:12])
         if (level, number) == (Level.IPV6, _IPV6_PKTINFO):

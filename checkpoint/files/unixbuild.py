@@ -234,6 +234,13 @@ class Builder:
 
     # ---- releasing
 
+    @classmethod
+    def released(cls, host: Rebuilder) -> Builder:
+        """One that has nothing to make or to publish any more."""
+        builder = cls(host)
+        builder._completed = builder._released = True
+        return builder
+
     @property
     def staged(self) -> list[tuple[str, str]]:
         """(where it waits, its place) of each name that :meth:`release` publishes."""

@@ -23,7 +23,7 @@ from tests.hosts.host import ROOT
 from tests.workloads import scenes
 from tests.workloads.move import Mover, MoveReport
 
-__all__ = ["CAMPAIGNS", "STATE", "Campaign", "run"]
+__all__ = ["CAMPAIGNS", "STATE", "Campaign", "code", "run"]
 
 STATE = ROOT / "build/campaign"
 LEG = 10  # migrations with one server
@@ -49,7 +49,7 @@ CAMPAIGNS = (
 )
 
 
-def _code() -> str:
+def code() -> str:
     """Git's hash of what is tested, as committed: commits of documents or tests do not begin a campaign anew."""
     rooms = [f"HEAD:{room}" for room in ("tcpstate", "checkpoint", "migrate", "cli")]
     done = subprocess.run(["git", "rev-parse", *rooms], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -61,7 +61,7 @@ def run(
 ) -> dict[str, Any]:
     """Do what is left of a campaign; its state: {name, seed, code, legs: [{moves, problems}, ...]}."""
     file = STATE / f"{campaign.name}-{seed}.json"
-    identity = {"name": campaign.name, "moves": campaign.moves, "seed": seed, "rate": rate, "code": _code()}
+    identity = {"name": campaign.name, "moves": campaign.moves, "seed": seed, "rate": rate, "code": code()}
     state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     if {key: state.get(key) for key in identity} != identity:
         state = {**identity, "legs": []}

@@ -124,6 +124,7 @@ class Client:
             "before": self.before,
             "after": self.after,
             "mark": self.mark,
+            "replies": lambda: {"replies": [log.replies for log in self.gap_logs]},
             "finish": self.finish,
         }
         try:

@@ -42,7 +42,8 @@ class Load:
             raise
 
     def ask(self, step: str, timeout: float = 60) -> dict[str, Any]:
-        """before, after, mark or finish; its answer. Raises CommandFailed if it does not answer."""
+        """before, after, mark, replies (of each connection since the last mark) or finish; its answer. Raises
+        CommandFailed if it does not answer."""
         self.tell(step)
         return self._answer(timeout)
 

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from migrate.errors import PreparedDiffers, ProtocolError, VersionMismatch
 from migrate.messages import (
     Abort,
+    Ask,
     Captured,
     Check,
     Commit,
@@ -32,8 +33,10 @@ from migrate.messages import (
     Prepared,
     Refused,
     Running,
+    Standing,
     Started,
     Stuck,
+    Told,
     TreeNeed,
     Verdicts,
 )
@@ -65,6 +68,7 @@ SOURCE_SAYS: list[Message] = [
     Captured(segments=(b"x",), first=True),
     Abort(migration=NAME, failure=FAILURE),
     Done(migration=NAME),
+    Ask(migration=NAME),
     Keepalive(),
 ]
 TARGET_SAYS: list[Message] = [
@@ -77,6 +81,7 @@ TARGET_SAYS: list[Message] = [
     Running(migration=NAME, token=TOKEN, released_ns=3, pids={5: 5}),
     Stuck(migration=NAME, token=TOKEN, failure=FAILURE),
     Abort(migration=NAME, failure=FAILURE),
+    Told(migration=NAME, standing=Standing.RUNS),
     Keepalive(),
 ]
 
@@ -385,3 +390,29 @@ def _altered(message: object) -> object:
 
 TwoHosts.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestTwoHosts = TwoHosts.TestCase
+
+
+def test_a_question_in_place_of_a_migration() -> None:
+    source, target = SourceMachine(NAME, TOKEN), TargetMachine()
+    target.receive(source.send(HELLO))
+    source.receive(target.send(HELLO))
+    target.receive(source.send(Ask(migration=NAME, settle=True)))
+    assert not target.may_abort
+    assert not target.runs
+    told = source.receive(target.send(Told(migration=NAME, standing=Standing.RUNS)))
+    assert isinstance(told, Told)
+    assert source.state is SourceState.ANSWERED
+    assert not source.in_doubt
+    with pytest.raises(ProtocolError):
+        target.send(Verdicts(migration=NAME))
+    with pytest.raises(ProtocolError):
+        source.send(Check(migration=NAME, needs=NEEDS))
+
+
+def test_an_answer_about_another_migration_is_none() -> None:
+    source, target = SourceMachine(NAME, TOKEN), TargetMachine()
+    target.receive(source.send(HELLO))
+    source.receive(target.send(HELLO))
+    source.send(Ask(migration=NAME))
+    with pytest.raises(ProtocolError):
+        source.receive(Told(migration="another", standing=Standing.ABORTED))

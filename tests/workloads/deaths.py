@@ -1,0 +1,257 @@
+"""tcpmig killed by SIGKILL at a chosen moment, and what must be true afterwards.
+
+The moment is found in /proc: the tool is killed some time after the process that it works on was seen to be traced, or
+to be a stub (:func:`kill_inside`).  Then :func:`settle` runs `tcpmig recover`, and :func:`judge` looks at everything:
+one running copy, clients that go on without a wrong byte or a reset, nothing left behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.hosts import Host, HostProcess
+from tests.hosts.tcpmig import RSH, TCPMIG, tcpmig
+from tests.workloads.move import RUNNING, Stage, outer_pid
+
+__all__ = [
+    "Death",
+    "kill_inside",
+    "left_behind",
+    "migrate_command",
+    "receiver",
+    "revive",
+    "settle",
+    "start",
+    "stub_born",
+    "traced",
+    "wait_until_none_runs",
+]
+
+WAIT = 20.0
+#: seconds that clients get to go on: a peer that was silent for long waits for its retransmission timer
+GOING_ON = 30.0
+
+
+@dataclasses.dataclass(slots=True)
+class Death:
+    """How it came about.
+
+    status  of the tool: -9 if it was killed in time
+    state   letter of the process's state just before
+    after   seconds from the trigger to the kill
+    """
+
+    status: int
+    state: str
+    after: float
+
+    @property
+    def inside(self) -> bool:
+        """Whether the process was stopped or seized then."""
+        return self.status == -signal.SIGKILL and self.state in ("t", "T")
+
+
+def migrate_command(target: Host, pid: int, *options: object) -> list[object]:
+    """The command line of a migration."""
+    rsh = shlex.join(RSH)
+    receive = shlex.join([*TCPMIG, "receive"])
+    return [*TCPMIG, "migrate", pid, target.name, "--rsh", rsh, "--remote-command", receive, "--json", *options]
+
+
+def start(host: Host, command: list[object], log: Path) -> HostProcess:
+    """Run a command; what it prints goes to a file."""
+    with log.open("ab") as out:
+        return host.popen(command, stdout=out, stderr=out)
+
+
+def traced(pid: int) -> Callable[[], str]:
+    """Tells the state letter of a process (the harness's number) while it is stopped or seized, else nothing."""
+    path = f"/proc/{pid}/status"
+
+    def look() -> str:
+        try:
+            with open(path) as lines:
+                text = lines.read()
+        except (FileNotFoundError, ProcessLookupError):
+            return ""
+        letter = text.partition("State:\t")[2][:1]
+        return letter if letter in "Tt" or "\nTracerPid:\t0\n" not in text else ""
+
+    return look
+
+
+def stub_born(host: Host, pid: int) -> Callable[[], str]:
+    """The same of a process that does not exist yet, by its number in the host."""
+    path = host.path(f"/proc/{pid}/status")
+
+    def look() -> str:
+        try:
+            text = path.read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return ""
+        letter = text.partition("State:\t")[2][:1]
+        return letter if letter in "Tt" or "\nTracerPid:\t0\n" not in text else ""
+
+    return look
+
+
+def receiver(host: Host) -> Callable[[], int]:
+    """Tells the harness's number of `tcpmig receive` in a host, 0 if it does not run."""
+
+    def look() -> int:
+        for pid, _ in host.processes().items():
+            try:
+                words = host.path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if b"receive" in words:
+                return outer_pid(host, pid)
+        return 0
+
+    return look
+
+
+def kill_inside(tool: HostProcess, victim: Callable[[], int], look: Callable[[], str], delay: float) -> Death:
+    """Kill ``victim`` (the harness's number) ``delay`` seconds after ``look`` saw something, and wait for the tool."""
+    end = time.monotonic() + WAIT
+    number = 0
+    while not (state := look()):
+        # looked for beforehand: it takes longer than the stop
+        number = number or victim()
+        if tool.poll() is not None or time.monotonic() > end:
+            return Death(tool.wait(WAIT), "", 0.0)
+    begun = time.monotonic()
+    number = number or victim()
+    while time.monotonic() < begun + delay:
+        if tool.poll() is not None:
+            break
+    state = look()
+    if number:
+        try:
+            os.kill(number, signal.SIGKILL)
+        except ProcessLookupError:
+            state = ""
+    after = time.monotonic() - begun
+    status = tool.wait(WAIT * 2)
+    if number and number != tool.outer_pid and status != 0:
+        status = -signal.SIGKILL
+    return Death(status, state, after)
+
+
+def left_behind(host: Host, *pids: int) -> list[str]:
+    """What of tcpmig is left on a host; [] is as it should be."""
+    done = host.run([sys.executable, "-m", "tests.workloads.left_behind", *pids])
+    found: list[str] = json.loads(done.stdout)
+    return [f"{host.name}: {what}" for what in found]
+
+
+def settle(host: Host, *options: object) -> tuple[int, list[dict[str, Any]]]:
+    """`tcpmig recover` in a host: exit status, items."""
+    status, summary, printed = tcpmig(host, "recover", *options)
+    if "items" not in summary:
+        return status, [{"error": printed + json.dumps(summary)}]
+    return status, summary["items"]
+
+
+#: what is killed, and up to how many seconds after the process was first seen to be stopped: about what the stop takes
+KINDS = {"migrate": 0.06, "receive": 0.06, "checkpoint": 0.05, "checkpoint-R": 0.025, "restore": 0.06, "recover": 0.8}
+
+
+def die(stage: Stage, folder: Path, kind: str, delay: float) -> Death:
+    """One command, killed inside its work; ``recover``: after a death of migrate, its settling is killed, too."""
+    if kind == "recover":
+        die(stage, folder, "migrate", KINDS["migrate"] / 2)
+        tool = start(stage.here, [*TCPMIG, "recover", "--json"], folder / "tool.log")
+        return kill_inside(tool, lambda: tool.outer_pid, lambda: "R", delay)
+    log, image = folder / "tool.log", folder / "image"
+    here, pid = stage.here, stage.pid
+    if kind == "restore":
+        done = tcpmig(here, "checkpoint", pid, "-o", image)
+        assert done[0] == 0, done
+        tool = start(here, [*TCPMIG, "restore", image, "--json"], log)
+        return kill_inside(tool, lambda: tool.outer_pid, stub_born(here, pid), delay)
+    look = traced(outer_pid(here, pid))
+    if kind in ("migrate", "receive"):
+        tool = start(here, migrate_command(stage.there, pid), log)
+        return kill_inside(tool, (lambda: tool.outer_pid) if kind == "migrate" else receiver(stage.there), look, delay)
+    options = ["-R"] if kind == "checkpoint-R" else []
+    tool = start(here, [*TCPMIG, "checkpoint", pid, "-o", image, *options, "--json"], log)
+    return kill_inside(tool, lambda: tool.outer_pid, look, delay)
+
+
+def revive(stage: Stage, folder: Path) -> list[str]:
+    """Recover on both hosts; what is only in the image by then is restored. Problems."""
+    problems = []
+    here = stage.here
+    for host in (here, stage.there):
+        status, items = settle(host)
+        if status != 0:
+            problems.append(f"recover on {host.name} ended with {status}: {items}")
+    if not copies(stage) and (folder / "image").exists():
+        status, summary, printed = tcpmig(here, "restore", folder / "image")
+        if status != 0:
+            problems.append(f"restore ended with {status}: {summary} {printed}")
+    (folder / "image").unlink(missing_ok=True)
+    return problems
+
+
+def copies(stage: Stage) -> list[Host]:
+    """The hosts in which the process runs."""
+    return [host for host in (stage.hosts.source, stage.hosts.target) if host.state(stage.pid) in RUNNING]
+
+
+def wait_until_none_runs(stage: Stage) -> None:
+    """Until the process is stopped wherever it is: nobody goes on by himself. AssertionError."""
+    end = time.monotonic() + WAIT
+    while running := copies(stage):
+        assert time.monotonic() < end, f"it runs on {running}"
+        time.sleep(0.01)
+
+
+def judge(stage: Stage) -> list[str]:
+    """What is wrong once everything is settled: not one running copy, clients that do not go on, resets, leftovers."""
+    hosts = stage.hosts
+    running = copies(stage)
+    problems = [] if len(running) == 1 else [f"running copies: {[host.name for host in running]}"]
+    if running:
+        stage.here = running[0]
+        stage.there = hosts.target if running[0] is hosts.source else hosts.source
+    problems += [f"no answer: {name}" for name in _not_going_on(stage)]
+    problems += [f"{load.name}: {text}" for load in stage.loads for text in load.news()]
+    problems += [f"RST: {packet}" for packet in stage.watcher.mark().rsts]
+    for host in (hosts.source, hosts.target):
+        problems += left_behind(host, *([stage.pid] if host in running else []))
+    service = {hosts.net.service4, hosts.net.service6}
+    for address in service:
+        having = [
+            h.name for h in (hosts.source, hosts.target) if any(a.startswith(address + "/") for a in h.addresses())
+        ]
+        if running and having != [running[0].name]:
+            problems.append(f"{address} is on {having}, the process on {running[0].name}")
+    return problems
+
+
+def _not_going_on(stage: Stage) -> list[str]:
+    """Clients that get no reply within a while."""
+    end = time.monotonic() + GOING_ON
+    before = {load.name: load.ask("replies") for load in stage.loads}
+    waiting: list[str] = []
+    while time.monotonic() < end:
+        waiting = []
+        for load in stage.loads:
+            now = load.ask("replies")["replies"]
+            if any(a == b for a, b in zip(before[load.name]["replies"], now, strict=True)):
+                waiting.append(load.name)
+        if not waiting:
+            return []
+        time.sleep(0.05)
+    return waiting
