@@ -57,8 +57,9 @@ demo:  ## real servers move between two hosts under load; prints what their clie
 	@$(MAKE) --no-print-directory packages $(VENV)
 	@$(BIN)/python -m tests.demo
 
-docs: $(VENV)  ## write docs/reference/errors.md anew from the error classes
+docs: $(VENV)  ## write the references of errors and keywords anew from the code
 	$(BIN)/python scripts/errors_reference.py docs/reference/errors.md
+	$(BIN)/python scripts/keywords_reference.py docs/reference/keywords.md
 
 clean:  ## what was made here: .venv, caches, builds
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks *.egg-info

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tcpstate.errors import Outcome, TcpmigError
 
-__all__ = ["Interrupted", "PidFileNotWritten", "UnknownCode", "UnknownKeyword", "UsageMistake", "every_error"]
+__all__ = ["Interrupted", "PidFileNotWritten", "UnknownCode", "UsageMistake", "every_error"]
 
 
 class UsageMistake(TcpmigError):
@@ -31,14 +31,6 @@ class UnknownCode(TcpmigError):
     code = "TM-0112"
     outcome = Outcome.USAGE
     fix = "Copy the code from the message; `tcpmig explain` without a code lists all of them."
-
-
-class UnknownKeyword(TcpmigError):
-    """A connection has no item of this name, or the kernel does not have the socket option that it stands for."""
-
-    code = "TM-0113"
-    outcome = Outcome.USAGE
-    fix = "See `tcpmig get CONN` for the items that differ from a fresh socket's, and docs/reference/cli.md."
 
 
 class PidFileNotWritten(TcpmigError):

@@ -119,6 +119,7 @@ class Capture:
     syn_only    only the beginnings of new connections: arriving SYNs, leaving SYN-ACKs (:func:`unanswered`)
     ports       only those for these local ports (1,000 at most, else all are taken); without it a host's bulk traffic,
                 such as the migration's own, is captured too
+    program     a filter of the caller's in place of all that (:mod:`tcpstate.tuplefilter`)
     """
 
     def __init__(
@@ -127,14 +128,22 @@ class Capture:
         *,
         syn_only: bool = False,
         ports: Collection[int] | None = None,
+        program: tuple[Instruction, ...] | None = None,
     ) -> None:
         for port in ports or ():
             if not 0 <= port <= PORT_MAX:
                 raise ValueError(f"port {port} is out of range")
         self._interfaces = interfaces
-        self._filter = _filter(syn_only=syn_only, ports=ports)
+        self._filter = _filter(syn_only=syn_only, ports=ports) if program is None else program
         self._socks: list[socket.socket] = []
         self._lost = 0
+
+    @classmethod
+    def adopt(cls, socks: Iterable[socket.socket]) -> Self:
+        """The capture that has these sockets (:attr:`sockets`), wherever they were kept meanwhile. It runs."""
+        made = cls()
+        made._socks = list(socks)
+        return made
 
     def start(self) -> None:
         """Begin to capture. OSError (EPERM without CAP_NET_RAW, ENODEV for an unknown interface)."""
@@ -182,7 +191,7 @@ class Capture:
 
     @property
     def sockets(self) -> list[socket.socket]:
-        """What can be read when something has arrived: for select()."""
+        """What can be read when something has arrived: for select(). Whoever keeps these open keeps it running."""
         return list(self._socks)
 
     @property

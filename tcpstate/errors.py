@@ -13,16 +13,22 @@ from typing import ClassVar
 
 __all__ = [
     "AddressInUse",
+    "AddressNotHere",
     "AddressNotMoved",
     "AddressStillHere",
     "AlreadyFrozen",
     "BadChaperoneMessage",
+    "BadExtents",
+    "BadKeyFile",
     "BadRecord",
+    "BadSignature",
+    "BadStateItem",
     "ChaperoneLimit",
     "ChaperoneRuns",
     "ChaperoneUnreachable",
     "ConnIdSyntax",
     "ConnectionCallFailed",
+    "ConnectionLost",
     "FinNotRestored",
     "ForbiddenEndpoint",
     "ForbiddenState",
@@ -35,15 +41,22 @@ __all__ = [
     "NotExported",
     "NotFrozen",
     "NotPermitted",
+    "NotSettable",
     "NotYours",
     "Outcome",
+    "OwnerNotStill",
     "OwnerRuns",
     "QueueNotRestored",
+    "StateNotSet",
     "StillMoving",
     "TamperedConnection",
     "TcpmigError",
+    "UnknownHardState",
+    "UnknownStateKeyword",
+    "UnsignedRecord",
     "UnsupportedSocket",
     "UnsupportedState",
+    "UntrustedKey",
     "UntrustedRecord",
     "UrgentData",
     "catalogue",
@@ -367,6 +380,121 @@ class NoSuchUser(TcpmigError):
     code = "TM-0273"
     outcome = Outcome.REFUSED
     fix = "Make the user (`useradd --system tcpmig`), or name another one (--user)."
+
+
+class UnknownStateKeyword(TcpmigError):
+    """There is no item of a connection's state with this keyword. Keywords stand in docs/reference/keywords.md; the
+    wild cards ALL, ALL_HARD and ALL_SOFT need none. Nothing was changed."""
+
+    code = "TM-0220"
+    outcome = Outcome.USAGE
+    fix = "Look the keyword up in docs/reference/keywords.md."
+
+
+class NotSettable(TcpmigError):
+    """This item of the state can be read only: it follows from others, counts what has happened, or this kernel has no
+    way to write it. Nothing was changed."""
+
+    code = "TM-0221"
+    outcome = Outcome.REFUSED
+    fix = "See the column `set` in docs/reference/keywords.md."
+
+
+class BadStateItem(TcpmigError):
+    """The value of a state item has the wrong type, lies outside its range, or contradicts the rest of the connection's
+    state (more bytes sent than there are, a window without a connection). None of the items was set."""
+
+    code = "TM-0222"
+    outcome = Outcome.REFUSED
+    fix = "See docs/reference/keywords.md for datatype, unit and range."
+
+
+class StateNotSet(TcpmigError):
+    """The kernel refused to take one of the items that were to be set. Those that had been set were given their former
+    values again: the connection is as it was."""
+
+    code = "TM-0223"
+    fix = "See the named item and the kernel's reason; set the others without it."
+
+
+class OwnerNotStill(TcpmigError):
+    """Reading or writing hard state takes repair mode, in which the owner's calls fail: so its threads are stopped for
+    that moment. One of them could not be: another debugger holds it, or it does not stop. Nothing was changed."""
+
+    code = "TM-0224"
+    outcome = Outcome.REFUSED
+    fix = "Detach the debugger, or stop the process, and try again."
+
+
+class BadExtents(TcpmigError):
+    """Extents of pending data are in ascending order, do not overlap, begin at or after 0, and fit the receive window.
+    Nothing was changed."""
+
+    code = "TM-0225"
+    outcome = Outcome.REFUSED
+    fix = "Give the extents as transport_read_pending returned them."
+
+
+class ConnectionLost(TcpmigError):
+    """A connection was being rebuilt in its place when the kernel refused a step, and refused its former state as well.
+    Its record is kept in the runtime directory."""
+
+    code = "TM-0226"
+    outcome = Outcome.PARTIAL
+    fix = "Try `tcpmig resume CONN`, which rebuilds it from the record that was kept."
+
+
+class UnknownHardState(TcpmigError):
+    """A record carries an item of hard state that this version does not know. To go on without it would not be the same
+    connection for its peer. Nothing was built."""
+
+    code = "TM-0227"
+    outcome = Outcome.REFUSED
+    fix = "Use the version of tcpmig that wrote the record, or a younger one."
+
+
+class AddressNotHere(TcpmigError):
+    """A connection was put together here for an address that this host does not have (yet). Let live now, it would talk
+    into the void, and its peer would go on talking to another host. It stays frozen."""
+
+    code = "TM-0228"
+    outcome = Outcome.REFUSED
+    fix = "Add the address to this host, take it from the other one, and resume the connection then."
+
+
+class UnsignedRecord(TcpmigError):
+    """The policy of this host takes only records that carry a signature, and this one carries none. Nothing was
+    built."""
+
+    code = "TM-0230"
+    outcome = Outcome.REFUSED
+    fix = "Sign the record where it is made, with a key that this host trusts."
+
+
+class BadSignature(TcpmigError):
+    """A record's signature does not belong to its bytes: it was altered on its way, or signed with another key than the
+    one it names. Nothing was built."""
+
+    code = "TM-0231"
+    outcome = Outcome.REFUSED
+    fix = "Fetch the record again from where it was made."
+
+
+class UntrustedKey(TcpmigError):
+    """A record is signed, but by a key that this host's policy does not name. Nothing was built."""
+
+    code = "TM-0232"
+    outcome = Outcome.REFUSED
+    fix = "Add the signer's public key to the policy, if it is to be trusted."
+
+
+class BadKeyFile(TcpmigError):
+    """A key file is no Ed25519 key in PEM form, or a private key that others than its owner may read (its mode must be
+    0600 or stricter)."""
+
+    code = "TM-0233"
+    outcome = Outcome.REFUSED
+    fix = "Make a key with tcpstate.signing.generate_key, or `chmod 600` the file."
 
 
 def catalogue() -> dict[str, type[TcpmigError]]:

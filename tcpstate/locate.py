@@ -51,6 +51,7 @@ class Located:
     state         its state
     inode         inode number of the socket's file; 0: nobody has it open (half-open, in an accept queue, TIME_WAIT)
     owners        who has it open, as far as this PID namespace shows
+    uid           user whose socket it is (0 of what is no full socket: half-open, TIME_WAIT)
     receive_queue unread bytes
     send_queue    bytes not acknowledged by the peer
     frozen        it carries the mark of a freeze (:mod:`tcpstate.freeze`); False without CAP_NET_ADMIN
@@ -66,6 +67,7 @@ class Located:
     send_queue: int
     frozen: bool = False
     info: TcpInfo | None = None
+    uid: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +132,7 @@ def _located(sock: diag.DiagSocket, owners: dict[int, list[Owner]]) -> Located:
         send_queue=sock.wqueue,
         frozen=sock.mark == MARK,
         info=sock.info,
+        uid=sock.uid,
     )
 
 

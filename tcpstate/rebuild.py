@@ -97,6 +97,7 @@ def rebuild_connections(
     elapsed: float = 0.0,
     devices: Mapping[str, str] | None = None,
     early: Mapping[int, Sequence[memoryview]] | None = None,
+    bound: bool = False,
 ) -> list[socket.socket]:
     """Sockets in repair mode that continue the connections of ``records``, in the same order.
 
@@ -107,6 +108,7 @@ def rebuild_connections(
     devices  interface names of the source and what they are called here (SO_BINDTODEVICE, link-local scopes)
     early    by the record's place: pieces of the receive queue that come before what is in the record
              (:mod:`tcpstate.early`)
+    bound    ``socks`` are bound to their ports already: they had been before they were dissolved
 
     All or none: on failure sockets made here are closed silently, given ones are left in repair mode, to be closed.
     UnsupportedState, AddressInUse (the 4-tuple exists here), QueueNotRestored, ConnectionCallFailed.
@@ -131,6 +133,7 @@ def rebuild_connections(
                     family,
                     elapsed,
                     devices or {},
+                    bound,
                 )
         _fill(made, records, heads)
         _finish(made, records)
@@ -194,7 +197,7 @@ class _Connecting:
     clock: Field
 
     @classmethod
-    def build(cls, rows: Rows, family: int) -> Self:
+    def build(cls, rows: Rows, family: int, *, bind: bool) -> Self:
         size = len(pack_address("::1" if family == socket.AF_INET6 else "127.0.0.1", 0, family=family))
         fd, negotiated_size = rows.column(), rows.column()
         mark, send_start, receive_start, clock = (rows.room(4) for _ in range(4))
@@ -205,7 +208,8 @@ class _Connecting:
             rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, queue)
             rows.setsockopt(fd, Level.TCP, TCP.QUEUE_SEQ, start)
         rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
-        rows.call(SYS.bind, fd, local, size, label="bind")
+        if bind:
+            rows.call(SYS.bind, fd, local, size, label="bind")
         rows.call(SYS.connect, fd, peer, size, label="connect")
         rows.setsockopt(fd, Level.TCP, TCP.REPAIR_OPTIONS, negotiated, size=negotiated_size)
         # Whatever the options: setting them computes the MSS anew, which connect() in repair left at 524 bytes for
@@ -222,7 +226,11 @@ class _Connecting:
 
 _FAMILIES: Final[tuple[int, ...]] = (socket.AF_INET, socket.AF_INET6)
 _opening = {f: Reusable(functools.partial(_Opening.build, family=f)) for f in _FAMILIES}
-_connecting = {f: Reusable(functools.partial(_Connecting.build, family=f)) for f in _FAMILIES}
+_connecting = {
+    (f, bind): Reusable(functools.partial(_Connecting.build, family=f, bind=bind))
+    for f in _FAMILIES
+    for bind in (True, False)
+}
 
 
 def _connect(
@@ -232,6 +240,7 @@ def _connect(
     family: int,
     elapsed: float,
     devices: Mapping[str, str],
+    bound: bool,
 ) -> None:
     """Steps up to the queues: an established connection with the right numbers, and nothing in it."""
     names = Names(records)
@@ -247,7 +256,7 @@ def _connect(
         before = [_renamed(r, devices) for r in records]
         options.give(socks, [r.options for r in records], before, Stage.BEFORE_CONNECT)
 
-    rows, table = _connecting[family].of(len(socks))
+    rows, table = _connecting[family, not bound].of(len(socks))
     table.fd.set(s.fileno() for s in socks)
     table.mark.set(number(r, "so.mark") for r in records)
     table.send_start.set(r.snd_una for r in records)

@@ -10,18 +10,21 @@ import contextlib
 import errno
 import random
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from tcpstate.connid import ConnId
 from tcpstate.kernel import route
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
 
-__all__ = ["MARK", "Blackhole", "blackhole"]
+__all__ = ["MARK", "PASSING_MARK", "Blackhole", "blackhole", "muted"]
 
 #: SO_MARK of frozen sockets ("tcmi")
 MARK = 0x74636D69
+#: SO_MARK of a socket that shall not be muted with its tuple
+PASSING_MARK = 0x74636D6A
 #: before the rules that a host usually has, after that of the local table
 _RULE_PRIORITIES = range(5, 105)
 #: of rules that are written down before they are added
@@ -91,3 +94,31 @@ def blackhole() -> Iterator[Blackhole]:
         yield rules
     finally:
         rules.remove()
+
+
+@contextlib.contextmanager
+def muted(conn_id: ConnId, marks: Collection[int] = (0,)) -> Iterator[None]:
+    """In the block nothing leaves this host for the connection's tuple, not even the RST that the kernel answers a
+    segment with while no socket has the tuple; but for what carries :data:`PASSING_MARK`.
+
+    marks  that such a RST may carry: none, or the mark of a listener on the port
+
+    OSError.
+    """
+    family = socket.AF_INET6 if conn_id.v6 else socket.AF_INET
+    local, peer = (address.partition("%")[0] for address in (conn_id.local, conn_id.peer))
+    flow = (local, conn_id.local_port, peer, conn_id.peer_port)
+    added: list[tuple[int, int]] = []
+    with route.iproute() as channel:
+        try:
+            for mark in sorted(set(marks) - {PASSING_MARK}):
+                for priority in _RULE_PRIORITIES:
+                    if route.add_blackhole_rule(channel, family, mark, priority, flow):
+                        added.append((mark, priority))
+                        break
+                else:
+                    raise OSError(errno.EUSERS, "all priorities for blackhole rules are taken")
+            yield
+        finally:
+            for mark, priority in added:
+                route.remove_blackhole_rule(channel, family, mark, priority, flow)

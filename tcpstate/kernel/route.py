@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import socket
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
 
 __all__ = [
+    "Flow",
     "add_blackhole_rule",
     "blackhole_rules",
+    "device_towards",
     "iproute",
     "is_local",
     "local_addresses",
@@ -23,6 +26,9 @@ __all__ = [
     "remove_blackhole_rule",
     "source_towards",
 ]
+
+#: (source, port, destination, port) of packets that leave
+Flow = tuple[str, int, str, int]
 
 _ROUTE_TYPE_LOCAL = 2  # RTN_LOCAL
 _ACTION_BLACKHOLE = 6  # FR_ACT_BLACKHOLE
@@ -77,21 +83,38 @@ def local_addresses() -> set[str]:
     return {address for one in found if (address := one.get("local") or one.get("address"))}
 
 
+def device_towards(address: str) -> str:
+    """The interface through which packets to ``address`` leave, loopback for our own; nothing if there is no route."""
+    route = _route_to(address)
+    return "" if route is None else socket.if_indextoname(route.get("oif"))
+
+
 def source_towards(address: str) -> str:
     """The source address that the kernel would choose towards ``address``, or nothing if there is no route."""
     route = _route_to(address)
     return "" if route is None else route.get("prefsrc") or ""
 
 
-def _rule(family: int, mark: int, priority: int) -> dict[str, Any]:
-    return {"family": family, "priority": priority, "fwmark": mark, "fwmask": 0xFFFFFFFF, "action": "blackhole"}
+def _rule(family: int, mark: int, priority: int, flow: Flow | None) -> dict[str, Any]:
+    rule = {"family": family, "priority": priority, "fwmark": mark, "fwmask": 0xFFFFFFFF, "action": "blackhole"}
+    if flow is not None:
+        source, source_port, destination, destination_port = flow
+        rule |= {
+            "src": source,
+            "dst": destination,
+            "ip_proto": socket.IPPROTO_TCP,
+            "sport_range": f"{source_port}:{source_port}",
+            "dport_range": f"{destination_port}:{destination_port}",
+        }
+    return rule
 
 
-def add_blackhole_rule(channel: IPRoute, family: int, mark: int, priority: int) -> bool:
-    """Add the rule; False if the very same one is there already. OSError if the kernel refuses it."""
+def add_blackhole_rule(channel: IPRoute, family: int, mark: int, priority: int, flow: Flow | None = None) -> bool:
+    """Add the rule, for all packets with the mark or only those of one TCP ``flow``; False if the very same one is
+    there already. OSError if the kernel refuses it (ports: since 4.17)."""
     try:
         with refusals():
-            channel.rule("add", **_rule(family, mark, priority))
+            channel.rule("add", **_rule(family, mark, priority, flow))
     except OSError as error:
         if error.errno == errno.EEXIST:
             return False
@@ -99,11 +122,11 @@ def add_blackhole_rule(channel: IPRoute, family: int, mark: int, priority: int) 
     return True
 
 
-def remove_blackhole_rule(channel: IPRoute, family: int, mark: int, priority: int) -> bool:
+def remove_blackhole_rule(channel: IPRoute, family: int, mark: int, priority: int, flow: Flow | None = None) -> bool:
     """Remove the rule; False if there is none."""
     try:
         with refusals():
-            channel.rule("del", **_rule(family, mark, priority))
+            channel.rule("del", **_rule(family, mark, priority, flow))
     except OSError as error:
         if error.errno == errno.ENOENT:
             return False

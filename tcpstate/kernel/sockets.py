@@ -82,6 +82,7 @@ class SO(enum.IntEnum):
     MAX_PACING_RATE = 47
     INCOMING_CPU = 49
     ATTACH_BPF = 50
+    MEMINFO = 55
     COOKIE = 57
     ZEROCOPY = 60
     TXTIME = 61

@@ -72,8 +72,8 @@ class Talk:
     def get(self, *keywords: str) -> dict[str, Any]:
         status, found, _ = tcpmig(self.host, "get", self.conn_id, *keywords)
         assert status == 0
-        items: dict[str, Any] = found["items"]
-        return items
+        assert found["connection"] == self.conn_id
+        return {keyword: item["value"] for keyword, item in found["items"].items()}
 
 
 def end(address: str, port: int) -> str:
@@ -141,13 +141,40 @@ def test_conns_watches_until_it_is_ended(talk: Talk) -> None:
 @both_families
 def test_get_reads_without_disturbing(talk: Talk) -> None:
     items = talk.get()
-    assert items["connection"] == talk.conn_id
     assert items["tcp.user_timeout"] == 45678
     assert (items["so.keepalive"], items["so.mark"]) == (1, 77)
-    assert items["info.snd_cwnd"] > 0
-    assert "tcp.nodelay" not in items, "it is as a fresh socket has it"
+    assert items["cwnd"] > 0
+    assert items["tcp.nodelay"] == 0
+    assert set(talk.get("hard")) | set(talk.get("soft")) == set(items)
     assert talk.get("tcp.nodelay", "state") == {"tcp.nodelay": 0, "state": "ESTABLISHED"}
     assert talk.echo(b"still here") == b"still here"
+
+
+@both_families
+def test_set_writes_what_get_reads(talk: Talk) -> None:
+    status, found, _ = tcpmig(talk.host, "set", talk.conn_id, "tcp.nodelay=1", "so.linger=1,7", "congestion=reno")
+    assert (status, found["set"]) == (0, {"tcp.nodelay": 1, "so.linger": [1, 7], "congestion": "reno"})
+    assert talk.get("tcp.nodelay", "so.linger", "congestion") == found["set"]
+    # sequence numbers: its process is in recv() all the time
+    before = talk.get("snd_una")["snd_una"]
+    assert talk.echo(b"moved on") == b"moved on"
+    wait_until(lambda: talk.get("unacknowledged")["unacknowledged"] == 0)
+    assert talk.get("snd_una")["snd_una"] == (before + 8) & 0xFFFFFFFF
+    assert tcpmig(talk.host, "set", talk.conn_id, f"snd_una={before:#x}")[0] == 0
+    assert talk.get("snd_una")["snd_una"] == before
+    assert tcpmig(talk.host, "set", talk.conn_id, f"snd_una={(before + 8) & 0xFFFFFFFF}")[0] == 0
+    assert talk.echo(b"still here") == b"still here"
+    for wrong, status, code in (
+        ("tcp.nodelay", 2, "TM-0110"),
+        ("tcp.nodelay=yes", 2, "TM-0110"),
+        ("nothing=1", 2, "TM-0220"),
+        ("bytes_sent=1", 3, "TM-0221"),
+        ("rcv_wnd=-1", 3, "TM-0222"),
+        ("congestion=none-such", 1, "TM-0223"),
+    ):
+        done = tcpmig(talk.host, "set", talk.conn_id, "so.keepalive=0", wrong)
+        assert (done[0], done[1]["code"]) == (status, code), wrong
+        assert talk.get("so.keepalive") == {"so.keepalive": 1}, "it was set although another was refused"
 
 
 @both_families
@@ -172,8 +199,8 @@ def test_a_frozen_connection_is_silent_until_it_is_resumed(talk: Talk) -> None:
     assert talk.sock.recv(100) == b"into the silence"
     assert talk.echo(b"and on") == b"and on"
     after = talk.get()
-    options = {k: v for k, v in before.items() if not k.startswith("info.")}
-    assert {k: v for k, v in after.items() if not k.startswith("info.")} == options
+    options = {k: v for k, v in before.items() if "." in k}
+    assert {k: v for k, v in after.items() if "." in k} == options
     assert rules(talk.host) == rules_before
     assert not list(talk.host.path("/run/tcpmig/frozen").glob("*.frozen"))
 
@@ -221,9 +248,31 @@ def test_a_damaged_record_hides_no_other(talk: Talk) -> None:
     assert "is no record of a frozen connection" in printed
 
 
+def test_a_frozen_connection_survives_its_owner(talk: Talk) -> None:
+    rules_before = rules(talk.host)
+    tcpmig(talk.host, "freeze", talk.conn_id)
+    talk.server.kill()
+    talk.host.wait_until_gone(talk.server.pid)
+    talk.sock.sendall(b"is anybody there?")
+    assert talk.silent(), "the end of the process reached the peer"
+    _, listed, _ = tcpmig(talk.host, "conns")
+    assert [(c["state"], c["frozen"]) for c in listed["connections"]] == [("ESTABLISHED", True)]
+    # nobody owns it: let live again, it ends as if the process ended now
+    assert tcpmig(talk.host, "resume", talk.conn_id)[0] == 0
+    talk.sock.settimeout(5)
+    with pytest.raises(ConnectionResetError):
+        # what the peer said was never read (RFC 9293 3.6.1)
+        talk.sock.recv(1)
+    assert rules(talk.host) == rules_before
+    assert tcpmig(talk.host, "resume", talk.conn_id)[1]["code"] == "TM-0281"
+
+
 def test_a_connection_that_went_is_forgotten(talk: Talk) -> None:
     rules_before = rules(talk.host)
     tcpmig(talk.host, "freeze", talk.conn_id)
+    keepers = {o["pid"] for c in tcpmig(talk.host, "conns")[1]["connections"] for o in c["owners"]} - {talk.server.pid}
+    assert len(keepers) == 1
+    talk.host.sh(f"kill -9 {keepers.pop()}")
     talk.server.kill()
     talk.host.wait_until_gone(talk.server.pid)
     status, found, _ = tcpmig(talk.host, "resume", talk.conn_id)
@@ -234,7 +283,7 @@ def test_a_connection_that_went_is_forgotten(talk: Talk) -> None:
 
 def test_what_is_asked_wrongly(talk: Talk) -> None:
     cases = [
-        (("get", talk.conn_id, "nothing"), 2, "TM-0113", "nothing"),
+        (("get", talk.conn_id, "nothing"), 2, "TM-0220", "nothing"),
         (("freeze", "tcp:nonsense"), 2, "TM-0201", "tcp:nonsense"),
         (("freeze", "tcp:10.1.1.1:1-10.1.1.2:2"), 3, "TM-0202", "tcp:10.1.1.1:1-10.1.1.2:2"),
         (("get", "tcp:[fd00::1]:1-[fd00::2]:2"), 3, "TM-0202", "tcp:[fd00::1]:1-[fd00::2]:2"),

@@ -60,6 +60,7 @@ FIELDS: Final = (
     TcpField("copied_seq", "copied_seq", "sequence number: next to be read by the application"),
     TcpField("rcv_wup", "rcv_wup", "sequence number: rcv_nxt at our last window update"),
     TcpField("snd_wl1", "snd_wl1", "sequence number of the peer's last window update"),
+    TcpField("snd_up", "snd_up", "sequence number: after our urgent byte; snd_una if there is none"),
     TcpField("urg_seq", "urg_seq", "sequence number of urgent data"),
     TcpField("high_seq", "high_seq", "sequence number: snd_nxt when congestion began"),
     TcpField("undo_marker", "undo_marker", "sequence number: where an undo would begin; 0: none"),
