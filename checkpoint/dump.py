@@ -4,6 +4,8 @@ The stages, each a method, in the order in which they are called::
 
     check          verdicts on everything, from /proc; nothing is stopped
     prepare        what can be read or opened beforehand
+    begin_live, end_live
+                   memory is copied in rounds while the processes run (:mod:`checkpoint.live`)
     find_listeners, hold_off, drain
                    listeners take no new connections; those that wait are accepted by the application
     stop           all threads stopped; state, descriptors, mappings captured; nothing of ours left inside
@@ -24,6 +26,7 @@ The stages, each a method, in the order in which they are called::
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -33,6 +36,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from checkpoint import preflight, procfs
+from checkpoint.described import manifest, process_records
 from checkpoint.errors import FileNotShared, NoSuchProcess, Refused, TreeChanged
 from checkpoint.files.base import OpenFile
 from checkpoint.files.held import HeldSocket
@@ -43,16 +47,17 @@ from checkpoint.files.table import FileTable, TreeFiles
 from checkpoint.files.tcp import TcpGroup
 from checkpoint.holdoff import Holdoff, LastSegments
 from checkpoint.image.format import PageRun
-from checkpoint.image.frames import Kind, Space
+from checkpoint.image.frames import Kind, Runs, Space
 from checkpoint.inject import Injection
+from checkpoint.live import LiveCopy, Remaining
+from checkpoint.live import foresee as foresee_tracked
 from checkpoint.memory import layout, pages
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.memory.vma import Vma, foresee
-from checkpoint.procfs import Stat
-from checkpoint.records import FilesDelta, Manifest, ProcessRecord, TreeRecord
+from checkpoint.records import FilesDelta, MapsDelta, TreeRecord
 from checkpoint.state import table
 from checkpoint.state.table import ProcessState
-from checkpoint.tracee import Process, Tree
+from checkpoint.tracee import Tree
 from checkpoint.traces import (
     FrozenTree,
     GivenUpLock,
@@ -67,7 +72,7 @@ from checkpoint.traces import (
     peeked,
     write,
 )
-from checkpoint.tree import Task, plan
+from checkpoint.tree import plan
 from checkpoint.verdict import Verdict
 from tcpstate.capture import replay
 from tcpstate.errors import TcpmigError
@@ -76,7 +81,6 @@ from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.route import local_addresses
 from tcpstate.segment import Segment
 from tcpstate.silence import Blackhole
-from tcpstate.version import VERSION
 
 __all__ = ["Dump"]
 
@@ -103,6 +107,8 @@ class Dump:
         self.tree: Tree | None = None
         self.warnings: list[str] = []
         self._foreseen: dict[int, dict[bytes, Vma]] = {}
+        self._live: LiveCopy | None = None
+        self._remaining: dict[int, Remaining] = {}
         self._holdoff: Holdoff | None = None
         self._listeners: list[socket.socket] = []
         self._places: list[list[tuple[int, int]]] = []
@@ -140,6 +146,25 @@ class Dump:
                 self._foreseen[pid] = foresee(pid)
             except (NoSuchProcess, FileNotFoundError, ProcessLookupError):
                 _log.debug("pid %d ended before the stop", pid)
+
+    def begin_live(self) -> LiveCopy:
+        """Begin to copy memory while the processes run. TrackingImpossible, and what a stop raises."""
+        self._live = live = LiveCopy(self.roots)
+        live.begin()
+        return live
+
+    def end_live(self) -> None:
+        """The rounds are over: look again at what is slow to read."""
+        if self._live is not None:
+            for pid in self._live.pids:
+                with contextlib.suppress(NoSuchProcess):
+                    self._foreseen[pid] = foresee_tracked(pid)
+
+    def give_up_live(self) -> None:
+        """All of the memory is copied in the stop, after all."""
+        live, self._live = self._live, None
+        if live is not None:
+            live.close()
 
     def find_listeners(self) -> set[int]:
         """Take duplicates of the listening sockets; their ports."""
@@ -238,6 +263,7 @@ class Dump:
         self._table.evidence = self._evidence
         for process in tree.processes:
             process.foreseen = self._foreseen.get(process.pid, {})
+            process.tracked = self._live is not None and process.pid in self._live.pids
             with Injection(process) as injection:
                 # read while nothing of ours is in there, unless a dead tool had left something
                 calls = CallTable()
@@ -267,41 +293,28 @@ class Dump:
 
     # -- what is sent ---------------------------------------------------------------------------------------------
 
-    @property
-    def manifest(self) -> Manifest:
-        """What the image is of."""
-        tree = self._tree
-        return Manifest(
-            program=VERSION,
-            host=os.uname().nodename,
-            boot_id=_boot_id(),
-            kernel=os.uname().release,
-            machine=os.uname().machine,
-            created=int(time.time()),
-            roots=self.roots,
-            pids=tuple(p.pid for p in tree.processes) + tuple(z.pid for z in tree.zombies),
-            tids=tuple(t.tid for p in tree.processes for t in p.threads) + tuple(z.pid for z in tree.zombies),
-        )
-
     def skeleton(self) -> Iterator[tuple[Kind, object]]:
         """The records from which everything but bytes and connections can be built."""
         tree = self._tree
-        yield Kind.MANIFEST, self.manifest
-        records = [self._process_record(p) for p in tree.processes] + [_zombie_record(z) for z in tree.zombies]
+        yield Kind.MANIFEST, manifest(tree, self.roots)
+        records = process_records(tree, self._states)
         plan([r.task for r in records])  # refuses what cannot be grown again
         yield Kind.TREE, TreeRecord(processes=tuple(records), clocks=self._states[self.roots[0]].clocks)
         yield Kind.FILES, self._files
+        drops: list[Runs] = []
+        if self._live is not None and self._files is not None and self._live.takes(records, self._layouts):
+            for process in tree.processes:
+                left = self._live.finish(process, self._layouts[process.pid], self._files)
+                self._remaining[process.pid] = left
+                drops += left.drops
+                if left.stale:
+                    yield Kind.MAPS_DELTA, MapsDelta(pid=process.pid, stale=tuple(left.stale))
+        elif self._live is not None:
+            _log.info("the processes have changed at the last moment: all of their memory is copied again")
         for process in tree.processes:
             yield Kind.MAPPINGS, self._layouts[process.pid]
-
-    def _process_record(self, process: Process) -> ProcessRecord:
-        return ProcessRecord(
-            task=_task(process.stat),
-            comm=process.stat.comm,
-            exit_signal=process.stat.exit_signal,
-            stop_signal=process.stop_signal,
-            state=self._states[process.pid],
-        )
+        for runs in drops:
+            yield Kind.PAGES_DROP, runs
 
     def pages(self, *, buffers: int = 1) -> Iterator[PageRun]:
         """Contents of files that travel along, then the memory of every process. A run is valid until the
@@ -313,7 +326,11 @@ class Dump:
                 if data:
                     yield PageRun(space=Space.CONTENT, id=index, runs=runs, data=memoryview(data))
         for process in self._tree.processes:
-            yield from pages.read(process, self._layouts[process.pid], buffers=buffers)
+            pid = process.pid
+            if pid in self._remaining:
+                yield from pages.read_runs(process, pid, self._remaining[pid].ranges, buffers=buffers)
+            else:
+                yield from pages.read(process, self._layouts[pid], buffers=buffers)
 
     def early_queues(self) -> Iterator[PageRun]:
         """What large receive queues hold, last before :meth:`freeze`: by now their peers have filled what room there
@@ -441,6 +458,7 @@ class Dump:
     def close(self) -> None:
         """Close our descriptors, and take away the rules that nothing needs any more."""
         self._restore_gc()
+        self.give_up_live()
         self._blackhole.remove()
         if self._table is not None:
             self._table.close()
@@ -451,16 +469,3 @@ class Dump:
     def _restore_gc(self) -> None:
         if self._collecting:
             gc.enable()
-
-
-def _task(stat: Stat, wait_code: int | None = None) -> Task:
-    return Task(pid=stat.pid, ppid=stat.ppid, pgid=stat.pgid, sid=stat.sid, wait_code=wait_code)
-
-
-def _zombie_record(stat: Stat) -> ProcessRecord:
-    return ProcessRecord(task=_task(stat, stat.exit_code), comm=stat.comm, exit_signal=stat.exit_signal)
-
-
-def _boot_id() -> str:
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()

@@ -75,7 +75,9 @@ __all__ = [
     "SysvSharedMemory",
     "TimerOutOfReach",
     "TooManyDescriptors",
+    "TrackingImpossible",
     "TreeChanged",
+    "TreeUnsteady",
     "UnitMainProcess",
     "UnitRestarts",
     "UnknownFrameKind",
@@ -387,6 +389,23 @@ class AddressGapMissing(TcpmigError):
 
     code = "TM-0509"
     fix = "Report the mappings of the processes (/proc/PID/maps)."
+
+
+class TrackingImpossible(TcpmigError):
+    """A process's memory can be copied while it runs only if the kernel tells which pages it writes: by asynchronous
+    write protection (userfaultfd, PAGEMAP_SCAN: Linux 6.7). The kernel lacks it, or refuses it to this process.
+    Nothing was stopped."""
+
+    code = "TM-0511"
+    fix = "Without it the process stands still while all of its memory is copied: see --stop-and-copy."
+
+
+class TreeUnsteady(TcpmigError):
+    """Processes of the tree came and went, or called exec, in every round of copying its memory while it ran, so that
+    no round could build on the one before. Nothing was stopped."""
+
+    code = "TM-0512"
+    fix = "Move it at a quieter time, or with --stop-and-copy."
 
 
 # --- open files: TM-0340..0369 are refusals before the stop, TM-0550..0569 failures while capturing or rebuilding

@@ -12,13 +12,12 @@ from __future__ import annotations
 import signal
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from checkpoint.errors import PidTaken
 from checkpoint.kernel.clone import CloneFlag
-from checkpoint.records import ProcessRecord
 from checkpoint.spawn import Stub, spawn_stub
-from checkpoint.tree import Death, End, Fork, SetPgid, SetSid, Spawn, plan
+from checkpoint.tree import Death, End, Fork, SetPgid, SetSid, Spawn, Task, plan
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.machine import SYS
 
@@ -29,8 +28,17 @@ _SIGSET_SIZE: Final = 8
 _RLIMIT_CORE: Final = 4  # include/uapi/asm-generic/resource.h
 
 
+class Birth(Protocol):
+    """What is needed of a process's record."""
+
+    @property
+    def task(self) -> Task: ...
+    @property
+    def exit_signal(self) -> int: ...
+
+
 def grow(
-    records: Sequence[ProcessRecord],
+    records: Sequence[Birth],
     avoid: Iterable[tuple[int, int]],
     stubs: dict[int, Stub],
     warn: Callable[[str], None],
@@ -48,7 +56,7 @@ def grow(
 class _Grower:
     def __init__(
         self,
-        records: Sequence[ProcessRecord],
+        records: Sequence[Birth],
         avoid: list[tuple[int, int]],
         stubs: dict[int, Stub],
         warn: Callable[[str], None],

@@ -6,11 +6,15 @@ process, FILES_DELTA a :class:`FilesDelta`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from checkpoint.arch import USER_END
 from checkpoint.files.base import OpenFile
+from checkpoint.files.regular import RegularFile
 from checkpoint.files.table import TreeFiles
 from checkpoint.image.frames import End
+from checkpoint.memory.delta import same_process
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.state.clocks import Clocks
 from checkpoint.state.table import ProcessState
@@ -19,7 +23,18 @@ from checkpoint.tree import Task
 from tcpstate import codec
 from tcpstate.record import ConnectionRecord
 
-__all__ = ["FilesDelta", "Manifest", "ProcessRecord", "TreeRecord", "prepare"]
+__all__ = [
+    "FilesDelta",
+    "LiveProcess",
+    "LiveTree",
+    "Manifest",
+    "MapsDelta",
+    "ProcessRecord",
+    "TreeRecord",
+    "fits",
+    "prepare",
+    "same_file",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +112,98 @@ class FilesDelta:
     files: dict[int, OpenFile] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveProcess:
+    """A process that runs, as a round of pre-copy found it.
+
+    task         its place in the tree
+    exit_signal  what its parent is sent when it ends
+    layout       its memory, without what comes only at the end; None for a zombie
+    stale        (start, end) of memory that was told before and was made anew since
+    """
+
+    task: Task
+    exit_signal: int
+    layout: MemoryLayout | None = None
+    stale: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.exit_signal <= 64:
+            raise ValueError("a signal is out of range")
+        if (self.layout is None) != (self.task.wait_code is not None):
+            raise ValueError("a living process has memory, and a zombie has none")
+        if self.layout is not None and self.layout.pid != self.task.pid:
+            raise ValueError("the memory is another process's")
+        _ascending(self.stale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LiveTree:
+    """The processes, running. A later one replaces it; its processes' memory stays where it is the same.
+
+    number     of the round
+    processes  parents before children
+    files      those that are mapped, and nothing else
+    clocks     what the processes see, ``at`` the time of the rebuilding host's CLOCK_MONOTONIC, nanoseconds (as far as
+               the source could know; 0: it could not)
+    """
+
+    number: int
+    processes: tuple[LiveProcess, ...]
+    files: TreeFiles
+    clocks: Clocks
+    at: int = 0
+
+    def __post_init__(self) -> None:
+        pids = [p.task.pid for p in self.processes]
+        if not pids or len(set(pids)) != len(pids):
+            raise ValueError("no process, or one twice")
+
+    @property
+    def layouts(self) -> dict[int, MemoryLayout]:
+        """The memory of the living, by PID."""
+        return {one.task.pid: one.layout for one in self.processes if one.layout is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapsDelta:
+    """Memory of a process that was told in a round of pre-copy, and was made anew since: (start, end), by address."""
+
+    pid: int
+    stale: tuple[tuple[int, int], ...]
+
+    def __post_init__(self) -> None:
+        _ascending(self.stale)
+
+
+def _ascending(ranges: tuple[tuple[int, int], ...]) -> None:
+    last = 0
+    for start, end in ranges:
+        if not last <= start < end <= USER_END:
+            raise ValueError(f"a range {start:#x}-{end:#x} is empty, out of order or out of range")
+        last = end
+
+
+def same_file(before: OpenFile, after: OpenFile) -> bool:
+    """Whether what is mapped of the one is mapped of the other: the same file by the same path, opened in the same
+    way."""
+    return (
+        isinstance(before, RegularFile)
+        and isinstance(after, RegularFile)
+        and (before.path, before.inode, before.access) == (after.path, after.inode, after.access)
+    )
+
+
+def fits(told: LiveTree, tasks: Iterable[Task], layouts: Mapping[int, MemoryLayout]) -> bool:
+    """Whether what was built from ``told`` can become these processes: the same ones, in the same places of the tree,
+    with the same programs. Both sides ask this, of the same records."""
+    if {one.task for one in told.processes} != set(tasks):
+        return False
+    before = told.layouts
+    return before.keys() == layouts.keys() and all(same_process(before[pid], layouts[pid]) for pid in before)
+
+
 def prepare() -> None:
     """Work out beforehand how the records of an image are written and read: 12 ms that the stop would pay else."""
-    codec.prepare(Manifest, TreeRecord, TreeFiles, MemoryLayout, FilesDelta, End, ConnectionRecord, FrozenTree)
+    image = (Manifest, TreeRecord, TreeFiles, MemoryLayout, MapsDelta, FilesDelta, End)
+    codec.prepare(*image, LiveTree, ConnectionRecord, FrozenTree)

@@ -2,7 +2,8 @@
 
 ::
 
-    apply(frame)      for each frame.  With the last MAPPINGS the tree grows, of stubs with the right numbers,
+    apply(frame)      for each frame.  LIVE lays out memory while the originals run, PAGES fill it (checkpoint.ground).
+                      With the last MAPPINGS the tree grows, of stubs with the right numbers,
                       with its memory laid out and its files open; PAGES fill it; FILES_DELTA brings the connections
                       COPIED says that the processes can be completed: threads and state, registers set
     prepare()         that, if it was not done yet; connections rebuilt in repair and compared
@@ -31,12 +32,12 @@ from checkpoint.files.install import install
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcpfile import TcpFile
+from checkpoint.ground import Ground
 from checkpoint.grow import grow
-from checkpoint.image.frames import Frame, Kind, PageRun, Space
+from checkpoint.image.frames import Frame, Kind, PageRun, Runs, Space
 from checkpoint.memory import layout
 from checkpoint.memory.layout import MemoryLayout
-from checkpoint.memory.pages import PageWriter
-from checkpoint.records import FilesDelta, Manifest, ProcessRecord, TreeRecord
+from checkpoint.records import FilesDelta, LiveTree, Manifest, MapsDelta, ProcessRecord, TreeRecord
 from checkpoint.spawn import Stub
 from checkpoint.state import clocks, table
 from checkpoint.traces import Made, NoteWriter, Rules, StagedName, Stubs, Trace, Traced, write
@@ -82,12 +83,13 @@ class Restore:
         self._tree: TreeRecord | None = None
         self._files: TreeFiles | None = None
         self._layouts: dict[int, MemoryLayout] = {}
-        self._writers: dict[int, PageWriter] = {}
         self._rebuilder: Rebuilder | None = None
         self._blackhole = Blackhole()
         self._arrived_ns = 0
         self._complete = False
         self._processes_complete = False
+        self._ground = Ground(self.stubs, path, self._warn)
+        self._clocks_go_on = False
 
     def _keep_warning(self, text: str) -> None:
         self.warnings.append(text)
@@ -113,6 +115,12 @@ class Restore:
                     return  # the frame's buffer is in use until the connections are rebuilt
             case Kind.MANIFEST:
                 self.manifest = frame.decode(Manifest)
+            case Kind.LIVE:
+                self._live(frame.decode(LiveTree))
+            case Kind.MAPS_DELTA:
+                self._ground.forget(frame.decode(MapsDelta))
+            case Kind.PAGES_DROP:
+                self._drop(frame.decode(Runs))
             case Kind.TREE:
                 self._arrived_ns = time.monotonic_ns()
                 self._tree = frame.decode(TreeRecord)
@@ -148,13 +156,31 @@ class Restore:
             raise ImageIncomplete("the records TREE, FILES and MAPPINGS did not come where they are needed")
         return self._rebuilder
 
+    def _live(self, tree: LiveTree) -> None:
+        if self._tree is not None:
+            raise ImageIncomplete("a round of running processes came after they were stopped")
+        if not self._clocks_go_on:
+            # a little too late rather than too early: a clock must not run backwards
+            self._enter_clocks(tree.clocks, max(0, time.monotonic_ns() - tree.at) if tree.at else 0)
+        self._ground.apply(tree)
+
+    def _enter_clocks(self, wanted: clocks.Clocks, elapsed: int) -> None:
+        clocks.enter(wanted, elapsed)
+        self._clocks_go_on = True
+
+    def _drop(self, runs: Runs) -> None:
+        if self._processes_complete:
+            raise ImageIncomplete("pages were dropped after the end of the copy")
+        self._ground.drop(runs)
+
     # -- building -------------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
         if self._files is None or self._tree is None or self.manifest is None:
             raise ImageIncomplete("a record MANIFEST or FILES did not come where it is needed")
         gc.disable()  # a collection would cost milliseconds in which the original stands still
-        clocks.enter(self._tree.clocks, 0)
+        if not self._clocks_go_on:
+            self._enter_clocks(self._tree.clocks, 0)
         taken = [(m.start, m.end) for one in self._layouts.values() for m in one.mappings]
         held = {} if self._held is None else self._held(self._files)
         if any(isinstance(file, TcpFile) and file.conn_id for file in self._files.files):
@@ -171,13 +197,17 @@ class Restore:
         if self._check:
             for warning in self._rebuilder.check():
                 self._warn(warning)
-        grow(self._tree.processes, taken, self.stubs, self._warn)
+        goes_on = self._ground.takes(self._tree.processes, self._layouts)
+        if not goes_on:
+            self._ground.clear()
+            grow(self._tree.processes, taken, self.stubs, self._warn)
         self._rebuilder.rebuild()
-        for record in self._living():
-            pid = record.task.pid
-            stub, one = self.stubs[pid], self._layouts[pid]
-            layout.build(one, stub, self._rebuilder.descriptor)
-            self._writers[pid] = PageWriter(stub, one)
+        for pid, one in self._layouts.items():
+            if goes_on:
+                self._ground.finish(one, self._files, self._rebuilder.descriptor)
+            else:
+                layout.build(one, self.stubs[pid], self._rebuilder.descriptor)
+                self._ground.is_now(one)
         for record in self._living():
             install(self._rebuilder, record.task.pid, self.stubs[record.task.pid])
 
@@ -190,10 +220,7 @@ class Restore:
         if run.space is Space.CONTENT:
             self._files_rebuilder.write_content(run.id, run.runs, run.data)
             return False
-        writer = self._writers.get(run.id)
-        if writer is None:
-            raise ImageIncomplete(f"pages of process {run.id} came before its memory was laid out, or it has none")
-        writer.write(run)
+        self._ground.write(run)
         return False
 
     # -- the end --------------------------------------------------------------------------------------------------

@@ -63,11 +63,13 @@ class Process:
     stat         /proc/PID/stat as of the stop
     stop_signal  the signal that holds it in a stop of its own (state T), 0 if none does
     foreseen     what memory.vma.foresee() gave before the stop; ``maps`` takes it over
+    tracked      our own tracking of writes is on, and shows in the flags of its mappings
     """
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.foreseen: Mapping[bytes, Vma] = {}
+        self.tracked = False
         self.threads: list[Thread] = []
         self.stat: Stat
         self.stop_signal = 0

@@ -52,6 +52,7 @@ __all__ = [
     "UnitHookSyntax",
     "Unsettled",
     "VersionMismatch",
+    "WritesTooFast",
     "from_remote",
     "undone",
 ]
@@ -469,3 +470,11 @@ class NotHeld(TcpmigError):
     code = "TM-0630"
     outcome = Outcome.USAGE
     fix = "Run `tcpmig restore FILE`."
+
+
+class WritesTooFast(TcpmigError):
+    """While a process's memory was copied it wrote as fast as the line carries, so that what remained for the stop did
+    not shrink to what --max-downtime allows; and --if-busy refuse was given. Nothing was stopped."""
+
+    code = "TM-0650"
+    fix = "Allow a longer stop with --max-downtime or --if-busy stop, or move it at a quieter time."

@@ -7,14 +7,15 @@ every segment for the moved ports, until ``close``: peers send here until they h
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from checkpoint import preflight, procfs, supervisors
 from checkpoint.dump import Dump
-from checkpoint.errors import NoSuchProcess
+from checkpoint.errors import InjectionRefused, NoSuchProcess, Refused, TrackingImpossible, TreeUnsteady
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.peers import is_loopback
 from checkpoint.files.policy import NO_POLICY, Policy
@@ -23,9 +24,11 @@ from checkpoint.files.verdicts import foretell
 from checkpoint.image.format import FrameWriter, page_frames
 from checkpoint.image.frames import Kind
 from checkpoint.image.writer import ImageFile
+from checkpoint.live import Round as LiveRound
 from migrate.clock import monotonic_ns
 from migrate.messages import Needs, TreeNeed
 from migrate.parts import NoteWriter
+from migrate.rounds import Round
 from migrate.unithook import HookUnit
 from migrate.warm import warm
 from migrate.wire import ImageWriter
@@ -63,6 +66,7 @@ class OutgoingTrees:
         self._writer = FrameWriter(stream=True)
         self._syns: Capture | None = None
         self._segments: Capture | None = None
+        self._began = False
 
     def needs(self) -> Needs:
         """What has to be true at the target; raises the first refusal."""
@@ -106,9 +110,41 @@ class OutgoingTrees:
         for verdict in found:
             _log.warning("%s: %s", verdict.subject, verdict.text)
 
+    def copy_live(
+        self, image: ImageWriter, there: Callable[[int], int], settle: Callable[[], None]
+    ) -> Iterator[tuple[Round, Mapping[int, int]]]:
+        """Rounds of pre-copy, one each time the iterator is asked; it ends if there can be none."""
+        try:
+            live = self._dump.begin_live()
+            while True:
+                began, before = monotonic_ns(), image.written
+                self._send_round(image, live.round(), there)
+                settle()
+                yield Round(bytes=image.written - before, ms=(monotonic_ns() - began) / 1e6), live.written()
+        except (TrackingImpossible, TreeUnsteady, Refused, InjectionRefused) as error:
+            # what refuses for good will say so in the stop
+            _log.warning("all memory is copied in the stop: %s [%s] (%s)", error.message, error.code, error.object)
+            self._dump.give_up_live()
+
+    def _send_round(self, image: ImageWriter, told: LiveRound, there: Callable[[int], int]) -> None:
+        self._begin(image)
+        tree = dataclasses.replace(told.tree, at=max(0, there(told.read_ns)))
+        image.write(self._writer.frame(Kind.LIVE, tree))
+        for drop in told.drops:
+            image.write(self._writer.frame(Kind.PAGES_DROP, drop))
+        for run in told.runs:
+            image.write(self._writer.pages(run))
+        image.flush()
+
+    def _begin(self, image: ImageWriter) -> None:
+        if not self._began:
+            self._began = True
+            image.write(self._writer.begin())
+
     def prepare(self, note: NoteWriter | None = None) -> None:
         """New connections are held off and captured."""
         self._dump.note = note
+        self._dump.end_live()
         self._dump.make_ready()
         ports = self._dump.find_listeners()
         if ports:
@@ -123,7 +159,7 @@ class OutgoingTrees:
 
     def send(self, image: ImageWriter) -> None:
         """Skeleton and pages."""
-        image.write(self._writer.begin())
+        self._begin(image)
         for kind, record in self._dump.skeleton():
             image.write(self._writer.frame(kind, record))
         image.flush()

@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from checkpoint.traces import NoteWriter
 from checkpoint.verdict import Verdict
 from migrate.messages import Comparison, Lost, Needs
+from migrate.rounds import Round
 from migrate.wire import ImageSink, ImageWriter
 
 __all__ = ["Arrived", "Incoming", "NoteWriter", "Outgoing"]
@@ -45,6 +46,17 @@ class Outgoing(Protocol):
 
         shared  directories (of this host) that are the very same there
         apart   files that are not the same there, and travel
+        """
+
+    def copy_live(
+        self, image: ImageWriter, there: Callable[[int], int], settle: Callable[[], None]
+    ) -> Iterator[tuple[Round, Mapping[int, int]]]:
+        """Step 2: memory is copied in rounds while everything runs, a round each time the iterator is asked.
+
+        there   a time of our CLOCK_MONOTONIC as one of the target's, not too late
+        settle  returns when the target has taken in what was sent
+
+        Yields what a round took, and the bytes written since by each process; ends if there can be no rounds.
         """
 
     def prepare(self, note: NoteWriter) -> None:

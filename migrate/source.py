@@ -30,6 +30,7 @@ from migrate.errors import (
     TargetAborted,
     TargetRefused,
     TargetStuck,
+    WritesTooFast,
     from_remote,
     undone,
 )
@@ -62,8 +63,9 @@ from migrate.messages import (
 )
 from migrate.parts import Outgoing
 from migrate.protocol import SourceMachine
+from migrate.rounds import IfBusy, Pace, Round
 from migrate.rtnetlink import Netlink
-from migrate.summary import Checked, Round, SourceOptions, Summary
+from migrate.summary import Checked, SourceOptions, Summary
 from migrate.takeover import AddressPlan, Departure, control_addresses, plan, select
 from migrate.transport import Remote
 from migrate.unithook import HookFacts, UnitHook
@@ -199,6 +201,8 @@ class Source:
             there=self._there,
             directory=self._options.state_directory,
         )
+        image = ImageWriter(channel, self._machine.send_image, self._attend)
+        rounds = self._copy_live(image) if self._options.precopy else []
         if self._hook is not None:
             with self._phase("hook"):
                 self._call_hook(self._hook, checked.needs, moved)
@@ -210,7 +214,7 @@ class Source:
             self._departure = departure = Departure(netlink, moved)
             self._measure(MEASUREMENTS)
 
-        image = ImageWriter(channel, self._machine.send_image, self._attend)
+        before = image.written
         self._stopped_ns = monotonic_ns()
         with self._phase("stop"):
             outgoing.stop(moved)
@@ -219,7 +223,7 @@ class Source:
             image.flush()
             # The target answers when it has built all that came: what takes it long is done while the connections live.
             self._measure(1)
-        copied = Round(bytes=image.written, ms=self._phases["copy"])
+        rounds.append(Round(bytes=image.written - before, ms=self._phases["copy"]))
         with self._phase("freeze"):
             exported_ns = outgoing.freeze(image)
             image.flush()
@@ -260,7 +264,7 @@ class Source:
             pids=running.pids,
             connections=outgoing.connections,
             addresses=moved,
-            rounds=(copied,),
+            rounds=tuple(rounds),
             stop_ms=stop_ns / 1e6,
             total_ms=(monotonic_ns() - self._began) / 1e6,
             bytes_sent=channel.bytes_sent,
@@ -274,6 +278,39 @@ class Source:
         if self._journal is not None:
             self._journal.note("unit-hook", hook.note(facts))
         hook.before_stop(facts)
+
+    def _copy_live(self, image: ImageWriter) -> list[Round]:
+        """Rounds of pre-copy, until what remains fits the stop. WritesTooFast."""
+        with self._phase("precopy"):
+            self._measure(MEASUREMENTS)
+            pace = Pace(self._options.max_downtime_ms)
+            # a clock that is a little late there jumps a little; one that is early would run backwards
+            rounds = self._outgoing.copy_live(
+                image, lambda here: self._offset.there(here) - self._offset.error_ns, lambda: self._measure(1)
+            )
+            for sent, written in rounds:
+                _log.info(
+                    "round %d: %.1f MB in %.0f ms; %.1f MB written meanwhile",
+                    len(pace.rounds) + 1,
+                    sent.bytes / 1e6,
+                    sent.ms,
+                    sum(written.values()) / 1e6,
+                )
+                if not pace.another(sent, written):
+                    break
+            if pace.busy:
+                self._judge_pace(pace)
+            return pace.rounds
+
+    def _judge_pace(self, pace: Pace) -> None:
+        pid = max(pace.written, key=lambda pid: pace.written[pid])
+        text = (
+            f"it writes {pace.write_rate(pid) / 1e6:.0f} MB/s, and the line carries {pace.rate / 1e6:.0f} MB/s: "
+            f"the copy in the stop takes about {pace.predicted_ms():.0f} ms"
+        )
+        if self._options.if_busy is IfBusy.REFUSE:
+            raise WritesTooFast(text, object=f"pid {pid}")
+        _log.warning("pid %d: %s", pid, text)
 
     def _measure(self, count: int) -> None:
         for number in range(count):

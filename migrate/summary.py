@@ -7,10 +7,14 @@ from pathlib import Path
 
 from checkpoint.verdict import Verdict
 from migrate.messages import Lost, Needs
+from migrate.rounds import IfBusy, Round
 from migrate.takeover import AddressPolicy
 from tcpstate.errors import Outcome
 
-__all__ = ["Checked", "Round", "SourceOptions", "Summary"]
+__all__ = ["MAX_DOWNTIME_MS", "Checked", "SourceOptions", "Summary"]
+
+#: milliseconds: what the copy in the stop may take, if the user does not say
+MAX_DOWNTIME_MS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +24,9 @@ class SourceOptions:
     address         ``--address``: auto, none, or addresses
     policy          ``--address-policy``
     map_dev         ``--map-dev``: interface here to interface there
+    precopy         memory is copied in rounds before the stop
+    max_downtime_ms  ``--max-downtime``: how long the copy that remains for the stop may take, as far as can be told
+    if_busy         ``--if-busy``: what if that cannot be reached
     forwarded       options for the rebuilding side, by name
     unit_hook       ``--unit-hook``: a program for this host; empty: none
     rsh, remote_command  for the journal: how `recover` reaches the target
@@ -29,19 +36,14 @@ class SourceOptions:
     address: str = "auto"
     policy: AddressPolicy = AddressPolicy.REFUSE
     map_dev: dict[str, str] = field(default_factory=dict)
+    precopy: bool = True
+    max_downtime_ms: float = MAX_DOWNTIME_MS
+    if_busy: IfBusy = IfBusy.STOP
     forwarded: dict[str, str] = field(default_factory=dict)
     unit_hook: str = ""
     rsh: str = ""
     remote_command: str = ""
     state_directory: Path | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Round:
-    """One transfer of memory."""
-
-    bytes: int
-    ms: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -94,13 +94,14 @@ class Kind(enum.StrEnum):
     Records that come more than once supersede: a reader that applies frames in their order ends with the right state.
 
     MANIFEST     what a host must check before it builds anything (host, kernel, machine, options)
+    LIVE         the processes while they run, in a round of pre-copy: their memory alone is built from it
     TREE         the processes and their state
     FILES        the table of open files of the tree
     MAPPINGS     the memory layout of one process; a later one of the same process replaces it
     PAGES        bytes of memory (by process) or of file contents (by index in FILES): the later bytes of an address win
     PAGES_DROP   pages that are as in a fresh mapping again (a hole, for contents): earlier PAGES of them are void
     COPIED       no more bytes of memory or contents come: the processes can be completed, while connections are frozen
-    MAPS_DELTA   mappings that came, went or changed since the last MAPPINGS of a process
+    MAPS_DELTA   memory of a process that was told in LIVE and was made anew since: what is left there is void
     FILES_DELTA  entries of FILES that came or changed; sockets, as frozen at the end
     ADDRESSES    addresses that the connections need, of an image in a file; of a migration the protocol tells them
     HOLD         where the connections are held that the checkpoint did not end; of an image in a file
@@ -108,6 +109,7 @@ class Kind(enum.StrEnum):
     """
 
     MANIFEST = "MANIFEST"
+    LIVE = "LIVE"
     TREE = "TREE"
     FILES = "FILES"
     MAPPINGS = "MAPPINGS"

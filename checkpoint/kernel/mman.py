@@ -8,7 +8,19 @@ from __future__ import annotations
 import enum
 import struct
 
-__all__ = ["MM_MAP", "MM_MAP_AUXV", "MM_MAP_EXE_FD", "Advice", "Lock", "Map", "PrSetMm", "PrSetVma", "Prot", "Remap"]
+__all__ = [
+    "MM_MAP",
+    "MM_MAP_AUXV",
+    "MM_MAP_EXE_FD",
+    "MM_MAP_SAME_EXE",
+    "Advice",
+    "Lock",
+    "Map",
+    "PrSetMm",
+    "PrSetVma",
+    "Prot",
+    "Remap",
+]
 
 
 class Prot(enum.IntFlag):
@@ -43,6 +55,7 @@ class Advice(enum.IntEnum):
 
     RANDOM = 1
     SEQUENTIAL = 2
+    DONTNEED = 4
     DONTFORK = 10
     MERGEABLE = 12
     HUGEPAGE = 14
@@ -78,3 +91,5 @@ MM_MAP = struct.Struct("<12QII")
 #: where the pointer auxv and the descriptor exe_fd stand in it
 MM_MAP_AUXV = MM_MAP.size - 16
 MM_MAP_EXE_FD = MM_MAP.size - 4
+#: exe_fd that leaves the exe link alone
+MM_MAP_SAME_EXE = 0xFFFFFFFF

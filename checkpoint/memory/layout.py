@@ -7,6 +7,7 @@ stub's memory look like that: nothing but empty pages is left to fill.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable
@@ -15,7 +16,19 @@ from typing import TYPE_CHECKING, Protocol
 
 from checkpoint.arch import USER_END
 from checkpoint.errors import BadLayout, OtherVdso
-from checkpoint.kernel.mman import MM_MAP, MM_MAP_AUXV, MM_MAP_EXE_FD, Advice, Lock, Map, Prot, PrSetMm, PrSetVma, Remap
+from checkpoint.kernel.mman import (
+    MM_MAP,
+    MM_MAP_AUXV,
+    MM_MAP_EXE_FD,
+    MM_MAP_SAME_EXE,
+    Advice,
+    Lock,
+    Map,
+    Prot,
+    PrSetMm,
+    PrSetVma,
+    Remap,
+)
 from checkpoint.memory import scan, vdso, verdicts
 from checkpoint.memory.vma import PAGE, SPECIAL_NAMES, VDSO, VSYSCALL, Vma, with_flags
 from tcpstate.kernel.calls import CallError, CallTable, Result
@@ -34,6 +47,7 @@ __all__ = [
     "MemoryLayout",
     "build",
     "capture",
+    "change",
     "query_brk",
     "rebuild",
 ]
@@ -56,6 +70,8 @@ _DROPPABLE_HAS = frozenset({"nr", "wf", "dd"})
 _ANY_PROT = int(Prot.READ | Prot.WRITE | Prot.EXEC)
 _ANON_NAMES = ("[anon:", "[anon_shmem:")
 _ANON_NAME_MAX = 80  # kernel: ANON_VMA_NAME_MAX_LEN, with the zero byte
+#: what our own tracking of writes adds to a mapping's flags
+TRACKING_FLAGS = frozenset({"uw"})
 #: the kernel keeps no more of the auxiliary vector (mm->saved_auxv)
 _AUXV_MAX = 1024
 
@@ -106,6 +122,10 @@ class Mapping:
     def anonymous(self) -> bool:
         """Whether no file is behind it."""
         return self.file is None
+
+    def of_file(self, index: int) -> Mapping:
+        """The same, of a file with another number."""
+        return dataclasses.replace(self, file=index)
 
     def __str__(self) -> str:
         return f"mapping {self.start:x}-{self.end:x} {self.name}".rstrip()
@@ -237,6 +257,8 @@ def capture(
     vmas = with_flags(process.pid, maps, known)
     if vmas is not maps:
         vmas = _without([vma for vma in vmas if vma.name != VSYSCALL], ranges)
+    if process.tracked:
+        vmas = [vma._replace(flags=vma.flags - TRACKING_FLAGS) for vma in vmas]
     for vma in vmas:
         verdicts.check(process.pid, vma)
     exe = os.readlink(f"/proc/{process.pid}/exe")
@@ -300,6 +322,10 @@ def build(layout: MemoryLayout, stub: Stub, descriptor_of: Descriptors) -> None:
     """rebuild(), and run it. OtherVdso, BadLayout."""
     calls = CallTable()
     rebuild(layout, stub, calls, descriptor_of)
+    _run(layout, stub, calls)
+
+
+def _run(layout: MemoryLayout, stub: Stub, calls: CallTable) -> None:
     try:
         stub.run(calls)
     except CallError as error:
@@ -315,12 +341,42 @@ def rebuild(layout: MemoryLayout, stub: Stub, calls: CallTable, descriptor_of: D
 
     OtherVdso; BadLayout if the layout reaches into the stub's window.
     """
-    where = f"pid {layout.pid}"
+    _check_window(layout, stub)
+    _clear(layout, stub, calls)
+    _place(layout, stub, calls, descriptor_of)
+    _memory_fields(layout, stub, calls, descriptor_of(layout.exe_file))
+
+
+def change(
+    layout: MemoryLayout,
+    stub: Stub,
+    gone: Iterable[tuple[int, int]],
+    fresh: Iterable[Mapping],
+    guards: Iterable[tuple[int, int]],
+    descriptor_of: Descriptors,
+) -> None:
+    """Give a stub that has an earlier layout of the same process this one: what is ``gone`` is unmapped, what is
+    ``fresh`` mapped (see ``memory.delta``), with the guard regions in it. BadLayout."""
+    calls = CallTable()
+    part = dataclasses.replace(layout, mappings=tuple(fresh), guards=tuple(guards))
+    _check_window(part, stub)
+    for start, end in gone:
+        calls.call(SYS.munmap, start, end - start, label=f"munmap {start:x}-{end:x}")
+    _place(part, stub, calls, descriptor_of)
+    # the program's file stays what it is
+    _memory_fields(layout, stub, calls, None)
+    _run(layout, stub, calls)
+
+
+def _check_window(layout: MemoryLayout, stub: Stub) -> None:
     low, high = stub.window
     for mapping in layout.mappings:
         if mapping.start < high and mapping.end > low:
-            raise BadLayout(f"{mapping} lies where the stub works", object=where)
-    _clear(layout, stub, calls)
+            raise BadLayout(f"{mapping} lies where the stub works", object=f"pid {layout.pid}")
+
+
+def _place(layout: MemoryLayout, stub: Stub, calls: CallTable, descriptor_of: Descriptors) -> None:
+    """The mappings that are not the kernel's own, with their attributes and guard regions."""
     _map_files(layout, stub, calls, descriptor_of)
     for mapping in layout.mappings:
         if mapping.special:
@@ -335,7 +391,6 @@ def rebuild(layout: MemoryLayout, stub: Stub, calls: CallTable, descriptor_of: D
         if "lo" in mapping.flags:
             how = Lock.ONFAULT if "lf" in mapping.flags else 0
             calls.call(SYS.mlock2, mapping.start, mapping.size, how, label=f"mlock2 {mapping}")
-    _memory_fields(layout, stub, calls, descriptor_of)
 
 
 def _clear(layout: MemoryLayout, stub: Stub, calls: CallTable) -> None:
@@ -418,14 +473,19 @@ def _attributes(calls: CallTable, mapping: Mapping) -> None:
             calls.call(SYS.prctl, *arguments, ignore=True, label=f"name {mapping}")
 
 
-def _memory_fields(layout: MemoryLayout, stub: Stub, calls: CallTable, descriptor_of: Descriptors) -> None:
-    """PR_SET_MM_MAP. It changes the exe link too, which is refused (EBUSY) while pages of the old one are mapped."""
+def _memory_fields(layout: MemoryLayout, stub: Stub, calls: CallTable, exe: int | None) -> None:
+    """PR_SET_MM_MAP. It changes the exe link too, which is refused (EBUSY) while pages of the old one are mapped.
+
+    exe  our descriptor of the program's file; None: the link stays what it is
+    """
     auxv = calls.put(layout.auxv)
     # eight bytes more: the descriptor is written as a whole register
-    fields = calls.put(MM_MAP.pack(*layout.fields.words(), 0, len(layout.auxv), 0) + bytes(4))
+    fields = calls.put(MM_MAP.pack(*layout.fields.words(), 0, len(layout.auxv), MM_MAP_SAME_EXE) + bytes(4))
     calls.pointer(fields + MM_MAP_AUXV, auxv)
     label = f"exe {layout.exe}"
-    here = descriptor_of(layout.exe_file)
-    exe = calls.call(SYS.pidfd_getfd, stub.tool_pidfd, here, 0, out=fields + MM_MAP_EXE_FD, label=label)
+    fd = None
+    if exe is not None:
+        fd = calls.call(SYS.pidfd_getfd, stub.tool_pidfd, exe, 0, out=fields + MM_MAP_EXE_FD, label=label)
     calls.call(SYS.prctl, PrSetMm.OPTION, PrSetMm.MAP, fields, MM_MAP.size, 0, label=f"PR_SET_MM_MAP {layout.exe}")
-    calls.call(SYS.close, exe, label=f"close {label}")
+    if fd is not None:
+        calls.call(SYS.close, fd, label=f"close {label}")

@@ -17,11 +17,12 @@ from checkpoint.image.frames import DATA_MAX, PageRun, Space, aligned_buffer
 from checkpoint.kernel import process_vm
 from checkpoint.memory import scan
 from checkpoint.memory.layout import MemoryLayout
+from checkpoint.memory.vma import PAGE
 
 if TYPE_CHECKING:
     from checkpoint.tracee import Process
 
-__all__ = ["PageWriter", "chunks", "read", "read_runs", "write"]
+__all__ = ["PageWriter", "chunks", "read", "read_live", "read_runs", "write"]
 
 #: process_vm_* and /proc/PID/mem answer so for memory that they cannot reach
 _UNREACHABLE = (errno.EFAULT, errno.EIO, errno.EPERM)
@@ -46,6 +47,40 @@ def read_runs(process: Process, pid: int, ranges: Iterable[tuple[int, int]], *, 
         turn = (turn + 1) % buffers
         _fetch(process, runs, data)
         yield PageRun(space=Space.MEMORY, id=pid, runs=runs, data=data)
+
+
+def read_live(process: Process, pid: int, ranges: Iterable[tuple[int, int]]) -> Iterator[PageRun]:
+    """As read_runs(), of a process that runs: pages that are gone meanwhile are left out. A run is valid until the next
+    one is asked for."""
+    space = aligned_buffer(DATA_MAX)
+    for runs in chunks(ranges):
+        left = runs
+        try:
+            _fetch(process, runs, space[: sum(length for _, length in runs)])
+        except MemoryUnreadable:
+            left = _fetch_what_is_left(process, runs, space)
+        if left:
+            data = space[: sum(length for _, length in left)]
+            yield PageRun(space=Space.MEMORY, id=pid, runs=left, data=data)
+
+
+def _fetch_what_is_left(
+    process: Process, runs: Sequence[tuple[int, int]], space: memoryview
+) -> tuple[tuple[int, int], ...]:
+    left: list[tuple[int, int]] = []
+    done = 0
+    for start, length in runs:
+        for page in range(start, start + length, PAGE):
+            try:
+                _fetch(process, [(page, PAGE)], space[done : done + PAGE])
+            except MemoryUnreadable:
+                continue
+            done += PAGE
+            if left and sum(left[-1]) == page:
+                left[-1] = left[-1][0], left[-1][1] + PAGE
+            else:
+                left.append((page, PAGE))
+    return tuple(left)
 
 
 def chunks(ranges: Iterable[tuple[int, int]], limit: int = DATA_MAX) -> Iterator[tuple[tuple[int, int], ...]]:
@@ -138,15 +173,19 @@ class PageWriter:
 
     def write(self, run: PageRun) -> int:
         """Write one run; its bytes. BadLayout if it is not of this process's private memory, MemoryUnwritable."""
-        if run.space is not Space.MEMORY or run.id != self._pid:
-            raise BadLayout(f"pages of {run.space} {run.id} are not for this process", object=f"pid {self._pid}")
-        for start, length in run.runs:
-            index = bisect.bisect_right(self._starts, start) - 1
-            if index < 0 or start + length > self._ends[index]:
-                raise BadLayout(f"pages at {start:#x}+{length:#x} are in no private mapping", object=f"pid {self._pid}")
+        self.check(run.space, run.id, run.runs)
         with process_vm.address_of(run.data) as local:
             _copy(self._process, run.runs, local, run.data, write=True)
         return len(run.data)
+
+    def check(self, space: Space, id: int, runs: Iterable[tuple[int, int]]) -> None:
+        """BadLayout unless the runs (start, length) are private memory of this process."""
+        if space is not Space.MEMORY or id != self._pid:
+            raise BadLayout(f"pages of {space} {id} are not for this process", object=f"pid {self._pid}")
+        for start, length in runs:
+            index = bisect.bisect_right(self._starts, start) - 1
+            if index < 0 or start + length > self._ends[index]:
+                raise BadLayout(f"pages at {start:#x}+{length:#x} are in no private mapping", object=f"pid {self._pid}")
 
 
 def write(process: Process, layout: MemoryLayout, runs: Iterable[PageRun]) -> int:

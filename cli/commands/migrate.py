@@ -12,9 +12,10 @@ from cli.errors import UsageMistake
 from cli.fields import fields
 from cli.filepolicy import file_places, file_policy, places_of, policy_of
 from cli.session import Result, Session
+from migrate.rounds import IfBusy
 from migrate.run import check as check_with
 from migrate.run import migrate as move
-from migrate.summary import SourceOptions, Summary
+from migrate.summary import MAX_DOWNTIME_MS, SourceOptions, Summary
 from migrate.takeover import AddressPolicy
 from migrate.transport import DEFAULT_REMOTE_COMMAND, DEFAULT_RSH
 
@@ -42,6 +43,20 @@ __all__ = ["migrate"]
 @file_policy
 @click.option("--unit-hook", metavar="CMD", default="", help="A program that deals with their supervisor here.")
 @file_places
+@click.option(
+    "--max-downtime",
+    metavar="MS",
+    type=click.FloatRange(0),
+    default=MAX_DOWNTIME_MS,
+    help=f"Copy memory in rounds until what is left for the stop takes no longer.  [default: {MAX_DOWNTIME_MS:g}]",
+)
+@click.option(
+    "--if-busy",
+    type=click.Choice([what.value for what in IfBusy]),
+    default=IfBusy.STOP.value,
+    help="What if the process writes too fast for that: stop and copy the rest, or leave it.  [default: stop]",
+)
+@click.option("--stop-and-copy", is_flag=True, help="No rounds: all memory is copied while the processes stand still.")
 @click.option("--dry-run", is_flag=True, help="Only ask both hosts whether it can be done.")
 def migrate(
     session: Session,
@@ -53,6 +68,9 @@ def migrate(
     address_policy: str,
     map_dev: tuple[str, ...],
     unit_hook: str,
+    max_downtime: float,
+    if_busy: str,
+    stop_and_copy: bool,
     dry_run: bool,
     **files: Any,
 ) -> Result:
@@ -67,6 +85,9 @@ def migrate(
         map_dev=dict(map(_pair, map_dev)),
         unit_hook=unit_hook,
         forwarded=places_of(**files).texts(),
+        precopy=not stop_and_copy,
+        max_downtime_ms=max_downtime,
+        if_busy=IfBusy(if_busy),
         rsh=rsh,
         remote_command=remote_command,
     )

@@ -14,7 +14,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,7 @@ from migrate.errors import (
 from migrate.journal import End, Journal, JournalRecord, Role, StepKind, journals
 from migrate.messages import Comparison, Difference, Message, Needs, TreeNeed
 from migrate.parts import Arrived
+from migrate.rounds import Round
 from migrate.source import Source
 from migrate.summary import SourceOptions, Summary
 from migrate.target import Received, Target
@@ -95,6 +96,16 @@ class FakeOutgoing:
     def prepare(self, note: NoteWriter) -> None:
         self.note = note
         self.world.reach("prepare")
+
+    def copy_live(
+        self, image: ImageWriter, there: Callable[[int], int], settle: Callable[[], None]
+    ) -> Iterator[tuple[Round, Mapping[int, int]]]:
+        for number in range(2):
+            image.write([b"round", bytes(1 << 20)])
+            image.flush()
+            settle()
+            self.world.reach(f"round {number + 1}")
+            yield Round(bytes=1 << 20, ms=1.0), {77: (1 - number) << 30}
 
     def stop(self, moved: Sequence[str]) -> None:
         self.world.here = "stopped"

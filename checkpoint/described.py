@@ -1,0 +1,60 @@
+"""A stopped tree in records: what the image is of, and each process's place and state."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+
+from checkpoint.procfs import Stat
+from checkpoint.records import Manifest, ProcessRecord
+from checkpoint.state.table import ProcessState
+from checkpoint.tracee import Tree
+from checkpoint.tree import Task
+from tcpstate.version import VERSION
+
+__all__ = ["manifest", "process_records"]
+
+
+def manifest(tree: Tree, roots: Sequence[int]) -> Manifest:
+    """What the image is of."""
+    zombies = tuple(zombie.pid for zombie in tree.zombies)
+    system = os.uname()
+    return Manifest(
+        program=VERSION,
+        host=system.nodename,
+        boot_id=_boot_id(),
+        kernel=system.release,
+        machine=system.machine,
+        created=int(time.time()),
+        roots=tuple(roots),
+        pids=tuple(process.pid for process in tree.processes) + zombies,
+        tids=tuple(thread.tid for process in tree.processes for thread in process.threads) + zombies,
+    )
+
+
+def process_records(tree: Tree, states: Mapping[int, ProcessState]) -> list[ProcessRecord]:
+    """Every process, parents before children, zombies last."""
+    living = [
+        ProcessRecord(
+            task=_task(process.stat),
+            comm=process.stat.comm,
+            exit_signal=process.stat.exit_signal,
+            stop_signal=process.stop_signal,
+            state=states[process.pid],
+        )
+        for process in tree.processes
+    ]
+    return living + [
+        ProcessRecord(task=_task(stat, stat.exit_code), comm=stat.comm, exit_signal=stat.exit_signal)
+        for stat in tree.zombies
+    ]
+
+
+def _task(stat: Stat, wait_code: int | None = None) -> Task:
+    return Task(pid=stat.pid, ppid=stat.ppid, pgid=stat.pgid, sid=stat.sid, wait_code=wait_code)
+
+
+def _boot_id() -> str:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()

@@ -1,0 +1,144 @@
+"""The memory of processes that still run elsewhere, built in advance (pre-copy): the target's half.
+
+Each round (:class:`~checkpoint.records.LiveTree`) brings the stubs' memory to what it tells; pages follow.  When the
+originals stand still, :meth:`Ground.finish` brings it to the final layout, in the same way.  A tree that has changed
+cannot be grown on: the stubs are ended, and everything begins anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from checkpoint.errors import BadLayout, ImageIncomplete
+from checkpoint.files.rebuild import Rebuilder
+from checkpoint.files.table import TreeFiles
+from checkpoint.grow import grow
+from checkpoint.image.format import PageRun
+from checkpoint.image.frames import Runs, Space
+from checkpoint.kernel.mman import Advice
+from checkpoint.memory import layout
+from checkpoint.memory.delta import delta, without
+from checkpoint.memory.layout import Descriptors, MemoryLayout
+from checkpoint.memory.pages import PageWriter
+from checkpoint.records import LiveTree, MapsDelta, ProcessRecord, fits, same_file
+from checkpoint.spawn import Stub
+from tcpstate.kernel.calls import CallError, CallTable
+from tcpstate.kernel.machine import SYS
+
+__all__ = ["Ground"]
+
+#: bytes kept free above each heap: it grows, and must not meet what is ours in the stub
+_HEAP_ROOM = 4 << 30
+#: calls in one table
+_AT_ONCE = 2048
+
+
+class Ground:
+    """See the module's docstring.
+
+    stubs  the processes, by PID; filled and emptied here, ended by whoever owns it
+    path   maps a path of the source to one here
+    warn   told, in one sentence, of whatever will differ
+    """
+
+    def __init__(self, stubs: dict[int, Stub], path: Callable[[str], str], warn: Callable[[str], None]) -> None:
+        self._stubs = stubs
+        self._path = path
+        self._warn = warn
+        self._told: LiveTree | None = None
+        self._layouts: dict[int, MemoryLayout] = {}
+        self._writers: dict[int, PageWriter] = {}
+
+    def apply(self, tree: LiveTree) -> None:
+        """One round. BadLayout, PidTaken, FileMissing, ..."""
+        files = Rebuilder(tree.files, path=self._path, warn=self._warn)
+        try:
+            told = self._told
+            if told is None or not fits(told, (one.task for one in tree.processes), tree.layouts):
+                self._begin(tree, files.descriptor)
+            else:
+                for one in tree.processes:
+                    if one.layout is not None:
+                        self.forget(MapsDelta(pid=one.task.pid, stale=one.stale))
+                        self._change(one.layout, tree.files, files.descriptor)
+        finally:
+            files.close()
+        self._told = tree
+
+    def _begin(self, tree: LiveTree, descriptor_of: Descriptors) -> None:
+        self.clear()
+        taken = [(m.start, m.end) for one in tree.layouts.values() for m in one.mappings]
+        taken += [(one.fields.start_brk, one.fields.brk + _HEAP_ROOM) for one in tree.layouts.values()]
+        grow(tree.processes, taken, self._stubs, self._warn)
+        for pid, one in tree.layouts.items():
+            layout.build(one, self._stubs[pid], descriptor_of)
+            self.is_now(one)
+
+    def is_now(self, one: MemoryLayout) -> None:
+        """The memory of this process is laid out so."""
+        self._layouts[one.pid] = one
+        self._writers[one.pid] = PageWriter(self._stubs[one.pid], one)
+
+    def clear(self) -> None:
+        """End the stubs."""
+        while self._stubs:
+            # leaves first: a process's end is only complete when its parent's is not
+            self._stubs.popitem()[1].kill()
+        self._layouts.clear()
+        self._writers.clear()
+        self._told = None
+
+    def takes(self, records: Iterable[ProcessRecord], layouts: Mapping[int, MemoryLayout]) -> bool:
+        """Whether what stands here can become these processes."""
+        return self._told is not None and fits(self._told, (record.task for record in records), layouts)
+
+    def forget(self, made_anew: MapsDelta) -> None:
+        """Memory that was made anew at the source: what is here is void, and unmapped with the next change."""
+        known = self._layouts.get(made_anew.pid)
+        if known is None:
+            raise ImageIncomplete(f"process {made_anew.pid} was not told of before")
+        pid, stale = made_anew.pid, [(start, end - start) for start, end in made_anew.stale]
+        self.writer(pid).check(Space.MEMORY, pid, stale)
+        self._run(pid, [(SYS.munmap, start, length) for start, length in stale])
+        self._layouts[pid] = without(known, made_anew.stale)
+
+    def _run(self, pid: int, calls: Sequence[tuple[int, ...]]) -> None:
+        for at in range(0, len(calls), _AT_ONCE):
+            table = CallTable()
+            for nr, *args in calls[at : at + _AT_ONCE]:
+                table.call(nr, *args, label=f"{SYS(nr).name} {args[0]:x}")
+            try:
+                self._stubs[pid].run(table)
+            except CallError as error:
+                raise BadLayout(f"the kernel refused {error.strerror}", object=f"pid {pid}") from error
+
+    def _change(self, now: MemoryLayout, files: TreeFiles, descriptor_of: Descriptors) -> None:
+        told = self._told
+        if told is None:
+            raise ImageIncomplete("no round came before")
+        old, new = told.files.files, files.files
+        change = delta(self._layouts[now.pid], now, lambda a, b: same_file(old[a], new[b]))
+        stub = self._stubs[now.pid]
+        layout.change(now, stub, change.gone, change.fresh, change.guards, descriptor_of)
+        stub.forget_maps()
+        self.is_now(now)
+
+    def finish(self, now: MemoryLayout, files: TreeFiles, descriptor_of: Descriptors) -> None:
+        """The layout of a process that stands still at the source; if :meth:`takes`. BadLayout."""
+        self._change(now, files, descriptor_of)
+
+    def writer(self, pid: int) -> PageWriter:
+        """What puts pages into a process. ImageIncomplete if its memory was not told."""
+        writer = self._writers.get(pid)
+        if writer is None:
+            raise ImageIncomplete(f"pages of process {pid} came before its memory was laid out, or it has none")
+        return writer
+
+    def write(self, run: PageRun) -> None:
+        """Pages of a round. BadLayout, MemoryUnwritable."""
+        self.writer(run.id).write(run)
+
+    def drop(self, runs: Runs) -> None:
+        """Pages that are as in a fresh mapping again. BadLayout."""
+        self.writer(runs.id).check(runs.space, runs.id, runs.runs)
+        self._run(runs.id, [(SYS.madvise, start, length, Advice.DONTNEED) for start, length in runs.runs])

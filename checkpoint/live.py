@@ -1,0 +1,385 @@
+"""The memory of running process trees, copied in rounds (pre-copy): the source's half.
+
+::
+
+    begin()      the trees stand still for a moment, in which tracking of writes begins
+    round()      layouts and files as they are now, and the pages written since the round before (in the first one: all)
+    written()    how much has been written since
+    finish(..)   for each process, once the trees are stopped: what is still to be sent
+    close()      tracking ends, nothing of it is left
+
+What a round tells is a snapshot of something that moves: a mapping may be gone before its pages are read.  Nothing
+relies on it: the last comparison is made while the trees stand still, from what was told last and what is true then.
+
+Source: the rounds of C. Clark et al., Live Migration of Virtual Machines (NSDI 2005); PROCESS.md 3 and 4.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from checkpoint import preflight, procfs
+from checkpoint.errors import NoSuchProcess, TrackingImpossible, TreeUnsteady
+from checkpoint.files.abi import pidfd_getfd
+from checkpoint.files.regular import RegularFile
+from checkpoint.files.table import FileTable, TreeFiles
+from checkpoint.image.format import PageRun
+from checkpoint.image.frames import Runs, Space
+from checkpoint.inject import Injection
+from checkpoint.kernel.userfaultfd import CREATE_FLAGS
+from checkpoint.memory import layout, pages, scan, tracking
+from checkpoint.memory import vma as vmas
+from checkpoint.memory.delta import delta, without
+from checkpoint.memory.layout import TRACKING_FLAGS, MemoryLayout
+from checkpoint.memory.layout import Mapping as Mapped
+from checkpoint.memory.ranges import Range, joined, total
+from checkpoint.memory.tracking import Tracking, Untracked
+from checkpoint.memory.vma import Vma
+from checkpoint.records import LiveProcess, LiveTree, ProcessRecord, fits, same_file
+from checkpoint.state import clocks
+from checkpoint.tracee import Process, Tree
+from checkpoint.tree import Task
+from tcpstate.kernel.calls import CallError, CallTable
+from tcpstate.kernel.machine import SYS
+
+__all__ = ["LiveCopy", "Remaining", "Round", "foresee"]
+
+_log = logging.getLogger(__name__)
+
+#: how often a tree may change its processes before the rounds are given up
+_ATTEMPTS = 4
+#: how often mappings are read again that changed while they were read
+_LOOKS = 100
+#: ranges in one PAGES_DROP frame
+_DROPS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round.
+
+    tree     what is told first; its clocks were read at ``read_ns`` of our CLOCK_MONOTONIC, nanoseconds
+    drops    pages that are as in a fresh mapping again
+    runs     the pages, read as they are asked for
+    """
+
+    tree: LiveTree
+    read_ns: int
+    drops: list[Runs]
+    runs: Iterator[PageRun]
+
+
+@dataclass(frozen=True, slots=True)
+class Remaining:
+    """What the target lacks of a process that stands still.
+
+    stale   (start, end) of memory that it has, but that was made anew since
+    drops   pages that are as in a fresh mapping again
+    ranges  (start, end) of pages to be sent
+    """
+
+    stale: list[Range]
+    drops: list[Runs]
+    ranges: list[Range]
+
+    @property
+    def bytes(self) -> int:
+        """To be sent."""
+        return total(self.ranges)
+
+
+class _Running(Process):
+    """A process that runs, for reading what it maps."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(pid)
+        self.stat = procfs.read_stat(pid)
+
+    @property
+    def maps(self) -> list[Vma]:
+        if self._maps is None:
+            self._maps = [v._replace(flags=v.flags - TRACKING_FLAGS) for v in vmas.read_smaps(self.pid)]
+        return self._maps
+
+
+def foresee(pid: int) -> dict[bytes, Vma]:
+    """memory.vma.foresee() of a tracked process. NoSuchProcess."""
+    found = vmas.foresee(pid)
+    return {line: vma._replace(flags=vma.flags - TRACKING_FLAGS) for line, vma in found.items()}
+
+
+class LiveCopy:
+    """See the module's docstring. ``roots``: PIDs of the trees' roots."""
+
+    def __init__(self, roots: Sequence[int]) -> None:
+        self._roots = tuple(roots)
+        self._trackings: dict[int, Tracking] = {}
+        self._processes: dict[int, _Running] = {}
+        self._told: LiveTree | None = None
+        self._attempts = 0
+        self._rounds = 0
+
+    # -- begin and end
+
+    def begin(self) -> None:
+        """Begin to track all processes, which stand still for that moment.
+
+        TrackingImpossible, and what stopping a tree raises; everything runs on as it did.
+        """
+        lacking = tracking.available()
+        if lacking:
+            raise TrackingImpossible(f"this kernel lacks {lacking}")
+        tree = Tree.stop(self._roots)
+        try:
+            for process in tree.processes:
+                self._trackings[process.pid] = _track(process)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            tree.resume()
+
+    def close(self) -> None:
+        """End the tracking. May be repeated."""
+        while self._trackings:
+            self._trackings.popitem()[1].close()
+        while self._processes:
+            self._processes.popitem()[1].close()
+
+    @property
+    def pids(self) -> set[int]:
+        """The processes that are tracked."""
+        return set(self._trackings)
+
+    # -- rounds
+
+    def round(self) -> Round:
+        """What the target has to hear now. TreeUnsteady if the tree has never been the same twice."""
+        tasks = self._tasks()
+        while {t.pid for t, _ in tasks if t.wait_code is None} != self.pids:
+            self._again()
+            tasks = self._tasks()
+        layouts, records = self._observe()
+        told = self._told
+        if told is not None and not fits(told, (task for task, _ in tasks), layouts):
+            # the target begins anew, and so must what it is told
+            self._again()
+            return self.round()
+        members: list[LiveProcess] = []
+        drops: list[Runs] = []
+        ranges: dict[int, list[Range]] = {}
+        for task, exit_signal in tasks:
+            if task.wait_code is not None:
+                members.append(LiveProcess(task=task, exit_signal=exit_signal))
+                continue
+            found, one = self._collect(told, layouts[task.pid], records)
+            members.append(LiveProcess(task=task, exit_signal=exit_signal, layout=one, stale=tuple(found.stale)))
+            drops += found.drops
+            ranges[task.pid] = found.ranges
+        self._rounds += 1
+        read_ns = time.monotonic_ns()
+        seen = clocks.read(self._roots[0])
+        self._told = LiveTree(number=self._rounds, processes=tuple(members), files=records, clocks=seen)
+        return Round(self._told, read_ns, drops, self._read(ranges))
+
+    def _again(self) -> None:
+        self._attempts += 1
+        if self._attempts >= _ATTEMPTS:
+            raise TreeUnsteady(f"processes came or went in each of {_ATTEMPTS} rounds", object=f"pid {self._roots[0]}")
+        self.close()
+        self._told = None
+        self.begin()
+
+    def _tasks(self) -> list[tuple[Task, int]]:
+        """(place in the tree, exit signal), parents before children; children that have ended stand at the end, as in a
+        tree that is stopped."""
+        living: list[tuple[Task, int]] = []
+        dead: list[tuple[Task, int]] = []
+        for pid in preflight.pids(self._roots):
+            try:
+                stat = procfs.read_stat(pid)
+            except NoSuchProcess:
+                continue
+            code = stat.exit_code if stat.zombie else None
+            task = Task(pid=stat.pid, ppid=stat.ppid, pgid=stat.pgid, sid=stat.sid, wait_code=code)
+            (living if code is None else dead).append((task, stat.exit_signal))
+        return living + dead
+
+    def _observe(self) -> tuple[dict[int, MemoryLayout], TreeFiles]:
+        """All layouts, and the files behind them, as they are now."""
+        looks = 0
+        while True:
+            files = FileTable()
+            try:
+                layouts = {pid: self._layout(pid, files) for pid in self._trackings}
+                return _plain(layouts, files.records())
+            except (FileNotFoundError, ValueError):
+                # unmapped between two looks; or read in parts that do not fit together
+                looks += 1
+                if looks == _LOOKS:
+                    raise TreeUnsteady("its mappings change all the time", object=f"pid {self._roots[0]}") from None
+            finally:
+                files.close()
+
+    def _layout(self, pid: int, files: FileTable) -> MemoryLayout:
+        process = self._processes.get(pid)
+        if process is None:
+            process = self._processes[pid] = _Running(pid)
+        process.forget_maps()
+        process.stat = procfs.read_stat(pid)
+        heap = next((vma.end for vma in process.maps if vma.name == "[heap]"), process.stat.start_brk)
+        return layout.capture(process, files, brk=heap)
+
+    def _collect(self, told: LiveTree | None, now: MemoryLayout, files: TreeFiles) -> tuple[Remaining, MemoryLayout]:
+        """What has to be told of one process, and its layout without what cannot be tracked: that comes at the end."""
+        track = self._trackings[now.pid]
+        found = _Pages()
+        hopeless: list[Range] = []
+        kept, fresh = _compare(told, now, files)
+        for mapping in kept:
+            try:
+                found.add(mapping, track.protect(mapping.start, mapping.end, anonymous=mapping.anonymous))
+            except Untracked:
+                found.stale.append((mapping.start, mapping.end))
+                fresh.append(mapping)
+        for mapping in fresh:
+            try:
+                if not track.add(mapping.start, mapping.end):
+                    raise Untracked
+                found.full += track.protect(mapping.start, mapping.end, anonymous=mapping.anonymous).full
+            except Untracked:
+                hopeless.append((mapping.start, mapping.end))
+        return found.remaining(now.pid), without(now, joined(hopeless))
+
+    def _read(self, ranges: Mapping[int, list[Range]]) -> Iterator[PageRun]:
+        for pid, wanted in ranges.items():
+            yield from pages.read_live(self._processes[pid], pid, wanted)
+
+    def written(self) -> dict[int, int]:
+        """Bytes written since the last round, by process."""
+        found: dict[int, int] = {}
+        for one in () if self._told is None else self._told.processes:
+            track = self._trackings.get(one.task.pid)
+            if one.layout is None or track is None:
+                continue
+            count = 0
+            for mapping in one.layout.mappings:
+                if mapping.shared or mapping.special:
+                    continue
+                try:
+                    count += total(track.written(mapping.start, mapping.end, anonymous=mapping.anonymous).full)
+                except Untracked:
+                    # it was made anew: nothing is known but its size
+                    count += mapping.size
+            found[one.task.pid] = count
+        return found
+
+    # -- the end
+
+    def takes(self, records: Iterable[ProcessRecord], layouts: Mapping[int, MemoryLayout]) -> bool:
+        """Whether the target can go on from what it was told, now that the trees stand still."""
+        return self._told is not None and fits(self._told, (r.task for r in records), layouts)
+
+    def finish(self, process: Process, now: MemoryLayout, files: TreeFiles) -> Remaining:
+        """What the target lacks of a process that stands still; if :meth:`takes`."""
+        track = self._trackings[now.pid]
+        found = _Pages()
+        kept, fresh = _compare(self._told, now, files)
+        for mapping in kept:
+            try:
+                found.add(mapping, track.written(mapping.start, mapping.end, anonymous=mapping.anonymous))
+            except Untracked:
+                found.stale.append((mapping.start, mapping.end))
+                fresh.append(mapping)
+        fresh.sort(key=lambda mapping: mapping.start)
+        found.full += scan.private_pages(process.pagemap_fd, fresh)
+        return found.remaining(now.pid)
+
+
+class _Pages:
+    """What is found of one process."""
+
+    def __init__(self) -> None:
+        self.stale: list[Range] = []
+        self.full: list[Range] = []
+        self.empty: list[Range] = []
+
+    def add(self, mapping: Mapped, found: tracking.Found) -> None:
+        self.full += found.full
+        # locked memory cannot be given back: what it shows then is sent
+        (self.full if "lo" in mapping.flags else self.empty).extend(found.empty)
+
+    def remaining(self, pid: int) -> Remaining:
+        empty = [(start, end - start) for start, end in joined(self.empty)]
+        drops = [
+            Runs(space=Space.MEMORY, id=pid, runs=tuple(empty[at : at + _DROPS_AT_ONCE]))
+            for at in range(0, len(empty), _DROPS_AT_ONCE)
+        ]
+        return Remaining(joined(self.stale), drops, joined(self.full))
+
+
+def _compare(told: LiveTree | None, now: MemoryLayout, files: TreeFiles) -> tuple[list[Mapped], list[Mapped]]:
+    """(kept, fresh) private mappings."""
+    before = None if told is None else told.layouts.get(now.pid)
+    if told is None or before is None:
+        kept: Iterable[Mapped] = ()
+        fresh: Iterable[Mapped] = now.mappings
+    else:
+        old = told.files.files
+        change = delta(before, now, lambda a, b: same_file(old[a], files.files[b]))
+        kept, fresh = change.kept, change.fresh
+    return _private(kept), _private(fresh)
+
+
+def _private(mappings: Iterable[Mapped]) -> list[Mapped]:
+    return [mapping for mapping in mappings if not mapping.shared and not mapping.special]
+
+
+def _plain(layouts: dict[int, MemoryLayout], records: TreeFiles) -> tuple[dict[int, MemoryLayout], TreeFiles]:
+    """Only what can be mapped before the stop: memory that no file is behind, and files that the target has, too."""
+    numbers: dict[int, int] = {}
+    for index, record in enumerate(records.files):
+        if isinstance(record, RegularFile):
+            numbers[index] = len(numbers)
+    files = TreeFiles(files=[records.files[index] for index in numbers], contents=[], tables={})
+    found = {}
+    for pid, one in layouts.items():
+        left = [
+            mapping if mapping.file is None else mapping.of_file(numbers[mapping.file])
+            for mapping in one.mappings
+            if mapping.file is None or mapping.file in numbers
+        ]
+        if one.exe_file not in numbers:
+            raise TrackingImpossible("the program's file was deleted", object=f"pid {pid}")
+        found[pid] = _with(one, left, numbers[one.exe_file])
+    return found, files
+
+
+def _with(one: MemoryLayout, mappings: Sequence[Mapped], exe_file: int | None = None) -> MemoryLayout:
+    return dataclasses.replace(one, mappings=tuple(mappings), exe_file=one.exe_file if exe_file is None else exe_file)
+
+
+def _track(process: Process) -> Tracking:
+    """Make a userfaultfd in a process that stands still, and take it out."""
+    leader = process.leader.tid
+    try:
+        with Injection(process) as injection:
+            calls = CallTable()
+            made = calls.call(SYS.userfaultfd, CREATE_FLAGS, label="userfaultfd")
+            calls.undo(SYS.close, made)
+            injection.run({leader: calls})
+            try:
+                ours = pidfd_getfd(process.pidfd, made.value)
+            finally:
+                calls = CallTable()
+                calls.call(SYS.close, made.value, label="closing it")
+                injection.run({leader: calls})
+        return Tracking(process.pid, ours)
+    except CallError as error:
+        raise TrackingImpossible(f"{error.strerror}", object=f"pid {process.pid}") from error
+    except OSError as error:
+        raise TrackingImpossible(f"tracking of writes: {error.strerror}", object=f"pid {process.pid}") from error

@@ -1,0 +1,200 @@
+"""Which pages a running process has written: userfaultfd's asynchronous write protection, read by PAGEMAP_SCAN.
+
+The descriptor is made inside the process (it belongs to the memory of who makes it) and taken out; everything else is
+done from outside while the process runs.  Nobody serves it: the kernel lifts a page's protection at the first write and
+remembers.  When the descriptor is closed, also by our death, nothing of it is left.
+
+Rules, each found by running it (PROCESS.md 3, tests/kernel/test_write_tracking.py):
+
+- memory that was unmapped and mapped again, moved or made since is not tracked, and says so (:class:`Untracked`): it is
+  looked at whole;
+- an untouched page that was protected has a marker, which shows as SWAPPED, and not as WRITTEN;
+- a page that was given back (MADV_DONTNEED, a heap that shrinks) shows as WRITTEN, and as neither PRESENT nor SWAPPED;
+  where its page table went with it, not even as WRITTEN;
+- in a private mapping of a file a marker stays in its place, which looks like a page that was swapped out, and the
+  file's own page, read later, is not WRITTEN;
+- to protect where there is no page table yet is not safe: a page that comes into being between the kernel's look and
+  its protecting would be protected and not told.  So only what is WRITTEN is protected;
+- memory that is no longer tracked may keep the marks of pages, and when it is tracked again such a page can be written
+  without being told: marks are removed first, by ending the registration.
+
+So what was told is remembered, and compared with what is there.
+
+Source: Documentation/admin-guide/mm/pagemap.rst, userfaultfd.rst; fs/proc/task_mmu.c. Linux 6.7.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import functools
+import logging
+import mmap
+import os
+from dataclasses import dataclass
+
+from checkpoint.kernel import pagemap, userfaultfd
+from checkpoint.kernel.pagemap import Category, ScanFlag
+from checkpoint.kernel.userfaultfd import CREATE_FLAGS, Feature, Mode
+from checkpoint.memory.ranges import Range, difference, intersection, joined
+from checkpoint.memory.vma import PAGE
+from tcpstate.kernel.batch import syscall
+from tcpstate.kernel.machine import SYS
+
+__all__ = ["Found", "Tracking", "Untracked", "available"]
+
+_log = logging.getLogger(__name__)
+
+_FEATURES = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_UNPOPULATED | Feature.WP_ASYNC
+_THERE = Category.PRESENT | Category.SWAPPED
+_NOTHING = Category(0)
+_NOTHING_OF_ITS_OWN = Category.PFNZERO | Category.FILE | Category.GUARD
+#: what the kernel answers for memory that is not there (any more), or not of a kind that can be tracked
+_NOT_TRACKABLE = (errno.EINVAL, errno.ENOMEM, errno.EBUSY, errno.ESRCH, errno.EPERM)
+
+
+class Untracked(Exception):
+    """The memory is not tracked: nothing can be said of it but what is there now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Pages written since they were protected last, by address.
+
+    full   (start, end) of those that hold something now
+    empty  of those that are again as in a fresh mapping
+    """
+
+    full: list[Range]
+    empty: list[Range]
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """Pages that hold something of the process's own and were written; that hold something; of which only a marker is
+    there, or which were swapped out; that hold nothing."""
+
+    full: list[Range]
+    held: list[Range]
+    doubtful: list[Range]
+    blank: list[Range]
+
+
+class Tracking:
+    """The tracking of one process. ``uffd``: a descriptor of ours, made inside it; closed by :meth:`close`.
+
+    OSError if the kernel cannot track: see available().
+    """
+
+    def __init__(self, pid: int, uffd: int) -> None:
+        self._uffd = uffd
+        self._pagemap = -1
+        #: the pages that were told and hold something, as far as we know
+        self._told: list[Range] = []
+        try:
+            userfaultfd.enable(uffd, _FEATURES)
+            self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Stop tracking. May be repeated."""
+        for fd in (self._uffd, self._pagemap):
+            if fd >= 0:
+                os.close(fd)
+        self._uffd = self._pagemap = -1
+
+    def add(self, start: int, end: int) -> bool:
+        """Track the mapping [start, end) from the next :meth:`protect` on; False if it cannot be, or is gone."""
+        try:
+            userfaultfd.register(self._uffd, start, end, Mode.WP)
+            userfaultfd.unregister(self._uffd, start, end)
+            userfaultfd.register(self._uffd, start, end, Mode.WP)
+        except OSError as error:
+            if error.errno not in _NOT_TRACKABLE:
+                raise
+            return False
+        self._told = list(difference(self._told, [(start, end)]))
+        return True
+
+    def protect(self, start: int, end: int, *, anonymous: bool) -> Found:
+        """What was written in [start, end) since the last time (the first time: all), protected again. Untracked.
+
+        anonymous  no file is behind it
+        """
+        again = ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC
+        # what is told here as holding nothing has a marker now, and could not be told from what was swapped out
+        first = self._look(self._scan(start, end, anonymous, again, Category.WRITTEN))
+        now = self._look(self._scan(start, end, anonymous, ScanFlag.CHECK_WPASYNC))
+        told = list(intersection(self._told, [(start, end)]))
+        held = list(difference(now.held, first.blank))
+        full = joined([*first.full, *intersection(told, now.doubtful)])
+        empty = list(difference(told, joined([*held, *full])))
+        self._told = joined([*difference(self._told, empty), *full])
+        return Found(full, empty)
+
+    def written(self, start: int, end: int, *, anonymous: bool) -> Found:
+        """The same, changing nothing. Untracked."""
+        now = self._look(self._scan(start, end, anonymous, ScanFlag.CHECK_WPASYNC))
+        told = list(intersection(self._told, [(start, end)]))
+        full = joined([*now.full, *intersection(told, now.doubtful)])
+        return Found(full, list(difference(told, now.held)))
+
+    def _look(self, runs: list[tuple[int, int, int]]) -> _Look:
+        look = _Look([], [], [], [])
+        for first, last, sort in runs:
+            run = (first, last)
+            if not sort & _THERE or sort & _NOTHING_OF_ITS_OWN:
+                look.blank.append(run)
+                continue
+            look.held.append(run)
+            if sort & Category.WRITTEN:
+                look.full.append(run)
+            elif not sort & Category.PRESENT:
+                look.doubtful.append(run)
+        return _Look(*map(joined, (look.full, look.held, look.doubtful, look.blank)))
+
+    def _scan(
+        self, start: int, end: int, anonymous: bool, flags: ScanFlag, all_of: Category = _NOTHING
+    ) -> list[tuple[int, int, int]]:
+        tell = _THERE | Category.PFNZERO | Category.WRITTEN
+        if not anonymous:
+            tell |= Category.FILE  # costly: the kernel looks at every page's descriptor
+        if pagemap.guards_known():
+            tell |= Category.GUARD
+        try:
+            return pagemap.scan(self._pagemap, start, end, all_of=all_of, tell=tell, flags=flags)
+        except OSError as error:
+            if error.errno != errno.EPERM:
+                raise
+            raise Untracked from None
+
+
+@functools.cache
+def available() -> str:
+    """Empty if this kernel can track writes, else what it lacks. Tried on a page of our own."""
+    try:
+        uffd = syscall(SYS.userfaultfd, CREATE_FLAGS)
+    except OSError as error:
+        return f"userfaultfd(2): {error.strerror}"
+    with contextlib.closing(mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)) as memory:
+        byte = ctypes.c_char.from_buffer(memory)
+        start = ctypes.addressof(byte)
+        memory[0] = 1
+        try:
+            with contextlib.closing(Tracking(os.getpid(), uffd)) as tracking:
+                if not tracking.add(start, start + PAGE):
+                    return "write protection by userfaultfd"
+                tracking.protect(start, start + PAGE, anonymous=True)
+                before = tracking.written(start, start + PAGE, anonymous=True)
+                memory[0] = 2
+                after = tracking.written(start, start + PAGE, anonymous=True)
+        except (OSError, Untracked) as error:
+            return f"asynchronous write protection, or PAGEMAP_SCAN: {error}"
+        finally:
+            del byte
+        if before.full or after.full != [(start, start + PAGE)]:
+            return "write protection that notices writes"
+    return ""

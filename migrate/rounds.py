@@ -1,0 +1,91 @@
+"""How many rounds of pre-copy: from what was sent, how fast, and what was written meanwhile. No sockets, no clock.
+
+A round takes as long as its bytes; what the processes write meanwhile is the next one's.  So rounds shrink as long as
+the line is faster than the processes write, until what remains fits the stop.  If they do not shrink any more the user
+has said what to do: to copy the rest in the stop, however long it takes, or to leave the processes where they are.
+
+Source: C. Clark et al., Live Migration of Virtual Machines (NSDI 2005), section 3.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["IfBusy", "Pace", "Round"]
+
+#: rounds at most
+_MOST = 30
+#: a round that leaves more than this part of what the one before left is no progress ..
+_SHRINKS = 0.8
+#: .. and so many of them in a row are enough
+_IDLE_ROUNDS = 3
+#: bytes that are always little enough
+_LITTLE = 256 << 10
+#: bytes per second, as long as nothing was measured
+_USUAL = 500e6
+
+
+class IfBusy(enum.Enum):
+    """What to do if the processes write faster than the line carries."""
+
+    STOP = "stop"  # the rest is copied while they stand still
+    REFUSE = "refuse"  # they stay
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One transfer of memory: bytes on the line, and how long it took, milliseconds."""
+
+    bytes: int
+    ms: float
+
+
+class Pace:
+    """The rounds of one migration.
+
+    budget_ms  how long the copy in the stop may take
+    """
+
+    def __init__(self, budget_ms: float) -> None:
+        self._budget_ms = budget_ms
+        self._left: list[int] = []
+        self._rates: list[float] = []
+        self.rounds: list[Round] = []
+        #: whether the rest is larger than the budget, and was not going to shrink
+        self.busy = False
+        #: bytes written during the last round, by process
+        self.written: Mapping[int, int] = {}
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second of the line: the best round's."""
+        return max(self._rates, default=_USUAL)
+
+    def predicted_ms(self) -> float:
+        """How long the copy in the stop will take, if it came now."""
+        return 1e3 * (self._left[-1] if self._left else 0) / self.rate
+
+    def write_rate(self, pid: int) -> float:
+        """Bytes per second that a process writes, as of the last round."""
+        last = self.rounds[-1].ms if self.rounds else 0.0
+        return 1e3 * self.written.get(pid, 0) / last if last else 0.0
+
+    def another(self, sent: Round, written: Mapping[int, int]) -> bool:
+        """Take note of a round and of what was ``written`` since it began; whether there should be another one."""
+        self.rounds.append(sent)
+        self.written = dict(written)
+        self._left.append(sum(written.values()))
+        if sent.ms > 0 and sent.bytes > _LITTLE:
+            self._rates.append(1e3 * sent.bytes / sent.ms)
+        left = self._left[-1]
+        if left <= _LITTLE or self.predicted_ms() <= self._budget_ms:
+            return False
+        recent = self._left[-_IDLE_ROUNDS - 1 :]
+        idle = len(recent) > _IDLE_ROUNDS and all(
+            after > _SHRINKS * before for before, after in itertools.pairwise(recent)
+        )
+        self.busy = idle or len(self.rounds) >= _MOST
+        return not self.busy
