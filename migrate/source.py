@@ -112,6 +112,7 @@ class Source:
         self._phases: dict[str, float] = {}
         self._began = monotonic_ns()
         self._stopped_ns = 0
+        self._copying = False
 
     # --- the steps
 
@@ -141,7 +142,7 @@ class Source:
                     raise InDoubt(f"after COMMIT: {error}", object=self._remote.host) from error
                 if isinstance(error, TcpmigError):
                     self._remote.explain(error)
-                    if self._stopped_ns and self._machine.may_resume:
+                    if (self._stopped_ns or self._copying) and self._machine.may_resume:
                         undone(error)
                 raise
             finally:
@@ -283,6 +284,8 @@ class Source:
         """Rounds of pre-copy, until what remains fits the stop. WritesTooFast."""
         with self._phase("precopy"):
             self._measure(MEASUREMENTS)
+            # nothing is stopped, but there is something at the target that has to be undone
+            self._copying = True
             pace = Pace(self._options.max_downtime_ms)
             # a clock that is a little late there jumps a little; one that is early would run backwards
             rounds = self._outgoing.copy_live(
@@ -300,6 +303,7 @@ class Source:
                     break
             if pace.busy:
                 self._judge_pace(pace)
+            self._copying = False
             return pace.rounds
 
     def _judge_pace(self, pace: Pace) -> None:
