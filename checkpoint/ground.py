@@ -117,6 +117,8 @@ class Ground:
         if told is None:
             raise ImageIncomplete("no round came before")
         old, new = told.files.files, files.files
+        if max(now.files) >= len(new):
+            raise BadLayout(f"file {max(now.files)} of {len(new)} is mapped", object=f"pid {now.pid}")
         change = delta(self._layouts[now.pid], now, lambda a, b: same_file(old[a], new[b]))
         stub = self._stubs[now.pid]
         layout.change(now, stub, change.gone, change.fresh, change.guards, descriptor_of)

@@ -158,6 +158,11 @@ class LiveTree:
         pids = [p.task.pid for p in self.processes]
         if not pids or len(set(pids)) != len(pids):
             raise ValueError("no process, or one twice")
+        if not 0 <= self.at < 1 << 62:
+            raise ValueError(f"a clock cannot show {self.at}")
+        for one in self.layouts.values():
+            if one.files and max(one.files) >= len(self.files.files):
+                raise ValueError(f"process {one.pid} maps file {max(one.files)} of {len(self.files.files)}")
 
     @property
     def layouts(self) -> dict[int, MemoryLayout]:

@@ -215,6 +215,11 @@ class MemoryLayout:
         if self.exe_file < 0:
             raise ValueError(f"exe_file cannot be {self.exe_file}")
 
+    @property
+    def files(self) -> set[int]:
+        """The indexes in FILES that it needs."""
+        return {self.exe_file} | {mapping.file for mapping in self.mappings if mapping.file is not None}
+
 
 class MappedFiles(Protocol):
     """What a layout wants of the file table (``files.table.FileTable``)."""
