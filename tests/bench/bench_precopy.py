@@ -1,7 +1,7 @@
 """The stop of a process by the size of its memory and by how fast it writes: with rounds of pre-copy, and without.
 
-``python tests/bench/bench_precopy.py [MIB ...]`` (as root; 64, 256 and 1024).  The process writes to pages at random.  The
-floor is memcpy of the same bytes in the same run.  Nothing is judged by the clock.
+``python tests/bench/bench_precopy.py [MIB ...]`` (as root; 64, 256 and 1024).  The process writes at random.  The floor
+is memcpy of the same bytes in the same run.  Nothing is judged by the clock.
 """
 
 from __future__ import annotations
