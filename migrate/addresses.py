@@ -13,10 +13,12 @@ import ipaddress
 import os
 import socket
 import struct
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 from migrate.errors import AddressSyntax
+from migrate.routes import RouteRecord, RuleRecord, configured
 from migrate.rtnetlink import (
     ADDRESS_HEADER,
     INFINITE,
@@ -26,14 +28,8 @@ from migrate.rtnetlink import (
     LinkFlag,
     MessageType,
     Netlink,
-    RouteAttribute,
-    RouteProtocol,
-    RouteType,
-    Scope,
     attribute,
-    attributes,
     packed_address,
-    unpacked_address,
 )
 from tcpstate.kernel.route import refusals
 
@@ -41,51 +37,18 @@ __all__ = [
     "AddressRecord",
     "Configuration",
     "InterfaceRecord",
-    "RouteRecord",
     "add_body",
     "delete_body",
-    "dependent_routes",
     "parse_address",
-    "portable_route",
     "read_configuration",
-    "route_body",
-    "route_key",
     "stable_flags",
 ]
 
 _CACHE = struct.Struct("=IIII")  # struct ifa_cacheinfo: preferred, valid, created, updated
 _U32 = struct.Struct("=I")
-MAIN_TABLE = 254
 _ETHERNET = 1  # ARPHRD_ETHER
-# of the flags of a route, what somebody configured; the others tell the state of its link
-RTNH_F_ONLINK = 4
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouteRecord:
-    """A route that depends on an address that moves, to be made at the target where it is missing.
-
-    destination  network with prefix length
-    gateway      address of the next hop, or empty
-    source       preferred source address, or empty
-    table, priority, scope, protocol  as in rtnetlink(7)
-    """
-
-    destination: str
-    gateway: str = ""
-    source: str = ""
-    table: int = MAIN_TABLE
-    priority: int = 0
-    scope: int = 0
-    protocol: int = 0
-
-    def __post_init__(self) -> None:
-        ipaddress.ip_network(self.destination)
-        for text in (self.gateway, self.source):
-            if text:
-                ipaddress.ip_address(text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +65,7 @@ class AddressRecord:
     valid, preferred     seconds left; 2**32-1 is for ever
     priority             metric of the subnet's route; 0 for the kernel's default
     protocol             IFAPROT_*: who made it
-    routes               routes that depend on it
+    routes, rules        that depend on it
     """
 
     address: str
@@ -118,6 +81,7 @@ class AddressRecord:
     priority: int = 0
     protocol: int = 0
     routes: tuple[RouteRecord, ...] = ()
+    rules: tuple[RuleRecord, ...] = ()
 
     def __post_init__(self) -> None:
         # refuses an address that is none, and a prefix that is too long for it; canonical text makes equality mean it
@@ -149,6 +113,26 @@ class AddressRecord:
     def secondary(self) -> bool:
         """IPv4: another address of the same subnet comes first, and this one goes when that one does."""
         return self.family == socket.AF_INET and bool(self.flags & AddressFlag.SECONDARY)
+
+    @property
+    def limited(self) -> bool:
+        """Whether it expires."""
+        return (self.valid, self.preferred) != (INFINITE, INFINITE)
+
+    def aged(self, seconds: float) -> AddressRecord:
+        """The record after some time: less of its life is left. One that is about to expire keeps its last second."""
+        if not self.limited:
+            return self
+
+        def left(life: int, least: int) -> int:
+            return life if life == INFINITE else max(least, life - int(seconds))
+
+        return replace(self, valid=left(self.valid, 1), preferred=left(self.preferred, 0))
+
+    @property
+    def temporary(self) -> bool:
+        """IPv6: made by the kernel from another one, for privacy (RFC 8981). The same flag as ``secondary``'s."""
+        return self.family == socket.AF_INET6 and bool(self.flags & AddressFlag.SECONDARY)
 
     def __str__(self) -> str:
         return f"{self.address}/{self.prefixlen}"
@@ -185,10 +169,23 @@ class Configuration:
     """The interfaces and routes of a network namespace.
 
     routes  bodies of RTM_NEWROUTE messages: all routes but those that follow from the addresses by themselves
+    rules   bodies of RTM_NEWRULE messages
+    taken   when: CLOCK_BOOTTIME, seconds; 0: not known
     """
 
     interfaces: tuple[InterfaceRecord, ...]
-    routes: tuple[bytes, ...] = field(default=())
+    routes: tuple[bytes, ...] = ()
+    rules: tuple[bytes, ...] = ()
+    taken: float = 0.0
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was taken, on this host; 0 if that is not known."""
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - self.taken) if self.taken else 0.0
+
+    def all(self, address: str) -> list[InterfaceRecord]:
+        """The interfaces that have ``address``."""
+        return [i for i in self.interfaces if any(record.address == address for record in i.addresses)]
 
     def find(self, address: str) -> tuple[InterfaceRecord, AddressRecord] | None:
         """The interface that has ``address``, and its record."""
@@ -238,9 +235,15 @@ def read_configuration(netlink: Netlink) -> Configuration:
         body
         for family in (socket.AF_INET, socket.AF_INET6)
         for body in netlink.dump(MessageType.GETROUTE, ROUTE_HEADER.pack(family, 0, 0, 0, 0, 0, 0, 0, 0))
-        if _configured(body)
+        if configured(body)
     )
-    return Configuration(interfaces=tuple(interfaces), routes=tuple(routes))
+    rules = (
+        body
+        for family in (socket.AF_INET, socket.AF_INET6)
+        for body in netlink.dump(MessageType.GETRULE, ROUTE_HEADER.pack(family, 0, 0, 0, 0, 0, 0, 0, 0))
+    )
+    taken = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return Configuration(interfaces=tuple(interfaces), routes=tuple(routes), rules=tuple(rules), taken=taken)
 
 
 def _address(message: Any, interface: str) -> AddressRecord:
@@ -300,82 +303,3 @@ def delete_body(record: AddressRecord, index: int) -> bytes:
     family, packed = packed_address(record.address)
     body = ADDRESS_HEADER.pack(family, record.prefixlen, 0, 0, index) + attribute(AddressAttribute.LOCAL, packed)
     return body + attribute(AddressAttribute.ADDRESS, packed_address(record.peer)[1] if record.peer else packed)
-
-
-def route_body(route: RouteRecord, index: int) -> bytes:
-    """The body of RTM_NEWROUTE or RTM_DELROUTE for ``route`` over interface ``index``."""
-    network = ipaddress.ip_network(route.destination)
-    family, packed = packed_address(str(network.network_address))
-    table = route.table if route.table < 256 else 0
-    body = ROUTE_HEADER.pack(family, network.prefixlen, 0, 0, table, route.protocol, route.scope, RouteType.UNICAST, 0)
-    body += attribute(RouteAttribute.DST, packed) + attribute(RouteAttribute.TABLE, _U32.pack(route.table))
-    body += attribute(RouteAttribute.OIF, _U32.pack(index))
-    if route.gateway:
-        body += attribute(RouteAttribute.GATEWAY, packed_address(route.gateway)[1])
-    if route.source:
-        body += attribute(RouteAttribute.PREFSRC, packed_address(route.source)[1])
-    if route.priority:
-        body += attribute(RouteAttribute.PRIORITY, _U32.pack(route.priority))
-    return body
-
-
-def route_key(body: bytes) -> tuple[object, ...]:
-    """What makes two routes the same: everything but ages, counters and the state of the link."""
-    *header, flags = ROUTE_HEADER.unpack_from(body)
-    found = attributes(body, ROUTE_HEADER.size)
-    found.pop(RouteAttribute.CACHE, None)
-    return (*header, flags & RTNH_F_ONLINK, *sorted(found.items()))
-
-
-def _configured(body: bytes) -> bool:
-    """Whether a route has to be remembered: local, broadcast, anycast and multicast ones come with the address."""
-    family, _, _, _, _, protocol, _, kind, _ = ROUTE_HEADER.unpack_from(body)
-    if protocol != RouteProtocol.KERNEL:
-        return True
-    # an IPv4 subnet's route comes with its address; an IPv6 one too, but may have been given another metric since
-    return bool(kind == RouteType.UNICAST and family == socket.AF_INET6)
-
-
-def dependent_routes(configuration: Configuration, leaving: frozenset[str], record: AddressRecord) -> list[RouteRecord]:
-    """The routes that stop working when ``leaving`` are gone and that belong to ``record``: it is their source, or
-    their gateway is in its subnet and in that of no address that stays."""
-    staying = [
-        a.network
-        for i in configuration.interfaces
-        for a in i.addresses
-        if a.address not in leaving and a.scope != Scope.HOST
-    ]
-    found = []
-    for body in configuration.routes:
-        route = portable_route(body)
-        if route is None or route.protocol == RouteProtocol.KERNEL:
-            continue
-        if route.source == record.address:
-            found.append(route)
-        elif route.gateway and not route.source:
-            gateway = ipaddress.ip_address(route.gateway)
-            if gateway in record.network and not any(gateway in network for network in staying):
-                found.append(route)
-    return found
-
-
-def portable_route(body: bytes) -> RouteRecord | None:
-    """The portable form of a plain unicast route; None for multipath routes, gateways of another family and such."""
-    family, dst, _, _, table, protocol, scope, kind, _ = ROUTE_HEADER.unpack_from(body)
-    found = attributes(body, ROUTE_HEADER.size)
-    if kind != RouteType.UNICAST or RouteAttribute.MULTIPATH in found or RouteAttribute.VIA in found:
-        return None
-    any_address = bytes(4 if family == socket.AF_INET else 16)
-
-    def text(kind: RouteAttribute) -> str:
-        return unpacked_address(found[kind]) if kind in found else ""
-
-    return RouteRecord(
-        destination=f"{unpacked_address(found.get(RouteAttribute.DST, any_address))}/{dst}",
-        gateway=text(RouteAttribute.GATEWAY),
-        source=text(RouteAttribute.PREFSRC),
-        table=_U32.unpack(found[RouteAttribute.TABLE])[0] if RouteAttribute.TABLE in found else table,
-        priority=_U32.unpack(found[RouteAttribute.PRIORITY])[0] if RouteAttribute.PRIORITY in found else 0,
-        scope=scope,
-        protocol=protocol,
-    )

@@ -14,26 +14,27 @@ import contextlib
 import errno
 import ipaddress
 import logging
+import socket
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from checkpoint.verdict import Verdict
+from checkpoint.verdict import Status, Verdict
+from migrate import brought
 from migrate.addresses import (
     AddressRecord,
     Configuration,
     InterfaceRecord,
-    RouteRecord,
     add_body,
     delete_body,
-    portable_route,
     read_configuration,
-    route_body,
     stable_flags,
 )
 from migrate.announce import REPEATS, LinkSocket
+from migrate.dependents import drop_metrics
 from migrate.errors import AddressChangeFailed, AddressNotLocal, AddressTakenAtTarget, NoInterfaceForAddress
+from migrate.routes import RouteRecord, portable_route, portable_rule, route_body, rule_body
 from migrate.rtnetlink import (
     AddressFlag,
     MessageType,
@@ -122,12 +123,16 @@ class Arrival:
     def __init__(self, records: Sequence[AddressRecord], *, map_dev: Mapping[str, str] | None = None) -> None:
         self._netlink = Netlink()
         self._records = tuple(records)
+        self._names = {record.address: record.interface for record in self._records}
         self._map_dev = dict(map_dev or {})
         self._landings: list[Landing] = []
         self._there: list[Landing] = []
         self._links: dict[int, LinkSocket] = {}
         self._changes: list[tuple[MessageType, Request, bytes]] = []
         self._due: list[float] = []
+        # IPv6 routes of ours that only lack their preferred source: the kernel took it when the address left once
+        self._completed: list[tuple[RouteRecord, int]] = []
+        self._since = time.clock_gettime(time.CLOCK_BOOTTIME)
         self.added = False
 
     def __enter__(self) -> Arrival:
@@ -190,8 +195,37 @@ class Arrival:
                 refusal = AddressTakenAtTarget(f"{taken[record.address]} answers for it", object=str(record))
                 verdicts.append(Verdict.refuse(refusal, "address"))
             else:
-                verdicts.append(Verdict(subject=str(record), kind="address", text=f"lands on {record.interface}"))
+                text = f"lands on {record.interface}"
+                if not self._probed(landing, here):
+                    text += ", which has no ARP: neither probed nor announced"
+                verdicts.append(Verdict(subject=str(record), kind="address", text=text))
+                verdicts += self._judge_routes(landing, here)
         return verdicts
+
+    @staticmethod
+    def _probed(landing: Landing, here: Configuration) -> bool:
+        return any(i.index == landing.interface and i.resolves for i in here.interfaces)
+
+    def _judge_routes(self, landing: Landing, here: Configuration) -> list[Verdict]:
+        """A warning for every route over an interface that is not here."""
+        return [
+            Verdict(
+                subject=str(route),
+                kind="route",
+                status=Status.WARN,
+                text=f"it does not come along with {landing.record}: no interface {route.interface} is up here",
+                fix="Name one with --map-dev OLD=NEW.",
+            )
+            for route in landing.record.routes
+            if self._way(route, landing, here) is None
+        ]
+
+    def _way(self, route: RouteRecord, landing: Landing, here: Configuration) -> int | None:
+        """The number of the interface here that a route leads over; None if there is none."""
+        if route.interface in ("", self._names[landing.record.address]):
+            return landing.interface
+        named = here.named(self._map_dev.get(route.interface, route.interface))
+        return None if named is None or not named.up else named.index
 
     def prepare(self, peers: Iterable[str] = ()) -> None:
         """After a check without refusals: make the requests of the stop, open the links, and have the kernel resolve
@@ -199,19 +233,31 @@ class Arrival:
         if len(self._landings) != len(self._records):
             raise RuntimeError("prepare() before a check without refusals")
         here = read_configuration(self._netlink)
-        # a route of the same destination and metric is the target's own: it knows better, and it must outlive an undo
-        own = {_identity(r) for r in map(portable_route, here.routes) if r is not None}
-        self._landings = [
-            replace(x, record=replace(x.record, routes=tuple(r for r in x.record.routes if _identity(r) not in own)))
-            for x in self._landings
-        ]
+        self._completed = []
+        self._landings = [self._choose(landing, here) for landing in self._landings]
         self._open_links(here)
-        self._changes = [
-            # without NODAD an IPv6 address would be unusable for a second; that it is free was probed
-            (MessageType.NEWADDR, _ADD, add_body(x.record, x.interface, stable_flags(x.record) | AddressFlag.NODAD))
-            for x in self._landings
-        ]
+        self._changes = [_addition(landing) for landing in self._landings]
         self._warm(peers)
+
+    def _choose(self, landing: Landing, here: Configuration) -> Landing:
+        """With those routes and rules only that are to be made here."""
+        # a route of the same destination and metric is the target's own: it knows better, and it must outlive an undo
+        own = {r.identity: r for r in map(portable_route, here.routes) if r is not None}
+        rules = {replace(r, protocol=0) for r in map(portable_rule, here.rules) if r is not None}
+        routes = []
+        for route in landing.record.routes:
+            way = self._way(route, landing, here)
+            if way is None:
+                continue
+            theirs = own.get(route.identity)
+            # by the names of this host from now on: `recover` may have to do it again
+            route = replace(route, index=way, interface=next(i.name for i in here.interfaces if i.index == way))
+            if theirs is None:
+                routes.append(route)
+            elif landing.record.family == socket.AF_INET6 and not theirs.source and theirs.gateway == route.gateway:
+                self._completed.append((route, way))
+        fresh = tuple(rule for rule in landing.record.rules if replace(rule, protocol=0) not in rules)
+        return replace(landing, record=replace(landing.record, routes=tuple(routes), rules=fresh))
 
     def _warm(self, peers: Iterable[str]) -> None:
         hops = set()
@@ -239,6 +285,11 @@ class Arrival:
         """
         self.added = True
         try:
+            passed = time.clock_gettime(time.CLOCK_BOOTTIME) - self._since
+            for number, landing in enumerate(self._landings):
+                if landing.record.limited:
+                    # what is left of its life now
+                    self._changes[number] = _addition(landing, passed)
             errors = self._netlink.change(self._changes)
             self._there = [x for x, error in zip(self._landings, errors, strict=True) if error is None]
             for landing, error in zip(self._landings, errors, strict=True):
@@ -276,6 +327,12 @@ class Arrival:
         for error in self._netlink.change(changes):
             if error is not None and error.errno != errno.EEXIST:
                 raise AddressChangeFailed(f"a route that depends on the address was refused: {error}") from error
+        rules = [(MessageType.NEWRULE, _ADD, rule_body(rule)) for x in self._landings for rule in x.record.rules]
+        # taken away again by itself with the address
+        sources = [(MessageType.NEWROUTE, Request.REPLACE, route_body(r, index)) for r, index in self._completed]
+        for error in self._netlink.change(rules + sources):
+            if error is not None and error.errno != errno.EEXIST:
+                raise AddressChangeFailed(f"a rule or route of the address was refused: {error}") from error
 
     def announce(self, now: float) -> None:
         """Announce for the first time. ``now``: time.monotonic(). A link that refuses the frames raises
@@ -299,15 +356,19 @@ class Arrival:
                 raise AddressChangeFailed(f"announcing failed: {error}", object=link.interface) from error
 
     def settle(self) -> None:
-        """After the processes run: give IPv6 addresses the flags that they had. Not urgent."""
+        """After the processes run: give IPv6 addresses the flags that they had, and remember what came along with the
+        addresses. Not urgent."""
+        passed = time.clock_gettime(time.CLOCK_BOOTTIME) - self._since
         changes = [
-            (MessageType.NEWADDR, Request.REPLACE, add_body(x.record, x.interface, stable_flags(x.record)))
+            (MessageType.NEWADDR, Request.REPLACE, add_body(x.record.aged(passed), x.interface, stable_flags(x.record)))
             for x in self._landings
             if ":" in x.record.address and not x.record.flags & AddressFlag.NODAD
         ]
         for error in self._netlink.change(changes):
             if error is not None:
                 raise AddressChangeFailed(f"an address's flags were refused: {error}") from error
+        for landing in self._landings:
+            brought.remember(self._netlink, landing.record)
 
     def remove(self) -> None:
         """Undo :meth:`add`; nothing if it was not called. AddressChangeFailed if the kernel refuses."""
@@ -317,9 +378,10 @@ class Arrival:
             self.added = False
 
 
-def _identity(route: RouteRecord) -> tuple[str, int, int]:
-    """What the kernel allows one route of."""
-    return route.destination, route.table, route.priority
+def _addition(landing: Landing, passed: float = 0.0) -> tuple[MessageType, Request, bytes]:
+    # without NODAD an IPv6 address would be unusable for a second; that it is free was probed
+    flags = stable_flags(landing.record) | AddressFlag.NODAD
+    return MessageType.NEWADDR, _ADD, add_body(landing.record.aged(passed), landing.interface, flags)
 
 
 def take_away(netlink: Netlink, record: ArrivalRecord) -> None:
@@ -329,7 +391,13 @@ def take_away(netlink: Netlink, record: ArrivalRecord) -> None:
         for landing in record.landings
         for route in landing.record.routes
     )
+    netlink.change(
+        (MessageType.DELRULE, Request(0), rule_body(rule))
+        for landing in record.landings
+        for rule in landing.record.rules
+    )
     deletions = [(MessageType.DELADDR, Request(0), delete_body(x.record, x.interface)) for x in record.landings]
     for landing, error in zip(record.landings, netlink.change(deletions), strict=True):
         if error is not None and error.errno != errno.EADDRNOTAVAIL:
             raise AddressChangeFailed(f"removing failed: {error}", object=str(landing.record)) from error
+    drop_metrics(netlink, [(x.record, x.interface) for x in record.landings])

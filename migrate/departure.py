@@ -20,20 +20,21 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from migrate import brought
 from migrate.addresses import (
-    RTNH_F_ONLINK,
     AddressRecord,
     Configuration,
     InterfaceRecord,
     add_body,
     delete_body,
     read_configuration,
-    route_key,
     stable_flags,
 )
+from migrate.dependents import drop_metrics
 from migrate.errors import AddressChangeFailed, AddressNotHere, AddressRestoreIncomplete
+from migrate.routes import RTNH_F_ONLINK, route_key
 from migrate.rtnetlink import (
     ROUTE_HEADER,
     AddressFlag,
@@ -51,6 +52,13 @@ __all__ = ["Departure", "DepartureRecord", "give_back"]
 
 _Change = tuple[MessageType, Request, bytes]
 _ADD = Request.CREATE | Request.EXCLUSIVE
+_IN_NEXTHOP = (
+    RouteAttribute.CACHE,
+    RouteAttribute.OIF,
+    RouteAttribute.GATEWAY,
+    RouteAttribute.VIA,
+    RouteAttribute.MULTIPATH,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,9 +123,15 @@ class Departure:
 
     def settle(self) -> None:
         """After the move: put back the routes of addresses that stayed, which the kernel dropped with their address for
-        the moment between deletion and addition. Not urgent. AddressRestoreIncomplete if one cannot be put back."""
+        the moment between deletion and addition; take away what the addresses had brought along when they came here.
+        Not urgent. AddressRestoreIncomplete if a route cannot be put back."""
         if self._kept:
             _restore_routes(self._netlink, self.record, without=self._moved)
+        brought.withdraw(self._netlink, self.record.moved)
+        drop_metrics(self._netlink, [(a, i.index) for i, a in self._leaving()])
+
+    def _leaving(self) -> list[tuple[InterfaceRecord, AddressRecord]]:
+        return [(i, a) for i in self.record.configuration.interfaces for a in i.addresses if a.address in self._moved]
 
     def restore(self) -> None:
         """Undo :meth:`remove`; nothing if it was not called. AddressRestoreIncomplete names what is still missing."""
@@ -139,7 +153,9 @@ def give_back(netlink: Netlink, record: DepartureRecord) -> None:
         current = next((i for i in now.interfaces if i.index == before.index), None)
         if current is None or current.name != before.name:
             raise AddressRestoreIncomplete("the interface of the address is gone", object=before.name)
-        for error in netlink.change(_address_changes(before, current, moved)):
+        # life goes on while an address is away
+        aged = replace(before, addresses=tuple(a.aged(record.configuration.age) for a in before.addresses))
+        for error in netlink.change(_address_changes(aged, current, moved)):
             if error is not None and error.errno not in (errno.EEXIST, errno.EADDRNOTAVAIL):
                 raise AddressRestoreIncomplete(f"an address was refused: {error}", object=before.name) from error
     _restore_routes(netlink, record, without=frozenset())
@@ -156,7 +172,8 @@ def _address_changes(before: InterfaceRecord, current: InterfaceRecord, moved: f
     for network in dict.fromkeys(a.network for a in before.addresses if a.address in moved):
         group = [a for a in before.addresses if a.network == network]
         if group[0].family == socket.AF_INET6:
-            for record in group:
+            # the newest of a scope comes first (ipv6_link_dev_addr), and is preferred as a source among equals
+            for record in reversed(group):
                 if record.address in moved and record.address not in present:
                     changes += _add6(record, before.index)
             continue
@@ -243,7 +260,10 @@ def _clean(body: bytes) -> bytes:
     """The body as a request: without the age and the state of the link, which the kernel refuses or ignores."""
     *header, flags = ROUTE_HEADER.unpack_from(body)
     out = ROUTE_HEADER.pack(*header, flags & RTNH_F_ONLINK)
-    for kind, value in attributes(body, ROUTE_HEADER.size).items():
-        if kind != RouteAttribute.CACHE:
+    found = attributes(body, ROUTE_HEADER.size)
+    # a route that is made of a nexthop object is told with what is in there, and not taken with it
+    skip = _IN_NEXTHOP if RouteAttribute.NH_ID in found else (RouteAttribute.CACHE,)
+    for kind, value in found.items():
+        if kind not in skip:
             out += attribute(kind, value)
     return out

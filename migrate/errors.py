@@ -7,6 +7,7 @@ from tcpstate.errors import Outcome, TcpmigError, catalogue
 __all__ = [
     "AddressCarriesControl",
     "AddressChangeFailed",
+    "AddressConfiguredTwice",
     "AddressElsewhere",
     "AddressInUseByOthers",
     "AddressNotHere",
@@ -15,6 +16,7 @@ __all__ = [
     "AddressRestoreIncomplete",
     "AddressSyntax",
     "AddressTakenAtTarget",
+    "AddressUsedByHost",
     "AnotherMachine",
     "BadFrame",
     "HandoverFailed",
@@ -337,11 +339,33 @@ class AddressRestoreIncomplete(TcpmigError):
 
 
 class AddressNotMovable(TcpmigError):
-    """A link-local or multicast address belongs to one interface of one machine and cannot be taken along."""
+    """The address belongs to one interface of one machine and cannot be taken along: it is link-local or multicast, or
+    one that the kernel makes and renews itself: from a router's advertisements, or a temporary one (RFC 8981)."""
 
     code = "TM-0710"
     outcome = Outcome.REFUSED
-    fix = "Connect over a global address, or close the connection before the move."
+    fix = "Give the service a global address that is configured by hand, or close the connection before the move."
+
+
+class AddressUsedByHost(TcpmigError):
+    """This host itself speaks from the address that would move: it is the preferred source of routes that everybody
+    uses (`ip route .. src`), or a tunnel ends on it. The route or tunnel would be gone, or be another."""
+
+    code = "TM-0713"
+    outcome = Outcome.REFUSED
+    fix = (
+        "Give the service an address of its own, or accept it with --address-policy allow: its routes then go along, "
+        "tunnels do not."
+    )
+
+
+class AddressConfiguredTwice(TcpmigError):
+    """The address is configured on more than one interface of this host. One of them would keep it, and answer for
+    it."""
+
+    code = "TM-0714"
+    outcome = Outcome.REFUSED
+    fix = "Remove it from all interfaces but one, or name other addresses with --address."
 
 
 class UnitHookFailed(TcpmigError):

@@ -110,6 +110,7 @@ class Needs:
     directories     their working and root directories
     beacons         by what directories of the source are known (checkpoint/files/identity.py): name of a file in each
     used_addresses  local addresses of the trees' connections and bound listeners
+    anywhere        listeners that are bound to no address, in words
     addresses       those of them that move, filled in by the source's takeover
     macs            link-layer addresses of the source
     peers           the other ends of the connections
@@ -127,6 +128,7 @@ class Needs:
     directories: tuple[str, ...] = ()
     beacons: dict[str, str] = field(default_factory=dict)
     used_addresses: tuple[str, ...] = ()
+    anywhere: tuple[str, ...] = ()
     addresses: tuple[AddressRecord, ...] = ()
     macs: tuple[str, ...] = ()
     peers: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import ipaddress
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from checkpoint.files.held import HeldSocket
 from checkpoint.files.peers import is_loopback
 from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.files.tcp import TcpGroup
+from checkpoint.files.udp import UdpFile
 from checkpoint.files.verdicts import foretell
 from checkpoint.image.format import FrameWriter, page_frames
 from checkpoint.image.frames import Kind
@@ -45,7 +47,7 @@ _ANYWHERE = frozenset({"0.0.0.0", "::"})
 
 
 def _bare(address: str) -> str:
-    return address.partition("%")[0]
+    return address.partition("%")[0].removeprefix("::ffff:")
 
 
 class OutgoingTrees:
@@ -77,19 +79,26 @@ class OutgoingTrees:
             self._judge_supervisors(members)
         with preflight.live_files(members) as files:
             group = TcpGroup(files)
-            bound = {sock.getsockname()[0].partition("%")[0].removeprefix("::ffff:") for sock in group.listeners}
+            names = [sock.getsockname() for sock in group.listeners]
+            bound = {_bare(name[0]) for name in names}
             local = group.local_addresses
         connections = preflight.connections(members)
         peers = {_bare(one.connection.conn_id.peer) for one in connections if one.away}
         paired = {_bare(one.connection.conn_id.local) for one in connections if not one.away}
-        used = {address.partition("%")[0] for address in local} | (bound - _ANYWHERE)
         foretold = foretell(members, self._policy)
         self._dump.expect(foretold)
+        # a connected one speaks from whatever address was there; it serves nobody
+        udp = [one.name for one in foretold if isinstance(one, UdpFile) and one.name is not None and one.peer is None]
+        bound |= {_bare(end.address) for end in udp if not ipaddress.ip_address(_bare(end.address)).is_multicast}
+        anywhere = {f"tcp port {name[1]}" for name in names if _bare(name[0]) in _ANYWHERE}
+        anywhere |= {f"udp port {end.port}" for end in udp if _bare(end.address) in _ANYWHERE}
+        used = {_bare(address) for address in local} | (bound - _ANYWHERE)
         return Needs(
             trees=tuple(_tree(root) for root in self._roots),
             files=tuple(foretold),
             directories=tuple(sorted(_directories(members))),
             used_addresses=tuple(sorted(used)),
+            anywhere=tuple(sorted(anywhere)),
             peers=tuple(sorted(peers)),
             connections=len(connections),
             away=sum(one.away for one in connections),

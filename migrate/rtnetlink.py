@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import ipaddress
+import os
 import socket
 import struct
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ __all__ = [
     "ROUTE_HEADER",
     "AddressAttribute",
     "AddressFlag",
+    "AddressOrigin",
     "LinkFlag",
     "MessageType",
     "Netlink",
@@ -30,6 +32,8 @@ __all__ = [
     "RouteAttribute",
     "RouteProtocol",
     "RouteType",
+    "RuleAction",
+    "RuleAttribute",
     "Scope",
     "attribute",
     "attributes",
@@ -39,7 +43,8 @@ __all__ = [
 ]
 
 ADDRESS_HEADER = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix length, flags, scope, interface
-ROUTE_HEADER = struct.Struct("=BBBBBBBBI")  # struct rtmsg: family, dst, src, tos, table, protocol, scope, type, flags
+# struct rtmsg: family, dst, src, tos, table, protocol, scope, type, flags; struct fib_rule_hdr: the action for the type
+ROUTE_HEADER = struct.Struct("=BBBBBBBBI")
 
 INFINITE = 0xFFFFFFFF  # lifetime of an address that does not expire, seconds
 
@@ -52,6 +57,9 @@ class MessageType(enum.IntEnum):
     NEWROUTE = 24
     DELROUTE = 25
     GETROUTE = 26
+    NEWRULE = 32
+    DELRULE = 33
+    GETRULE = 34
 
 
 class AddressAttribute(enum.IntEnum):
@@ -84,6 +92,12 @@ class AddressFlag(enum.IntFlag):
     STABLE_PRIVACY = 0x800
 
 
+class AddressOrigin(enum.IntEnum):
+    """IFAPROT_* (linux/if_addr.h): who made an address. Told since Linux 5.18."""
+
+    KERNEL_RA = 2
+
+
 class RouteAttribute(enum.IntEnum):
     """RTA_* (linux/rtnetlink.h)."""
 
@@ -93,10 +107,32 @@ class RouteAttribute(enum.IntEnum):
     GATEWAY = 5
     PRIORITY = 6
     PREFSRC = 7
+    METRICS = 8
     MULTIPATH = 9
     CACHE = 12
     TABLE = 15
     VIA = 18
+    ENCAP = 22
+    NH_ID = 30
+
+
+class RuleAttribute(enum.IntEnum):
+    """FRA_* (linux/fib_rules.h)."""
+
+    DST = 1
+    SRC = 2
+    PRIORITY = 6
+    FWMARK = 10
+    SUPPRESS_PREFIXLEN = 14
+    TABLE = 15
+    FWMASK = 16
+    PROTOCOL = 21
+
+
+class RuleAction(enum.IntEnum):
+    """FR_ACT_* (linux/fib_rules.h)."""
+
+    TO_TABLE = 1
 
 
 class RouteType(enum.IntEnum):
@@ -132,9 +168,11 @@ class Netlink(netlink.Netlink):
     """The raw messages, and beside them pyroute2: both in the network namespace where this was made.
 
     iproute  pyroute2's own; its errors are no OSErrors: :func:`tcpstate.kernel.route.refusals`
+    netns    inode number of the namespace
     """
 
     def __init__(self) -> None:
+        self.netns = os.stat("/proc/thread-self/ns/net").st_ino
         with ExitStack() as stack:
             self.iproute = stack.enter_context(iproute())
             super().__init__()

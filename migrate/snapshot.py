@@ -41,7 +41,7 @@ from migrate.journal import AddressesArrive, End, Journal, Role, Step, StepKind
 from migrate.kept import KeptFrames
 from migrate.outgoing import OutgoingTrees
 from migrate.rtnetlink import Netlink
-from migrate.takeover import AddressPlan, AddressPolicy, Arrival, plan, select
+from migrate.takeover import AddressPlan, AddressPolicy, Arrival, plan, prefix_lengths, select
 from migrate.unithook import HookFacts, UnitHook
 from tcpstate.capture import Capture, replay
 from tcpstate.errors import Outcome
@@ -150,7 +150,8 @@ def checkpoint(
         needs = trees.needs()
         wanted = select(address, needs.used_addresses)
         # the addresses stay here: only a restore elsewhere takes them from whoever uses them too
-        chosen = plan(netlink, wanted, pids=members_of(roots), control={}, policy=AddressPolicy.ALLOW)
+        allow, lengths = AddressPolicy.ALLOW, prefix_lengths(address)
+        chosen = plan(netlink, wanted, pids=members_of(roots), control={}, policy=allow, lengths=lengths)
         if not leave_running:
             _refuse(chosen)
         addresses = Addresses(records=chosen.records, moved=not leave_running, peers=needs.peers)

@@ -66,7 +66,7 @@ from migrate.protocol import SourceMachine
 from migrate.rounds import IfBusy, Pace, Round
 from migrate.rtnetlink import Netlink
 from migrate.summary import Checked, SourceOptions, Summary
-from migrate.takeover import AddressPlan, Departure, control_addresses, plan, select
+from migrate.takeover import AddressPlan, Departure, consider, control_addresses
 from migrate.transport import Remote
 from migrate.unithook import HookFacts, UnitHook
 from migrate.wire import ImageWriter
@@ -159,8 +159,8 @@ class Source:
             needs = self._outgoing.needs()
             control = control_addresses(netlink, self._remote.pid, self._remote.host)
             pids = {pid for tree in needs.trees for pid in tree.pids}
-            wanted = select(self._options.address, needs.used_addresses)
-            addresses = plan(netlink, wanted, pids=pids, control=control, policy=self._options.policy)
+            option, used = self._options.address, needs.used_addresses
+            addresses = consider(netlink, option, used, needs.anywhere, pids, control, self._options.policy)
             for refusal in refusals(addresses.verdicts):
                 raise from_remote(
                     refusal.code, refusal.text, refusal.subject, refusal.fix, otherwise=TargetRefused, where=""

@@ -6,32 +6,28 @@ both classes are offered here as well.  Loopback addresses never move: they are 
 
 from __future__ import annotations
 
-import enum
 import ipaddress
+import logging
 import os
 import socket
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from checkpoint.verdict import Status, Verdict
+from migrate import brought
 from migrate.addresses import (
     AddressRecord,
     Configuration,
-    dependent_routes,
     parse_address,
     read_configuration,
 )
 from migrate.arrival import Arrival, ArrivalRecord, take_away
 from migrate.departure import Departure, DepartureRecord, give_back
-from migrate.errors import (
-    AddressCarriesControl,
-    AddressInUseByOthers,
-    AddressNotHere,
-    AddressNotMovable,
-    AddressSyntax,
-)
-from migrate.rtnetlink import Netlink, Scope
-from migrate.usage import AddressUser, descendants, held_by, users_of
+from migrate.dependents import dependents, only_way
+from migrate.errors import AddressNotHere, AddressSyntax
+from migrate.judge import AddressPolicy, judge, tunnel_ends
+from migrate.rtnetlink import Netlink, RouteAttribute, Scope, find_route, packed_address, unpacked_address
+from migrate.usage import descendants, held_by, users_of
 from tcpstate.kernel.route import source_towards
 
 __all__ = [
@@ -41,19 +37,17 @@ __all__ = [
     "ArrivalRecord",
     "Departure",
     "DepartureRecord",
+    "consider",
     "control_addresses",
     "give_back",
     "plan",
+    "prefix_lengths",
+    "remarks",
     "select",
     "take_away",
 ]
 
-
-class AddressPolicy(enum.Enum):
-    """``--address-policy``: what to do where processes outside the tree use an address that would move."""
-
-    REFUSE = "refuse"
-    ALLOW = "allow"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +86,40 @@ def select(option: str, used: Iterable[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
+def prefix_lengths(option: str) -> dict[str, int]:
+    """The lengths that ``--address`` names with its addresses. AddressSyntax."""
+    if option in ("auto", "none"):
+        return {}
+    found = (parse_address(text.strip()) for text in option.split(","))
+    return {address: length for address, length in found if length is not None}
+
+
+def remarks(option: str, used: Iterable[str], moved: Collection[str], anywhere: Collection[str]) -> list[Verdict]:
+    """What is to be said about addresses that do not move.
+
+    used      by the trees' connections and listeners
+    moved     of them, or beside them
+    anywhere  listeners on every address, in words
+    """
+    found = []
+    if option == "auto" and anywhere and not moved:
+        text = "it listens on every address, and no connection tells which one is the service's: none moves"
+        fix = "Name the service's address with --address ADDR if its clients are to find it on HOST."
+        found.append(Verdict(subject=", ".join(anywhere), kind="listener", status=Status.WARN, text=text, fix=fix))
+    text = "it is used by the processes and does not move: something else must bring its packets to HOST"
+    return found + [
+        Verdict(subject=address, kind="address", status=Status.WARN, text=text)
+        for address in select("auto", used)
+        if option != "auto" and address not in moved
+    ]
+
+
 def control_addresses(netlink: Netlink, rsh_pid: int, host: str) -> dict[str, str]:
     """The local addresses that the channel to the target depends on, each with the reason in words.
 
     Those of the connections of the remote shell ``rsh_pid`` and its children; and, as a shell may share the connection
-    of another process (ssh's ControlMaster), the source address of the route to ``host`` if its name can be resolved.
+    of another process (ssh's ControlMaster), the source address of the route to ``host`` if its name can be resolved,
+    and the address in whose subnet the next hop is, if no other's is the same.
     """
     found: dict[str, str] = {}
     for user in held_by(descendants(rsh_pid)):
@@ -108,10 +131,48 @@ def control_addresses(netlink: Netlink, rsh_pid: int, host: str) -> dict[str, st
     except (OSError, UnicodeError):
         # an alias that only the remote shell knows: its connections must do
         return found
+    here = read_configuration(netlink)
+    every = [a for i in here.interfaces for a in i.addresses if a.scope != Scope.HOST]
     for *_, sockaddr in infos:
         source = source_towards(str(sockaddr[0]))
-        if source:
-            found.setdefault(source, f"the route to {host}")
+        if not source:
+            continue
+        found.setdefault(source, f"the route to {host}")
+        hop = _next_hop(netlink, str(sockaddr[0]))
+        for record in every:
+            if hop and only_way(hop, record, [a for a in every if a is not record]):
+                found.setdefault(record.address, f"the route to {host}")
+    return found
+
+
+def _next_hop(netlink: Netlink, address: str) -> str:
+    """The neighbour to which packets to ``address`` go, or nothing."""
+    packed = packed_address(address.partition("%")[0])[1]
+    try:
+        _, found = find_route(netlink, packed)
+    except OSError:
+        return ""
+    return unpacked_address(found.get(RouteAttribute.GATEWAY, packed))
+
+
+def consider(
+    netlink: Netlink,
+    option: str,
+    used: Collection[str],
+    anywhere: Collection[str],
+    pids: Collection[int],
+    control: Mapping[str, str],
+    policy: AddressPolicy,
+) -> AddressPlan:
+    """:func:`select`, :func:`plan` and :func:`remarks` for a migration; what is a warning goes to the log as well."""
+    wanted = select(option, used)
+    lengths = prefix_lengths(option)
+    found = plan(netlink, wanted, pids=pids, control=control, policy=policy, lengths=lengths)
+    said = remarks(option, used, [record.address for record in found.records], anywhere)
+    found = replace(found, verdicts=(*found.verdicts, *said))
+    for verdict in found.verdicts:
+        if verdict.status is Status.WARN:
+            _log.warning("%s: %s", verdict.subject, verdict.text)
     return found
 
 
@@ -122,54 +183,41 @@ def plan(
     pids: Collection[int],
     control: Mapping[str, str],
     policy: AddressPolicy = AddressPolicy.REFUSE,
+    lengths: Mapping[str, int] | None = None,
 ) -> AddressPlan:
     """Look at everything that speaks against moving ``addresses``; nothing is changed.
 
     pids     the processes of the moving trees
     control  from :func:`control_addresses`
+    lengths  from :func:`prefix_lengths`
     """
     here = read_configuration(netlink)
     leaving = frozenset(addresses)
     # our own sockets are not another process's: the channel is judged by `control`
     users = users_of(leaving, {*pids, os.getpid()})
+    tunnels = tunnel_ends(netlink)
     records: list[AddressRecord] = []
     verdicts: list[Verdict] = []
     for address in addresses:
         found = here.find(address)
-        if found is None:
-            verdicts.append(
-                Verdict.refuse(AddressNotHere("not configured in this network namespace", object=address), "address")
-            )
+        length = (lengths or {}).get(address)
+        if found is None or (length is not None and length != found[1].prefixlen):
+            text = "not configured in this network namespace" if found is None else f"it is configured as {found[1]}"
+            verdicts.append(Verdict.refuse(AddressNotHere(text, object=address), "address"))
             continue
         _, record = found
         if record.scope == Scope.HOST:
+            text = f"it is valid on this host only (scope host, on {record.interface}): it does not move"
+            verdicts.append(Verdict(subject=str(record), kind="address", status=Status.WARN, text=text))
             continue
-        record = replace(record, routes=tuple(dependent_routes(here, leaving, record)))
+        depend = dependents(here, leaving, record, brought.recall(netlink, address))
+        record = replace(record, routes=depend.routes, rules=depend.rules)
         records.append(record)
-        verdicts += _judge(record, [u for u in users if u.address == address], control, policy)
+        mine = [user for user in users if user.address == address]
+        verdicts += judge(record, here, control, mine, depend, tunnels.get(address, ()), policy)
     return AddressPlan(
         records=tuple(records),
         macs=tuple(sorted({i.mac for i in here.interfaces if i.resolves})),
         verdicts=tuple(verdicts),
         configuration=here,
     )
-
-
-def _judge(
-    record: AddressRecord, users: list[AddressUser], control: Mapping[str, str], policy: AddressPolicy
-) -> list[Verdict]:
-    text = str(record)
-    address = ipaddress.ip_address(record.address)
-    if address.is_link_local or address.is_multicast:
-        return [Verdict.refuse(AddressNotMovable("it belongs to its interface", object=text), "address")]
-    if record.address in control:
-        reason = control[record.address]
-        return [Verdict.refuse(AddressCarriesControl(f"it carries {reason}", object=text), "address")]
-    if users:
-        shown = "; ".join(f"{u}, pid {' '.join(map(str, u.pids)) or 'hidden'}" for u in users[:3])
-        more = f" and {len(users) - 3} more" if len(users) > 3 else ""
-        error = AddressInUseByOthers(f"sockets outside the tree use it: {shown}{more}", object=text)
-        if policy is AddressPolicy.REFUSE:
-            return [Verdict.refuse(error, "address")]
-        return [Verdict(subject=text, kind="address", status=Status.WARN, text=error.message, fix=error.fix)]
-    return [Verdict(subject=text, kind="address")]

@@ -18,7 +18,7 @@ from tcpstate.locate import owners_of
 
 __all__ = ["AddressUser", "descendants", "held_by", "parse_socket_table", "users_of"]
 
-_TABLES = ("tcp", "tcp6", "udp", "udp6", "udplite", "udplite6", "raw", "raw6")
+_TABLES = ("tcp", "tcp6", "udp", "udp6", "udplite", "udplite6", "raw", "raw6", "icmp", "icmp6")
 _NET = Path("/proc/thread-self/net")
 #: how often, and after how many seconds, it is looked again for the holder of a socket that seems to have none
 _LOOKS = 3
@@ -29,7 +29,7 @@ _BETWEEN_LOOKS = 0.005
 class AddressUser:
     """A socket whose local address is one of those asked for.
 
-    protocol  ``tcp``, ``udp``, ``raw``
+    protocol  ``tcp``, ``udp``, ``raw``, ``icmp``
     address, port  its local end
     peer      other end as text, or empty
     inode     of the socket; never 0
