@@ -11,7 +11,7 @@ BIN := .venv/bin
 VENV := .venv/.stamp
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help venv packages lint format unit test bench campaign demo docs clean
+.PHONY: help venv packages lint format unit test bench campaign fuzz demo docs clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z]+):.*  ## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -51,6 +51,9 @@ campaign:  ## hundreds of migrations under load and loss; takes long (root)
 	@scripts/need-root campaign
 	@$(MAKE) --no-print-directory packages $(VENV)
 	$(PYTEST) tests/campaign --timeout=3600
+
+fuzz: $(VENV)  ## a million inputs, and with atheris as many again as it is told, to all that reads files and wires
+	$(BIN)/python -m tests.fuzz
 
 demo:  ## real servers move between two hosts under load; prints what their clients saw (root)
 	@scripts/need-root demo

@@ -34,6 +34,7 @@ __all__ = [
     "ForbiddenState",
     "ForeignFilter",
     "KernelFeatureMissing",
+    "KeyUnusable",
     "ListenerFilterRefused",
     "MissingCapability",
     "NoSuchConnection",
@@ -372,6 +373,15 @@ class NotExported(TcpmigError):
     code = "TM-0272"
     outcome = Outcome.REFUSED
     fix = "Export it first; to end a connection, close it."
+
+
+class KeyUnusable(TcpmigError):
+    """A key file of the chaperone (`--sign`, `--require-signature`) cannot be used: it is no Ed25519 key in PEM form,
+    it cannot be read, or it is a private key that others than its owner may read. It did not start."""
+
+    code = "TM-0274"
+    outcome = Outcome.REFUSED
+    fix = "Make one with `openssl genpkey -algorithm ed25519`, mode 0600; the public half with `openssl pkey -pubout`."
 
 
 class NoSuchUser(TcpmigError):

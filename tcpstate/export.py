@@ -40,6 +40,8 @@ __all__ = ["advance", "export_connections", "later", "refusal", "state_of", "sup
 #: bytes of TCP_INFO from which on min_rtt is among them (kernel 4.3)
 _WITH_MIN_RTT = 152
 _TIMESTAMPS = int(InfoOption.TIMESTAMPS)
+#: by whether the socket is an IPv4 one, and whether its addresses are IPv6
+_FAMILIES = {(True, False): Family.IPV4, (False, True): Family.IPV6, (False, False): Family.MAPPED}
 
 
 def export_connections(
@@ -90,6 +92,7 @@ class _Shared:
         self.buffers = functools.cache(_buffers)
         self.soft = functools.cache(_soft)
         self.address = functools.cache(sockets.unpack_address)
+        self.congestion = functools.cache(_congestion)
 
 
 def _negotiated(mss: int, options: int, scales: int) -> Negotiated:
@@ -103,6 +106,10 @@ def _negotiated(mss: int, options: int, scales: int) -> Negotiated:
         timestamps=bool(options & InfoOption.TIMESTAMPS),
         ecn=bool(options & InfoOption.ECN),
     )
+
+
+def _congestion(name: bytes) -> str:
+    return name.rstrip(b"\0").decode("ascii", "replace")
 
 
 def _buffers(send: int, receive: int, lock: int) -> Buffers:
@@ -167,8 +174,8 @@ def _record(
         usec = raw.timestamp & 1
         timestamps = Timestamps(value=later(raw.timestamp, usec, spent), microseconds=bool(usec))
     return ConnectionRecord(
-        conn_id=ConnId.tcp(local + suffix, local_port, peer + suffix, peer_port),
-        family=Family.IPV4 if sock.family == socket.AF_INET else Family.IPV6 if sockets.is_v6(local) else Family.MAPPED,
+        conn_id=ConnId("tcp", local + suffix, local_port, peer + suffix, peer_port),
+        family=_FAMILIES[sockets.family_of(sock) == socket.AF_INET, sockets.is_v6(local)],
         state=name,
         snd_una=(end - outq) & SEQ_MASK,
         snd_nxt=(end - nsd) & SEQ_MASK,
@@ -178,7 +185,7 @@ def _record(
         windows=_windows(raw, rcv_nxt, beyond),
         negotiated=shared.negotiated(raw.mss, raw.info_options, raw.scales),
         buffers=shared.buffers(raw.sndbuf, raw.rcvbuf, raw.lock),
-        congestion=raw.congestion.rstrip(b"\0").decode("ascii", "replace"),
+        congestion=shared.congestion(raw.congestion),
         timestamps=timestamps,
         local_fin=fin,
         options=_options(state, saved),

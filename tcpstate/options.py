@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 
 from tcpstate.errors import UnsupportedSocket
 from tcpstate.kernel.columns import Column, Field, Reusable, RowError, Rows
-from tcpstate.kernel.sockets import IP, IPV6, SO, Level
+from tcpstate.kernel.sockets import IP, IPV6, SO, Level, family_of
 from tcpstate.kernel.tcp import TCP
 from tcpstate.record import ConnectionRecord
 from tcpstate.rows import describe
@@ -388,7 +388,7 @@ def refresh(socks: Sequence[socket.socket], saved: Sequence[Saved]) -> list[Save
 def _by_family(socks: Sequence[socket.socket], *, volatile: bool) -> list[Saved]:
     saved = [Saved() for _ in socks]
     for family in (socket.AF_INET, socket.AF_INET6):
-        mine = [i for i, sock in enumerate(socks) if sock.family == family]
+        mine = [i for i, sock in enumerate(socks) if family_of(sock) == family]
         if mine:
             for i, found in zip(mine, _reading(family, volatile).read([socks[i] for i in mine]), strict=True):
                 saved[i] = found
@@ -397,7 +397,7 @@ def _by_family(socks: Sequence[socket.socket], *, volatile: bool) -> list[Saved]
 
 def give(
     socks: Sequence[socket.socket],
-    numbers: Sequence[Mapping[str, Sequence[int]]],
+    numbers: Sequence[Mapping[str, tuple[int, ...]]],
     data: Sequence[Mapping[str, bytes]],
     stage: Stage,
     *,
@@ -410,11 +410,16 @@ def give(
     refuses a value, ValueError when a value has the wrong shape.
     """
     alike: dict[tuple[str, ...], list[tuple[int, list[bytes]]]] = {}
+    seen: dict[object, tuple[tuple[str, ...], list[bytes]]] = {}  # most connections of a server have the same
     for row, (of_numbers, of_data) in enumerate(zip(numbers, data, strict=True)):
-        values = _wanted(of_numbers, of_data, stage, skip)
-        if values:
+        key = (*of_numbers.items(), *of_data.items())
+        found = seen.get(key)
+        if found is None:
+            values = _wanted(of_numbers, of_data, stage, skip)
             keywords = tuple(sorted(values, key=_ORDER.__getitem__))
-            alike.setdefault(keywords, []).append((row, [values[k] for k in keywords]))
+            found = seen[key] = keywords, [values[k] for k in keywords]
+        if found[0]:
+            alike.setdefault(found[0], []).append((row, found[1]))
     for keywords, rows in alike.items():
         _set(socks, [BY_KEYWORD[k] for k in keywords], rows)
 

@@ -49,7 +49,7 @@ from tcpstate.kernel.tcp import repair_options as pack_repair_options
 from tcpstate.options import Stage, number
 from tcpstate.preflight import supported
 from tcpstate.record import ConnectionRecord, Family, Negotiated, State
-from tcpstate.refill import put
+from tcpstate.refill import SMALL, put, put_small
 from tcpstate.release import release_connections
 from tcpstate.rows import Names, failures
 
@@ -147,12 +147,11 @@ def rebuild_connections(
 
 def _renamed(record: ConnectionRecord, devices: Mapping[str, str]) -> dict[str, bytes]:
     """Its byte options, with the interface's name here."""
-    data = dict(record.option_data)
-    device = data.get("so.bindtodevice")
-    if device is not None:
-        name = device.decode("utf-8", "surrogateescape")
-        data["so.bindtodevice"] = devices.get(name, name).encode("utf-8", "surrogateescape")
-    return data
+    device = record.option_data.get("so.bindtodevice")
+    if device is None:
+        return record.option_data
+    name = device.decode("utf-8", "surrogateescape")
+    return record.option_data | {"so.bindtodevice": devices.get(name, name).encode("utf-8", "surrogateescape")}
 
 
 def _scope(record: ConnectionRecord, devices: Mapping[str, str]) -> int:
@@ -261,9 +260,20 @@ def _connect(
     table.mark.set(number(r, "so.mark") for r in records)
     table.send_start.set(r.snd_una for r in records)
     table.receive_start.set(r.copied_seq - n for r, n in zip(records, ahead, strict=True))
-    pack = functools.cache(functools.partial(pack_address, family=family))
-    table.local.set_bytes([_address(r, False, devices, pack) for r in records])
-    table.peer.set_bytes([_address(r, True, devices, pack) for r in records])
+    ends = functools.cache(functools.partial(_around_port, family))
+    scopes = [_scope(r, devices) if r.scope else 0 for r in records]
+    table.local.set_bytes(
+        [
+            _address(r.conn_id.local, r.conn_id.local_port, 0, scope, ends)
+            for r, scope in zip(records, scopes, strict=True)
+        ]
+    )
+    table.peer.set_bytes(
+        [
+            _address(r.conn_id.peer, r.conn_id.peer_port, r.flow_info, scope, ends)
+            for r, scope in zip(records, scopes, strict=True)
+        ]
+    )
     agreed = functools.cache(_repair_options)
     negotiated = [agreed(r.negotiated) for r in records]
     table.negotiated.set_bytes(negotiated)
@@ -281,13 +291,18 @@ def _buffer(reported: int, queue: int) -> int:
     return min(_BUFFER_MAX, max(reported // 2, 2 * queue + _BUFFER_SLACK))
 
 
-def _address(record: ConnectionRecord, of_peer: bool, devices: Mapping[str, str], pack: Callable[..., bytes]) -> bytes:
-    """struct sockaddr of one end. ``pack`` remembers the addresses that it has packed."""
-    conn = record.conn_id
-    address, port = (conn.peer, conn.peer_port) if of_peer else (conn.local, conn.local_port)
-    scope = _scope(record, devices)
-    data = pack(address.partition("%")[0], 0, flow_info=record.flow_info if of_peer else 0, scope=scope)
-    return data[:2] + port.to_bytes(2, "big") + data[4:]
+def _around_port(family: int, address: str, flow_info: int, scope: int) -> tuple[bytes, bytes]:
+    """What stands before and behind the port in the struct sockaddr of an address."""
+    data = pack_address(address.partition("%")[0], 0, family=family, flow_info=flow_info, scope=scope)
+    return data[:2], data[4:]
+
+
+def _address(
+    address: str, port: int, flow_info: int, scope: int, ends: Callable[[str, int, int], tuple[bytes, bytes]]
+) -> bytes:
+    """struct sockaddr of one end. ``ends`` remembers the addresses that it has packed: only ports differ."""
+    before, behind = ends(address, flow_info, scope)
+    return before + port.to_bytes(2, "big") + behind
 
 
 def _repair_options(agreed: Negotiated) -> bytes:
@@ -307,10 +322,17 @@ def _fill(
     socks: Sequence[socket.socket], records: Sequence[ConnectionRecord], heads: Sequence[Sequence[memoryview]]
 ) -> None:
     """Put the bytes back that had arrived, and those that must count as sent."""
-    for sock, record, head in zip(socks, records, heads, strict=True):
-        if head or record.receive_queue:
+    small = [i for i, r in enumerate(records) if not heads[i] and 0 < len(r.receive_queue) <= SMALL]
+    counts = put_small([socks[i] for i in small], [records[i].receive_queue for i in small])
+    taken = dict(zip(small, counts, strict=True))
+    filled = {i for i, count in taken.items() if count == len(records[i].receive_queue)}
+    for i, (sock, record, head) in enumerate(zip(socks, records, heads, strict=True)):
+        if i in filled and not record.sent:
+            continue
+        if i not in filled and (head or record.receive_queue):
             sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.RECEIVE)
-            for piece in (*head, memoryview(record.receive_queue)):
+            done = taken.get(i, 0)
+            for piece in (*head, memoryview(record.receive_queue)[done:]):
                 put(sock, piece, record)
         if record.sent and not (_fits_again(record, sock) and record.state is not State.CLOSING):
             sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.SEND)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import itertools
 import socket
+from collections.abc import Sequence
 
 from tcpstate.errors import QueueNotRestored
+from tcpstate.kernel.columns import Column, Reusable, RowResult, Rows
+from tcpstate.kernel.machine import SYS
+from tcpstate.kernel.sockets import Level
+from tcpstate.kernel.tcp import TCP, RepairQueue
 from tcpstate.record import ConnectionRecord
 
-__all__ = ["put"]
+__all__ = ["SMALL", "put", "put_small"]
+
+#: bytes of a queue up to which receive queues are filled in one batch
+SMALL = 64 << 10
 
 _CHUNK_FIRST = 1 << 20
 _CHUNK_LEAST = 1 << 10
@@ -33,3 +43,33 @@ def put(sock: socket.socket, data: bytes | memoryview, record: ConnectionRecord)
             raise QueueNotRestored(
                 f"the kernel took {at} of {len(view)} bytes: {error.strerror}", object=str(record.conn_id)
             ) from None
+
+
+def _build_filling(rows: Rows) -> tuple[Column, Column, Column, RowResult]:
+    fd, at, size = rows.column(), rows.column(), rows.column()
+    rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.RECEIVE)
+    flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+    put_in = rows.call(SYS.sendto, fd, at, size, flags, 0, 0, ignore=True, label="filling the receive queue")
+    rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
+    return fd, at, size, put_in
+
+
+_filling = Reusable(_build_filling)
+
+
+def put_small(socks: Sequence[socket.socket], queues: Sequence[bytes]) -> list[int]:
+    """Fill receive queues of sockets in repair mode, all in one batch; how many bytes the kernel took of each.
+
+    RowError. What it did not take is for :func:`put`, which tries smaller pieces, and knows what a failure means.
+    """
+    if not socks:
+        return []
+    lengths = list(map(len, queues))
+    data = bytearray().join(queues)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(data))
+    rows, (fd, at, size, put_in) = _filling.of(len(socks))
+    fd.set(s.fileno() for s in socks)
+    at.set(base + start for start in itertools.accumulate(lengths[:-1], initial=0))
+    size.set(lengths)
+    rows.run()
+    return [max(0, count) for count in put_in.values()]

@@ -12,6 +12,7 @@ from cli.session import Result, Session
 from tcpstate.chaperone.client import DEFAULT_SOCKET
 from tcpstate.chaperone.messages import Limits
 from tcpstate.chaperone.policy import Network, Policy
+from tcpstate.chaperone.seal import Signer, Verifier
 from tcpstate.chaperone.service import serve
 
 __all__ = ["chaperone"]
@@ -53,6 +54,17 @@ def _networks(ctx: click.Context, param: click.Parameter, values: tuple[str, ...
     multiple=True,
     help="Anyone may rebuild on this privileged port; may be repeated.",
 )
+@click.option(
+    "--sign", metavar="KEYFILE", type=click.Path(path_type=Path), help="Sign exported records with this private key."
+)
+@click.option(
+    "--require-signature",
+    "trusted",
+    metavar="KEYFILE",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Rebuild only records signed with this public key; may be repeated.",
+)
 @click.option("--keep-frozen", is_flag=True, help="What a client froze stays frozen when it vanishes.")
 @click.option(
     "--frozen-seconds",
@@ -88,6 +100,8 @@ def chaperone(
     user: str | None,
     addresses: tuple[Network, ...],
     low_ports: tuple[int, ...],
+    sign: Path | None,
+    trusted: tuple[Path, ...],
     keep_frozen: bool,
     frozen_seconds: float,
     frozen_most: int,
@@ -101,6 +115,13 @@ def chaperone(
     limits = Limits(
         frame=request_bytes, frozen=frozen_most, rate=rate, burst=max(1, int(2 * rate)), seconds=frozen_seconds
     )
-    policy = Policy(limits=limits, addresses=addresses, low_ports=frozenset(low_ports), keep_frozen=keep_frozen)
+    policy = Policy(
+        limits=limits,
+        addresses=addresses,
+        low_ports=frozenset(low_ports),
+        keep_frozen=keep_frozen,
+        sign=Signer(sign) if sign is not None else None,
+        verify=Verifier(trusted) if trusted else None,
+    )
     serve(path, policy, user)
     return None

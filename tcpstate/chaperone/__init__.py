@@ -16,7 +16,7 @@ messages    what is said                protocol    framing and both sides' rule
 policy      limits, what may be built   identity    whose socket it is
 holding     frozen and rebuilt ones     journal     what outlives the chaperone
 operations  the requests                server, client
-privilege   everything else is dropped
+privilege   everything else is dropped     seal       signed records
 
 The client never has a socket in repair mode whose connection it may choose: whoever holds one can give it any ends and
 numbers without a capability (net/ipv4/tcp.c, TCP_QUEUE_SEQ), and only leaving repair mode takes one.  So a rebuilt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _socket
 import enum
 import fcntl
 import socket
@@ -17,6 +18,7 @@ __all__ = [
     "BufferLock",
     "Ioctl",
     "Level",
+    "family_of",
     "ioctl_int",
     "pack_address",
     "unpack_address",
@@ -28,6 +30,9 @@ UNSPECIFIED_ADDRESS = bytes(16)
 ADDRESS_SIZE = 28
 #: IFNAMSIZ of linux/if.h
 DEVICE_NAME_SIZE = 16
+
+
+_FAMILY = _socket.socket.family.__get__
 
 
 class Level(enum.IntEnum):
@@ -194,6 +199,12 @@ def ioctl_int(fd: int, request: Ioctl) -> int:
     """The int that an ioctl of a socket writes."""
     value: int = struct.unpack("i", fcntl.ioctl(fd, request, bytes(4)))[0]
     return value
+
+
+def family_of(sock: socket.socket) -> int:
+    """``sock.family`` as a bare number: the property of :class:`socket.socket` makes an enum of it, 1 us each time."""
+    found: int = _FAMILY(sock)
+    return found
 
 
 def is_v6(address: str) -> bool:

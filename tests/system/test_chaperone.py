@@ -11,16 +11,20 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from tcpstate import codec
 from tcpstate.chaperone.privilege import NEEDED
+from tcpstate.chaperone.seal import Sealed
 from tcpstate.kernel.capability import Cap, names
 from tests.hosts import Host, ThreeHosts, three_hosts
 from tests.hosts.agent import Agent, AgentError, open_to_all
 from tests.hosts.process import HostProcess
 from tests.hosts.tcpmig import TCPMIG
 from tests.packets import Watcher
+from tests.unit.chaperone.test_chaperone_seal import make_key
 
 OWNER, STRANGER = 1001, 1002
 KEEPER = "daemon"
@@ -447,3 +451,28 @@ def test_a_service_manager_may_start_it_as_its_user(opened: ThreeHosts) -> None:
         assert talk.echo(b"it flows again")
         status = opened.source.sh(f"cat /proc/{chaperone.pid}/status")
         assert f"CapEff:\t{sum(1 << cap for cap in NEEDED):016x}" in status
+
+
+def test_only_what_a_trusted_chaperone_has_exported_is_rebuilt(opened: ThreeHosts, tmp_path: Path) -> None:
+    private, public = make_key(tmp_path, "chaperone")
+    run, address = "/run/sealed", opened.net.service4
+    with (
+        start(opened.source, "--sign", private, run=run) as here,
+        start(opened.target, "--require-signature", public, "--address", address, run=run),
+        talking(opened, here, run=run) as talk,
+        Agent(opened.target, OWNER) as heir,
+        Agent(opened.target, STRANGER) as stranger,
+    ):
+        talk.agent("chaperone.freeze(sock)")
+        sealed = talk.agent("chaperone.export(sock)")
+        for agent in (heir, stranger):
+            agent(f"from tcpstate.chaperone.client import Chaperone; chaperone = Chaperone('{run}/socket')")
+        bare = codec.unpack(Sealed, sealed).record
+        altered = sealed.replace(b"cubic", b"bicbc")
+        assert altered != sealed
+        for agent, data in ((heir, bare), (heir, altered), (stranger, sealed)):
+            assert code_of(agent, f"chaperone.rebuild({data!r}, elapsed=1)") == "TM-0267"
+        assert heir(f"str(chaperone.rebuild({sealed!r}, elapsed=1))") == talk.conn
+        heir(f"chaperone.discard({talk.conn!r})")
+        talk.agent("chaperone.resume(sock)")
+        assert talk.echo(b"untouched")
