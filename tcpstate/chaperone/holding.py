@@ -262,7 +262,7 @@ class Holding:
             else:
                 self.resume(held)
                 _log.info("%s flows again", name)
-        except TcpmigError as error:
+        except (TcpmigError, OSError) as error:
             _log.warning("%s was not given back: %s", name, error)
             # another chaperone may try: the note stays
             self._remove(held)
@@ -293,10 +293,12 @@ class Holding:
         self._watch()
 
     def _remove(self, held: Held) -> None:
-        if self.held.get(held.conn_id) is held:
-            del self.held[held.conn_id]
-            self._watch()
-        held.sock.close()
+        try:
+            if self.held.get(held.conn_id) is held:
+                del self.held[held.conn_id]
+                self._watch()
+        finally:
+            held.sock.close()
 
     def _watch(self) -> None:
         """Capture what arrives for the ports of those that are held."""

@@ -23,10 +23,14 @@ from tcpstate.kernel.tcp import TcpState
 from tcpstate.locate import take
 from tcpstate.rows import describe
 
-__all__ = ["Holder", "Peer", "conn_id_of", "cookie_of", "found", "others_at", "passed", "peer_of"]
+__all__ = ["Holder", "Peer", "conn_id_of", "cookie_of", "found", "nameless", "others_at", "passed", "peer_of"]
 
 _UCRED = struct.Struct("=iII")  # struct ucred, include/linux/socket.h
 _COOKIE = struct.Struct("=Q")
+#: descriptors that are looked at for one connection: others wait meanwhile
+_LOOKED_MAX = 50_000
+#: what stands in /proc/PID/uid_map where every user has a number
+_ALL_USERS = ["0", "0", "4294967295"]
 #: states of /proc/PID/status in which a process makes no system call
 _STOPPED = frozenset("Tt")
 
@@ -47,6 +51,15 @@ class Peer:
 def peer_of(sock: socket.socket) -> Peer:
     """By SO_PEERCRED of a connected unix socket; the kernel translates the numbers into our namespaces."""
     return Peer(*_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
+
+
+def nameless(uid: int) -> bool:
+    """Whether the number stands for users that this user namespace has no number for: all of them look alike."""
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        if file.read().split() == _ALL_USERS:
+            return False
+    with open("/proc/sys/kernel/overflowuid", encoding="ascii") as file:
+        return uid == int(file.read())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +170,7 @@ def _descriptors(inode: int, uid: int, first: int) -> Iterator[tuple[int, int]]:
     /proc/PID/fd would take CAP_DAC_READ_SEARCH; fdinfo is open to CAP_SYS_PTRACE (fs/proc/fd.c, since 5.14).
     """
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    refused = ""
+    refused, looked = "", 0
     for pid in sorted(pids, key=lambda pid: pid != first):
         try:
             # not the user's, or not dumpable: then the user could not look into it either
@@ -169,6 +182,9 @@ def _descriptors(inode: int, uid: int, first: int) -> Iterator[tuple[int, int]]:
         except PermissionError as error:
             refused = f"pid {pid}: {error.strerror}"
             continue
+        looked += len(numbers)
+        if looked > _LOOKED_MAX:
+            raise NotPermitted("the user has too many descriptors open to look for it; pass the socket instead")
         yield from ((pid, int(number)) for number in numbers if _inode(pid, number) == inode)
     if refused:
         raise NotPermitted("descriptors of a process may not be listed; pass the socket instead", object=refused)

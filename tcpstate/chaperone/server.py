@@ -21,12 +21,12 @@ from pathlib import Path
 
 from tcpstate import codec
 from tcpstate.chaperone.holding import Holding
-from tcpstate.chaperone.identity import Peer, peer_of
+from tcpstate.chaperone.identity import Peer, nameless, peer_of
 from tcpstate.chaperone.messages import Failed, Message, Request, Welcome
 from tcpstate.chaperone.operations import Context, perform
 from tcpstate.chaperone.policy import Policy, RateLimit
 from tcpstate.chaperone.protocol import Received, ServerProtocol, encode
-from tcpstate.errors import BadChaperoneMessage, ChaperoneLimit, ChaperoneRuns, TcpmigError
+from tcpstate.errors import BadChaperoneMessage, ChaperoneLimit, ChaperoneRuns, NotYours, TcpmigError
 
 __all__ = ["Server", "listen"]
 
@@ -165,7 +165,9 @@ class Server:
         session = _Session(next(self._numbers), sock, peer, ServerProtocol(peer.uid, limits), heard=now, since=now)
         self._sessions[session.number] = session
         self._selector.register(sock, selectors.EVENT_READ, session)
-        if of_user >= self._policy.clients or len(self._sessions) > self._policy.clients_of_all:
+        if nameless(peer.uid):
+            self._refuse(session, NotYours(f"uid {peer.uid} stands for users of other namespaces here"))
+        elif of_user >= self._policy.clients or len(self._sessions) > self._policy.clients_of_all:
             self._refuse(session, ChaperoneLimit(f"there are {of_user} clients of uid {peer.uid} already"))
 
     def _read(self, session: _Session) -> None:

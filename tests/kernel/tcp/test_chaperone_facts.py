@@ -17,7 +17,7 @@ import pytest
 
 from tcpstate.chaperone import privilege
 from tcpstate.chaperone.holding import _dissolve
-from tcpstate.chaperone.identity import Peer, _descriptors, cookie_of
+from tcpstate.chaperone.identity import Peer, _descriptors, cookie_of, nameless
 from tcpstate.chaperone.policy import PRIVILEGED_OPTIONS
 from tcpstate.kernel import batch, diag
 from tcpstate.kernel.capability import Cap
@@ -30,14 +30,15 @@ USER = 65534
 _FORK = multiprocessing.get_context("fork")
 
 
-def with_capabilities(what: Callable[..., Any], keep: frozenset[Cap], *arguments: Any) -> Any:
-    """The result of a call in a process that has these capabilities and is an ordinary user otherwise; an exception is
-    the result, too."""
+def with_capabilities(what: Callable[..., Any], keep: frozenset[Cap] | None, *arguments: Any) -> Any:
+    """The result of a call in a process that has these capabilities and is an ordinary user otherwise (None: in one
+    that is root still); an exception is the result, too."""
     here, there = _FORK.Pipe()
 
     def run() -> None:
         try:
-            privilege.drop(keep, "daemon")
+            if keep is not None:
+                privilege.drop(keep, "daemon")
             there.send(what(*arguments))
         except Exception as error:  # for the test to judge
             there.send(error)
@@ -174,6 +175,21 @@ def test_the_other_end_of_a_unix_socket_is_named_by_the_kernel() -> None:
     one, other = socket.socketpair()
     with one, other:
         assert peer_of(one) == Peer(os.getpid(), os.getuid(), os.getgid())
+
+
+def test_users_without_a_number_are_known_by_the_map() -> None:
+    assert not nameless(65534), "in the first user namespace nobody is one user"
+
+    def inside() -> tuple[bool, bool, int]:
+        mine = os.getuid()
+        # CLONE_NEWUSER; only root has a number there
+        assert ctypes.CDLL(None).unshare(0x10000000) == 0
+        with open("/proc/self/uid_map", "w") as file:
+            file.write(f"0 {mine} 1")
+        with socket.socket() as sock:
+            return nameless(65534), nameless(0), os.fstat(sock.fileno()).st_uid
+
+    assert with_capabilities(inside, None) == (True, False, 0)
 
 
 def _refused(family: int) -> set[str]:
