@@ -93,11 +93,18 @@ class Server:
 
     listener  of :func:`listen`, closed by :meth:`close`
     clock     monotonic seconds
+    tick      for how long a turn waits for something to come, seconds
     """
 
     def __init__(
-        self, listener: socket.socket, policy: Policy, holding: Holding, clock: Callable[[], float] = time.monotonic
+        self,
+        listener: socket.socket,
+        policy: Policy,
+        holding: Holding,
+        clock: Callable[[], float] = time.monotonic,
+        tick: float = _TICK,
     ) -> None:
+        self._tick = tick
         self._listener = listener
         self._policy = policy
         self._holding = holding
@@ -132,7 +139,7 @@ class Server:
 
     def turn(self) -> None:
         """What has come, once; then what has expired."""
-        for key, events in self._selector.select(_TICK):
+        for key, events in self._selector.select(self._tick):
             session = key.data
             if session is None:
                 self._accept()
@@ -142,7 +149,7 @@ class Server:
             if events & selectors.EVENT_READ and session.number in self._sessions:
                 self._read(session)
         now = self._clock()
-        if now - self._looked >= _TICK:
+        if now - self._looked >= self._tick:
             self._looked = now
             self._expire(now)
 
