@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
+import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,3 +43,14 @@ def test_the_same_seed_makes_the_same_inputs() -> None:
         )
         assert one == other
         assert len(set(one)) > 25
+
+
+def test_a_decoder_that_trusts_what_it_reads_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trusting(data: bytes) -> None:
+        plain = msgpack.unpackb(data[4:], strict_map_key=False)
+        if not isinstance(plain["kind"], str):
+            raise LookupError("what kind is that?")
+
+    monkeypatch.setitem(TARGETS, "chaperone", replace(TARGETS["chaperone"], run=trusting))
+    errors = {error.splitlines()[-1].partition(":")[0] for _, error in chunk("chaperone", "seed", 500)}
+    assert {"KeyError", "LookupError", "TypeError"} <= errors
