@@ -468,7 +468,7 @@ def test_only_what_a_trusted_chaperone_has_exported_is_rebuilt(opened: ThreeHost
         for agent in (heir, stranger):
             agent(f"from tcpstate.chaperone.client import Chaperone; chaperone = Chaperone('{run}/socket')")
         bare = codec.unpack(Sealed, sealed).record
-        altered = sealed.replace(b"cubic", b"bicbc")
+        altered = sealed.replace(b"ESTABLISHED", b"established")
         assert altered != sealed
         for agent, data in ((heir, bare), (heir, altered), (stranger, sealed)):
             assert code_of(agent, f"chaperone.rebuild({data!r}, elapsed=1)") == "TM-0267"
