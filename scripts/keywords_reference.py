@@ -21,7 +21,8 @@ HEAD = """# State keywords
 
 What `transport_state_get` and `tcpmig get` read, and `transport_state_set` and `tcpmig set` write
 ([tcpstate.md](tcpstate.md)). The wild cards `ALL`, `ALL_HARD` and `ALL_SOFT` (`all`, `hard`, `soft` on the command
-line) mean every keyword below of that kind, but for `receive_queue`, which is only read by its name.
+line) mean every keyword below of that kind, but for `receive_queue` and the marks in it (`urgent_in`,
+`urgent_taken`): these are only read by their names, and the marks are set once the data is there.
 
 *life*: `fixed` for the whole connection, `initialization` (settled by the handshake), or `varying`.
 *set*: how it is written: `setsockopt` in place, `repair mode` with the owner stopped for that moment, `BPF`;

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tcpstate.capture import Capture, replay
     from tcpstate.connid import ConnId
     from tcpstate.discard import discard_connections
+    from tcpstate.errors import TcpmigError
     from tcpstate.export import export_connections
     from tcpstate.filters import drop_syns, undo_drop_syns
     from tcpstate.freeze import quiet, thaw
@@ -45,21 +46,26 @@ if TYPE_CHECKING:
     from tcpstate.record import ConnectionRecord
     from tcpstate.segment import Segment
     from tcpstate.silence import blackhole
+    from tcpstate.single import discard_connection, export_connection, rebuild_connection
 
 __all__ = [
     "Capture",
     "ConnId",
     "ConnectionRecord",
     "Segment",
+    "TcpmigError",
     "blackhole",
     "compare",
     "connections",
+    "discard_connection",
     "discard_connections",
     "drop_syns",
+    "export_connection",
     "export_connections",
     "find",
     "listener_backlog",
     "quiet",
+    "rebuild_connection",
     "rebuild_connections",
     "refusal",
     "release_connections",
@@ -75,15 +81,19 @@ _HOME = {
     "ConnId": "connid",
     "ConnectionRecord": "record",
     "Segment": "segment",
+    "TcpmigError": "errors",
     "blackhole": "silence",
     "compare": "comparison",
     "connections": "locate",
+    "discard_connection": "single",
     "discard_connections": "discard",
     "drop_syns": "filters",
+    "export_connection": "single",
     "export_connections": "export",
     "find": "locate",
     "listener_backlog": "locate",
     "quiet": "freeze",
+    "rebuild_connection": "single",
     "rebuild_connections": "rebuild",
     "refusal": "preflight",
     "release_connections": "rebuild",

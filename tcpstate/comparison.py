@@ -22,6 +22,7 @@ from tcpstate.options import Stage, number
 from tcpstate.reading import PEEK, SMALL, Raw, peek_from, peeking_on, read_numbers, read_queues
 from tcpstate.record import ConnectionRecord, State
 from tcpstate.segment import SEQ_MASK
+from tcpstate.urgent import held_back
 
 __all__ = ["Difference", "compare", "differences", "read_back"]
 
@@ -65,6 +66,7 @@ def compare(record: ConnectionRecord, found: ConnectionRecord) -> list[Differenc
 
     Its send queue may still lack what the release will send; the options that wait for the release are not compared.
     """
+    record = held_back(record)
     pairs: list[tuple[str, object, object]] = [
         ("conn-ID", record.conn_id, found.conn_id),
         ("family", record.family, found.family),
@@ -112,6 +114,7 @@ def differences(
     if not socks:
         return []
     heads = early or {}
+    records = [held_back(record) for record in records]
     found = read_numbers(socks)
     suspects = options.unlike(socks, [r.options for r in records])
     address = functools.cache(unpack_address)

@@ -184,7 +184,8 @@ class UnsupportedSocket(TcpmigError):
 
 class UrgentData(TcpmigError):
     """The receive queue holds urgent data (TCP's out-of-band byte). Reading the queue from outside stops at the urgent
-    mark; what is behind it would be lost."""
+    mark; going past it takes SO_PEEK_OFF for TCP, which this kernel does not have (Linux 6.10 does): what is behind the
+    mark would be lost."""
 
     code = "TM-0213"
     fix = "Let the application read the urgent byte and try again."

@@ -193,6 +193,9 @@ def _record(
         filter=state.filter,
         filter_locked=state.filter_locked,
         reuse_address=state.reuse_address,
+        urgent_in=raw.urgent,
+        urgent_taken=raw.taken,
+        required=("urgent_in",) if raw.urgent is not None else (),
         soft=shared.soft(
             raw.cwnd, raw.ssthresh, raw.srtt, raw.rttvar, raw.rto,
             raw.min_rtt if raw.info_length >= _WITH_MIN_RTT else None,

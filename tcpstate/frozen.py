@@ -43,6 +43,7 @@ from tcpstate.freeze import QuietState, quiet, read_originals, thaw
 from tcpstate.holder import Holder, starting
 from tcpstate.kernel.route import is_local
 from tcpstate.kernel.sockets import SO, Level
+from tcpstate.kick import kick
 from tcpstate.locate import Owner, find, take
 from tcpstate.record import ConnectionRecord
 from tcpstate.release import release_connections
@@ -239,6 +240,8 @@ def _let_live(directory: Path, entry: FrozenConnection, sock: socket.socket) -> 
         capture.stop()
         # nobody knows which of it is new, but the kernel, which looks at each as at any other segment
         replay([*known, *capture.segments()], (), unknown=_any)
+    # what has arrived may have acknowledged all; else what was sent into the silence is due
+    kick(sock, entry.conn_id)
 
 
 def _any(segment: Segment) -> bool:

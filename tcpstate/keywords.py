@@ -184,6 +184,7 @@ _PROTOCOL: Final[tuple[Keyword, ...]] = (
     _hard("send_queue", "bytes", "", _VARYING, "repair.send_queue", "bytes from snd_una on that we keep"),
     _hard("receive_queue", "bytes", "", _VARYING, "repair.receive_queue", "bytes before rcv_nxt not read yet"),
     _hard("urgent_in", "u32", "bytes", _VARYING, "repair.urgent_in", "unread bytes before the urgent byte"),
+    _hard("urgent_taken", "bool", "", _VARYING, "repair.urgent_taken", "that byte was read out of band already"),
     _hard("urgent_out", "u32", "bytes", _VARYING, "repair.urgent_out", "bytes from snd_una on up to our urgent byte"),
     _hard("mss", "u16", "bytes", _INITIAL, "repair.negotiated.mss", "largest segment that the peer takes"),
     _hard("snd_wscale", "u8", "", _INITIAL, "info.snd_wscale repair.negotiated.snd_wscale", "shift of snd_wnd"),

@@ -17,7 +17,7 @@ import itertools
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from tcpstate import frozen
 from tcpstate.errors import BadExtents
@@ -119,9 +119,14 @@ def restore_pending(sock: socket.socket, entry: FrozenConnection, extents: Seque
     if given and given[-1].end - len(whole) > window:
         raise BadExtents(f"they reach beyond the receive window of {window} bytes", object=f"offset {given[-1].offset}")
     if head:
-        entry = replace(sock, entry, lambda now: dataclasses.replace(now, receive_queue=head + now.receive_queue))
+        entry = replace(sock, entry, lambda now: _headed(now, head))
     start = (record.rcv_nxt - len(whole)) & SEQ_MASK
     frozen.arrives(entry, [s for extent in given for s in _segments(record, start, extent)])
+
+
+def _headed(record: ConnectionRecord, head: bytes) -> ConnectionRecord:
+    mark = None if record.urgent_in is None else record.urgent_in + len(head)
+    return dataclasses.replace(record, receive_queue=head + record.receive_queue, urgent_in=mark)
 
 
 def _segments(record: ConnectionRecord, start: int, extent: Extent) -> list[Segment]:
@@ -151,7 +156,20 @@ def purge(sock: socket.socket, entry: FrozenConnection) -> Purged:
     def edit(record: ConnectionRecord) -> ConnectionRecord:
         kept = record.sent
         found.append(Purged(unread=len(record.receive_queue), unsent=len(record.send_queue) - kept, kept=kept))
-        return dataclasses.replace(record, receive_queue=b"", send_queue=record.send_queue[:kept])
+        return dataclasses.replace(
+            record, receive_queue=b"", send_queue=record.send_queue[:kept], **_no_mark(kept, record)
+        )
 
     replace(sock, entry, edit)
     return found[-1]
+
+
+def _no_mark(kept: int, record: ConnectionRecord) -> dict[str, Any]:
+    """Without the marks of what is purged."""
+    out = record.urgent_out
+    return {
+        "urgent_in": None,
+        "urgent_taken": False,
+        "required": (),
+        "urgent_out": out if out is not None and out <= kept else None,
+    }

@@ -5,10 +5,10 @@ from __future__ import annotations
 import socket
 
 from tcpstate.connid import ConnId
-from tcpstate.errors import TcpmigError, UnsupportedSocket, UnsupportedState, UrgentData
+from tcpstate.errors import TcpmigError, UnsupportedSocket, UnsupportedState
 from tcpstate.filters import read_filters
 from tcpstate.kernel import diag
-from tcpstate.kernel.sockets import Ioctl, Level, ioctl_int
+from tcpstate.kernel.sockets import Level
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpInfo, TcpState
 from tcpstate.record import State
 from tcpstate.rows import describe
@@ -76,8 +76,6 @@ def refusal(sock: socket.socket) -> TcpmigError | None:
         return UnsupportedSocket(f"sock_diag does not tell its state: {error.strerror}", object=name)
     if known is not None and known.md5:
         return UnsupportedSocket("it carries MD5 keys", object=name)
-    if ioctl_int(sock.fileno(), Ioctl.SIOCATMARK):
-        return UrgentData("the urgent mark is the next byte to be read", object=name)
     return None
 
 

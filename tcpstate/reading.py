@@ -85,6 +85,9 @@ class Raw:
     receive_queue: bytes = b""
     #: bytes at the head of the receive queue that were read early, and are not read again
     early: int = 0
+    #: where the urgent byte stands in the receive queue, and whether the application has it already
+    urgent: int | None = None
+    taken: bool = False
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -111,10 +114,8 @@ def read_all(socks: Sequence[socket.socket], saved: Sequence[options.Saved], ear
     for sock, _ in peeked:
         # else peeking would begin at the application's offset
         sock.setsockopt(Level.SOCKET, SO.PEEK_OFF, -1)
-    # Otherwise SIOCINQ stops at the urgent mark and hides what is behind it.
-    _set_inline(socks, [1] * len(socks))
     try:
-        raw = read_numbers(socks)
+        raw = _read_inline(socks)
         todo = list(range(len(socks)))
         for _ in range(_TRIES):
             read_queues(todo, socks, raw, early)
@@ -122,13 +123,55 @@ def read_all(socks: Sequence[socket.socket], saved: Sequence[options.Saved], ear
             todo = [i for i, position in zip(todo, again, strict=True) if position != raw[i].position]
             if not todo:
                 return raw
-            for i, fresh in zip(todo, read_numbers([socks[i] for i in todo]), strict=True):
+            for i, fresh in zip(todo, _read_inline([socks[i] for i in todo]), strict=True):
                 raw[i] = fresh
         raise StillMoving("its queues keep changing although it is frozen", object=describe(socks[todo[0]]))
     finally:
         _set_inline(socks, inline)
         for sock, offset in peeked:
             sock.setsockopt(Level.SOCKET, SO.PEEK_OFF, offset)
+
+
+def _read_inline(socks: Sequence[socket.socket]) -> list[Raw]:
+    """All but the queues' bytes, with the place of the urgent mark; SO_OOBINLINE is set afterwards.
+
+    Otherwise SIOCINQ stops at the mark and hides what is behind it: the difference is where it stands.
+    """
+    rows, (fd, unread) = _marking.of(len(socks))
+    fd.set(s.fileno() for s in socks)
+    with failures(socks):
+        rows.run()
+    raw = read_numbers(socks)
+    for sock, one, ahead in zip(socks, raw, unread.u32(), strict=True):
+        if ahead < one.inq:
+            one.urgent = ahead
+            one.taken = _taken(sock)
+    return raw
+
+
+def _build_marking(rows: Rows) -> tuple[Column, Field]:
+    fd = rows.column()
+    rows.setsockopt(fd, Level.SOCKET, SO.OOBINLINE, 0)
+    unread = _ioctl(rows, fd, Ioctl.SIOCINQ)
+    rows.setsockopt(fd, Level.SOCKET, SO.OOBINLINE, 1)
+    return fd, unread
+
+
+_marking = Reusable(_build_marking)
+
+
+def _taken(sock: socket.socket) -> bool:
+    """Whether the urgent byte was read out of band already: its place in the queue only waits to be skipped."""
+    sock.setsockopt(Level.SOCKET, SO.OOBINLINE, 0)
+    try:
+        sock.recv(1, PEEK | socket.MSG_OOB)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return True
+    finally:
+        sock.setsockopt(Level.SOCKET, SO.OOBINLINE, 1)
+    return False
 
 
 def _build_inline(rows: Rows) -> tuple[Column, Field]:
@@ -200,7 +243,7 @@ _reading = Reusable(_build_reading)
 
 
 def read_numbers(socks: Sequence[socket.socket]) -> list[Raw]:
-    """All but the queues' bytes. UnsupportedState, UrgentData, ConnectionCallFailed."""
+    """All but the queues' bytes. UnsupportedState, ConnectionCallFailed."""
     rows, (fd, reader) = _reading.of(len(socks))
     fd.set(s.fileno() for s in socks)
     with failures(socks):
@@ -211,8 +254,6 @@ def read_numbers(socks: Sequence[socket.socket]) -> list[Raw]:
         if state is None or not supported(state):
             kind = "LISTEN" if state is None else state.value
             raise UnsupportedState(f"its state is {kind}", object=describe(sock))
-        if raw.at_mark:
-            raise UrgentData("the urgent mark is the next byte to be read", object=describe(sock))
     return found
 
 
@@ -250,9 +291,12 @@ def read_queues(
             one.send_queue = peek_from(sock, RepairQueue.SEND, out)
         elif out:
             small[RepairQueue.SEND].append((i, out))
-        if known is not None and (known.consumed != one.consumed or known.count > one.inq):
-            # somebody has read from it
+        if known is not None and (known.consumed != one.consumed or known.count > one.inq or one.urgent is not None):
+            # somebody has read from it; or its mark is told by a place in the whole queue
             known = early[i] = None
+        if one.urgent is not None:
+            one.receive_queue = _peek_past(sock, one.inq, one.urgent)
+            continue
         if known is not None or one.inq > SMALL:
             done = 0 if known is None else known.count
             one.receive_queue = peek_from(sock, RepairQueue.RECEIVE, one.inq, done) if one.inq > done else b""
@@ -267,6 +311,25 @@ def read_queues(
                 else:
                     raw[i].receive_queue = data
                     _whole(socks[i], raw[i], len(data))
+
+
+def _peek_past(sock: socket.socket, size: int, mark: int) -> bytes:
+    """The bytes of a receive queue on both sides of its urgent mark, where peeking stops. UrgentData.
+
+    A peek that begins at the mark goes past it (SO_OOBINLINE is set).
+    """
+    head = peek_from(sock, RepairQueue.RECEIVE, mark) if mark else b""
+    sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.RECEIVE)
+    try:
+        with peeking_on(sock, mark) as moves:
+            if mark and not moves:
+                raise UrgentData(f"an urgent mark stands {mark} bytes into it", object=describe(sock))
+            return head + sock.recv(size - mark, PEEK)
+    except BlockingIOError:
+        # nothing there any more: a short queue, and the connection is read again
+        return head
+    finally:
+        sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
 
 
 def _whole(sock: socket.socket, raw: Raw, position: int) -> None:

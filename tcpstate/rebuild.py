@@ -27,7 +27,7 @@ from typing import Final, Self
 
 from tcpstate import options
 from tcpstate.comparison import Difference, compare, differences, read_back
-from tcpstate.errors import UnsupportedState
+from tcpstate.errors import UnknownHardState, UnsupportedState
 from tcpstate.export import later
 from tcpstate.freeze import MARK, shut
 from tcpstate.kernel.columns import Column, Field, Reusable, Rows
@@ -49,9 +49,13 @@ from tcpstate.kernel.tcp import repair_options as pack_repair_options
 from tcpstate.options import Stage, number
 from tcpstate.preflight import supported
 from tcpstate.record import ConnectionRecord, Family, Negotiated, State
-from tcpstate.refill import SMALL, put, put_small
+from tcpstate.refill import SMALL, put, put_sent, put_small
 from tcpstate.release import release_connections
 from tcpstate.rows import Names, failures
+from tcpstate.urgent import held_back
+
+#: what records may ask a reader to know (:attr:`~tcpstate.record.ConnectionRecord.required`)
+KNOWN: Final = frozenset({"urgent_in"})
 
 __all__ = [
     "Difference",
@@ -118,8 +122,12 @@ def rebuild_connections(
     for record in records:
         if not supported(record.state):
             raise UnsupportedState(f"its state is {record.state.value}", object=str(record.conn_id))
+        if unknown := set(record.required) - KNOWN:
+            raise UnknownHardState(f"it says {', '.join(sorted(unknown))}", object=str(record.conn_id))
     if not records:
         return []
+    # what stands behind an urgent mark follows at the release
+    records = [held_back(record) for record in records]
     made = _fresh(records) if socks is None else list(socks)
     heads = [early.get(i, ()) for i in range(len(records))] if early else [()] * len(records)
     try:
@@ -336,7 +344,7 @@ def _fill(
                 put(sock, piece, record)
         if record.sent and not (_fits_again(record, sock) and record.state is not State.CLOSING):
             sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.SEND)
-            put(sock, memoryview(record.send_queue)[: record.sent], record)
+            put_sent(sock, record, 0, record.sent)
         if head or record.receive_queue or record.sent:
             sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
 

@@ -203,6 +203,10 @@ class ConnectionRecord:
     option_data              socket options by keyword whose values are bytes
     filter, filter_locked    the application's own classic filter (instructions code, jt, jf, k); whether it is locked
     buffers, soft            sizes; learned state (None if not read)
+    urgent_in                offset in receive_queue of the byte that the peer called urgent; None: none is unread
+    urgent_taken             the application has that byte already (MSG_OOB): its place in the queue is to be skipped
+    urgent_out               bytes of send_queue up to and including our urgent byte; None: none, or not known
+    required                 what a reader must know to go on with this connection, by name: others refuse it
     flow_info, scope         IPv6: flow label with traffic class; interface name of a link-local connection
     reuse_address            SO_REUSEADDR before repair mode hid it
     error                    closed connections: the name of the pending error, e.g. ``ECONNRESET``, "" for none
@@ -234,6 +238,10 @@ class ConnectionRecord:
     flow_info: int = 0
     scope: str = ""
     error: str = ""
+    urgent_in: int | None = None
+    urgent_taken: bool = False
+    urgent_out: int | None = None
+    required: tuple[str, ...] = ()
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -250,6 +258,8 @@ class ConnectionRecord:
         )
         _check(self.conn_id.v6 == (self.family is Family.IPV6), "addresses and family disagree")
         _check(0 < len(self.congestion) < 16 and self.congestion.isascii(), "congestion control's name is malformed")
+        _check(self.urgent_in is None or 0 <= self.urgent_in < len(self.receive_queue), "no urgent byte is there")
+        _check(self.urgent_out is None or 0 < self.urgent_out <= len(self.send_queue), "our urgent byte is not there")
         _check(len(self.filter) <= MAX_INSTRUCTIONS, "the filter is too long")
         for code, jt, jf, k in self.filter:
             _check(0 <= code <= 0xFFFF and 0 <= jt <= 0xFF and 0 <= jf <= 0xFF, "a filter instruction is malformed")

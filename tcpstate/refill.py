@@ -15,7 +15,7 @@ from tcpstate.kernel.sockets import Level
 from tcpstate.kernel.tcp import TCP, RepairQueue
 from tcpstate.record import ConnectionRecord
 
-__all__ = ["SMALL", "put", "put_small"]
+__all__ = ["SMALL", "put", "put_sent", "put_small"]
 
 #: bytes of a queue up to which receive queues are filled in one batch
 SMALL = 64 << 10
@@ -26,12 +26,23 @@ _CHUNK_LEAST = 1 << 10
 _ENDED = frozenset({errno.EPIPE, errno.ECONNRESET})
 
 
-def put(sock: socket.socket, data: bytes | memoryview, record: ConnectionRecord) -> None:
+def put_sent(sock: socket.socket, record: ConnectionRecord, start: int, end: int) -> None:
+    """Write these bytes of the record's send queue, the urgent one among them as urgent. QueueNotRestored."""
+    view, urgent = memoryview(record.send_queue), record.urgent_out
+    if urgent is not None and start < urgent <= end:
+        # the kernel's urgent pointer is where a write with MSG_OOB ends (net/ipv4/tcp.c tcp_mark_urg)
+        put(sock, view[start : urgent - 1], record)
+        put(sock, view[urgent - 1 : urgent], record, socket.MSG_OOB)
+        start = urgent
+    put(sock, view[start:end], record)
+
+
+def put(sock: socket.socket, data: bytes | memoryview, record: ConnectionRecord, flags: int = 0) -> None:
     """Write all of ``data``, in pieces as large as the kernel takes; QueueNotRestored."""
     view, at, chunk = memoryview(data), 0, _CHUNK_FIRST
     while at < len(view):
         try:
-            at += sock.send(view[at : at + chunk], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            at += sock.send(view[at : at + chunk], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL | flags)
         except OSError as error:
             # memory comes in powers of two: a smaller piece may still fit
             if error.errno in (errno.ENOMEM, errno.ENOBUFS, errno.EMSGSIZE) and chunk > _CHUNK_LEAST:

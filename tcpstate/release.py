@@ -18,10 +18,11 @@ from tcpstate.kernel.tcp import TCP, Repair, RepairQueue
 from tcpstate.options import Stage, number
 from tcpstate.preflight import state_of
 from tcpstate.record import ConnectionRecord, State
-from tcpstate.refill import put
+from tcpstate.refill import put, put_sent
 from tcpstate.reopen import tell_windows
 from tcpstate.rows import Names, failures
 from tcpstate.segment import SEQ_MASK
+from tcpstate.urgent import put_marks
 
 __all__ = ["finish_release", "release_connections"]
 
@@ -76,6 +77,7 @@ def release_connections(
     if not socks:
         return
     names = Names(records)
+    put_marks(socks, records)
     again = _to_send_again(socks, records, names)
     nodelay = [number(r, "tcp.nodelay") for r in records]
     rows, (fd, whole) = _hearing.of(len(socks))
@@ -104,11 +106,11 @@ def release_connections(
             # The peer has reset it: send() would take the error that its owner is to see.
             continue
         if count:
-            put(sock, memoryview(record.send_queue)[:count], record)
+            put_sent(sock, record, 0, count)
         if len(record.send_queue) > record.sent:
             if count and not delay_off:
                 sock.setsockopt(Level.TCP, TCP.NODELAY, 0)
-            put(sock, memoryview(record.send_queue)[record.sent :], record)
+            put_sent(sock, record, record.sent, len(record.send_queue))
     put_own_fins(socks, records)
     _give_back(socks, records)
     if tell:

@@ -137,6 +137,7 @@ class _Undo:
     def __init__(self, sock: socket.socket, entry: FrozenConnection | None) -> None:
         self.sock = sock
         self.entry = entry
+        self.noted = False
         self._before: list[tuple[Level, int, bytes]] = []
 
     def set(self, values: Mapping[str, Value]) -> None:
@@ -159,6 +160,7 @@ class _Undo:
             state = self.entry.state
             whole = {name: type(getattr(state, name))(value) for name, value in noted.items()}
             frozen.rewrite(self.entry, state=dataclasses.replace(state, **whole))
+            self.noted = True
 
     def _option(self, keyword: str, value: Value) -> tuple[Level, int, bytes]:
         """(level, option, bytes) of what is to be set."""
@@ -191,8 +193,9 @@ class _Undo:
         """Set what was before. OSError."""
         while self._before:
             self.sock.setsockopt(*self._before.pop())
-        if self.entry is not None:
-            frozen.rewrite(self.entry)
+        if self.noted and self.entry is not None:
+            # as it is noted now: what else has changed meanwhile stays
+            frozen.rewrite(frozen.entry_of(self.entry.conn_id), state=self.entry.state)
 
 
 _INT: Final = struct.Struct("i")
@@ -282,6 +285,7 @@ class _Fields:
             acked = LocalFin.ACKED if state is State.FIN_WAIT_2 else LocalFin.SENT
             top["local_fin"] = acked if state in LOCALLY_FINISHED else LocalFin.NONE
         negotiated = dataclasses.replace(old.negotiated, **self.parts["negotiated"])
+        top["required"] = ("urgent_in",) if top.get("urgent_in", old.urgent_in) is not None else ()
         return dataclasses.replace(
             old,
             **top,

@@ -89,8 +89,8 @@ ALL: Final = "*"
 ALL_HARD: Final = "*hard"
 ALL_SOFT: Final = "*soft"
 
-#: data of the application, which transport_read_pending tells: not part of a wild card, only read by name
-_BY_NAME_ONLY: Final = frozenset({"receive_queue"})
+#: data of the application, which transport_read_pending tells, and marks in it, which can only be set once it is there
+_BY_NAME_ONLY: Final = frozenset({"receive_queue", "urgent_in", "urgent_taken"})
 _PORT_ADDRESSES: Final = {socket.AF_INET: Family.IPV4, socket.AF_INET6: Family.IPV6}
 #: what a connection starts from that has only a name yet (RFC 9293 3.7.1; a window without scaling)
 _MSS_DEFAULT: Final = 536

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
-from tcpstate import frozen
+from tcpstate import discard_connection, export_connection, frozen, rebuild_connection, replacement
 from tcpstate.errors import (
     AddressNotHere,
+    AlreadyFrozen,
     BadExtents,
     BadStateItem,
     NotFrozen,
     NotPermitted,
     NotSettable,
     StateNotSet,
+    UnknownHardState,
     UnknownStateKeyword,
     UnsupportedSocket,
 )
-from tcpstate.kernel import route
+from tcpstate.kernel import bpf, route
 from tcpstate.kernel.sockets import SO, Ioctl, Level, ioctl_int
 from tcpstate.kernel.tcp import TCP
+from tcpstate.record import ConnectionRecord
 from tcpstate.silence import MARK, blackhole
 from tcpstate.transport import (
     ALL,
@@ -225,6 +231,26 @@ def test_what_is_asked_wrongly_is_refused_by_name(ends4):
     talk(served, client)
 
 
+def test_the_examples_of_the_reference_run(ends):
+    served, client = ends
+    page = (Path(__file__).resolve().parents[2] / "docs/reference/tcpstate.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL))
+    names = {"conn": f"tcp:{end(served.getsockname())}-{end(served.getpeername())}"}
+
+    def run(section):
+        for example in re.findall(r"^```python\n(.*?)^```", sections[section], re.MULTILINE | re.DOTALL):
+            exec(compile(example, section, "exec"), names)
+
+    run("State")
+    assert served.getsockopt(Level.TCP, TCP.NODELAY) == 1
+    run("Freezing")
+    transport_freeze(served)
+    run("Pending data")
+    transport_resume(served)
+    run("Arrivals")
+    talk(served, client)
+
+
 # ---- 5.2: writing
 
 
@@ -345,6 +371,27 @@ def test_what_arrives_while_frozen_needs_no_retransmission(ends):
     # it is there when the resume returns, without the peer's help
     assert ioctl_int(served.fileno(), Ioctl.SIOCINQ) == len(text)
     assert receive(served, len(text)) == text
+    talk(served, client)
+
+
+@pytest.mark.parametrize("when", ["before", "while frozen"])
+def test_what_could_not_leave_goes_out_at_once(ends, when):
+    """The timeout has doubled four times, to more than three seconds, and the last try was just now."""
+    served, client = ends
+    if when == "before":
+        bpf.attach(client, bpf.DROP_ALL)
+        served.send(b"into the silence")
+    transport_freeze(served)
+    if when != "before":
+        served.send(b"into the silence")
+    else:
+        client.setsockopt(Level.SOCKET, SO.DETACH_FILTER, 0)
+    wait_until(lambda: values(served, ["backoff"])["backoff"] >= 4, 15)
+    transport_resume(served)
+    begun = time.monotonic()
+    assert receive(client, 16) == b"into the silence"
+    assert time.monotonic() - begun < 2, "it waited for its timeout"
+    assert served.getsockopt(Level.SOCKET, SO.ERROR) == 0
     talk(served, client)
 
 
@@ -484,6 +531,101 @@ def test_a_connection_moves_by_the_papers_calls_alone(hosts, kind):
     for sock in (made, served, client):
         sock.setsockopt(Level.TCP, TCP.REPAIR, 1)
         sock.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_connection_moves_by_its_record(hosts, kind):
+    family, mapped = KINDS[kind]
+    hosts.a.add(family)
+    with hosts.a:
+        wait_until(lambda: route.is_local(SERVICE[family]))
+    served, client = pair(hosts.a, hosts.c, family, mapped=mapped)
+    client.settimeout(5)
+    client.send(b"abc")
+    client.send(b"U", socket.MSG_OOB)
+    client.send(b"def")
+    served.send(b"on its way")
+    assert receive(client, 10) == b"on its way"
+    with hosts.a:
+        with pytest.raises(NotFrozen):
+            export_connection(served)
+        name = transport_freeze(served).conn_id
+        record = export_connection(str(name))
+    exported = time.monotonic()
+    assert (record.receive_queue, record.urgent_in) == (b"abcUdef", 3)
+    with Watcher(hosts.c, keep=lambda s: s.flags & 4) as watcher:
+        with hosts.b:
+            strange = dataclasses.replace(record, required=("urgent_in", "warp"))
+            with pytest.raises(UnknownHardState, match="warp"):
+                rebuild_connection(ConnectionRecord.from_bytes(strange.to_bytes()))
+            assert frozen.frozen() == [], "something is left of it"
+            made = rebuild_connection(
+                ConnectionRecord.from_bytes(record.to_bytes()), elapsed=time.monotonic() - exported
+            )
+            assert transport_progress(made) is Progress.FROZEN
+            with pytest.raises(AlreadyFrozen):
+                rebuild_connection(record)
+        hosts.a.remove(family)
+        hosts.b.add(family)
+        with hosts.a:
+            discard_connection(name)
+        with hosts.b:
+            wait_until(lambda: route.is_local(SERVICE[family]))
+            transport_resume(made)
+        made.settimeout(5)
+        assert made.recv(1, socket.MSG_OOB) == b"U"
+        assert receive(made, 6) == b"abcdef"
+        talk(made, client)
+        assert watcher.resets() == []
+    hosts.b.remove(family)
+    for sock in (made, served, client):
+        sock.setsockopt(Level.TCP, TCP.REPAIR, 1)
+        sock.close()
+
+
+def test_a_program_killed_while_it_makes_a_connection_anew_loses_nothing(ends, monkeypatch):
+    """Dissolved and not rebuilt: what lies on disk makes it anew."""
+    served, client = ends
+    client.send(b"unread")
+    unread(served, 6)
+    entry = transport_freeze(served)
+
+    class Killed(BaseException):
+        pass
+
+    def dies(*_):
+        raise Killed
+
+    monkeypatch.setattr(replacement, "_bind", dies)
+    with pytest.raises(Killed):
+        transport_state_set(served, [StateItem("snd_una", Datatype.SEQUENCE, 5)])
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="not connected"):
+        served.getpeername()
+    assert frozen.entry_of(entry.conn_id).undo
+    transport_resume(entry.conn_id)
+    assert receive(served, 6) == b"unread"
+    talk(served, client)
+
+
+def test_a_step_that_the_kernel_refuses_leaves_the_connection_as_it_was(ends, monkeypatch):
+    served, client = ends
+    transport_freeze(served)
+    before = values(served, ["snd_una", "rcv_nxt"])
+    real, calls = replacement.rebuild_connections, []
+
+    def refuses(*args, **how):
+        calls.append(args)
+        if len(calls) == 1:
+            raise OSError(22, "Invalid argument")
+        return real(*args, **how)
+
+    monkeypatch.setattr(replacement, "rebuild_connections", refuses)
+    with pytest.raises(StateNotSet):
+        transport_state_set(served, [StateItem("snd_una", Datatype.SEQUENCE, 5)])
+    assert values(served, ["snd_una", "rcv_nxt"]) == before
+    transport_resume(served)
+    talk(served, client)
 
 
 def test_a_used_socket_takes_no_tuple(hosts, ends4):

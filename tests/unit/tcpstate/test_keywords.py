@@ -13,6 +13,7 @@ from tcpstate import options
 from tcpstate.connid import ConnId
 from tcpstate.errors import BadStateItem
 from tcpstate.kernel.bpf import tcpsock
+from tcpstate.kernel.sockets import Level
 from tcpstate.kernel.tcpinfo import field_names, unpack_fields
 from tcpstate.keywords import KEYWORDS, TABLE, Change, Kind, Life
 from tcpstate.record import Buffers, ConnectionRecord, Family, Negotiated, SoftState, State, Timestamps, Windows
@@ -80,7 +81,7 @@ def test_every_field_of_a_record_is_a_keyword() -> None:
         "options", "option_data",  # keywords of their own
         "filter", "filter_locked",  # the freeze gives them back
         "soft",  # keywords of their own, from TCP_INFO
-        "error", "version",
+        "error", "version", "required",
     }  # fmt: skip
     assert {f.name for f in dataclasses.fields(ConnectionRecord)} - elsewhere <= roots
 
@@ -153,3 +154,25 @@ def test_tcp_info_of_an_old_kernel_has_fewer_fields() -> None:
     assert "rcv_wnd" not in unpack_fields(bytes(232))
     with pytest.raises(ValueError, match="5 bytes"):
         unpack_fields(bytes(5))
+
+
+#: what an established socket gives out and takes back, found by trying all numbers on Linux 6.18 (design/TCP.md 2)
+RESTORABLE = {
+    Level.SOCKET: "1 2 5-15 18 20 21 25 26 29 35-37 40-47 49 60-67 69 72 74 75 82",
+    Level.IP: "1 2 4 6-8 10-13 15 18-21 23 24 26 34 49-51",
+    Level.IPV6: "2-5 8 11 16 19 23 25 26 29-31 33 49 51 53 56 58 60 62 66 67 70 72-78",
+    Level.TCP: "1 3-10 12 13 16-18 25 27 36 37 44-46",
+}
+
+
+@pytest.mark.parametrize("level", RESTORABLE, ids=lambda level: level.name)
+def test_every_option_that_can_be_kept_is_kept_or_excluded_with_a_reason(level) -> None:
+    numbers: set[int] = set()
+    for part in RESTORABLE[level].split():
+        first, _, last = part.partition("-")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    kept = {int(o.number) for o in options.TABLE if o.level is level}
+    reasons = {int(number): why for (of, number), why in options.EXCLUDED.items() if of is level}
+    assert numbers <= kept | set(reasons)
+    assert not kept & set(reasons)
+    assert all(why.strip() for why in reasons.values())
