@@ -157,7 +157,7 @@ class Origin:
         if made.here:
             raise SameHost("the connections are held on this host", object=self.host)
         self._remote = remote = self._ends.enter_context(
-            Remote(self.host, rsh=self._rsh, remote_command=self._remote_command, silence=PATIENCE)
+            Remote(self.host, rsh=self._rsh, remote_command=self._remote_command)
         )
         with contextlib.suppress(LinkLost):
             # the next line tells why

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import resource
 import select
@@ -48,7 +49,7 @@ from tcpstate.connid import ConnId
 from tcpstate.errors import TcpmigError
 from tcpstate.segment import Flag, Segment
 
-__all__ = ["SegmentStore", "main"]
+__all__ = ["SegmentStore", "Shard", "main"]
 
 # by its own name: as a program this module is called __main__
 _log = logging.getLogger("migrate.holder")
@@ -56,6 +57,8 @@ _log = logging.getLogger("migrate.holder")
 #: bytes of captured segments that are kept for a shard
 KEPT_BYTES = 32 << 20
 _SEGMENT_OVERHEAD = 400
+#: seconds
+_LONGEST_WAIT = 86400.0
 #: of a process that the kernel is not to kill for want of memory (proc(5), oom_score_adj)
 _NEVER = "-1000"
 
@@ -90,7 +93,7 @@ class SegmentStore:
         return [codec.pack(segment) for segment in self._segments]
 
 
-class _Holder:
+class Shard:
     """One shard of a hold."""
 
     def __init__(self, hold: str, shard: int, listener: socket.socket, cgroup: str) -> None:
@@ -105,9 +108,9 @@ class _Holder:
     def serve(self) -> None:
         """Until it is told to end, or the time is up."""
         while not self._ended:
-            ready = self._wait()
+            called = self.wait()
             self._look()
-            if self._listener in ready:
+            if called:
                 sock, _ = self._listener.accept()
                 try:
                     with HoldLine(sock, "tool") as line:
@@ -120,12 +123,16 @@ class _Holder:
             elif self._deadline is not None and time.monotonic() >= self._deadline:
                 self._time_out()
 
-    def _wait(self) -> Sequence[socket.socket]:
-        descriptors: list[socket.socket] = [self._listener]
-        if self._capture is not None:
-            descriptors += self._capture.sockets
+    def wait(self) -> bool:
+        """Until something happens, or the time is up; whether a tool has called."""
+        # not select(): the numbers of our descriptors go beyond 1024
+        poll = select.poll()
+        for sock in (self._listener, *(self._capture.sockets if self._capture is not None else ())):
+            poll.register(sock, select.POLLIN)
         left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-        return select.select(descriptors, [], [], left)[0]
+        # poll() takes 24 days at most
+        ready = poll.poll(None if left is None else math.ceil(min(left, _LONGEST_WAIT) * 1000))
+        return any(fd == self._listener.fileno() for fd, _ in ready)
 
     def _look(self) -> None:
         """Take in what was captured."""
@@ -240,6 +247,8 @@ def _prepare(hold: str) -> str:
     """What a process must be that outlives its caller."""
     for number in (signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    # the tool may have held signals back when it started us
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.umask(0o077)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -282,7 +291,7 @@ def main(arguments: Sequence[str]) -> int:
     listener = socket.socket(fileno=descriptor)
     os.set_inheritable(descriptor, False)
     try:
-        _Holder(hold, shard, listener, cgroup).serve()
+        Shard(hold, shard, listener, cgroup).serve()
     finally:
         _go_home(cgroup)
     return 0

@@ -15,7 +15,7 @@ from tcpstate.kernel import route
 from tcpstate.silence import MARK
 from tcpstate.uses.hold import PREFIX, standing
 
-__all__ = ["Frozen", "Hold", "HoldState", "Rule", "Standing", "survey"]
+__all__ = ["Frozen", "Hold", "HoldState", "Rule", "Standing", "describe", "survey"]
 
 
 class HoldState(enum.Enum):
@@ -89,7 +89,7 @@ def survey() -> Standing:
     tables = standing()
     here = [record for record in records if record.here]
     return Standing(
-        holds=tuple(_hold(record, tables) for record in records),
+        holds=tuple(describe(record, tables) for record in records),
         rules=(*_drops(tables, here), *_silences(here, frozen.frozen())),
         frozen=(
             *(_frozen(entry, here=True) for entry in frozen.frozen()),
@@ -98,7 +98,8 @@ def survey() -> Standing:
     )
 
 
-def _hold(record: HoldRecord, tables: list[str]) -> Hold:
+def describe(record: HoldRecord, tables: list[str]) -> Hold:
+    """One hold; ``tables``: the IDs of those whose rules stand here."""
     living = tuple(holder.pid for holder in record.holders if holder.alive) if record.here else ()
     if not record.here:
         state = HoldState.ELSEWHERE

@@ -51,7 +51,10 @@ __all__ = ["Addresses", "CheckpointSummary", "RestoreSummary", "checkpoint", "re
 
 _log = logging.getLogger(__name__)
 
-_NAME_THE_ORIGIN = "Name the host that holds the connections with --from; see `tcpmig holds` there."
+_NAME_THE_ORIGIN = (
+    "Name the host that holds the connections with --from (`tcpmig holds` there shows it); "
+    "if the address is this host's own, use --no-address."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

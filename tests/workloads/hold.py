@@ -14,7 +14,7 @@ from tests.packets import PacketReport
 from tests.workloads.load import ask_all
 from tests.workloads.move import Stage
 
-__all__ = ["HoldReport", "held", "left_behind"]
+__all__ = ["HoldReport", "groups_left", "held", "left_behind"]
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -53,14 +53,25 @@ class HoldReport:
 
 
 def left_behind(host: Host) -> str:
-    """What of a host's could have been left: rules, holds, control groups, processes of ours."""
-    places = "/run/tcpmig/holds/* /run/tcpmig/kept/* /sys/fs/cgroup/tcpmig-* /sys/fs/cgroup/*/tcpmig-* /sys/fs/bpf/*"
+    """What of a host's could have been left: rules, holds, processes of ours. Control groups are the machine's:
+    :func:`groups_left`."""
+    places = "/run/tcpmig/holds/* /run/tcpmig/kept/* /sys/fs/bpf/*"
     script = f"""
         nft list ruleset; ip rule; ip -6 rule; cat /proc/net/packet | wc -l
         ls -d {places} 2>/dev/null || true
         cat /proc/[0-9]*/comm | grep tcpmig-hold || true
     """
     return host.sh(script)
+
+
+def groups_left(hold: str) -> list[str]:
+    """Control groups of a hold. A holder that has just been told to end leaves its own within moments."""
+    end = time.monotonic() + 5
+    while found := [str(path) for path in Path("/sys/fs/cgroup").glob(f"**/tcpmig-hold-{hold}")]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.01)
+    return found
 
 
 def held(
@@ -97,6 +108,7 @@ def held(
     report.problems += [f"RST: {packet}" for packet in report.packets.rsts]
     if report.packets.missed:
         report.problems.append(f"the watcher missed {report.packets.missed} packets")
+    report.left += groups_left(report.checkpoint["hold"])
     for host, was in zip(hosts, before, strict=True):
         now = left_behind(host)
         if now != was:

@@ -22,6 +22,7 @@ from tcpstate.kernel.sockets import SO, Level
 from tcpstate.kernel.tcp import TCP
 from tcpstate.locate import take
 from tcpstate.silence import MARK
+from tcpstate.uses.hold import standing
 
 
 def left_behind(pids: list[int]) -> list[str]:
@@ -30,6 +31,7 @@ def left_behind(pids: list[int]) -> list[str]:
     for family in (socket.AF_INET, socket.AF_INET6):
         found += [f"rule of priority {priority}" for priority in route.blackhole_rules(family, MARK)]
     found += [f"hold {record.hold}" for record in holds()]
+    found += [f"drop rule of hold {hold}" for hold in standing()]
     found += [f"file {path}" for path in (runtime_dir() / "kept").glob("*")]
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -45,6 +47,8 @@ def _of_process(pid: int, known: bool) -> list[str]:
     found = [f"pid {pid} is in state {stat.state}"] if stat.state in "Tt" else []
     if stat.comm.startswith("tcpmig-stub"):
         found.append(f"pid {pid} is a stub")
+    if stat.comm == "tcpmig-hold" and not stat.zombie:
+        found.append(f"pid {pid} is a holder")
     if not known:
         return found
     if leftovers(pid) is not None:

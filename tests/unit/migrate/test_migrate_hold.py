@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import resource
 import socket
 from pathlib import Path
 
 import pytest
 
+from checkpoint import procfs
 from checkpoint.files.held import HeldFile, HeldSocket
 from migrate import holdstore
 from migrate.errors import HoldBusy, HolderFailed, HoldRecordDamaged, HoldUnavailable, NoSuchHold
-from migrate.holder import SegmentStore
+from migrate.holder import SegmentStore, Shard
 from migrate.holdline import Done, End, HoldLine, Kept, Put, Seal, Take, bind, connect, received
-from migrate.holdstore import HoldRecord
+from migrate.holdlist import HoldState, describe
+from migrate.holdstore import Holder, HoldRecord
 from migrate.hostfacts import host_facts
 from tcpstate import codec
 from tcpstate.connid import ConnId
@@ -86,6 +90,16 @@ def test_the_oldest_is_forgotten() -> None:
     assert [codec.unpack(Segment, packed).seq for packed in store.packed()] == [17, 18, 19]
 
 
+def test_a_holder_hears_a_tool_whatever_the_numbers_of_its_descriptors(tmp_path: Path) -> None:
+    """It has thousands of sockets: its own come after them."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    with bind(tmp_path / "sock") as low:
+        with socket.socket(fileno=fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 1500)) as listener:
+            holder = Shard(HOLD, 0, listener, "")
+            with connect(tmp_path / "sock"):
+                assert holder.wait()
+
+
 # --- records
 
 
@@ -107,6 +121,23 @@ def test_another_hosts_hold_is_told_apart() -> None:
     holdstore.write(record(boot_id="another boot"))
     assert not holdstore.named(HOLD).here
     assert holdstore.find(HOLD) is None
+
+
+def test_how_a_hold_is() -> None:
+    me = Holder(pid=os.getpid(), start_time=procfs.read_stat(os.getpid()).start_time)
+    gone = Holder(pid=os.getpid(), start_time=1)
+    for changes, state in (
+        ({"complete": True, "holders": (me,)}, HoldState.HELD),
+        ({"complete": True, "holders": (me, gone)}, HoldState.PARTIAL),
+        ({"complete": True, "holders": (gone,)}, HoldState.DEAD),
+        ({"holders": (me,)}, HoldState.UNFINISHED),
+        ({"complete": True, "holders": (me,), "boot_id": "another boot"}, HoldState.ELSEWHERE),
+        ({"complete": True, "holders": (me,), "network": 1}, HoldState.ELSEWHERE),
+    ):
+        told = describe(record(**changes), [HOLD])
+        assert told.state is state
+        assert told.rule == (state is not HoldState.ELSEWHERE)
+        assert told.left == 0, "made long ago"
 
 
 def test_what_is_no_record_is_said(runtime: Path, caplog: pytest.LogCaptureFixture) -> None:
