@@ -48,6 +48,7 @@ __all__ = [
     "OwnerNotStill",
     "OwnerRuns",
     "QueueNotRestored",
+    "SoftStateNotRestored",
     "StateNotSet",
     "StillMoving",
     "TamperedConnection",
@@ -506,6 +507,15 @@ class BadKeyFile(TcpmigError):
     code = "TM-0233"
     outcome = Outcome.REFUSED
     fix = "Make a key with tcpstate.signing.generate_key, or `chmod 600` the file."
+
+
+class SoftStateNotRestored(TcpmigError):
+    """A connection that was being rebuilt was to be given its round-trip time again, by an acknowledgement that is
+    injected in this network namespace, and that did not arrive: a packet filter drops what comes over loopback, or the
+    machine is far too busy. Without it the connection would wait for seconds before it repeats what is lost."""
+
+    code = "TM-0240"
+    fix = "Let packets over loopback pass (nft, iptables), or try again when the machine is less busy."
 
 
 def catalogue() -> dict[str, type[TcpmigError]]:

@@ -39,6 +39,8 @@ __all__ = ["advance", "export_connections", "later", "refusal", "state_of", "sup
 
 #: bytes of TCP_INFO from which on min_rtt is among them (kernel 4.3)
 _WITH_MIN_RTT = 152
+#: likewise pacing_rate (3.15)
+_WITH_PACING = 112
 _TIMESTAMPS = int(InfoOption.TIMESTAMPS)
 #: by whether the socket is an IPv4 one, and whether its addresses are IPv6
 _FAMILIES = {(True, False): Family.IPV4, (False, True): Family.IPV6, (False, False): Family.MAPPED}
@@ -122,8 +124,9 @@ def _buffers(send: int, receive: int, lock: int) -> Buffers:
 
 
 def _soft(
-    cwnd: int, ssthresh: int, srtt: int, rttvar: int, rto: int, min_rtt: int | None, reordering: int, mtu: int, mss: int
-) -> SoftState:
+    cwnd: int, ssthresh: int, srtt: int, rttvar: int, rto: int, min_rtt: int | None, reordering: int, mtu: int,
+    mss: int, pacing_rate: int | None,
+) -> SoftState:  # fmt: skip
     return SoftState(
         cwnd=cwnd,
         ssthresh=ssthresh,
@@ -134,6 +137,7 @@ def _soft(
         reordering=reordering,
         path_mtu=mtu,
         advertised_mss=mss,
+        pacing_rate=pacing_rate,
     )
 
 
@@ -200,6 +204,7 @@ def _record(
             raw.cwnd, raw.ssthresh, raw.srtt, raw.rttvar, raw.rto,
             raw.min_rtt if raw.info_length >= _WITH_MIN_RTT else None,
             raw.reordering, raw.path_mtu, raw.advertised_mss,
+            raw.pacing_rate if raw.info_length >= _WITH_PACING else None,
         ),
         flow_info=flow_info,
         scope=suffix.removeprefix("%"),

@@ -59,6 +59,7 @@ class Raw:
     cwnd: int
     advertised_mss: int
     reordering: int
+    pacing_rate: int
     bytes_received: int
     min_rtt: int
     info_length: int
@@ -226,9 +227,9 @@ def _build_reading(rows: Rows) -> tuple[Column, struct.Struct]:
     numbers = [(field, "I") for field in (sndbuf, rcvbuf, lock, *queues, write_seq, rcv_nxt)]
     if info.length_field is None:
         raise RuntimeError("a getsockopt without a length")
-    # In struct tcp_info: state, options, scales, rto, pmtu, rtt and what follows, bytes_received, min_rtt.
+    # In struct tcp_info: state, options, scales, rto, pmtu, rtt and what follows, pacing_rate, bytes_received, min_rtt.
     return fd, rows.reader(
-        (info, "B4xBBxI48xI4xIIIIII36xQ12xI"),
+        (info, "B4xBBxI48xI4xIIIIII12xQ16xQ12xI"),
         (info.length_field, "I"),
         (mss, "I"),
         (timestamp, "I"),

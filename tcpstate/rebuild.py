@@ -10,7 +10,8 @@
 Sent data of which no ACK came back is *not* put into the send queue as sent, as long as all of it fits a fresh
 congestion window: a lost segment would then wait for a retransmission timeout of seconds.  It is sent again at the
 release instead, and a peer that has it already acknowledges at once.  Beyond the congestion window that would deadlock
-(an ACK of what we have not sent again yet is ignored), so there it is queued as sent.
+(an ACK of what we have not sent again yet is ignored), so there it is queued as sent.  The window is the connection's
+own again by then, where the kernel lets us (:mod:`tcpstate.softstate`), so that most of what was in flight fits.
 
 Between rebuild and release the sockets are as quiet as frozen ones: the filter drops what arrives (the capture has it),
 and their timers send nothing, as long as there is a :func:`tcpstate.freeze.blackhole` in this network namespace.
@@ -25,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
-from tcpstate import options
+from tcpstate import options, softstate
 from tcpstate.comparison import Difference, compare, differences, read_back
 from tcpstate.errors import UnknownHardState, UnsupportedState
 from tcpstate.export import later
@@ -35,7 +36,6 @@ from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import IP, IPV6, SO, Level, pack_address
 from tcpstate.kernel.tcp import (
     CONGESTION_NAME_SIZE,
-    INFO_SIZE,
     REPAIR_OPTIONS_SIZE,
     TCP,
     USER_TIMEOUT_MAX,
@@ -43,7 +43,6 @@ from tcpstate.kernel.tcp import (
     Repair,
     RepairQueue,
     RepairWindow,
-    TcpInfo,
 )
 from tcpstate.kernel.tcp import repair_options as pack_repair_options
 from tcpstate.options import Stage, number
@@ -52,6 +51,7 @@ from tcpstate.record import ConnectionRecord, Family, Negotiated, State
 from tcpstate.refill import SMALL, put, put_sent, put_small
 from tcpstate.release import release_connections
 from tcpstate.rows import Names, failures
+from tcpstate.segment import SEQ_MASK
 from tcpstate.urgent import held_back
 
 #: what records may ask a reader to know (:attr:`~tcpstate.record.ConnectionRecord.required`)
@@ -102,6 +102,7 @@ def rebuild_connections(
     devices: Mapping[str, str] | None = None,
     early: Mapping[int, Sequence[memoryview]] | None = None,
     bound: bool = False,
+    soft: bool = True,
 ) -> list[socket.socket]:
     """Sockets in repair mode that continue the connections of ``records``, in the same order.
 
@@ -113,9 +114,11 @@ def rebuild_connections(
     early    by the record's place: pieces of the receive queue that come before what is in the record
              (:mod:`tcpstate.early`)
     bound    ``socks`` are bound to their ports already: they had been before they were dissolved
+    soft     give back what they had learned about their paths (:mod:`tcpstate.softstate`); False: they begin anew
 
     All or none: on failure sockets made here are closed silently, given ones are left in repair mode, to be closed.
-    UnsupportedState, AddressInUse (the 4-tuple exists here), QueueNotRestored, ConnectionCallFailed.
+    UnsupportedState, AddressInUse (the 4-tuple exists here), QueueNotRestored, SoftStateNotRestored,
+    ConnectionCallFailed.
     """
     if socks is not None and len(socks) != len(records):
         raise ValueError(f"{len(socks)} sockets for {len(records)} records")
@@ -131,6 +134,7 @@ def rebuild_connections(
     made = _fresh(records) if socks is None else list(socks)
     heads = [early.get(i, ()) for i in range(len(records))] if early else [()] * len(records)
     try:
+        plans = softstate.plan(records) if soft else [softstate.Plan()] * len(records)
         for family in (socket.AF_INET, socket.AF_INET6):
             mine = [i for i, record in enumerate(records) if record_family(record) == family]
             if mine:
@@ -138,6 +142,7 @@ def rebuild_connections(
                     [made[i] for i in mine],
                     [records[i] for i in mine],
                     [heads[i] for i in mine],
+                    [plans[i] for i in mine],
                     family,
                     elapsed,
                     devices or {},
@@ -244,6 +249,7 @@ def _connect(
     socks: Sequence[socket.socket],
     records: Sequence[ConnectionRecord],
     heads: Sequence[Sequence[memoryview]],
+    plans: Sequence[softstate.Plan],
     family: int,
     elapsed: float,
     devices: Mapping[str, str],
@@ -266,8 +272,9 @@ def _connect(
     rows, table = _connecting[family, not bound].of(len(socks))
     table.fd.set(s.fileno() for s in socks)
     table.mark.set(number(r, "so.mark") for r in records)
-    table.send_start.set(r.snd_una for r in records)
-    table.receive_start.set(r.copied_seq - n for r, n in zip(records, ahead, strict=True))
+    starts = [(r.copied_seq - n) & SEQ_MASK for r, n in zip(records, ahead, strict=True)]
+    table.send_start.set(r.snd_una - len(p.samples) for r, p in zip(records, plans, strict=True))
+    table.receive_start.set(starts)
     ends = functools.cache(functools.partial(_around_port, family))
     scopes = [_scope(r, devices) if r.scope else 0 for r in records]
     table.local.set_bytes(
@@ -286,11 +293,11 @@ def _connect(
     negotiated = [agreed(r.negotiated) for r in records]
     table.negotiated.set_bytes(negotiated)
     table.negotiated_size.set(map(len, negotiated))
-    table.clock.set(
-        later(r.timestamps.value, r.timestamps.microseconds, elapsed) if r.timestamps else 0 for r in records
-    )
+    clocks = [later(r.timestamps.value, r.timestamps.microseconds, elapsed) if r.timestamps else 0 for r in records]
+    table.clock.set(clocks)
     with failures(socks, names):
         rows.run()
+        softstate.give(socks, records, plans, starts, clocks)
         shut(socks)
 
 
@@ -320,12 +327,6 @@ def _repair_options(agreed: Negotiated) -> bytes:
     return pack_repair_options(agreed.mss, wscale=scales, sack=agreed.sack, timestamps=agreed.timestamps)
 
 
-def _fits_again(record: ConnectionRecord, sock: socket.socket) -> bool:
-    """Whether all that was sent can go out again at once: the peer takes it, the new congestion window lets it."""
-    info = TcpInfo.unpack(sock.getsockopt(Level.TCP, TCP.INFO, INFO_SIZE))
-    return record.sent <= min(info.snd_cwnd * info.snd_mss, record.windows.snd_wnd)
-
-
 def _fill(
     socks: Sequence[socket.socket], records: Sequence[ConnectionRecord], heads: Sequence[Sequence[memoryview]]
 ) -> None:
@@ -342,7 +343,7 @@ def _fill(
             done = taken.get(i, 0)
             for piece in (*head, memoryview(record.receive_queue)[done:]):
                 put(sock, piece, record)
-        if record.sent and not (_fits_again(record, sock) and record.state is not State.CLOSING):
+        if record.sent and not (record.sent <= softstate.room(sock, record) and record.state is not State.CLOSING):
             sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.SEND)
             put_sent(sock, record, 0, record.sent)
         if head or record.receive_queue or record.sent:

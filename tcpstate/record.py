@@ -171,7 +171,15 @@ class Buffers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoftState:
-    """What the connection learned about its path, as read; segments and microseconds. Restoring it is optional."""
+    """What the connection learned about its path, as read. Restoring it is optional (:mod:`tcpstate.softstate`).
+
+    cwnd, ssthresh          congestion window and slow start threshold, segments
+    srtt, rttvar, rto       smoothed round-trip time, its deviation, retransmission time-out, microseconds (RFC 6298)
+    min_rtt                 smallest round-trip time, microseconds
+    reordering              segments that may overtake each other
+    path_mtu, advertised_mss  bytes
+    pacing_rate             bytes per second; all 64 bits set: not limited
+    """
 
     cwnd: int
     ssthresh: int
@@ -182,10 +190,13 @@ class SoftState:
     reordering: int | None = None
     path_mtu: int | None = None
     advertised_mss: int | None = None
+    pacing_rate: int | None = None
 
     def __post_init__(self) -> None:
         if (self.cwnd | self.ssthresh | self.srtt | self.rttvar | self.rto) & ~SEQ_MASK:
             _wide(self.cwnd, self.ssthresh, self.srtt, self.rttvar, self.rto)
+        if self.pacing_rate is not None and not 0 <= self.pacing_rate < 1 << 64:
+            raise ValueError("the pacing rate is no 64-bit number")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ from tcpstate.freeze import quiet, read_originals
 from tcpstate.kernel import columns
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.rebuild import rebuild_connections
-from tcpstate.record import Buffers, ConnectionRecord, Family, Negotiated, State, Timestamps, Windows
+from tcpstate.record import Buffers, ConnectionRecord, Family, Negotiated, SoftState, State, Timestamps, Windows
 
 __all__ = ["rehearse"]
 
@@ -79,4 +79,5 @@ def _record(address: str, family: Family) -> ConnectionRecord:
         congestion="reno",
         timestamps=Timestamps(value=2, microseconds=False),
         options={"tcp.nodelay": (1,)},
+        soft=SoftState(cwnd=10, ssthresh=10, srtt=1000, rttvar=500, rto=201_000),
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from tcpstate import options
+from tcpstate import options, softstate
 from tcpstate.errors import ConnectionCallFailed
 from tcpstate.fin import put_own_fins, take_peer_fins
 from tcpstate.freeze import enter_repair, leave_repair, not_in_repair
@@ -101,16 +101,17 @@ def release_connections(
     leave.set(Repair.OFF_NO_PROBE if n else Repair.OFF for n in again)
     with failures(socks, names):
         rows.run()
-    for sock, record, count, delay_off in zip(socks, records, again, nodelay, strict=True):
-        if not record.send_queue or state_of(sock) is State.CLOSED:
-            # The peer has reset it: send() would take the error that its owner is to see.
-            continue
-        if count:
-            put_sent(sock, record, 0, count)
-        if len(record.send_queue) > record.sent:
-            if count and not delay_off:
-                sock.setsockopt(Level.TCP, TCP.NODELAY, 0)
-            put_sent(sock, record, record.sent, len(record.send_queue))
+    with softstate.wide_open(socks, records, again):
+        for sock, record, count, delay_off in zip(socks, records, again, nodelay, strict=True):
+            if not record.send_queue or state_of(sock) is State.CLOSED:
+                # The peer has reset it: send() would take the error that its owner is to see.
+                continue
+            if count:
+                put_sent(sock, record, 0, count)
+            if len(record.send_queue) > record.sent:
+                if count and not delay_off:
+                    sock.setsockopt(Level.TCP, TCP.NODELAY, 0)
+                put_sent(sock, record, record.sent, len(record.send_queue))
     put_own_fins(socks, records)
     _give_back(socks, records)
     if tell:

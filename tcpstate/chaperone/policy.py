@@ -2,7 +2,8 @@
 
 Nobody gets through the chaperone what the kernel would refuse to a socket of his own: privileged ports and addresses of
 others, options that take a capability, buffers beyond the host's limits.  And what a fresh connection has to learn from
-the network (congestion window, timeouts) is not taken from a record beyond what harms nobody (paper, 5.6).  Root may
+the network (congestion window, timeouts) is not taken from a record beyond what harms nobody (paper, 5.6;
+:func:`tcpstate.softstate.clamp`).  Root may
 all: it might do the same without us.
 """
 
@@ -17,7 +18,8 @@ from typing import Final
 
 from tcpstate.chaperone.messages import Limits
 from tcpstate.errors import ForbiddenEndpoint, ForbiddenState
-from tcpstate.record import ConnectionRecord, SoftState
+from tcpstate.record import ConnectionRecord
+from tcpstate.softstate import clamp
 
 __all__ = ["PRIVILEGED_OPTIONS", "ROOT", "Host", "Network", "Policy", "RateLimit", "checked_record"]
 
@@ -48,12 +50,6 @@ PRIVILEGED_OPTIONS: Final = frozenset(
 _PRIORITY_MAX: Final = 6
 #: the largest window that 16 bits tell, before it is scaled
 _WINDOW_MAX: Final = 0xFFFF
-
-# Soft state for who is not root. RFC 6928 lets every connection begin with 10 segments; after a move the path is
-# usually the same, so ten times that is believed. Below 200 ms (TCP_RTO_MIN) it would send again what is on its way.
-_CWND_MAX: Final = 100
-_RTO_MIN: Final = 200_000  # microseconds
-_RTO_MAX: Final = 120_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,10 +178,5 @@ def checked_record(record: ConnectionRecord, uid: int, policy: Policy, host: Hos
     if max(windows.snd_wnd, windows.max_window) > most_sent or windows.rcv_wnd > most_received + 1:
         raise ForbiddenState("its windows are larger than their scales allow", object=name)
     congestion = record.congestion if record.congestion in host.congestion else host.default
-    return dataclasses.replace(record, congestion=congestion, soft=_harmless(record.soft))
-
-
-def _harmless(soft: SoftState | None) -> SoftState | None:
-    if soft is None:
-        return None
-    return dataclasses.replace(soft, cwnd=min(soft.cwnd, _CWND_MAX), rto=min(max(soft.rto, _RTO_MIN), _RTO_MAX))
+    soft = None if record.soft is None else clamp(record.soft, mss=agreed.mss)
+    return dataclasses.replace(record, congestion=congestion, soft=soft)

@@ -201,6 +201,7 @@ class TcpInfo:
     bytes_received: int | None = None
     snd_wnd: int | None = None
     rcv_wnd: int | None = None
+    pacing_rate: int | None = None
 
     @classmethod
     def unpack(cls, data: bytes) -> TcpInfo:
@@ -236,6 +237,7 @@ class TcpInfo:
             min_rtt=_later(data, "I", 148),
             snd_wnd=_later(data, "I", 228),
             rcv_wnd=_later(data, "I", 232),
+            pacing_rate=_later(data, "Q", 104),
         )
 
 

@@ -6,6 +6,8 @@
 ``btf``       the kernel's own description of its structures
 ``layout``    numbers out of it (offsets, sizes, ids) by name, remembered from run to run
 ``tcpsock``   one pass over all TCP sockets: what the kernel keeps of each
+``windows``   congestion windows written, by a congestion control of ours
+``drop``      a socket filter that drops all
 
 No structure of the kernel has an offset in our code: each is asked for by name.  The programs are our own; the kernel
 lends some helpers only to programs that are offered under the GPL as well, so these few instructions are

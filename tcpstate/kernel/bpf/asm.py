@@ -48,6 +48,7 @@ class Helper(enum.IntEnum):
     SK_RELEASE = 86
     SKC_LOOKUP_TCP = 99
     PROBE_READ_KERNEL = 113
+    JIFFIES64 = 118
     SEQ_WRITE = 127
     SKC_TO_TCP_SOCK = 137
     SKC_TO_TCP_REQUEST_SOCK = 139

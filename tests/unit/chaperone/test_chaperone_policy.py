@@ -34,7 +34,7 @@ RECORD = ConnectionRecord(
     congestion="cubic",
     timestamps=Timestamps(value=2, microseconds=False),
     options={"tcp.nodelay": (1,), "so.priority": (6,)},
-    soft=SoftState(cwnd=50, ssthresh=40, srtt=1000, rttvar=500, rto=204_000),
+    soft=SoftState(cwnd=10, ssthresh=40, srtt=900_000, rttvar=500, rto=1_100_000),
 )
 
 
@@ -105,7 +105,7 @@ def test_what_no_socket_of_a_user_has_is_roots(odd: ConnectionRecord) -> None:
 def test_soft_state_that_could_harm_the_network_is_limited() -> None:
     wild = replace(RECORD, congestion="mine", soft=SoftState(cwnd=10**6, ssthresh=7, srtt=1, rttvar=1, rto=1))
     made = check(wild)
-    assert made == replace(wild, congestion="cubic", soft=replace(wild.soft, cwnd=100, rto=200_000))
+    assert made == replace(wild, congestion="cubic", soft=replace(wild.soft, cwnd=10, srtt=0, rttvar=0, rto=1_000_000))
     assert check(wild, uid=0) == wild
     assert check(replace(wild, soft=None)).soft is None
     slow = replace(RECORD, soft=replace(RECORD.soft, rto=2**32 - 1))

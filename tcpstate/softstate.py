@@ -1,0 +1,282 @@
+"""What a connection has learned about its path, given back: windows, round-trip times, congestion control, pacing, ECN.
+
+::
+
+    capture   TCP_INFO, read with everything else at the export (:mod:`tcpstate.reading`); no BPF is needed
+    rebuild   srtt, rttvar, rto     by injected ACKs (:mod:`tcpstate.roundtrip`); connections with timestamps
+              cwnd, ssthresh, ECN   by BPF (:mod:`tcpstate.kernel.bpf.windows`)
+              pacing rate           the same; the next ACK computes it anew
+              congestion control    by name; its inner state begins anew from these windows
+
+Rebuilt without it a connection begins like a new one: slow start from ten segments, and seconds until it repeats what
+is lost.  Where the kernel lends us no BPF all still works, without the windows, and one warning per rebuild says so.
+
+cubic and reno keep both windows.  bbr keeps its congestion window and computes its first pacing rate from that and from
+the round-trip time, then measures anew.  What cannot be given: bbr's model of the path, cubic's last maximum, the
+doublings of a time-out under way, and round-trip times without timestamps (the kernel measures what was restored by
+nothing else).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from tcpstate.connid import ConnId
+from tcpstate.errors import KernelFeatureMissing, TcpmigError
+from tcpstate.kernel.bpf import windows
+from tcpstate.kernel.bpf.windows import SLOTS, Slot
+from tcpstate.kernel.columns import Column, Field, Reusable, Rows
+from tcpstate.kernel.sockets import IP, IPV6, SO, Level
+from tcpstate.kernel.tcp import (
+    CONGESTION_NAME_SIZE,
+    INFO_SIZE,
+    TCP,
+    Repair,
+    RepairQueue,
+    TcpInfo,
+    repair_options,
+)
+from tcpstate.options import number
+from tcpstate.record import ConnectionRecord, Family, SoftState
+from tcpstate.roundtrip import Lesson, samples, teach
+from tcpstate.rows import Names, failures
+from tcpstate.silence import MARK
+
+__all__ = ["Plan", "clamp", "give", "missing", "plan", "room", "wide_open"]
+
+_log = logging.getLogger(__name__)
+
+#: connections from which on a round-trip time's deviation is only given where a time-out depends on it
+_MANY: Final = 500
+#: a window is never larger (RFC 7323 2.3: 1 GiB), whatever a record says
+_SEGMENTS_MAX: Final = 1 << 30
+#: segments of an initial window (TCP_INIT_CWND); that many less a few for certain, in segments of the negotiated size
+_INITIAL: Final = 10
+_SURE: Final = 8
+#: segments that a larger window must have to spare: queues do not cut into whole segments
+_SLACK: Final = 2
+#: RFC 6298 2.1 and 2.4, microseconds
+_RTO_INITIAL: Final = 1_000_000
+#: no time-out is longer (TCP_RTO_MAX; RFC 6298 2.5 asks for 60 s at least), microseconds
+_RTO_MAX: Final = 120_000_000
+#: what Linux adds to srtt at least (TCP_RTO_MIN), microseconds
+_RTO_ABOVE: Final = 200_000
+
+
+def clamp(soft: SoftState, *, mss: int) -> SoftState:
+    """Learned state that does the network no harm whoever made it up: for callers that nobody vouches for.
+
+    mss  bytes of a segment
+
+    cwnd no larger than the initial window of a new connection, min(10 mss, max(2 mss, 14600)) bytes (RFC 6928 2): a
+    larger one is a burst into a path that nobody has measured.  A round-trip time whose time-out would be below one
+    second is left out (RFC 6298 2.1, 2.4: until it has measured, a sender waits that long): a short one would repeat
+    what is not lost.  No pacing rate; ssthresh may be anything (RFC 5681 3.1).
+    """
+    initial = min(10 * mss, max(2 * mss, 14600)) // mss
+    timeout = soft.srtt + max(4 * soft.rttvar, _RTO_ABOVE)
+    measured = soft.srtt > 0 and timeout >= _RTO_INITIAL
+    return dataclasses.replace(
+        soft,
+        cwnd=min(soft.cwnd, initial),
+        srtt=min(soft.srtt, _RTO_MAX) if measured else 0,
+        rttvar=min(soft.rttvar, _RTO_MAX) if measured else 0,
+        rto=min(max(soft.rto, _RTO_INITIAL), _RTO_MAX),
+        min_rtt=soft.min_rtt if measured else None,
+        pacing_rate=None,
+    )
+
+
+def missing() -> KernelFeatureMissing | None:
+    """Why congestion windows cannot be given back in this kernel; None if they can. The first time takes up to a
+    second (BTF), and the congestion control is registered from then on."""
+    try:
+        windows.setter()
+    except KernelFeatureMissing as error:
+        return error
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one rebuilt connection is given.
+
+    samples  round-trip times; its send queue is to begin so many bytes early
+    slot     windows; None: none
+    """
+
+    samples: tuple[int, ...] = ()
+    slot: Slot | None = None
+
+
+def plan(records: Sequence[ConnectionRecord]) -> list[Plan]:
+    """What can be given here to the connections of ``records``. Logs one warning for each thing that cannot."""
+    lack = missing() if any(r.soft is not None for r in records) else None
+    if lack is not None:
+        _log.warning("congestion windows are lost, the connections begin with slow start: %s", lack.message)
+    exact = len(records) < _MANY
+    lengths = functools.cache(functools.partial(samples, exact=exact))
+    taught: dict[Family, bool] = {}
+    plans = []
+    for record in records:
+        soft = record.soft
+        if soft is None:
+            plans.append(Plan())
+            continue
+        lessons: tuple[int, ...] = ()
+        # A socket of an interface hears only that; the injected ACKs come over loopback.
+        if record.timestamps is not None and not record.scope and "so.bindtodevice" not in record.option_data:
+            lessons = lengths(soft.srtt, soft.rttvar)
+            if lack is not None:
+                # each ACK counts as one segment in slow start, and nothing sets the window afterwards
+                lessons = (soft.srtt,)[: len(lessons)]
+        if lessons and record.family not in taught:
+            taught[record.family] = _can_teach(record)
+        plans.append(Plan(lessons if lessons and taught[record.family] else (), None if lack else _slot(record, soft)))
+    return plans
+
+
+def _slot(record: ConnectionRecord, soft: SoftState) -> Slot:
+    return Slot(
+        min(soft.cwnd, _SEGMENTS_MAX), soft.ssthresh, soft.pacing_rate or 0, int(record.negotiated.ecn)
+    )  # fmt: skip
+
+
+def _can_teach(record: ConnectionRecord) -> bool:
+    """Whether injected ACKs arrive here: tried on a connection that is none, between the same addresses."""
+    v6 = record.family is Family.IPV6
+    conn = record.conn_id
+    try:
+        with socket.socket(socket.AF_INET6 if v6 else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+            sock.setsockopt(Level.TCP, TCP.REPAIR, Repair.ON)
+            if v6:
+                sock.setsockopt(Level.IPV6, IPV6.TRANSPARENT, 1)
+            else:
+                sock.setsockopt(Level.IP, IP.TRANSPARENT, 1)
+            for queue in (RepairQueue.SEND, RepairQueue.RECEIVE):
+                sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, queue)
+                sock.setsockopt(Level.TCP, TCP.QUEUE_SEQ, 1)
+            sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
+            sock.bind((conn.local, 0))
+            sock.connect((conn.peer, 1))
+            # before it there would be no route
+            sock.setsockopt(Level.SOCKET, SO.MARK, struct.pack("I", MARK))
+            options = repair_options(record.negotiated.mss, wscale=None, sack=False, timestamps=True)
+            sock.setsockopt(Level.TCP, TCP.REPAIR_OPTIONS, options)
+            name = ConnId.tcp(conn.local, sock.getsockname()[1], conn.peer, 1)
+            teach([sock], [Lesson(conn_id=name, snd_una=2, rcv_nxt=1, samples=(1000,), clock=0)])
+    except (TcpmigError, OSError) as error:
+        _log.warning("round-trip times are lost, what is lost on its way is repeated late: %s", error)
+        return False
+    return True
+
+
+def give(
+    socks: Sequence[socket.socket],
+    records: Sequence[ConnectionRecord],
+    plans: Sequence[Plan],
+    received: Sequence[int],
+    clocks: Sequence[int],
+) -> None:
+    """Give connected sockets in repair, whose queues are empty yet, what was planned.
+
+    received  the sequence number that each expects next, as it is now
+    clocks    the timestamp clock of each, to be set
+
+    SoftStateNotRestored, ConnectionCallFailed.
+    """
+    lessons = [
+        Lesson(conn_id=r.conn_id, snd_una=r.snd_una, rcv_nxt=at, samples=p.samples, clock=clock)
+        for r, p, at, clock in zip(records, plans, received, clocks, strict=True)
+    ]
+    teach(socks, lessons)
+    wanted = [i for i, p in enumerate(plans) if p.slot is not None]
+    for start in range(0, len(wanted), SLOTS):
+        part = wanted[start : start + SLOTS]
+        slots = [slot for i in part if (slot := plans[i].slot) is not None]
+        _windows([socks[i] for i in part], [records[i] for i in part], slots)
+        _go_back([socks[i] for i in part], [records[i] for i in part])
+
+
+def _build_ours(rows: Rows) -> tuple[Column, Field, Field, Field]:
+    fd = rows.column()
+    slot, ours, priority = rows.room(4), rows.room(CONGESTION_NAME_SIZE), rows.room(4)
+    rows.setsockopt(fd, Level.SOCKET, SO.PRIORITY, slot)
+    # the name ends with its first zero byte
+    rows.setsockopt(fd, Level.TCP, TCP.CONGESTION, ours, size=CONGESTION_NAME_SIZE, label="setting its windows")
+    rows.setsockopt(fd, Level.SOCKET, SO.PRIORITY, priority)
+    return fd, slot, ours, priority
+
+
+def _build_own(rows: Rows) -> tuple[Column, Field, Column]:
+    fd, own, size = rows.column(), rows.room(CONGESTION_NAME_SIZE), rows.column()
+    rows.setsockopt(fd, Level.TCP, TCP.CONGESTION, own, size=size, label="setting the congestion control")
+    return fd, own, size
+
+
+_ours = Reusable(_build_ours)
+_own = Reusable(_build_own)
+
+
+def _windows(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord], slots: Sequence[Slot]) -> None:
+    """Their windows; ours is their congestion control then."""
+    setter = windows.setter()
+    setter.fill(slots)
+    rows, (fd, slot, ours, priority) = _ours.of(len(socks))
+    fd.set(s.fileno() for s in socks)
+    slot.set(range(len(socks)))
+    ours.set_bytes([setter.name.encode()] * len(socks))
+    priority.set(number(r, "so.priority") for r in records)
+    with failures(socks, Names(records)):
+        rows.run()
+
+
+def _go_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
+    """Their own congestion control."""
+    rows, (fd, own, size) = _own.of(len(socks))
+    fd.set(s.fileno() for s in socks)
+    own.set_bytes([r.congestion.encode("ascii") for r in records])
+    size.set(len(r.congestion) for r in records)
+    with failures(socks, Names(records)):
+        rows.run()
+
+
+def room(sock: socket.socket, record: ConnectionRecord) -> int:
+    """Bytes that a rebuilt connection can send in one go at its release, whatever it is acknowledged.
+
+    The kernel may shrink a window that was not used for longer than the time-out, but never below the initial one; a
+    larger one counts only where :func:`wide_open` holds it open.
+    """
+    info = TcpInfo.unpack(sock.getsockopt(Level.TCP, TCP.INFO, INFO_SIZE))
+    own = record.soft is not None and missing() is None
+    segments = max(min(info.snd_cwnd, _INITIAL), info.snd_cwnd - _SLACK) if own else min(info.snd_cwnd, _INITIAL)
+    return min(segments * info.snd_mss, record.windows.snd_wnd)
+
+
+@contextlib.contextmanager
+def wide_open(
+    socks: Sequence[socket.socket], records: Sequence[ConnectionRecord], counts: Sequence[int]
+) -> Iterator[None]:
+    """In the block ``counts`` bytes of each can be sent at once, if :func:`room` said so at the rebuild. Their own
+    congestion controls hold afterwards. ConnectionCallFailed."""
+    held = []
+    for i, (record, count) in enumerate(zip(records, counts, strict=True)):
+        if record.soft is not None and count > _SURE * record.negotiated.mss and missing() is None:
+            held.append(i)
+    for start in range(0, len(held), SLOTS):
+        part = held[start : start + SLOTS]
+        slots = [_slot(records[i], soft) for i in part if (soft := records[i].soft) is not None]
+        _windows([socks[i] for i in part], [records[i] for i in part], slots)
+    try:
+        yield
+    finally:
+        if held:
+            _go_back([socks[i] for i in held], [records[i] for i in held])
