@@ -41,7 +41,7 @@ from checkpoint.errors import FileNotShared, NoSuchProcess, Refused, TreeChanged
 from checkpoint.files.base import OpenFile
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.identity import Evidence
-from checkpoint.files.policy import NO_POLICY, Policy
+from checkpoint.files.policy import NO_POLICY, AcceptQueues, Policy
 from checkpoint.files.regular import RegularFile
 from checkpoint.files.table import FileTable, TreeFiles
 from checkpoint.files.tcp import TcpGroup
@@ -121,6 +121,9 @@ class Dump:
         self._last = LastSegments(())
         self._collecting = gc.isenabled()
         self._secured = False
+        #: whether connections that still wait to be accepted move in the queue (set it before :meth:`drain`); else the
+        #: application must accept them first, unless the policy lets them be reset
+        self.keep_queues = False
         #: how many TCP connections the trees hold, once they are stopped
         self.connections = 0
         #: the processes, once they are stopped
@@ -197,9 +200,17 @@ class Dump:
         self._holdoff.begin()
 
     def drain(self) -> None:
-        """Wait until the application has accepted what waited. BacklogNotDrained."""
-        if self._holdoff is not None:
+        """Wait until the application has accepted what waited, or what is left can move. BacklogNotDrained."""
+        if self._holdoff is None:
+            return
+        if self.keep_queues or self._lets_go:
+            self._holdoff.settle()
+        else:
             self._holdoff.drain()
+
+    @property
+    def _lets_go(self) -> bool:
+        return self._policy.accept_queue is AcceptQueues.RESET
 
     def expect(self, files: Sequence[OpenFile]) -> None:
         """What is known of the trees' files from before the stop: it is not read again there."""
@@ -223,7 +234,7 @@ class Dump:
             gc.disable()  # a collection in the stop would cost milliseconds
             self.stopped_ns = time.monotonic_ns()
             self.tree = Tree.stop(self.roots)
-            if self._holdoff is None or self._holdoff.drained:
+            if self._holdoff is None or self.keep_queues or self._lets_go or self._holdoff.drained:
                 break
             # a handshake was completed between the last look and the stop
             self.tree.resume()
@@ -376,6 +387,8 @@ class Dump:
             self.secure()
         self._last.wait()
         self._connections.freeze()
+        if self.keep_queues:
+            self.connections += self._connections.take_queues()
         self._connections.export()
         self.exported_ns = time.monotonic_ns()
 
@@ -391,9 +404,15 @@ class Dump:
 
         arrived  segments captured meanwhile: the connections get them now, and no peer waits for a retransmission
         """
-        exported = [] if self._group is None else self._group.exported
+        group = self._group
+        exported = [] if group is None else group.exported
         failed: list[Exception] = []
-        for step in (self._thaw, self._end_holdoff, lambda: replay(arrived, exported), self._resume_tree):
+
+        def refill() -> None:
+            if group is not None:
+                group.refill_queues((time.monotonic_ns() - self.stopped_ns) / 1e9)
+
+        for step in (self._thaw, self._end_holdoff, refill, lambda: replay(arrived, exported), self._resume_tree):
             try:
                 step()
             except (TcpmigError, OSError) as error:

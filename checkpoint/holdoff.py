@@ -3,7 +3,8 @@
 A connection whose handshake is going on, or that waits in an accept queue, has no descriptor yet.  So, while the
 application still runs, its listeners drop SYNs unanswered (the peer's kernel keeps them, and our capture does too, so
 that they can be replayed), handshakes that have begun complete, and the application accepts what waits.  Then it is
-stopped.
+stopped.  What a busy application has not accepted by then moves in the queue, where the kernels of both hosts can
+(:mod:`tcpstate.acceptqueue`); else it is a reason not to move.
 
 After the stop a second kind of leftovers may be there: connections that the application has closed and whose last
 segments are on their way (FIN_WAIT1, CLOSING, LAST_ACK without an owner).  They are given a moment as well: if the
@@ -21,15 +22,18 @@ from typing import Final
 
 from checkpoint.errors import BacklogNotDrained
 from tcpstate import locate
+from tcpstate.acceptqueue import keeps
 from tcpstate.filters import ListenerState, drop_syns, undo_drop_syns
 from tcpstate.kernel.tcp import TcpState
 
-__all__ = ["DRAIN_TIMEOUT", "Holdoff", "LastSegments"]
+__all__ = ["DRAIN_TIMEOUT", "KEEPING_TIMEOUT", "Holdoff", "LastSegments"]
 
 _log = logging.getLogger(__name__)
 
 #: seconds that the application gets to accept what waits
 DRAIN_TIMEOUT: Final = 1.0
+#: the same where what is left can be moved in the queue: handshakes that have begun get a few round trips
+KEEPING_TIMEOUT: Final = 0.2
 #: seconds that closed connections get for their last segments: a few round trips of a network without loss
 LAST_SEGMENTS_TIMEOUT: Final = 0.05
 _POLL: Final = 0.0005
@@ -63,6 +67,14 @@ class Holdoff:
         """Wait until nothing waits to be accepted. BacklogNotDrained after ``timeout`` seconds."""
         if not _until(lambda: self.drained, timeout):
             self.complain()
+
+    def settle(self, timeout: float = KEEPING_TIMEOUT) -> None:
+        """Wait, but not for long, until nothing waits to be accepted. BacklogNotDrained if something is left that
+        cannot be moved in the queue."""
+        if not _until(lambda: self.drained, timeout):
+            stuck = [listener for listener in self._listeners if not keeps(listener)]
+            if any(locate.accept_queues(stuck)):
+                self.complain()
 
     def complain(self) -> None:
         """Raise BacklogNotDrained, naming the first listener with a queue."""

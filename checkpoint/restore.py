@@ -310,6 +310,11 @@ class Restore:
         """The addresses are local: connections send and answer again, listeners listen."""
         self._files_rebuilder.release()
 
+    @property
+    def lost(self) -> list[tuple[str, str]]:
+        """(conn-ID, reason) of connections that the release could not bring back."""
+        return list(self._files_rebuilder.lost)
+
     def tell_windows(self) -> None:
         """The addresses are announced: peers that wait for room hear that there is some. OSError."""
         self._files_rebuilder.tell_windows()

@@ -8,7 +8,7 @@ from typing import TypeVar
 import click
 
 from checkpoint.files.pathmap import PathMap
-from checkpoint.files.policy import LocalPeers, Policy
+from checkpoint.files.policy import AcceptQueues, LocalPeers, Policy
 from migrate.fileoptions import FileOptions
 
 __all__ = ["file_places", "file_policy", "places_of", "policy_of"]
@@ -25,6 +25,12 @@ def file_policy(function: _F) -> _F:
             type=click.Choice([policy.value for policy in LocalPeers]),
             default=LocalPeers.REFUSE.value,
             help="What a moved end of a connection sees if the other end stays on this host.  [default: refuse]",
+        ),
+        click.option(
+            "--accept-queue",
+            type=click.Choice([policy.value for policy in AcceptQueues]),
+            default=AcceptQueues.KEEP.value,
+            help="Connections that still wait to be accepted when the processes stop.  [default: keep]",
         ),
         click.option("--ship", is_flag=True, help="Files open for writing travel along where they are not shared."),
     )
@@ -51,9 +57,9 @@ def _with(function: _F, *options: Callable[[_F], _F]) -> _F:
     return function
 
 
-def policy_of(*, local_peer: str, ship: bool, **_: object) -> Policy:
+def policy_of(*, local_peer: str, accept_queue: str, ship: bool, **_: object) -> Policy:
     """What the options of :func:`file_policy` say."""
-    return Policy(local_peer=LocalPeers(local_peer), ship=ship)
+    return Policy(local_peer=LocalPeers(local_peer), accept_queue=AcceptQueues(accept_queue), ship=ship)
 
 
 def places_of(*, path_map: tuple[str, ...], overwrite: bool, ship: bool = False, **_: object) -> FileOptions:

@@ -8,12 +8,17 @@ import platform
 import re
 import resource
 from pathlib import Path
+from typing import Final
 
 from checkpoint.verdict import Verdict
 from migrate.errors import AnotherMachine
 from migrate.messages import CpuState, HostFacts, Needs
+from tcpstate import acceptqueue
 
-__all__ = ["host_facts", "judge_host", "namespace", "state_directory"]
+__all__ = ["ACCEPT_QUEUE", "features", "host_facts", "judge_host", "namespace", "state_directory"]
+
+#: of :func:`features`: connections can be put into a listener's accept queue
+ACCEPT_QUEUE: Final = "accept-queue"
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _DEFAULT_STATE = "/var/lib/tcpmig"
@@ -29,6 +34,12 @@ def host_facts() -> HostFacts:
         page_size=resource.getpagesize(),
         cpu=CpuState(machine=platform.machine(), flags=_cpu_flags()),
     )
+
+
+def features() -> frozenset[str]:
+    """What the kernel can do here that another host may want to know before anything is stopped. The first time takes
+    up to a second (the kernel's BTF is read)."""
+    return frozenset() if acceptqueue.missing() else frozenset({ACCEPT_QUEUE})
 
 
 def namespace(kind: str) -> int:

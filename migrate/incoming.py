@@ -17,7 +17,7 @@ from checkpoint.verdict import Verdict, refusals
 from migrate.clock import monotonic_ns
 from migrate.fileoptions import FileOptions
 from migrate.kept import KeptFrames
-from migrate.messages import Comparison, Difference, Needs
+from migrate.messages import Comparison, Difference, Lost, Needs
 from migrate.parts import Arrived
 from migrate.warm import warm
 from tcpstate import codec
@@ -131,8 +131,9 @@ class IncomingTrees:
 
     def run(self) -> Arrived:
         """Let them go."""
+        lost = tuple(Lost(connection=connection, reason=reason) for connection, reason in self._restore.lost)
         pids = self._restore.run()
-        return Arrived(pids=pids, released_ns=monotonic_ns())
+        return Arrived(pids=pids, released_ns=monotonic_ns(), lost=lost)
 
     def forget(self) -> None:
         """That they run is journalled."""

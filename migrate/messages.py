@@ -82,6 +82,7 @@ class HostFacts:
     network, pids    inode numbers of the network and PID namespaces: with boot_id they tell whether two hosts are one
     kernel           release, for the log only: features are probed, never derived from it
     page_size        bytes
+    features         what this kernel can beyond what is needed (:func:`migrate.hostfacts.features`)
     """
 
     boot_id: str
@@ -90,6 +91,7 @@ class HostFacts:
     kernel: str
     page_size: int
     cpu: CpuState
+    features: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

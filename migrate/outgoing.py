@@ -19,7 +19,7 @@ from checkpoint.dump import Dump
 from checkpoint.errors import InjectionRefused, NoSuchProcess, Refused, TrackingImpossible, TreeUnsteady
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.peers import is_loopback
-from checkpoint.files.policy import NO_POLICY, Policy
+from checkpoint.files.policy import NO_POLICY, AcceptQueues, Policy
 from checkpoint.files.tcp import TcpGroup
 from checkpoint.files.udp import UdpFile
 from checkpoint.files.verdicts import foretell
@@ -28,13 +28,14 @@ from checkpoint.image.frames import Kind
 from checkpoint.image.writer import ImageFile
 from checkpoint.live import Round as LiveRound
 from migrate.clock import monotonic_ns
+from migrate.hostfacts import ACCEPT_QUEUE
 from migrate.messages import Needs, TreeNeed
 from migrate.parts import NoteWriter
 from migrate.rounds import Round
 from migrate.unithook import HookUnit
 from migrate.warm import warm
 from migrate.wire import ImageWriter
-from tcpstate import codec
+from tcpstate import acceptqueue, codec
 from tcpstate.capture import Capture, unanswered
 from tcpstate.segment import Segment
 
@@ -69,6 +70,14 @@ class OutgoingTrees:
         self._syns: Capture | None = None
         self._segments: Capture | None = None
         self._began = False
+
+    def meet(self, features: frozenset[str]) -> None:
+        """What waits to be accepted can move if both kernels can put it back: here, should all be undone."""
+        if self._policy.accept_queue is not AcceptQueues.REFUSE and ACCEPT_QUEUE in features:
+            lack = acceptqueue.missing()
+            if lack is not None:
+                _log.info("connections that wait to be accepted cannot be moved: %s", lack.message)
+            self._dump.keep_queues = lack is None
 
     def needs(self) -> Needs:
         """What has to be true at the target; raises the first refusal."""

@@ -37,6 +37,9 @@ class Outgoing(Protocol):
     """N process trees at the source. Every method may raise a TcpmigError; what was done is then undone by
     :meth:`resume`, which the driver calls."""
 
+    def meet(self, features: frozenset[str]) -> None:
+        """First of all: what the target's kernel can (:func:`migrate.hostfacts.features`)."""
+
     def needs(self) -> Needs:
         """Step 1: look at everything, stop nothing. Raises what has to be refused. ``addresses`` and ``macs`` are left
         empty."""

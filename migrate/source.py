@@ -156,6 +156,8 @@ class Source:
                 self._say(hello)
             theirs = self._machine.receive(self._remote.first())
             self._there = Place.of(theirs.host) if isinstance(theirs, Hello) else None
+            if isinstance(theirs, Hello):
+                self._outgoing.meet(theirs.host.features)
             needs = self._outgoing.needs()
             control = control_addresses(netlink, self._remote.pid, self._remote.host)
             pids = {pid for tree in needs.trees for pid in tree.pids}

@@ -26,7 +26,7 @@ from migrate.errors import (
     TargetStuck,
     undone,
 )
-from migrate.hostfacts import host_facts, judge_host
+from migrate.hostfacts import features, host_facts, judge_host
 from migrate.journal import AddressesArrive, End, Journal, Role, Step, StepKind
 from migrate.messages import (
     HIGHEST_VERSION,
@@ -142,7 +142,12 @@ class Target:
     def _greet(self) -> None:
         theirs = self._hear(Hello)
         self._theirs = theirs.host
-        ours = Hello(lowest=LOWEST_VERSION, highest=HIGHEST_VERSION, host=host_facts(), program="tcpmig receive")
+        ours = Hello(
+            lowest=LOWEST_VERSION,
+            highest=HIGHEST_VERSION,
+            host=replace(host_facts(), features=features()),
+            program="tcpmig receive",
+        )
         self._say(ours)
         # the machine has given up if they have none in common; this raises why
         agree(ours, theirs)

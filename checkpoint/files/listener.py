@@ -1,8 +1,8 @@
 """Listening TCP sockets.
 
 Source: net/ipv4/inet_connection_sock.c. The backlog is TCP_INFO's ``tcpi_sacked`` of a listener. At the target a
-listener is bound and listens early, also on an address that is not local yet, but drops SYNs until the release;
-connections that wait to be accepted are not kept (the dump lets them drain first).
+listener is bound and listens early, also on an address that is not local yet, but drops SYNs until the release.
+Connections that wait to be accepted are put into its queue then (:mod:`tcpstate.acceptqueue`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from checkpoint.files.base import FdView, OpenFile, register, set_flags
 from checkpoint.files.inet import Endpoint
 from checkpoint.files.sockopts import SocketOptions, before_bind, give_late, give_own_filter, save
 from checkpoint.files.unix import held_outside
+from tcpstate.acceptqueue import refill
 from tcpstate.filters import drop_syns
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpInfo, TcpState
+from tcpstate.record import ConnectionRecord, State
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
@@ -29,6 +31,8 @@ __all__ = ["Listener", "bind", "is_closed", "is_tcp", "new_socket", "try_bind"]
 
 _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 _TAKEN: Final = (errno.EADDRINUSE,)
+#: what a connection can be that nobody has accepted
+_WAITING: Final = (State.ESTABLISHED, State.CLOSE_WAIT)
 
 
 def is_tcp(view: FdView) -> bool:
@@ -82,6 +86,7 @@ class Listener(OpenFile):
     family   AF_INET or AF_INET6
     name     what it is bound to
     backlog  the argument of listen(), as the kernel limited it
+    waiting  connections that wait to be accepted, in the order of the queue
     """
 
     foreseeable: ClassVar[bool] = True
@@ -90,8 +95,12 @@ class Listener(OpenFile):
     name: Endpoint
     backlog: int
     options: SocketOptions
+    waiting: tuple[ConnectionRecord, ...] = ()
 
     def validate(self) -> None:
+        for record in self.waiting:
+            if record.conn_id.local_port != self.name.port or record.send_queue or record.state not in _WAITING:
+                raise ValueError("what waits to be accepted cannot be the listener's")
         if self.family not in _FAMILIES or not 0 <= self.backlog < 1 << 31:
             raise ValueError("family or backlog of a listener out of range")
 
@@ -141,3 +150,5 @@ class Listener(OpenFile):
         with socket.socket(fileno=host.duplicate(fd)) as sock:
             give_late(sock, self.options, str(self.name))
             give_own_filter(sock, self.options)
+            for record, reason in refill(self.waiting, sock, elapsed=host.since_export):
+                host.lose(str(record.conn_id), f"it waited to be accepted, and could not be put back: {reason}")

@@ -10,7 +10,9 @@ import enum
 import posixpath
 from dataclasses import dataclass
 
-__all__ = ["NO_POLICY", "LocalPeers", "Policy"]
+from tcpstate.acceptqueue import Policy as AcceptQueues
+
+__all__ = ["NO_POLICY", "AcceptQueues", "LocalPeers", "Policy"]
 
 
 class LocalPeers(enum.Enum):
@@ -30,13 +32,15 @@ class LocalPeers(enum.Enum):
 class Policy:
     """Decisions of the user; the default is to refuse whatever would be left behind.
 
-    local_peer  connections to processes of this host that stay
+    local_peer    connections to processes of this host that stay
+    accept_queue  ``--accept-queue``: connections that wait to be accepted when the processes stop
     ship        files that are open for writing travel along, unless the target has the very same ones
     shared      directories whose files are the very same at the target; None: there is no target to ask
     apart       files of those that are not
     """
 
     local_peer: LocalPeers = LocalPeers.REFUSE
+    accept_queue: AcceptQueues = AcceptQueues.KEEP
     ship: bool = False
     shared: frozenset[str] | None = None
     apart: frozenset[str] = frozenset()

@@ -22,6 +22,7 @@ import fcntl
 import logging
 import os
 import struct
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -105,8 +106,21 @@ class Rebuilder:
         self._on_abort: list[Callable[[], None]] = []
         self._locks = Locks()
         self._tcp: RebuiltTcp | None = None
+        self._exported = time.monotonic()
+        #: (conn-ID, reason) of connections that could not be brought back
+        self.lost: list[tuple[str, str]] = []
 
     # ---- what kinds ask for
+
+    @property
+    def since_export(self) -> float:
+        """Seconds since the connections were exported, rather too much than too little."""
+        return time.monotonic() - self._exported
+
+    def lose(self, connection: str, reason: str) -> None:
+        """A connection cannot be brought back, and the rest goes on without it."""
+        self.warn(f"{connection} is lost: {reason}")
+        self.lost.append((connection, reason))
 
     def descriptor(self, index: int) -> int:
         """Our descriptor of a file of the tree; it is made now if it is not there yet."""
@@ -273,6 +287,7 @@ class Rebuilder:
                 self.records.contents[index].seal(fd)
         for shipment in self.shipments:
             shipment.complete()
+        self._exported = time.monotonic() - elapsed
         self._connections.rebuild(elapsed)
 
     @property
@@ -282,8 +297,10 @@ class Rebuilder:
 
     @property
     def connections(self) -> list[ConnectionRecord]:
-        """The connections, once they are rebuilt: what a replay must know."""
-        return self._connections.records
+        """The connections, once they are rebuilt, and those that the release puts into the queues of listeners: what a
+        replay must know."""
+        waiting = [record for file in self.files if isinstance(file, Listener) for record in file.waiting]
+        return self._connections.records + waiting
 
     @property
     def taken(self) -> int:

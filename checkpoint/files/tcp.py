@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import socket
 import struct
 from collections.abc import Collection, Iterator, Sequence
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING, Final
 from checkpoint.errors import BadFileRecord, LocalPeer
 from checkpoint.files.base import FdView, OpenFile
 from checkpoint.files.held import HeldFile, HeldSocket
-from checkpoint.files.listener import is_closed, is_tcp
+from checkpoint.files.listener import Listener, is_closed, is_tcp
 from checkpoint.files.peers import Place, StandIn, alone, mirrored, place_of
 from checkpoint.files.policy import LocalPeers
 from checkpoint.files.queues import apart, queue_runs
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.image.frames import PageRun, Space
-from tcpstate import options
+from tcpstate import acceptqueue, options
+from tcpstate.acceptqueue import Queue, keeps
 from tcpstate.connid import ConnId
 from tcpstate.discard import discard_connections
 from tcpstate.early import Early, read_early
@@ -40,6 +42,8 @@ from tcpstate.uses.hold import ListeningEnd
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
     from checkpoint.files.table import FileTable
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["Original", "RebuiltTcp", "TcpGroup"]
 
@@ -77,6 +81,8 @@ class TcpGroup:
     def __init__(self, table: FileTable, blackhole: Blackhole | None = None) -> None:
         self._table = table
         self._listeners: list[socket.socket] = []
+        #: what waited to be accepted, and by whose queue
+        self._queues: list[tuple[socket.socket, Queue]] = []
         #: every (pid, fd) of each listener
         self.listener_places: list[list[tuple[int, int]]] = []
         self._listener_indexes: list[int] = []
@@ -189,6 +195,27 @@ class TcpGroup:
             self._blackhole.remove()
             raise
 
+    def take_queues(self) -> int:
+        """After :meth:`freeze`: what waits to be accepted is taken out of the listeners' queues, and is part of their
+        records; how many that were. Nothing reaches the listeners any more."""
+        kept = [(index, s) for index, s in zip(self._listener_indexes, self._listeners, strict=True) if keeps(s)]
+        queues = acceptqueue.capture([sock for _, sock in kept])
+        self._queues = [(sock, queue) for (_, sock), queue in zip(kept, queues, strict=True) if queue.records]
+        for (index, _), queue in zip(kept, queues, strict=True):
+            told = self._table.record(index)
+            if queue.records and isinstance(told, Listener):
+                self._records[index] = dataclasses.replace(told, waiting=tuple(queue.records))
+        return sum(len(queue.records) for queue in queues)
+
+    def refill_queues(self, elapsed: float) -> None:
+        """Everything is undone: what was taken out of the listeners' queues is put back. The listeners have their own
+        filters again. ``elapsed``: seconds since it was taken, rather too much than too little. OSError."""
+        queues, self._queues = self._queues, []
+        for listener, queue in queues:
+            lost = acceptqueue.refill(queue.records, listener, elapsed=elapsed, originals=queue.socks)
+            for record, reason in lost:
+                _log.warning("%s could not be put back into the queue of its listener: %s", record.conn_id, reason)
+
     def export(self) -> None:
         """Read the frozen connections; they are in repair afterwards. The owners must be stopped."""
         self._leave_out([is_closed(view) for _, view in self._views])
@@ -231,8 +258,9 @@ class TcpGroup:
 
     @property
     def exported(self) -> list[ConnectionRecord]:
-        """The connections as exported."""
-        return [r.connection for r in self._records.values() if isinstance(r, TcpFile) and r.connection is not None]
+        """The connections as exported, those that wait to be accepted among them."""
+        found = [r.connection for r in self._records.values() if isinstance(r, TcpFile) and r.connection is not None]
+        return found + [record for _, queue in self._queues for record in queue.records]
 
     def thaw(self) -> None:
         """Give everything back as it was. Nothing if it was not frozen. May be repeated."""
@@ -272,6 +300,7 @@ class TcpGroup:
         staying = [self._places.get(index) is Place.OUTSIDE and _at_home(view.socket) for index, view in self._views]
         silent = [view.socket for (_, view), stays in zip(self._views, staying, strict=True) if not stays]
         try:
+            acceptqueue.discard([queue for _, queue in self._queues])
             discard_connections(silent, close=False)
             self._let_end(list(itertools.compress(self.established, staying)), staying)
         finally:

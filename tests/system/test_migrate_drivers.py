@@ -86,6 +86,9 @@ class FakeOutgoing:
         self.world = world
         self.captured = 0
 
+    def meet(self, features: frozenset[str]) -> None:
+        self.features = features
+
     def needs(self) -> Needs:
         self.world.reach("needs")
         return Needs(trees=(TreeNeed(root=77, pids=(77,), tids=(77,)),), used_addresses=self.addresses)

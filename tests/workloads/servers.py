@@ -14,7 +14,17 @@ from pathlib import Path
 
 from tests.hosts import CommandFailed, Host, HostProcess
 
-__all__ = ["NGINX_PORT", "echo_server", "files", "http_server", "nginx", "redis", "stream_server", "wait_listening"]
+__all__ = [
+    "NGINX_PORT",
+    "echo_server",
+    "files",
+    "http_server",
+    "late_server",
+    "nginx",
+    "redis",
+    "stream_server",
+    "wait_listening",
+]
 
 START_TIMEOUT = 15.0
 NGINX_PORT = 8080
@@ -110,6 +120,12 @@ def echo_server(host: Host, folder: Path, addresses: Sequence[str], *, port: int
     """`tests.workloads.echo_server`."""
     argv = [sys.executable, "-m", "tests.workloads.echo_server", port, *addresses]
     return _start(host, argv, folder, "echo", addresses, port)
+
+
+def late_server(host: Host, folder: Path, addresses: Sequence[str], *, port: int = 7002) -> HostProcess:
+    """`tests.workloads.late_server`."""
+    argv = [sys.executable, "-m", "tests.workloads.late_server", port, *addresses]
+    return _start(host, argv, folder, "late", addresses, port)
 
 
 def stream_server(host: Host, folder: Path, addresses: Sequence[str], *, port: int = 7001) -> HostProcess:
