@@ -17,6 +17,7 @@ from checkpoint import procfs
 from checkpoint.kernel import pagemap, process_vm
 from checkpoint.kernel.kcmp import KcmpType, kcmp
 from checkpoint.verdict import Status, Verdict
+from tcpstate import acceptqueue, softstate
 from tcpstate.errors import KernelFeatureMissing, MissingCapability
 from tcpstate.kernel import bpf, diag, route
 from tcpstate.kernel.capability import Cap
@@ -43,6 +44,12 @@ def check() -> list[Verdict]:
     found = [_capability(cap, purpose, effective) for cap, purpose in NEEDED.items()]
     found += [_feature(name, probe) for name, probe in FEATURES.items()]
     found.append(_page_scan())
+    found.append(_extra("soft state", softstate.missing, "congestion windows are lost in a move, slow start anew"))
+    found.append(
+        _extra(
+            "accept queues", acceptqueue.missing, "connections that wait to be accepted must be accepted before a move"
+        )
+    )
     return found
 
 
@@ -75,6 +82,15 @@ def _page_scan() -> Verdict:
         text = "absent: pages are found by reading /proc/PID/pagemap, slower"
         return Verdict(subject=name, kind=_FEATURE, status=Status.WARN, text=text, fix="A kernel from 6.7 on has it.")
     return Verdict(subject=name, kind=_FEATURE)
+
+
+def _extra(name: str, missing: Callable[[], KernelFeatureMissing | None], otherwise: str) -> Verdict:
+    """On what is used where it is there."""
+    lack = missing()
+    if lack is None:
+        return Verdict(subject=name, kind=_FEATURE)
+    text = f"{lack.message}: {otherwise}"
+    return Verdict(subject=name, kind=_FEATURE, status=Status.WARN, text=text, fix=lack.fix)
 
 
 # --- what is tried ---------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from checkpoint.state import clocks, table
 from checkpoint.traces import Made, NoteWriter, Rules, StagedName, Stubs, Trace, Traced, write
 from tcpstate.rebuild import Difference
 from tcpstate.record import ConnectionRecord
+from tcpstate.segment import Segment
 from tcpstate.silence import Blackhole
 
 __all__ = ["Restore", "first_user"]
@@ -309,6 +310,10 @@ class Restore:
     def release(self) -> None:
         """The addresses are local: connections send and answer again, listeners listen."""
         self._files_rebuilder.release()
+
+    def awaits(self, segment: Segment) -> bool:
+        """Whether a segment is for a connection whose handshake is half done."""
+        return segment.conn_id in self._files_rebuilder.half_open
 
     @property
     def lost(self) -> list[tuple[str, str]]:

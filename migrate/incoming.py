@@ -123,7 +123,7 @@ class IncomingTrees:
         if first and self._capture is not None:
             arrived += self._capture.segments()
             self._capture.stop()
-        replay(arrived, self._connections)
+        replay(arrived, self._connections, unknown=self._restore.awaits)
         if first:
             # The addresses are announced by now.  Earlier, a peer that had waited for room would send all it has to
             # where they were.

@@ -35,6 +35,7 @@ __all__ = [
     "ForeignFilter",
     "KernelFeatureMissing",
     "KeyUnusable",
+    "KernelReadRefused",
     "ListenerFilterRefused",
     "MissingCapability",
     "NoSuchConnection",
@@ -507,6 +508,17 @@ class BadKeyFile(TcpmigError):
     code = "TM-0233"
     outcome = Outcome.REFUSED
     fix = "Make a key with tcpstate.signing.generate_key, or `chmod 600` the file."
+
+
+class KernelReadRefused(TcpmigError):
+    """Out-of-order data has no system call: it is read from kernel memory, which is only done when the caller says so
+    (kernel_reads=True), for connections that are frozen. Or what was found there does not read as a queue of packets:
+    the connection was not frozen, or this kernel lays its memory out in a way that is not known. Nothing was changed,
+    and nothing is lost without it: the peer sends such data again."""
+
+    code = "TM-0241"
+    outcome = Outcome.REFUSED
+    fix = "Leave it out; or freeze the connection first, and pass kernel_reads=True."
 
 
 class SoftStateNotRestored(TcpmigError):

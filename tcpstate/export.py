@@ -17,7 +17,9 @@ from tcpstate.connid import ConnId
 from tcpstate.early import Early
 from tcpstate.freeze import QuietState, enter_repair, not_in_repair
 from tcpstate.kernel import sockets
-from tcpstate.kernel.sockets import SO, BufferLock, Level
+from tcpstate.kernel.columns import Column, Field, Reusable, Rows
+from tcpstate.kernel.machine import SYS
+from tcpstate.kernel.sockets import SO, BufferLock, Ioctl, Level
 from tcpstate.kernel.tcp import TCP, InfoOption
 from tcpstate.preflight import refusal, state_of, supported
 from tcpstate.reading import Raw, read_all
@@ -33,6 +35,7 @@ from tcpstate.record import (
     Timestamps,
     Windows,
 )
+from tcpstate.rows import failures
 from tcpstate.segment import SEQ_MASK, before
 
 __all__ = ["advance", "export_connections", "later", "refusal", "state_of", "supported"]
@@ -72,9 +75,12 @@ def export_connections(
     known: list[Early | None] = [None] * len(socks) if early is None else early
     saved = options.save(socks) if saved_options is None else options.refresh(socks, saved_options)
     new = not_in_repair(socks)
+    unsent = dict(zip((s.fileno() for s in new), _unsent(new), strict=True))
     enter_repair(new)
     try:
         raw = read_all(socks, saved, known)
+        for one, sock in zip(raw, socks, strict=True):
+            one.nsd = max(one.nsd, min(one.outq, unsent.get(sock.fileno(), 0)))
     except BaseException:
         for sock in new:
             sock.setsockopt(Level.TCP, TCP.REPAIR, -1)
@@ -84,6 +90,29 @@ def export_connections(
     spent = time.monotonic() - begun
     shared = _Shared()
     return [_record(*parts, spent, shared) for parts in zip(raw, socks, states, saved, strict=True)]
+
+
+def _build_unsent(rows: Rows) -> tuple[Column, Field]:
+    fd, value = rows.column(), rows.room(4)
+    rows.call(SYS.ioctl, fd, Ioctl.SIOCOUTQNSD, value, label="SIOCOUTQNSD")
+    return fd, value
+
+
+_unsent_rows = Reusable(_build_unsent)
+
+
+def _unsent(socks: Sequence[socket.socket]) -> list[int]:
+    """Bytes that quiet connections have never sent.
+
+    Asked before repair mode: while that has chosen the send queue, whatever makes the kernel look at the queue (a
+    timer, a packet that left the device) counts all of it as sent, and what was never sent would wait for a
+    time-out.
+    """
+    rows, (fd, value) = _unsent_rows.of(len(socks))
+    fd.set(s.fileno() for s in socks)
+    with failures(socks):
+        rows.run()
+    return value.u32()
 
 
 class _Shared:

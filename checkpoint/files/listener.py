@@ -20,6 +20,7 @@ from checkpoint.files.sockopts import SocketOptions, before_bind, give_late, giv
 from checkpoint.files.unix import held_outside
 from tcpstate.acceptqueue import refill
 from tcpstate.filters import drop_syns
+from tcpstate.halfopen import HalfOpen
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpInfo, TcpState
 from tcpstate.record import ConnectionRecord, State
@@ -87,6 +88,7 @@ class Listener(OpenFile):
     name     what it is bound to
     backlog  the argument of listen(), as the kernel limited it
     waiting  connections that wait to be accepted, in the order of the queue
+    half_open  handshakes whose last ACK has not come
     """
 
     foreseeable: ClassVar[bool] = True
@@ -96,8 +98,11 @@ class Listener(OpenFile):
     backlog: int
     options: SocketOptions
     waiting: tuple[ConnectionRecord, ...] = ()
+    half_open: tuple[HalfOpen, ...] = ()
 
     def validate(self) -> None:
+        if any(one.conn_id.local_port != self.name.port for one in self.half_open):
+            raise ValueError("a half-open connection cannot be the listener's")
         for record in self.waiting:
             if record.conn_id.local_port != self.name.port or record.send_queue or record.state not in _WAITING:
                 raise ValueError("what waits to be accepted cannot be the listener's")
@@ -150,5 +155,6 @@ class Listener(OpenFile):
         with socket.socket(fileno=host.duplicate(fd)) as sock:
             give_late(sock, self.options, str(self.name))
             give_own_filter(sock, self.options)
+            host.await_handshakes(self.half_open)
             for record, reason in refill(self.waiting, sock, elapsed=host.since_export):
                 host.lose(str(record.conn_id), f"it waited to be accepted, and could not be put back: {reason}")

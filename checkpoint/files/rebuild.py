@@ -40,6 +40,10 @@ from checkpoint.files.tcp import RebuiltTcp
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.files.unixbuild import Builder
 from checkpoint.image.frames import PageRun
+from tcpstate.connid import ConnId
+from tcpstate.errors import KernelFeatureMissing
+from tcpstate.halfopen import HalfOpen, expect
+from tcpstate.kernel.bpf.handshake import Vouching
 from tcpstate.rebuild import Difference
 from tcpstate.record import ConnectionRecord
 from tcpstate.silence import Blackhole
@@ -107,6 +111,9 @@ class Rebuilder:
         self._locks = Locks()
         self._tcp: RebuiltTcp | None = None
         self._exported = time.monotonic()
+        self._vouching: list[Vouching] = []
+        #: connections whose handshakes are half done: segments for them are to be replayed, too
+        self.half_open: set[ConnId] = set()
         #: (conn-ID, reason) of connections that could not be brought back
         self.lost: list[tuple[str, str]] = []
 
@@ -116,6 +123,16 @@ class Rebuilder:
     def since_export(self) -> float:
         """Seconds since the connections were exported, rather too much than too little."""
         return time.monotonic() - self._exported
+
+    def await_handshakes(self, half_open: Sequence[HalfOpen]) -> None:
+        """Half-open connections are completed by the last ACKs of their peers, as long as this object is open."""
+        if half_open:
+            try:
+                self._vouching.append(expect(half_open))
+            except KernelFeatureMissing as error:
+                self.warn(f"{len(half_open)} half-open connections are lost: {error.message}")
+                return
+            self.half_open |= {one.conn_id for one in half_open}
 
     def lose(self, connection: str, reason: str) -> None:
         """A connection cannot be brought back, and the rest goes on without it."""
@@ -366,6 +383,8 @@ class Rebuilder:
             self._do_at_end()
         if self._tcp is not None:
             self._tcp.close()
+        while self._vouching:
+            self._vouching.pop().close()
         for descriptors in (self._descriptors, self._contents):
             for index, fd in enumerate(descriptors):
                 if fd is not None:

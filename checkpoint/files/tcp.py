@@ -24,7 +24,7 @@ from checkpoint.files.policy import LocalPeers
 from checkpoint.files.queues import apart, queue_runs
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.image.frames import PageRun, Space
-from tcpstate import acceptqueue, options
+from tcpstate import acceptqueue, halfopen, options
 from tcpstate.acceptqueue import Queue, keeps
 from tcpstate.connid import ConnId
 from tcpstate.discard import discard_connections
@@ -197,14 +197,19 @@ class TcpGroup:
 
     def take_queues(self) -> int:
         """After :meth:`freeze`: what waits to be accepted is taken out of the listeners' queues, and is part of their
-        records; how many that were. Nothing reaches the listeners any more."""
+        records, as are handshakes half done; how many waited. Nothing reaches the listeners any more."""
         kept = [(index, s) for index, s in zip(self._listener_indexes, self._listeners, strict=True) if keeps(s)]
         queues = acceptqueue.capture([sock for _, sock in kept])
         self._queues = [(sock, queue) for (_, sock), queue in zip(kept, queues, strict=True) if queue.records]
+        half_open = halfopen.capture({sock.getsockname()[1] for _, sock in kept}) if kept else []
         for (index, _), queue in zip(kept, queues, strict=True):
             told = self._table.record(index)
-            if queue.records and isinstance(told, Listener):
-                self._records[index] = dataclasses.replace(told, waiting=tuple(queue.records))
+            if isinstance(told, Listener):
+                begun = [one for one in half_open if _is_of(one.conn_id, told)]
+                half_open = [one for one in half_open if one not in begun]
+                if queue.records or begun:
+                    waiting = tuple(queue.records)
+                    self._records[index] = dataclasses.replace(told, waiting=waiting, half_open=tuple(begun))
         return sum(len(queue.records) for queue in queues)
 
     def refill_queues(self, elapsed: float) -> None:
@@ -324,6 +329,12 @@ def listening_end(sock: socket.socket) -> ListeningEnd:
     if address.startswith("::ffff:"):
         address = address.removeprefix("::ffff:")
     return ListeningEnd(address, port, both)
+
+
+def _is_of(conn_id: ConnId, listener: Listener) -> bool:
+    """Whether a connection can have begun at a listener."""
+    address = listener.name.address.partition("%")[0].removeprefix("::ffff:")
+    return conn_id.local_port == listener.name.port and address in ("0.0.0.0", "::", conn_id.local)
 
 
 def _local(sock: socket.socket) -> str:

@@ -42,6 +42,7 @@ _ETHERNET: Final = 14
 _NEXT: Final = -1  # TCX_NEXT: other programs and the stack go on
 _DROP: Final = 2  # TCX_DROP
 _ACK_BITS: Final = 0x17  # FIN, SYN, RST, ACK
+_SYN: Final = 0x02
 _ACK: Final = 0x10
 _TIMESTAMP_WORD: Final = 0x0101080A  # NOP, NOP, timestamp of 10 bytes
 
@@ -214,7 +215,8 @@ def _program(known: Layout, acks: int, attrs_size: int) -> bytes:
     asm.label("tcp").mov(1, 6).mov(2, 9).frame(3, _AT_HEADER).set(4, 20).call(Helper.SKB_LOAD_BYTES)
     asm.jump_if(Jump.NOT_EQUAL, 0, 0, "out")
     asm.map(1, acks).frame(2, _AT_KEY).call(Helper.MAP_LOOKUP).jump_if(Jump.EQUAL, 0, 0, "out").mov(8, 0)
-    asm.load(1, 1, FRAME, _AT_HEADER + 13).mask(1, _ACK_BITS).jump_if(Jump.NOT_EQUAL, 1, _ACK, "drop")
+    asm.load(1, 1, FRAME, _AT_HEADER + 13).mask(1, _ACK_BITS).jump_if(Jump.EQUAL, 1, _SYN, "anew")
+    asm.jump_if(Jump.NOT_EQUAL, 1, _ACK, "drop")
     for at, number in ((_AT_HEADER + 4, _SEQ), (_AT_HEADER + 8, _ACKED)):
         asm.load(4, 1, FRAME, at).big_endian(1, 32).load(4, 2, 8, number)
         asm.jump_if_register(Jump.NOT_EQUAL, 1, 2, "drop")
@@ -236,5 +238,8 @@ def _program(known: Layout, acks: int, attrs_size: int) -> bytes:
     asm.mov(2, 0).mov(1, 6).frame(3, _AT_ATTRS).set(4, attrs_size).call_kernel(known.id(Kind.FUNCTION, _KFUNC))
     asm.map(1, acks).frame(2, _AT_KEY).call(Helper.MAP_DELETE)
     asm.label("release").mov(1, 7).call(Helper.SK_RELEASE).label("out").exit(_NEXT)
+    # a peer that has not heard of the handshake's second step begins anew, with the listener itself
+    asm.label("anew").load(4, 1, 8, _FROM_SEGMENT).jump_if(Jump.EQUAL, 1, 0, "drop")
+    asm.map(1, acks).frame(2, _AT_KEY).call(Helper.MAP_DELETE).jump("out")
     asm.label("drop").exit(_DROP)
     return asm.code()

@@ -24,7 +24,18 @@ from tcpstate.kernel.bpf.btf import BadBtf, Kind
 from tcpstate.kernel.bpf.layout import Layout, layout
 from tcpstate.kernel.tcp import TcpState
 
-__all__ = ["FIELDS", "Inner", "TcpField", "available", "iterator_program", "read", "read_by_cookie"]
+__all__ = [
+    "FIELDS",
+    "HEAD",
+    "Inner",
+    "TcpField",
+    "available",
+    "conn_id_of",
+    "head",
+    "iterator_program",
+    "read",
+    "read_by_cookie",
+]
 
 
 class TcpField(NamedTuple):
@@ -123,7 +134,7 @@ FIELDS: Final = (
 
 #: before the numbers: cookie, both ends as IPv6 and as IPv4, interface, our port, the peer's port (network order),
 #: family, state
-_HEAD: Final = struct.Struct("=Q16s16s4s4sIH2sHB5x")
+HEAD: Final = struct.Struct("=Q16s16s4s4sIH2sHB5x")
 _HEAD_PARTS: Final = (
     ("skc_cookie", 8), ("skc_v6_rcv_saddr", 16), ("skc_v6_daddr", 16), ("skc_rcv_saddr", 4), ("skc_daddr", 4),
     ("skc_bound_dev_if", 4), ("skc_num", 2), ("skc_dport", 2), ("skc_family", 2), ("skc_state", 1),
@@ -190,7 +201,7 @@ def _program(known: Layout) -> tuple[bytes, tuple[str, ...], struct.Struct]:
             continue
     wide = [(n, p) for n, p in fields if p.size == 8 and not p.bits]
     narrow = [(n, p) for n, p in fields if p.size != 8 or p.bits]
-    record = struct.Struct(f"{_HEAD.format}{len(wide)}Q{len(narrow)}I{4 * (len(narrow) % 2)}x")
+    record = struct.Struct(f"{HEAD.format}{len(wide)}Q{len(narrow)}I{4 * (len(narrow) % 2)}x")
     start = -record.size
     if record.size > _FRAME_MAX:
         raise RuntimeError(f"a record of {record.size} bytes does not fit the frame")
@@ -198,7 +209,7 @@ def _program(known: Layout) -> tuple[bytes, tuple[str, ...], struct.Struct]:
     asm.load(1, 1, 7, known.offset("sock_common", "skc_state")).jump_if(Jump.EQUAL, 1, TcpState.LISTEN, "out")
     asm.mov(1, 7).call(Helper.SKC_TO_TCP_SOCK).jump_if(Jump.EQUAL, 0, 0, "out").mov(8, 0)
     head(asm, known, 7, start)
-    at = start + _HEAD.size
+    at = start + HEAD.size
     for _, place in wide:
         asm.load(8, 1, 8, place.offset).store(8, FRAME, at, 1)
         at += 8
@@ -300,13 +311,21 @@ def read_by_cookie(names: Collection[str]) -> dict[int, tuple[int, ...]]:
     Quicker than :func:`read` where there are thousands. KernelFeatureMissing; KeyError for a name this kernel lacks.
     """
     reader = _reader()
-    first = len(_HEAD.unpack(bytes(_HEAD.size)))
+    first = len(HEAD.unpack(bytes(HEAD.size)))
     places = [first + reader.names.index(n) if n in reader.names else _missing(n) for n in names]
     return {
         parts[0]: tuple([parts[i] for i in places])
         for parts in reader.record.iter_unpack(call.iterate(reader.link))
         if parts[0]
     }
+
+
+def conn_id_of(record: bytes) -> ConnId:
+    """The connection of a record's head (:func:`head`)."""
+    _, local6, peer6, local4, peer4, device, port, peer_port, family, _ = HEAD.unpack(record)
+    ends = (local6, peer6) if family == socket.AF_INET6 else (local4, peer4)
+    local, peer = (_address(end, device) for end in ends)
+    return ConnId("tcp", local, port, peer, int.from_bytes(peer_port, "big"))
 
 
 def _missing(name: str) -> int:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tcpstate import softstate
+from tcpstate import export, softstate
 from tcpstate.discard import discard_connections
 from tcpstate.errors import KernelFeatureMissing, SoftStateNotRestored
 from tcpstate.export import export_connections
@@ -17,7 +17,7 @@ from tcpstate.freeze import quiet
 from tcpstate.kernel.bpf import windows
 from tcpstate.kernel.bpf.windows import SLOTS, Slot
 from tcpstate.kernel.sockets import SO, Ioctl, Level, ioctl_int
-from tcpstate.kernel.tcp import TCP, InfoOption, TcpInfo
+from tcpstate.kernel.tcp import TCP, InfoOption, RepairQueue, TcpInfo
 from tcpstate.rebuild import differences, rebuild_connections, release_connections
 from tcpstate.silence import Blackhole
 from tests.tscnet import SERVICE, Watcher, net, pair, wait_until
@@ -223,3 +223,32 @@ def test_what_was_in_flight_goes_out_at_once_because_the_window_is_its_own_again
     assert sock.getsockopt(Level.TCP, TCP.CONGESTION, 16).rstrip(b"\0").decode() == congestion
     sock.close()
     hosts.b.remove(V4)
+
+
+def test_what_repair_mode_counts_as_sent_was_not(hosts, monkeypatch):
+    """With the send queue chosen, anything that makes the kernel look at it counts all of it as sent."""
+    served, client = pair(hosts.a, hosts.c, service=False, port=0)
+    client.setsockopt(Level.SOCKET, SO.RCVBUFFORCE, 1 << 12)
+    served.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            served.send(bytes(1 << 16))
+    wait_until(lambda: info(served).snd_wnd < 1448 or info(served).unacked == 0)
+    waiting = ioctl_int(served.fileno(), Ioctl.SIOCOUTQNSD)
+    assert waiting
+    read_all = export.read_all
+
+    def disturbed(socks, *rest):
+        for sock in socks:
+            sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.SEND)
+            sock.setsockopt(Level.TCP, TCP.NODELAY, 1)  # looks at the queue
+            sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
+            assert ioctl_int(sock.fileno(), Ioctl.SIOCOUTQNSD) == 0
+        return read_all(socks, *rest)
+
+    monkeypatch.setattr(export, "read_all", disturbed)
+    with hosts.a:
+        (record,) = export_connections([served], quiet([served]))
+    assert len(record.send_queue) - record.sent == waiting
+    client.close()
+    served.close()
