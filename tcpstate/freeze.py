@@ -206,11 +206,11 @@ def _build_attaching(rows: Rows) -> tuple[Column, Field, RowResult]:
 _attaching = Reusable(_build_attaching)
 
 
-def shut(socks: Sequence[socket.socket]) -> None:
-    """Attach the filter that drops every arriving segment. ConnectionCallFailed."""
+def shut(socks: Sequence[socket.socket], *, but: int | None = None) -> None:
+    """Attach the filter that drops every arriving segment; ``but``: those with this mark pass. ConnectionCallFailed."""
     if not socks:
         return
-    program = bpf.drop_program()
+    program = bpf.drop_program() if but is None else bpf.mark_program(but)
     if program is not None:
         rows, (fd, value, attached) = _attaching.of(len(socks))
         fd.set(s.fileno() for s in socks)
@@ -219,7 +219,7 @@ def shut(socks: Sequence[socket.socket]) -> None:
         if all(result == 0 for result in attached.values()):
             return
     # classic: the same effect; the kernel translates the program for each socket
-    classic = bpf.program(bpf.DROP_ALL)
+    classic = bpf.program(bpf.DROP_ALL if but is None else bpf.drop_but(but))
     rows = Rows(len(socks))
     fd = rows.numbers([s.fileno() for s in socks])
     rows.setsockopt(

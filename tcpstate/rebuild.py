@@ -31,6 +31,7 @@ from tcpstate.comparison import Difference, compare, differences, read_back
 from tcpstate.errors import UnknownHardState, UnsupportedState
 from tcpstate.export import later
 from tcpstate.freeze import MARK, shut
+from tcpstate.inward import MARK as INWARD
 from tcpstate.kernel.columns import Column, Field, Reusable, Rows
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import IP, IPV6, SO, Level, pack_address
@@ -268,6 +269,9 @@ def _connect(
         rows.run()
         before = [_renamed(r, devices) for r in records]
         options.give(socks, [r.options for r in records], before, Stage.BEFORE_CONNECT)
+        if any(p.samples for p in plans):
+            # Where the address is here already, nothing of the peer may arrive while they are taught.
+            shut(socks, but=INWARD)
 
     rows, table = _connecting[family, not bound].of(len(socks))
     table.fd.set(s.fileno() for s in socks)

@@ -25,11 +25,12 @@ from tcpstate.kernel.bpf.classic import (
     Instruction,
     Op,
     attach,
+    drop_but,
     pack,
     program,
     unpack,
 )
-from tcpstate.kernel.bpf.drop import drop_program
+from tcpstate.kernel.bpf.drop import drop_program, mark_program
 
 __all__ = [
     "ACCEPT_ALL",
@@ -40,7 +41,9 @@ __all__ = [
     "Instruction",
     "Op",
     "attach",
+    "drop_but",
     "drop_program",
+    "mark_program",
     "pack",
     "program",
     "unpack",

@@ -22,6 +22,7 @@ __all__ = [
     "Instruction",
     "Op",
     "attach",
+    "drop_but",
     "pack",
     "program",
     "unpack",
@@ -63,10 +64,21 @@ class Ancillary(enum.IntEnum):
     PROTOCOL = 0xFFFFF000
     PKTTYPE = 0xFFFFF004
     IFINDEX = 0xFFFFF008
+    MARK = 0xFFFFF014
     HATYPE = 0xFFFFF01C
 
 
 DROP_ALL: tuple[Instruction, ...] = ((Op.RETURN, 0, 0, 0),)
+
+
+def drop_but(mark: int) -> tuple[Instruction, ...]:
+    """Drops all but what carries this mark."""
+    return (
+        (Op.LOAD_WORD, 0, 0, Ancillary.MARK),
+        (Op.JUMP_EQUAL, 0, 1, mark),
+        (Op.RETURN, 0, 0, ACCEPT_ALL),
+        (Op.RETURN, 0, 0, 0),
+    )
 
 
 def pack(instructions: tuple[Instruction, ...]) -> bytes:

@@ -252,3 +252,27 @@ def test_what_repair_mode_counts_as_sent_was_not(hosts, monkeypatch):
     assert len(record.send_queue) - record.sent == waiting
     client.close()
     served.close()
+
+
+@pytest.mark.parametrize("classic", [False, True], ids=["eBPF", "classic"])
+def test_where_the_address_is_here_already_nothing_of_the_peer_arrives_meanwhile(hosts, monkeypatch, classic):
+    served, client = pair(hosts.a, hosts.c, service=False, port=0)
+    client.setsockopt(Level.TCP, TCP.NODELAY, 1)
+    with hosts.a:
+        (record,) = export_connections([served], quiet([served]))
+        discard_connections([served])
+    told = learned(record, cwnd=50, srtt=37_000)
+    if classic:
+        monkeypatch.setattr("tcpstate.kernel.bpf.mark_program", lambda mark: None)
+    give = softstate.give
+
+    def sends(*arguments):
+        client.send(b"x" * 100)
+        time.sleep(0.02)  # it has come, were it let in
+        give(*arguments)
+
+    monkeypatch.setattr(softstate, "give", sends)
+    with rebuilt(hosts.a, told) as sock:
+        assert info(sock).rtt >= 36_999
+        assert ioctl_int(sock.fileno(), Ioctl.SIOCINQ) == 0
+    client.close()
