@@ -11,6 +11,7 @@ import time
 import pytest
 
 from checkpoint.dump import Dump
+from checkpoint.files.listener import Listener
 from tcpstate.locate import accept_queues
 from tests.hosts import ThreeHosts, tcpmig
 from tests.packets import Watcher
@@ -125,6 +126,15 @@ def waiting():
 
 def test_a_dump_that_is_undone_puts_them_back(waiting):
     hosts, pid, clients = waiting
+    # one whose handshake is half done: its last ACK is lost
+    hosts.c.sh("nft add table inet dark")
+    hosts.c.sh("nft add chain inet dark out '{ type filter hook output priority 0; }'")
+    hosts.c.sh(f"nft add rule inet dark out tcp dport {PORT} tcp flags '&' '(syn|ack)' == ack drop")
+    with hosts.c:
+        late = connect(hosts.a.own(socket.AF_INET), PORT)
+    late_port = late.getsockname()[1]
+    late.sendall(message(b"late"))
+    hosts.c.sh(f"nft insert rule inet dark out tcp sport != {late_port} accept")
     with hosts.a, SegmentWatcher(hosts.c) as seen:
         dump = Dump([pid])
         dump.keep_queues = True
@@ -138,11 +148,17 @@ def test_a_dump_that_is_undone_puts_them_back(waiting):
         dump.freeze()
         assert dump.connections == len(clients)
         assert accept_queues(dump._connections.listeners) == [0]
+        (told,) = [file for file in dump.delta().files.values() if isinstance(file, Listener)]
+        assert [one.conn_id.peer_port for one in told.half_open] == [late_port]
+        assert len(told.waiting) == len(clients)
         # a peer that sends meanwhile
         clients[0].sendall(message(b"meanwhile"))
         time.sleep(0.01)
         dump.resume()
+        hosts.c.sh("nft delete table inet dark")
         os.kill(pid, signal.SIGUSR1)
+        assert receive(late, 32) == answer(b"late")
+        late.close()
         for number, client in enumerate(clients):
             assert receive(client, 32) == answer(bytes([number]) * 3000)
         assert receive(clients[0], 32) == answer(b"meanwhile")
