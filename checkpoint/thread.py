@@ -85,11 +85,13 @@ class Thread:
     registers   what the *application* has in its registers, as of the stop: outside any critical section of rseq, an
                 EINTR that only our stop has made turned into a restart. They stay what they are while injected code
                 runs. ``arch.for_restore`` makes of them what a rebuilt thread gets.
+    call        the number of the system call that it was stopped in, also if it had been stopped in it before; None if
+                it was in none, or nobody knows
     sigmask     the signals that it blocks, as of the stop; bit n-1 for signal n
     rseq        its restartable-sequences area, None if it has none
     """
 
-    __slots__ = ("_inner", "pid", "registers", "rseq", "sigmask", "stop", "tid")
+    __slots__ = ("_inner", "call", "pid", "registers", "rseq", "sigmask", "stop", "tid")
 
     registers: Registers
     sigmask: int
@@ -99,6 +101,7 @@ class Thread:
         self.pid = pid
         self.tid = tid
         self.stop: Stop | None = None
+        self.call: int | None = None
         self._inner: int | None = None
 
     def __repr__(self) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from checkpoint import procfs
-from checkpoint.arch import going_on, require_native
+from checkpoint.arch import CODE_BEFORE, Registers, going_on, require_native, restarted_call
 from checkpoint.errors import (
     LeaderExited,
     MayNotTrace,
@@ -51,6 +51,9 @@ _SWALLOW_TIMEOUT: Final = 0.2
 # A thread that did not stop in time does not stop soon; if it does, it is let go.
 _LATE_STOP_TIMEOUT: Final = 0.5
 _VFORK_PAUSE: Final = 1e-3
+
+#: by tid: instruction and stack pointer, and the call in which we have found it last
+_calls: dict[int, tuple[int, int, int]] = {}
 
 _log = logging.getLogger(__name__)
 
@@ -285,12 +288,30 @@ class Process:
         if thread.registers != found:
             # At once: should the tool die now, the thread shall not see the EINTR either.
             thread.set_registers(thread.registers)
+        thread.call = self._call(thread.tid, found)
         thread.sigmask = thread.get_sigmask()
         thread.rseq = ptrace.get_rseq(thread.tid)
         if thread.rseq is not None:
             abort = abort_address(thread.rseq.address, found.ip, self.read)
             if abort is not None:
                 thread.registers = found.moved(abort)
+
+    def _call(self, tid: int, found: Registers) -> int | None:
+        """The system call that a thread stands in. Of one that was stopped in it before the kernel does not tell; we
+        know it if it was us, else the code may."""
+        place = (found.ip, found.sp)
+        call = found.call
+        if call == SYS.restart_syscall:
+            known = _calls.get(tid)
+            if known is not None and known[:2] == place:
+                return known[2]
+            try:
+                call = restarted_call(found, self.read(found.ip - CODE_BEFORE, CODE_BEFORE))
+            except OSError:
+                call = None  # nothing is mapped before it
+        if call is not None:
+            _calls[tid] = (*place, call)
+        return call
 
     def queue_sigstops(self) -> None:
         """Queue a SIGSTOP to every thread, so that the process stays stopped should the tool die."""

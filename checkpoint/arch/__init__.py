@@ -8,6 +8,7 @@ Registers and interrupted system calls:
 ``require_native``     refuses tasks of another mode
 ``going_on``           what a thread that was stopped here goes on with
 ``for_restore``        what a rebuilt thread gets
+``restarted_call``     which call a thread is in that was stopped in it before; from ``CODE_BEFORE`` bytes of code
 ``interrupted_in``     whether a signal handler will return into given code
 ``xstate_layout``      where this CPU has which ``Component`` of FP and vector registers
 ``convert_xstate``     such an area of another CPU, as this one takes it
@@ -46,6 +47,7 @@ if _MACHINE == "x86_64":
     )
     from checkpoint.arch.x86_64.registers import (
         AUDIT_ARCH,
+        CODE_BEFORE,
         XSTATE_SET,
         Registers,
         by_hand,
@@ -53,6 +55,7 @@ if _MACHINE == "x86_64":
         going_on,
         interrupted_in,
         require_native,
+        restarted_call,
     )
     from checkpoint.arch.x86_64.stub import SPAWN, USER_END, stub_elf
     from checkpoint.arch.x86_64.xstate import Component, convert_xstate, xstate_layout
@@ -67,6 +70,7 @@ __all__ = [
     "AUDIT_ARCH",
     "BOOT_SIZE",
     "BOOT_STOP",
+    "CODE_BEFORE",
     "ENGINE_SIZE",
     "ENGINE_STOP",
     "SPAWN",
@@ -88,6 +92,7 @@ __all__ = [
     "going_on",
     "interrupted_in",
     "require_native",
+    "restarted_call",
     "stub_elf",
     "xstate_layout",
 ]

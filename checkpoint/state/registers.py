@@ -48,7 +48,7 @@ class Registers(State):
     def capture(cls, task: TaskView) -> Self:
         return cls(
             machine=os.uname().machine,
-            general=arch.for_restore(task.thread.registers).pack(),
+            general=arch.for_restore(task.thread.registers, call=task.thread.call).pack(),
             extended=task.thread.get_xstate(),
             layout=arch.xstate_layout(),
             blocked=task.thread.sigmask,

@@ -18,6 +18,7 @@ from tcpstate.kernel.machine import SYS
 
 __all__ = [
     "AUDIT_ARCH",
+    "CODE_BEFORE",
     "XSTATE_SET",
     "Registers",
     "Restart",
@@ -26,6 +27,7 @@ __all__ = [
     "going_on",
     "interrupted_in",
     "require_native",
+    "restarted_call",
 ]
 
 #: the register set that holds FP, SSE, AVX, ...: NT_X86_XSTATE of include/uapi/linux/elf.h
@@ -163,6 +165,15 @@ class Registers:
 _NAMES = tuple(field.name for field in dataclasses.fields(Registers))
 
 
+#: calls that return Restart.BLOCK (kernel: users of set_restart_fn)
+_RESTARTED_BY_BLOCK = frozenset({SYS.poll, SYS.nanosleep, SYS.clock_nanosleep, SYS.futex})
+_SYSCALL = b"\x0f\x05"
+#: mov $number, %eax and %rax, up to the number
+_MOVES = (b"\xb8", b"\x48\xc7\xc0")
+#: bytes before the instruction pointer that restarted_call() looks at
+CODE_BEFORE = 16
+
+
 def require_native(registers: Registers, owner: str) -> None:
     """ForeignMode if the thread (``owner`` names it) runs 32-bit or x32 code."""
     if registers.cs != _USER_CS:
@@ -199,16 +210,41 @@ def by_hand(registers: Registers) -> Registers:
     return dataclasses.replace(registers, rax=number, rip=registers.rip - _SYSCALL_LENGTH, orig_rax=_NO_CALL)
 
 
-def for_restore(registers: Registers, remaining_ns: int | None = None) -> Registers:
+def restarted_call(registers: Registers, code: bytes) -> int | None:
+    """The number of the call that a thread was stopped in, also if it had been stopped in it before: then the kernel
+    has only ``restart_syscall`` in its notes, and the number is read off the code. None if it cannot be told.
+
+    code  what stands before the instruction pointer, CODE_BEFORE bytes
+    """
+    if registers.call != SYS.restart_syscall:
+        return registers.call
+    if code[-_SYSCALL_LENGTH:] != _SYSCALL:
+        return None
+    before = code[:-_SYSCALL_LENGTH]
+    for move in _MOVES:
+        if before[-len(move) - 4 : -4] == move:
+            number = int.from_bytes(before[-4:], "little")
+            return number if number in _RESTARTED_BY_BLOCK else None
+    return None
+
+
+def for_restore(registers: Registers, remaining_ns: int | None = None, call: int | None = None) -> Registers:
     """What a *rebuilt* thread gets: there the kernel knows of no restart block.
 
     The call is made again with the same arguments, but a relative sleep goes on with the remaining time that the
     kernel wrote when it was interrupted, and a poll with ``remaining_ns`` if that is known. Where neither is there
     (nanosleep without a second argument, a relative futex wait) the whole time passes once more.
     The kernel does the restart, so a pending signal with a handler ends the call with EINTR, as it must.
+
+    call  which call it was, if the kernel only has ``restart_syscall`` in its notes (restarted_call); if nobody knows,
+          it ends with EINTR, as it does where the kernel itself has no block
     """
     if registers.call is None or registers.result != Restart.BLOCK:
         return registers
+    if registers.call == SYS.restart_syscall:
+        if call is None:
+            return dataclasses.replace(registers.returning(-errno.EINTR), orig_rax=_NO_CALL)
+        registers = dataclasses.replace(registers, orig_rax=call)
     again = registers.returning(Restart.NOHAND)
     match registers.call:
         case SYS.nanosleep if registers.rsi:

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint.arch.x86_64 import engine, stub
-from checkpoint.arch.x86_64.registers import Registers, Restart, by_hand, for_restore, going_on, interrupted_in
+from checkpoint.arch.x86_64.registers import (
+    CODE_BEFORE,
+    Registers,
+    Restart,
+    by_hand,
+    for_restore,
+    going_on,
+    interrupted_in,
+    restarted_call,
+)
 from checkpoint.arch.x86_64.registers import require_native as native
 from checkpoint.errors import ForeignMode
 from tcpstate.kernel.machine import SYS
@@ -181,6 +190,32 @@ def test_a_finished_call_is_not_restarted_by_hand():
 def test_a_rebuilt_thread_makes_its_sleep_again(before, remaining, changed):
     expected = dataclasses.replace(before, rax=Restart.NOHAND & M, **changed)
     assert for_restore(before, remaining) == expected
+
+
+def test_a_thread_that_was_stopped_twice_makes_its_own_call_again():
+    twice = in_call(SYS.restart_syscall, Restart.BLOCK, rdi=0x10, rsi=0x20)
+    again = for_restore(twice, call=SYS.nanosleep)
+    assert (again.call, again.result, again.rdi) == (SYS.nanosleep, Restart.NOHAND, 0x20)
+    # nobody knows which it was: it ends as if a signal had come
+    ended = for_restore(twice)
+    assert (ended.call, ended.result) == (None, -errno.EINTR)
+
+
+@pytest.mark.parametrize(
+    ("code", "call"),
+    [
+        ("b8ca000000 0f05", SYS.futex),
+        ("48c7c023000000 0f05", SYS.nanosleep),
+        ("4889f8 b807000000 0f05", SYS.poll),
+        ("b801000000 0f05", None),  # write(2) has no restart block: this is no such place
+        ("4889f8 0f05", None),
+        ("b8ca000000 9090", None),
+    ],
+)
+def test_the_call_of_a_thread_that_was_stopped_twice_is_in_its_code(code, call):
+    before = bytes.fromhex(code).rjust(CODE_BEFORE, b"\x90")
+    assert restarted_call(in_call(SYS.restart_syscall, Restart.BLOCK), before) == call
+    assert restarted_call(in_call(SYS.poll, Restart.BLOCK), before) == SYS.poll
 
 
 def test_other_notes_are_left_to_the_kernel_of_the_rebuilt_thread():
