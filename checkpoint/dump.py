@@ -180,9 +180,13 @@ class Dump:
         self._holdoff = Holdoff(self._listeners)
         return {sock.getsockname()[1] for sock in self._listeners}
 
+    def note_roots(self) -> None:
+        """Before anything is stopped or injected: whose memory may have something of ours in it. NoSuchProcess."""
+        write(self.note, Trace.ROOTS, Roots(processes=[Traced.now(pid) for pid in self.roots]))
+
     def make_ready(self) -> None:
         """What takes milliseconds and needs nothing to stand still: rules that silence frozen connections. OSError."""
-        write(self.note, Trace.ROOTS, Roots(processes=[Traced.now(pid) for pid in self.roots]))
+        self.note_roots()
         if not self._blackhole.priorities:
             self._blackhole.ensure(lambda rules: write(self.note, Trace.RULES, Rules(priorities=rules)))
         self._local = local_addresses()

@@ -128,6 +128,11 @@ class OutgoingTrees:
         for verdict in found:
             _log.warning("%s: %s", verdict.subject, verdict.text)
 
+    def begin(self, note: NoteWriter) -> None:
+        """The journal is open."""
+        self._dump.note = note
+        self._dump.note_roots()
+
     def copy_live(
         self, image: ImageWriter, there: Callable[[int], int], settle: Callable[[], None]
     ) -> Iterator[tuple[Round, Mapping[int, int]]]:

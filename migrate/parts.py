@@ -51,6 +51,9 @@ class Outgoing(Protocol):
         apart   files that are not the same there, and travel
         """
 
+    def begin(self, note: NoteWriter) -> None:
+        """Step 2: nothing has been changed yet; from now on ``note`` keeps what undoing needs, before it is changed."""
+
     def copy_live(
         self, image: ImageWriter, there: Callable[[int], int], settle: Callable[[], None]
     ) -> Iterator[tuple[Round, Mapping[int, int]]]:

@@ -204,6 +204,7 @@ class Source:
             there=self._there,
             directory=self._options.state_directory,
         )
+        outgoing.begin(journal.note)
         image = ImageWriter(channel, self._machine.send_image, self._attend)
         rounds = self._copy_live(image) if self._options.precopy else []
         if self._hook is not None:

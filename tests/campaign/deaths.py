@@ -25,7 +25,15 @@ from tests.workloads import deaths, scenes
 __all__ = ["COUNTS", "main", "run"]
 
 #: how many deaths of each kind `make campaign` wants
-COUNTS = {"migrate": 100, "receive": 60, "checkpoint": 50, "checkpoint-R": 40, "restore": 50, "recover": 40}
+COUNTS = {
+    "migrate": 100,
+    "precopy": 40,
+    "receive": 60,
+    "checkpoint": 50,
+    "checkpoint-R": 40,
+    "restore": 50,
+    "recover": 40,
+}
 LEG = 10
 
 

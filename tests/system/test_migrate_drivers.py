@@ -100,6 +100,9 @@ class FakeOutgoing:
         self.note = note
         self.world.reach("prepare")
 
+    def begin(self, note: NoteWriter) -> None:
+        note("roots", b"before anything is stopped")
+
     def copy_live(
         self, image: ImageWriter, there: Callable[[int], int], settle: Callable[[], None]
     ) -> Iterator[tuple[Round, Mapping[int, int]]]:

@@ -163,7 +163,15 @@ def settle(host: Host, *options: object) -> tuple[int, list[dict[str, Any]]]:
 
 
 #: what is killed, and up to how many seconds after the process was first seen to be stopped: about what the stop takes
-KINDS = {"migrate": 0.06, "receive": 0.06, "checkpoint": 0.05, "checkpoint-R": 0.025, "restore": 0.06, "recover": 0.8}
+KINDS = {
+    "migrate": 0.06,
+    "precopy": 0.5,
+    "receive": 0.06,
+    "checkpoint": 0.05,
+    "checkpoint-R": 0.025,
+    "restore": 0.06,
+    "recover": 0.8,
+}
 
 
 def die(stage: Stage, folder: Path, kind: str, delay: float) -> Death:
@@ -180,9 +188,11 @@ def die(stage: Stage, folder: Path, kind: str, delay: float) -> Death:
         tool = start(here, [*TCPMIG, "restore", image, "--json"], log)
         return kill_inside(tool, lambda: tool.outer_pid, stub_born(here, pid), delay)
     look = traced(outer_pid(here, pid))
-    if kind in ("migrate", "receive"):
-        tool = start(here, migrate_command(stage.there, pid), log)
-        return kill_inside(tool, (lambda: tool.outer_pid) if kind == "migrate" else receiver(stage.there), look, delay)
+    if kind in ("migrate", "precopy", "receive"):
+        # without rounds the process is stopped once: the moment is found in that stop
+        options = [] if kind == "precopy" else ["--stop-and-copy"]
+        tool = start(here, migrate_command(stage.there, pid, *options), log)
+        return kill_inside(tool, receiver(stage.there) if kind == "receive" else lambda: tool.outer_pid, look, delay)
     options = ["-R"] if kind == "checkpoint-R" else []
     tool = start(here, [*TCPMIG, "checkpoint", pid, "-o", image, *options, "--json"], log)
     return kill_inside(tool, lambda: tool.outer_pid, look, delay)
