@@ -10,9 +10,9 @@ import time
 import pytest
 
 from checkpoint.inject import Injection
-from checkpoint.kernel import ptrace
 from checkpoint.leftovers import clean, leftovers
 from checkpoint.tracee import Tree
+from tcpstate.kernel import ptrace
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.machine import SYS
 from tests.system.engine.target import Target, as_tool, end, masks, outside_view, python, vdso, wait_state, wait_view
