@@ -133,8 +133,12 @@ def test_memory_of_a_device_shows_as_io_and_pf() -> None:
 
 
 def test_a_program_that_unmapped_its_own_file_is_refused() -> None:
-    exe = os.readlink("/proc/self/exe")
-    smaps = read_smaps(os.getpid())
-    assert any(vma.name == exe for vma in smaps)
-    found = verdicts(os.getpid(), [vma for vma in smaps if vma.name != exe])
+    with subprocess.Popen([sys.executable, "-c", "print(1, flush=True); input()"], stdin=-1, stdout=-1) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        exe = os.readlink(f"/proc/{other.pid}/exe")
+        smaps = read_smaps(other.pid)
+        assert any(vma.name == exe for vma in smaps)
+        found = verdicts(other.pid, [vma for vma in smaps if vma.name != exe])
+        other.communicate(b"\n")
     assert [v.code for v in found] == [UnsupportedMemory.code]
