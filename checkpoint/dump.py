@@ -76,7 +76,7 @@ from checkpoint.tree import plan
 from checkpoint.verdict import Verdict
 from tcpstate.capture import replay
 from tcpstate.errors import TcpmigError
-from tcpstate.filters import own_filter, read_filters, remove_syn_filter
+from tcpstate.filters import own_filter, own_mark, read_filters, remove_syn_filter
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.route import local_addresses
 from tcpstate.segment import Segment
@@ -197,7 +197,7 @@ class Dump:
             raise RuntimeError("find_listeners() comes first")
         if self._listeners:
             held = [
-                HeldListener(places=places, name=listener_name(sock), filter=own_filter(own))
+                HeldListener(places=places, name=listener_name(sock), filter=own_filter(own), mark=own_mark(sock))
                 for sock, places, own in zip(self._listeners, self._places, read_filters(self._listeners), strict=True)
             ]
             write(self.note, Trace.LISTENERS, HeldListeners(listeners=held))

@@ -9,6 +9,7 @@
     prepare()         that, if it was not done yet; connections rebuilt in repair and compared
     survive()         from here on the death of the tool does not end the processes
     release()         connections live: their addresses are local by now
+    connect(..)       sockets that were connecting go on
     tell_windows()    peers hear that there is room, once the network knows where the addresses are
     run()             threads let go
     abort()           nothing is left; possible until release()
@@ -23,7 +24,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from checkpoint import procfs
 from checkpoint.errors import ImageIncomplete, NoSuchProcess, RebuildDiffers
@@ -77,6 +78,7 @@ class Restore:
         self.warnings: list[str] = []
         self.manifest: Manifest | None = None
         self.stubs: dict[int, Stub] = {}
+        self._devices: dict[str, str] = {}
         self._path = path
         self._check = check
         self._held = held
@@ -96,9 +98,10 @@ class Restore:
         self.warnings.append(text)
         _log.warning("%s", text)
 
-    def place(self, path: Callable[[str], str], *, overwrite: bool) -> None:
-        """Where the source's paths are here, and whether shipped files replace others; before the first frame."""
-        self._path, self._overwrite = path, overwrite
+    def place(self, path: Callable[[str], str], *, overwrite: bool, devices: Mapping[str, str] | None = None) -> None:
+        """Where the source's paths are here, and whether shipped files replace others, and what its interfaces are
+        called here; before the first frame."""
+        self._path, self._overwrite, self._devices = path, overwrite, dict(devices or {})
 
     def make_ready(self) -> None:
         """What takes milliseconds and can be done before the first frame comes: rules that silence connections until
@@ -194,6 +197,7 @@ class Restore:
             held=held,
             note_path=lambda path: write(self.note, Trace.MADE, Made(path=path)),
             overwrite=self._overwrite,
+            devices=self._devices,
         )
         if self._check:
             for warning in self._rebuilder.check():
@@ -319,6 +323,11 @@ class Restore:
     def lost(self) -> list[tuple[str, str]]:
         """(conn-ID, reason) of connections that the release could not bring back."""
         return list(self._files_rebuilder.lost)
+
+    def connect(self, arrived: Sequence[Segment] = ()) -> None:
+        """The addresses are announced: sockets that were connecting go on. ``arrived``: what was captured since the
+        freeze. ConnectNotRepeated."""
+        self._files_rebuilder.connect(arrived)
 
     def tell_windows(self) -> None:
         """The addresses are announced: peers that wait for room hear that there is some. OSError."""

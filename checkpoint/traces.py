@@ -111,11 +111,12 @@ class Rules:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldListener:
-    """A listening socket: its address, and its own filter."""
+    """A listening socket: its address, its own filter, and its own mark (tcpstate.filters.ListenerState)."""
 
     places: list[tuple[int, int]]
     name: str
     filter: tuple[Instruction, ...]
+    mark: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,17 +28,19 @@ from checkpoint import preflight, procfs
 from checkpoint.errors import LockTaken, NoSuchProcess, StopTimeout
 from checkpoint.files import locks
 from checkpoint.files.abi import pidfd_getfd
+from checkpoint.files.sockopts import IPPROTO_MPTCP
 from checkpoint.files.tcp import Original, TcpGroup
 from checkpoint.leftovers import clean, leftovers
 from checkpoint.tracee import Tree
 from checkpoint.traces import FrozenTree, GivenUpLock, HeldListeners, Peeked, Traced, alive, listener_name
 from tcpstate.discard import discard_connections
 from tcpstate.errors import ForeignFilter
-from tcpstate.filters import give_filter, remove_syn_filter
+from tcpstate.filters import ListenerState, remove_syn_filter, undo_drop_syns
 from tcpstate.freeze import thaw as thaw_sockets
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.kernel.tcp import TCP, TcpState
 from tcpstate.rows import describe
+from tcpstate.silence import MARK
 
 __all__ = [
     "clean_memory",
@@ -130,7 +132,7 @@ def _tcp(fd: int) -> socket.socket | None:
         sock = socket.socket(fileno=os.dup(fd))
     except OSError:
         return None
-    if sock.type == socket.SOCK_STREAM and sock.proto == socket.IPPROTO_TCP:
+    if sock.type == socket.SOCK_STREAM and sock.proto in (socket.IPPROTO_TCP, IPPROTO_MPTCP):
         return sock
     sock.close()
     return None
@@ -182,7 +184,9 @@ def open_listeners(held: HeldListeners, processes: Sequence[Traced]) -> int:
                 continue
             with sock:
                 if sock.getsockopt(Level.SOCKET, SO.ACCEPTCONN) and listener_name(sock) == listener.name:
-                    give_filter(sock, listener.filter)
+                    marked = sock.getsockopt(Level.SOCKET, SO.MARK) == MARK
+                    mark = listener.mark if marked else None
+                    undo_drop_syns([sock], [ListenerState(filter=listener.filter, mark=mark)])
                     count += 1
     with preflight.live_files([traced.pid for traced in alive(processes)]) as now:
         for sock in TcpGroup(now).established:

@@ -14,9 +14,10 @@ from checkpoint.files.pathmap import PathMap
 from checkpoint.files.verdicts import SHIPPED
 from checkpoint.verdict import Verdict
 
-__all__ = ["FileOptions", "shared_and_apart"]
+__all__ = ["FileOptions", "device_texts", "devices_told", "shared_and_apart"]
 
 _MAP = "map:"
+_DEVICE = "device:"
 _SHIP = "ship"
 _OVERWRITE = "overwrite"
 _YES = "yes"
@@ -46,6 +47,16 @@ class FileOptions:
         """Of the message. BadPathMap."""
         pairs = [(name.removeprefix(_MAP), value) for name, value in texts.items() if name.startswith(_MAP)]
         return cls(path=PathMap(pairs), ship=texts.get(_SHIP) == _YES, overwrite=texts.get(_OVERWRITE) == _YES)
+
+
+def device_texts(map_dev: Mapping[str, str]) -> dict[str, str]:
+    """``--map-dev`` as such texts: sockets that are bound to an interface, or link-local, need it."""
+    return {f"{_DEVICE}{old}": new for old, new in map_dev.items()}
+
+
+def devices_told(texts: Mapping[str, str]) -> dict[str, str]:
+    """Of :func:`device_texts`."""
+    return {name.removeprefix(_DEVICE): new for name, new in texts.items() if name.startswith(_DEVICE)}
 
 
 def shared_and_apart(written: Sequence[str], answer: Iterable[Verdict]) -> tuple[list[str], list[str]]:

@@ -15,7 +15,7 @@ from checkpoint.restore import Restore, first_user
 from checkpoint.traces import NoteWriter
 from checkpoint.verdict import Verdict, refusals
 from migrate.clock import monotonic_ns
-from migrate.fileoptions import FileOptions
+from migrate.fileoptions import FileOptions, devices_told
 from migrate.kept import KeptFrames
 from migrate.messages import Comparison, Difference, Lost, Needs
 from migrate.parts import Arrived
@@ -75,9 +75,15 @@ class IncomingTrees:
                 )
             )
         told = FileOptions.told(options)
-        self._restore.place(told.path, overwrite=told.overwrite)
+        devices = devices_told(options)
+        self._restore.place(told.path, overwrite=told.overwrite, devices=devices)
         found += judge_here(
-            needs.files, path=told.path, beacons=needs.beacons, ship=told.ship, overwrite=told.overwrite
+            needs.files,
+            path=told.path,
+            beacons=needs.beacons,
+            ship=told.ship,
+            overwrite=told.overwrite,
+            devices=devices,
         )
         found += [_judge_directory(told.path(path)) for path in needs.directories]
         moving = {record.address for record in needs.addresses}
@@ -123,6 +129,8 @@ class IncomingTrees:
         if first and self._capture is not None:
             arrived += self._capture.segments()
             self._capture.stop()
+        if first:
+            self._restore.connect(arrived)
         replay(arrived, self._connections, unknown=self._restore.awaits)
         if first:
             # The addresses are announced by now.  Earlier, a peer that had waited for room would send all it has to

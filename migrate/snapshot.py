@@ -315,6 +315,8 @@ def restore(
         rebuilt.release()
         with logged("announcing the addresses"):
             arrival.announce(time.monotonic())
+        with logged("sockets that were connecting"):
+            rebuilt.connect()
         if capture is not None:
             replay(segments + capture.segments(), connections)
         with logged("telling windows"):

@@ -26,6 +26,7 @@ from migrate.errors import (
     TargetStuck,
     undone,
 )
+from migrate.fileoptions import device_texts
 from migrate.hostfacts import features, host_facts, judge_host
 from migrate.journal import AddressesArrive, End, Journal, Role, Step, StepKind
 from migrate.messages import (
@@ -162,7 +163,7 @@ class Target:
             return None
         needs = check.needs
         verdicts: list[Verdict] = [] if self._theirs is None else judge_host(needs, self._theirs, host_facts())
-        verdicts += self._incoming.check(needs, check.options)
+        verdicts += self._incoming.check(needs, check.options | device_texts(check.map_dev))
         self._arrival = arrival = Arrival(needs.addresses, map_dev=check.map_dev)
         verdicts += arrival.check(needs.macs)
         for first in refusals(verdicts):

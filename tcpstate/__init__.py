@@ -41,9 +41,11 @@ if TYPE_CHECKING:
     from tcpstate.filters import drop_syns, undo_drop_syns
     from tcpstate.freeze import quiet, thaw
     from tcpstate.locate import connections, find, listener_backlog, take
+    from tcpstate.pairs import retuple, settle
     from tcpstate.preflight import refusal, supported
     from tcpstate.rebuild import compare, rebuild_connections, release_connections
     from tcpstate.record import ConnectionRecord
+    from tcpstate.release import open_connections
     from tcpstate.segment import Segment
     from tcpstate.silence import blackhole
     from tcpstate.single import discard_connection, export_connection, rebuild_connection
@@ -64,12 +66,15 @@ __all__ = [
     "export_connections",
     "find",
     "listener_backlog",
+    "open_connections",
     "quiet",
     "rebuild_connection",
     "rebuild_connections",
     "refusal",
     "release_connections",
     "replay",
+    "retuple",
+    "settle",
     "supported",
     "take",
     "thaw",
@@ -92,12 +97,15 @@ _HOME = {
     "export_connections": "export",
     "find": "locate",
     "listener_backlog": "locate",
+    "open_connections": "release",
     "quiet": "freeze",
     "rebuild_connection": "single",
     "rebuild_connections": "rebuild",
     "refusal": "preflight",
     "release_connections": "rebuild",
     "replay": "capture",
+    "retuple": "pairs",
+    "settle": "pairs",
     "supported": "preflight",
     "take": "locate",
     "thaw": "freeze",

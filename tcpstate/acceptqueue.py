@@ -102,8 +102,10 @@ def missing() -> KernelFeatureMissing | None:
 
 def keeps(listener: socket.socket) -> bool:
     """Whether what waits in this listener's queue can be kept: one of an interface does not hear what comes over
-    loopback."""
-    return not listener.getsockopt(Level.SOCKET, SO.BINDTOIFINDEX)
+    loopback; one that takes no filter (Multipath TCP, SO_LOCK_FILTER) would take more meanwhile."""
+    if listener.getsockopt(Level.SOCKET, SO.PROTOCOL) != socket.IPPROTO_TCP:
+        return False
+    return not any(listener.getsockopt(Level.SOCKET, option) for option in (SO.BINDTOIFINDEX, SO.LOCK_FILTER))
 
 
 def capture(listeners: Sequence[socket.socket]) -> list[Queue]:

@@ -29,6 +29,7 @@ from typing import Self
 from tcpstate.connid import PORT_MAX, ConnId
 from tcpstate.kernel import bpf
 from tcpstate.kernel.bpf import Ancillary, Instruction, Op
+from tcpstate.kernel.interfaces import interface_of
 from tcpstate.kernel.packet import ARPHRD_LOOPBACK, ETH_P_ALL, PACKET_OUTGOING, SOL_PACKET, Packet, bind_packet
 from tcpstate.kernel.sockets import SO, Level, is_v6
 from tcpstate.record import ConnectionRecord
@@ -275,9 +276,8 @@ def replay(
             if segment in seen:
                 continue
             seen.add(segment)
-            scope = socket.if_nametoindex(record.scope) if record is not None and record.scope else 0
             for part in split(segment, _segment_size(record)):
-                count += injector.send(part, scope)
+                count += injector.arrive(part) if record is None else injector.deliver(part, record)
     return count
 
 
@@ -288,17 +288,41 @@ class Injector:
     """
 
     def __init__(self) -> None:
-        self._socks: dict[int, socket.socket] = {}
+        self._socks: dict[tuple[int, str], socket.socket] = {}
+        self._places: dict[str, str] = {}
 
-    def send(self, segment: Segment, scope: int = 0) -> int:
-        """Inject one segment, no larger than a packet; ``scope``: interface index for link-local addresses. 1, or 0 if
-        there was no room for it just now: as if it had been lost on its way. OSError."""
+    def deliver(self, segment: Segment, record: ConnectionRecord) -> int:
+        """As :meth:`send`, so that it reaches the socket of ``record`` on whatever interface that listens."""
+        scope = socket.if_nametoindex(record.scope) if record.scope else 0
+        return self.send(segment, scope, record.device)
+
+    def arrive(self, segment: Segment) -> int:
+        """As :meth:`send`, on the interface that has the destination address: a listener may be bound to it."""
+        address = segment.destination
+        if address not in self._places:
+            self._places[address] = interface_of(address)
+        device = self._places[address]
+        scope = socket.if_nametoindex(device) if device and address.startswith("fe80:") else 0
+        return self.send(segment, scope, device)
+
+    def send(self, segment: Segment, scope: int = 0, device: str = "") -> int:
+        """Inject one segment, no larger than a packet. 1, or 0 if there was no room for it just now: as if it had been
+        lost on its way. OSError.
+
+        scope   interface index for link-local addresses
+        device  name of the interface where it seems to arrive: a socket that is bound to one hears nothing of others
+                (net/ipv4/route.c: the route's rt_iif is that of the sender's binding)
+        """
         family = socket.AF_INET6 if is_v6(segment.destination) else socket.AF_INET
-        if family not in self._socks:
-            self._socks[family] = socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW)
+        if (family, device) not in self._socks:
+            made = socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW)
+            self._socks[family, device] = made
+            if device:
+                name = device.encode("utf-8", "surrogateescape")
+                made.setsockopt(Level.SOCKET, SO.BINDTODEVICE, name)
         to = (segment.destination, 0, 0, scope) if family == socket.AF_INET6 else (segment.destination, 0)
         try:
-            self._socks[family].sendto(build(segment), to)
+            self._socks[family, device].sendto(build(segment), to)
         except OSError as error:
             if error.errno in (errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN):
                 log.debug("no room to inject a segment of %s", segment.conn_id)

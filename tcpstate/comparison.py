@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from tcpstate import options
+from tcpstate import opening, options
 from tcpstate.export import export_connections
 from tcpstate.freeze import Gate, QuietState
 from tcpstate.kernel.sockets import Level, unpack_address
@@ -58,7 +58,8 @@ def read_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord
         )
         for record in records
     ]
-    return export_connections(socks, states)
+    # keys are no matter of comparison: reading them takes a pass over all sockets
+    return export_connections(socks, states, keys=[r.signing_keys for r in records])
 
 
 def compare(record: ConnectionRecord, found: ConnectionRecord) -> list[Difference]:
@@ -113,6 +114,13 @@ def differences(
     """
     if not socks:
         return []
+    waiting = [i for i, record in enumerate(records) if record.unopened]
+    if waiting:
+        opened = [i for i, record in enumerate(records) if not record.unopened]
+        mine = {at: early[i] for at, i in enumerate(opened) if i in early} if early else None
+        found_here = differences([socks[i] for i in opened], [records[i] for i in opened], mine)
+        result = [(opened[at], difference) for at, difference in found_here]
+        return result + [(i, Difference(*d)) for i in waiting for d in opening.differences(socks[i], records[i])]
     heads = early or {}
     records = [held_back(record) for record in records]
     found = read_numbers(socks)

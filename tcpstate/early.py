@@ -23,7 +23,7 @@ from tcpstate.kernel.columns import Column, Field, Reusable, Rows
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import SO, Ioctl, Level
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpState
-from tcpstate.preflight import STATES, supported
+from tcpstate.preflight import NOT_CONNECTED, STATES, supported
 from tcpstate.record import PEER_FINISHED
 from tcpstate.rows import failures
 
@@ -82,7 +82,7 @@ def _look(socks: Sequence[socket.socket]) -> list[tuple[int, int] | None]:
     for number, received, length, unread, number_again, again, offset in reader.iter_unpack(rows.memory):
         state = STATES.get(number)
         still = (number, received) == (number_again, again) and length >= COUNTED and offset < 0
-        fine = still and state is not None and supported(state)
+        fine = still and state is not None and supported(state) and state not in NOT_CONNECTED
         found.append((consumed(TcpState(number), received, unread), unread) if fine else None)
     return found
 

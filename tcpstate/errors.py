@@ -177,7 +177,7 @@ class UnsupportedState(TcpmigError):
 
 class UnsupportedSocket(TcpmigError):
     """The socket carries state that the kernel does not give out: an upper-layer protocol (kTLS), Multipath TCP, TCP-AO
-    or MD5 keys, or it is not a TCP socket. Nothing was changed."""
+    keys, or it is not a TCP socket. Nothing was changed."""
 
     code = "TM-0212"
     outcome = Outcome.REFUSED
@@ -507,7 +507,51 @@ class BadKeyFile(TcpmigError):
 
     code = "TM-0233"
     outcome = Outcome.REFUSED
-    fix = "Make a key with tcpstate.signing.generate_key, or `chmod 600` the file."
+    fix = "Make a key with tcpstate.md5keys.generate_key, or `chmod 600` the file."
+
+
+class ConnectNotRepeated(TcpmigError):
+    """A socket that was connecting, or whose connect() had failed, was rebuilt, but the kernel refused a call that
+    makes it connect or fail again: its application would wait for an answer that never comes."""
+
+    code = "TM-0250"
+    fix = "See the named reason; the application can close the socket and try again."
+
+
+class KeysNotRestored(TcpmigError):
+    """A connection or listener signs its segments (TCP MD5, RFC 2385), and the kernel here does not take its key:
+    it was built without CONFIG_TCP_MD5SIG, forbids MD5 (FIPS mode), or is older than 4.13."""
+
+    code = "TM-0252"
+    outcome = Outcome.REFUSED
+    fix = "Use a target whose kernel has CONFIG_TCP_MD5SIG."
+
+
+class NotOneConnection(TcpmigError):
+    """Two records were given as the two ends of one connection, and are not: their addresses, sequence numbers or FINs
+    do not fit together. Perhaps one of them was exported while the other still lived."""
+
+    code = "TM-0253"
+    outcome = Outcome.REFUSED
+    fix = "Freeze both ends before either is exported."
+
+
+class TupleImpossible(TcpmigError):
+    """A connection cannot have the addresses and ports that were asked for: they are malformed, or of another IP
+    version or link."""
+
+    code = "TM-0254"
+    outcome = Outcome.REFUSED
+    fix = "Give addresses of the connection's own IP version, and ports from 0 to 65535."
+
+
+class RepairNotPermitted(TcpmigError):
+    """The kernel does not let this caller put a TCP socket in repair mode, without which no connection can be read or
+    rebuilt: CAP_NET_ADMIN in the user namespace that owns the network namespace is missing. Nothing was changed."""
+
+    code = "TM-0251"
+    outcome = Outcome.REFUSED
+    fix = "Run as root of the user namespace that owns the network namespace."
 
 
 class KernelReadRefused(TcpmigError):

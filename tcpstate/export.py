@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 
 from tcpstate import options
+from tcpstate.closed import pending_error
 from tcpstate.connid import ConnId
 from tcpstate.early import Early
 from tcpstate.freeze import QuietState, enter_repair, not_in_repair
@@ -21,6 +22,7 @@ from tcpstate.kernel.columns import Column, Field, Reusable, Rows
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import SO, BufferLock, Ioctl, Level
 from tcpstate.kernel.tcp import TCP, InfoOption
+from tcpstate.md5keys import SigningKey, keys_of
 from tcpstate.preflight import refusal, state_of, supported
 from tcpstate.reading import Raw, read_all
 from tcpstate.record import (
@@ -32,6 +34,7 @@ from tcpstate.record import (
     LocalFin,
     Negotiated,
     SoftState,
+    State,
     Timestamps,
     Windows,
 )
@@ -55,11 +58,13 @@ def export_connections(
     *,
     saved_options: Sequence[options.Saved] | None = None,
     early: list[Early | None] | None = None,
+    keys: Sequence[tuple[SigningKey, ...]] | None = None,
 ) -> list[ConnectionRecord]:
     """Records of quiet connections, in the same order. They are in repair mode afterwards, or as before if it fails.
 
     states         what :func:`~tcpstate.freeze.quiet` returned: their originals go into the records
     saved_options  their options, if :func:`tcpstate.options.save` read them since their owners were stopped
+    keys           what :func:`tcpstate.md5keys.keys_of` said since then
     early          what :func:`tcpstate.early.read_early` read since then, and what a record's receive queue is to be
                    without: it begins behind it. What does not hold any more becomes None in the list, and the record is
                    whole
@@ -74,6 +79,7 @@ def export_connections(
     begun = time.monotonic()
     known: list[Early | None] = [None] * len(socks) if early is None else early
     saved = options.save(socks) if saved_options is None else options.refresh(socks, saved_options)
+    signing = keys_of(socks) if keys is None else keys
     new = not_in_repair(socks)
     unsent = dict(zip((s.fileno() for s in new), _unsent(new), strict=True))
     enter_repair(new)
@@ -89,7 +95,7 @@ def export_connections(
         raise
     spent = time.monotonic() - begun
     shared = _Shared()
-    return [_record(*parts, spent, shared) for parts in zip(raw, socks, states, saved, strict=True)]
+    return [_record(*parts, spent, shared) for parts in zip(raw, socks, states, saved, signing, strict=True)]
 
 
 def _build_unsent(rows: Rows) -> tuple[Column, Field]:
@@ -187,15 +193,28 @@ def _options(state: QuietState, saved: options.Saved) -> dict[str, tuple[int, ..
 
 
 def _record(
-    raw: Raw, sock: socket.socket, state: QuietState, saved: options.Saved, spent: float, shared: _Shared
+    raw: Raw,
+    sock: socket.socket,
+    state: QuietState,
+    saved: options.Saved,
+    keys: tuple[SigningKey, ...],
+    spent: float,
+    shared: _Shared,
 ) -> ConnectionRecord:
     name = raw.state
-    fin = LocalFin.NONE
+    fin, error = LocalFin.NONE, ""
     end, outq, nsd = raw.write_seq, raw.outq, raw.nsd
+    finished = name in PEER_FINISHED
     if name in LOCALLY_FINISHED:
         fin = LocalFin.ACKED if not outq else LocalFin.QUEUED if nsd else LocalFin.SENT
         end, outq, nsd = end - 1, max(0, outq - 1), max(0, nsd - 1)
-    finished = name in PEER_FINISHED
+    elif name is State.CLOSED:
+        # the send queue went with the connection
+        outq = nsd = 0
+        established = bool(raw.rcv_nxt or raw.max_window)
+        error, _ = pending_error(sock, established=established)
+        finished = established and not error
+        end -= finished
     rcv_nxt = (raw.rcv_nxt - finished) & SEQ_MASK
     # the window update that acknowledged the peer's FIN counts it
     beyond = 1 if finished and raw.rcv_wup == raw.rcv_nxt else 0
@@ -203,7 +222,7 @@ def _record(
     peer, peer_port, flow_info, _ = _address(raw.peer, shared)
     suffix = f"%{socket.if_indextoname(scope)}" if scope else ""
     timestamps = None
-    if raw.info_options & _TIMESTAMPS:
+    if raw.info_options & _TIMESTAMPS or name is State.SYN_SENT:
         usec = raw.timestamp & 1
         timestamps = Timestamps(value=later(raw.timestamp, usec, spent), microseconds=bool(usec))
     return ConnectionRecord(
@@ -237,6 +256,8 @@ def _record(
         ),
         flow_info=flow_info,
         scope=suffix.removeprefix("%"),
+        signing_keys=keys,
+        error=error,
     )  # fmt: skip
 
 

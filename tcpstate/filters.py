@@ -19,12 +19,14 @@ from tcpstate.kernel.bpf import Instruction, Op
 from tcpstate.kernel.columns import Column, Field, Reusable, Rows
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.rows import describe, failures
+from tcpstate.silence import MARK
 
 __all__ = [
     "ListenerState",
     "drop_syns",
     "give_filter",
     "own_filter",
+    "own_mark",
     "read_filters",
     "remove_syn_filter",
     "undo_drop_syns",
@@ -33,11 +35,20 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ListenerState:
-    """What :func:`drop_syns` changed on a listening socket: its own filter."""
+    """What :func:`drop_syns` changed on a listening socket.
+
+    filter  its own filter
+    mark    its own SO_MARK, if that was changed instead of the filter
+    """
 
     filter: tuple[Instruction, ...]
+    mark: int | None = None
 
 
+#: Multipath TCP listeners; SO_LOCK_FILTER
+_NO_FILTER = (errno.EOPNOTSUPP, errno.EPERM)
+#: inode of a listener that :func:`drop_syns` has marked: its own mark
+_marks: dict[int, int] = {}
 _FLAGS_OFFSET = 13
 _SYN_AND_ACK = 0x12
 _SYN = 0x02
@@ -114,27 +125,55 @@ def drop_syns(listeners: Sequence[socket.socket]) -> list[ListenerState]:
 
     Handshakes that have begun can complete, so that the queues drain (:func:`tcpstate.locate.listener_backlog`).  The
     filter stands before the application's own; connections accepted meanwhile inherit it: :func:`remove_syn_filter`, or
-    a freeze and thaw, rid them of it.  All or none; ListenerFilterRefused, ForeignFilter.
+    a freeze and thaw, rid them of it.
+
+    A listener that takes no filter (Multipath TCP; SO_LOCK_FILTER) gets the freeze's mark: no route leads back to the
+    peer, so that the kernel drops its SYN (net/ipv4/tcp_input.c tcp_conn_request).  That takes a
+    :func:`tcpstate.silence.blackhole`, and does not hold off connections over loopback.
+
+    All or none; ListenerFilterRefused, ForeignFilter.
     """
     states: list[ListenerState] = []
     for listener, own in zip(listeners, read_filters(listeners), strict=True):
         own = own_filter(own)
         try:
-            give_filter(listener, _SYN_PREFIX + (own or _REST))
+            states.append(_hold_off(listener, own))
         except OSError as error:
             undo_drop_syns(listeners[: len(states)], states)
             raise ListenerFilterRefused(
-                f"the listener takes no filter: {error.strerror}", object=describe(listener)
+                f"the listener takes neither filter nor mark: {error.strerror}", object=describe(listener)
             ) from None
-        states.append(ListenerState(filter=own))
     return states
+
+
+def _hold_off(listener: socket.socket, own: tuple[Instruction, ...]) -> ListenerState:
+    try:
+        give_filter(listener, _SYN_PREFIX + (own or _REST))
+        return ListenerState(filter=own)
+    except OSError as error:
+        if error.errno not in _NO_FILTER:
+            raise
+    mark = own_mark(listener)
+    listener.setsockopt(Level.SOCKET, SO.MARK, MARK)
+    _marks[os.fstat(listener.fileno()).st_ino] = mark
+    return ListenerState(filter=own, mark=mark)
+
+
+def own_mark(listener: socket.socket) -> int:
+    """The application's own mark of a listener, also where :func:`drop_syns` has put another in its place."""
+    found: int = listener.getsockopt(Level.SOCKET, SO.MARK)
+    return _marks.get(os.fstat(listener.fileno()).st_ino, 0) if found == MARK else found
 
 
 def undo_drop_syns(listeners: Sequence[socket.socket], states: Sequence[ListenerState]) -> None:
     """Let listeners take connections again. ConnectionCallFailed."""
     for listener, state in zip(listeners, states, strict=True):
         try:
-            give_filter(listener, state.filter)
+            if state.mark is None:
+                give_filter(listener, state.filter)
+            else:
+                listener.setsockopt(Level.SOCKET, SO.MARK, state.mark)
+                _marks.pop(os.fstat(listener.fileno()).st_ino, None)
         except OSError as error:
             raise ConnectionCallFailed(f"giving its filter back: {error.strerror}", object=describe(listener)) from None
 

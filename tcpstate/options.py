@@ -246,6 +246,7 @@ BY_KEYWORD: Mapping[str, Option] = {option.keyword: option for option in TABLE}
 _ORDER: Mapping[str, int] = {option.keyword: place for place, option in enumerate(TABLE)}
 
 _DEVICE = "so.bindtodevice"
+_LOW = {"so.rcvlowat": bytes(4)}
 _OWN_FIELD = "has a field of its own in the record"
 _DERIVED = "tells what follows from other state"
 _SAME_STATE = "another form of an option that is in the table"
@@ -339,8 +340,8 @@ class _Reading:
             if place.is_usual(row, self.defaults[option.keyword]):
                 continue
             value = place.value(row)
-            # a call that failed left the default in its place
-            if value == self.defaults[option.keyword] or place.failed(row):
+            # a call that failed left the default in its place; SO_RCVLOWAT 0 is as good as 1, and cannot be set
+            if value in (self.defaults[option.keyword], _LOW.get(option.keyword)) or place.failed(row):
                 continue
             if option.format is not Format.BYTES:
                 found.numbers[option.keyword] = option.decode(value)
@@ -405,9 +406,8 @@ def give(
 ) -> None:
     """Set the recorded options of one stage.
 
-    An option that this kernel does not have is left out with a warning in the log; keywords that this version does not
-    know, too.  Raises :class:`~tcpstate.kernel.columns.RowError` (``row`` counts among ``socks``) when the kernel
-    refuses a value, ValueError when a value has the wrong shape.
+    What this kernel or version does not know is left out with a warning in the log.  RowError (``row`` counts among
+    ``socks``) when the kernel refuses a value, ValueError when a value has the wrong shape.
     """
     alike: dict[tuple[str, ...], list[tuple[int, list[bytes]]]] = {}
     seen: dict[object, tuple[tuple[str, ...], list[bytes]]] = {}  # most connections of a server have the same

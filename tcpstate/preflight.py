@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import socket
 
-from tcpstate.connid import ConnId
-from tcpstate.errors import TcpmigError, UnsupportedSocket, UnsupportedState
+from tcpstate.closed import peer_name
+from tcpstate.errors import RepairNotPermitted, TcpmigError, UnsupportedSocket, UnsupportedState
 from tcpstate.filters import read_filters
-from tcpstate.kernel import diag
 from tcpstate.kernel.sockets import Level
-from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpInfo, TcpState
+from tcpstate.kernel.tcp import INFO_SIZE, TCP, Repair, TcpInfo, TcpState
 from tcpstate.record import State
 from tcpstate.rows import describe
 
-__all__ = ["STATES", "refusal", "state_of", "supported"]
+__all__ = ["NOT_CONNECTED", "STATES", "refusal", "repair_permitted", "state_of", "supported"]
 
 #: the kernel's states in the record's words; a listener is no connection
 STATES = {
@@ -29,9 +28,10 @@ STATES = {
     TcpState.LAST_ACK: State.LAST_ACK,
     TcpState.CLOSING: State.CLOSING,
 }
-_SUPPORTED = frozenset(
-    {State.ESTABLISHED, State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSE_WAIT, State.CLOSING, State.LAST_ACK}
-)
+#: the others have no owner: half open, or TIME_WAIT
+_SUPPORTED = frozenset(State) - {State.SYN_RECEIVED, State.TIME_WAIT}
+#: in these the socket has no connection, and getpeername() no answer
+NOT_CONNECTED = frozenset({State.SYN_SENT, State.CLOSED})
 
 
 def state_of(sock: socket.socket) -> State | None:
@@ -45,38 +45,54 @@ def supported(state: State) -> bool:
     return state in _SUPPORTED
 
 
+def repair_permitted() -> bool:
+    """Whether we may put TCP sockets of this network namespace in repair mode: tried on a fresh one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as fresh:
+        try:
+            fresh.setsockopt(Level.TCP, TCP.REPAIR, Repair.ON)
+        except PermissionError:
+            return False
+    return True
+
+
 def refusal(sock: socket.socket) -> TcpmigError | None:
     """Why this connection cannot be moved, told before anything is changed; None if it can.
 
     Its state may change until it is frozen; :func:`~tcpstate.export.export_connections` looks again.
     """
     name = describe(sock)
+    if not repair_permitted():
+        return RepairNotPermitted("the kernel does not let us put a socket in repair mode", object=name)
     state = state_of(sock)
     if state is None:
         return UnsupportedState("it is a listening socket, not a connection", object=name)
     if not supported(state):
         return UnsupportedState(f"its state is {state.value}", object=name)
-    for option, what in ((TCP.ULP, "an upper-layer protocol (kTLS)"), (TCP.AO_INFO, "TCP-AO keys")):
+    if state is State.CLOSED and not peer_name(sock):
+        return UnsupportedState("it was never connected", object=name)
+    if state is State.SYN_SENT and sock.getsockopt(Level.TCP, TCP.FASTOPEN_CONNECT):
+        return UnsupportedState("it connects with TCP Fast Open", object=name)
+    for option, what in ((TCP.ULP, "an upper-layer protocol"), (TCP.AO_INFO, "TCP-AO keys")):
         try:
             value = sock.getsockopt(Level.TCP, option, 256)
         except OSError:
             # this kernel has none of it, or (AO) the socket has no key
             continue
         if value.strip(b"\0"):
-            return UnsupportedSocket(f"it carries {what}", object=name)
+            which = f" ({_protocol_name(value)})" if option is TCP.ULP else ""
+            return UnsupportedSocket(f"it carries {what}{which}", object=name)
     if _is_mptcp(sock):
         return UnsupportedSocket("it is a Multipath TCP connection", object=name)
     try:
         read_filters([sock])
     except TcpmigError as error:
         return error
-    try:
-        known = diag.get(ConnId.parse(name)) if name.startswith("tcp:") else None
-    except OSError as error:
-        return UnsupportedSocket(f"sock_diag does not tell its state: {error.strerror}", object=name)
-    if known is not None and known.md5:
-        return UnsupportedSocket("it carries MD5 keys", object=name)
     return None
+
+
+def _protocol_name(value: bytes) -> str:
+    name = value.rstrip(b"\0").decode("ascii", "replace")
+    return "kTLS" if name == "tls" else name
 
 
 def _is_mptcp(sock: socket.socket) -> bool:

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tcpstate import options
+from tcpstate.closed import peer_name
 from tcpstate.early import COUNTED, Early, consumed
 from tcpstate.errors import StillMoving, UnsupportedState, UrgentData
 from tcpstate.kernel import sockets
@@ -30,7 +31,7 @@ from tcpstate.kernel.columns import Column, Field, Reusable, RowResult, Rows
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import SO, Ioctl, Level, ioctl_int
 from tcpstate.kernel.tcp import CONGESTION_NAME_SIZE, INFO_SIZE, TCP, WINDOW_SIZE, RepairQueue, TcpState
-from tcpstate.preflight import STATES, supported
+from tcpstate.preflight import NOT_CONNECTED, STATES, supported
 from tcpstate.record import LOCALLY_FINISHED, State
 from tcpstate.rows import describe, failures
 
@@ -255,6 +256,11 @@ def read_numbers(socks: Sequence[socket.socket]) -> list[Raw]:
         if state is None or not supported(state):
             kind = "LISTEN" if state is None else state.value
             raise UnsupportedState(f"its state is {kind}", object=describe(sock))
+        if state in NOT_CONNECTED:
+            # getpeername() does not tell it
+            raw.peer = peer_name(sock)
+            if not raw.peer:
+                raise UnsupportedState("it was never connected", object=describe(sock))
     return found
 
 
@@ -287,7 +293,9 @@ def read_queues(
     for i in indices:
         one, sock, known = raw[i], socks[i], early[i]
         one.send_queue = one.receive_queue = b""
-        out = one.outq - (1 if _sent_fin(one) and one.outq else 0)
+        out = 0 if one.state in NOT_CONNECTED else one.outq - (1 if _sent_fin(one) and one.outq else 0)
+        if one.state is State.SYN_SENT and peek_from(sock, RepairQueue.SEND, 1):
+            raise UnsupportedState("its SYN carries data (TCP Fast Open)", object=describe(sock))
         if out > SMALL:
             one.send_queue = peek_from(sock, RepairQueue.SEND, out)
         elif out:

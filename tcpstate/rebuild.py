@@ -26,9 +26,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
-from tcpstate import options, softstate
+from tcpstate import opening, options, softstate
 from tcpstate.comparison import Difference, compare, differences, read_back
-from tcpstate.errors import UnknownHardState, UnsupportedState
+from tcpstate.errors import ConnectionCallFailed, UnknownHardState, UnsupportedState
 from tcpstate.export import later
 from tcpstate.freeze import MARK, shut
 from tcpstate.inward import MARK as INWARD
@@ -46,6 +46,7 @@ from tcpstate.kernel.tcp import (
     RepairWindow,
 )
 from tcpstate.kernel.tcp import repair_options as pack_repair_options
+from tcpstate.md5keys import give_keys
 from tcpstate.options import Stage, number
 from tcpstate.preflight import supported
 from tcpstate.record import ConnectionRecord, Family, Negotiated, State
@@ -100,18 +101,17 @@ def rebuild_connections(
     socks: Sequence[socket.socket] | None = None,
     *,
     elapsed: float = 0.0,
-    devices: Mapping[str, str] | None = None,
     early: Mapping[int, Sequence[memoryview]] | None = None,
     bound: bool = False,
     soft: bool = True,
 ) -> list[socket.socket]:
-    """Sockets in repair mode that continue the connections of ``records``, in the same order.
+    """Sockets in repair mode that continue the connections of ``records``, in the same order. Interfaces must have the
+    names of this host: :meth:`ConnectionRecord.on_devices`.
 
     socks    fresh TCP sockets of the right families, never bound or connected, that shall become them (the new owner
              may have their descriptors already); made here if None
     elapsed  seconds since the export returned, measured by one clock; never two hosts' wall clocks.  Rather too much
              than too little: a peer drops what comes with an older timestamp
-    devices  interface names of the source and what they are called here (SO_BINDTODEVICE, link-local scopes)
     early    by the record's place: pieces of the receive queue that come before what is in the record
              (:mod:`tcpstate.early`)
     bound    ``socks`` are bound to their ports already: they had been before they were dissolved
@@ -134,10 +134,18 @@ def rebuild_connections(
     records = [held_back(record) for record in records]
     made = _fresh(records) if socks is None else list(socks)
     heads = [early.get(i, ()) for i in range(len(records))] if early else [()] * len(records)
+    opened = [i for i, record in enumerate(records) if not record.unopened]
     try:
         plans = softstate.plan(records) if soft else [softstate.Plan()] * len(records)
+        # what has ended needs none, and the ACKs that teach are neither signed nor do they come by an interface
+        plans = [
+            softstate.Plan() if r.state is State.CLOSED or r.signing_keys or r.device else p
+            for r, p in zip(records, plans, strict=True)
+        ]
+        if len(opened) < len(records):
+            _prepare(made, records, elapsed)
         for family in (socket.AF_INET, socket.AF_INET6):
-            mine = [i for i, record in enumerate(records) if record_family(record) == family]
+            mine = [i for i in opened if record_family(records[i]) == family]
             if mine:
                 _connect(
                     [made[i] for i in mine],
@@ -146,11 +154,11 @@ def rebuild_connections(
                     [plans[i] for i in mine],
                     family,
                     elapsed,
-                    devices or {},
                     bound,
                 )
-        _fill(made, records, heads)
-        _finish(made, records)
+        ready = [made[i] for i in opened], [records[i] for i in opened]
+        _fill(*ready, [heads[i] for i in opened])
+        _finish(*ready)
     except BaseException:
         if socks is None:
             # in repair closing sends nothing
@@ -159,17 +167,14 @@ def rebuild_connections(
     return made
 
 
-def _renamed(record: ConnectionRecord, devices: Mapping[str, str]) -> dict[str, bytes]:
-    """Its byte options, with the interface's name here."""
-    device = record.option_data.get("so.bindtodevice")
-    if device is None:
-        return record.option_data
-    name = device.decode("utf-8", "surrogateescape")
-    return record.option_data | {"so.bindtodevice": devices.get(name, name).encode("utf-8", "surrogateescape")}
-
-
-def _scope(record: ConnectionRecord, devices: Mapping[str, str]) -> int:
-    return socket.if_nametoindex(devices.get(record.scope, record.scope)) if record.scope else 0
+def _prepare(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord], elapsed: float) -> None:
+    """Those that are still to be opened, one by one: there are few."""
+    for sock, record in zip(socks, records, strict=True):
+        if record.unopened:
+            try:
+                opening.prepare(sock, record, elapsed=elapsed)
+            except OSError as error:
+                raise ConnectionCallFailed(f"preparing it: {error.strerror}", object=str(record.conn_id)) from error
 
 
 @dataclass(slots=True)
@@ -253,7 +258,6 @@ def _connect(
     plans: Sequence[softstate.Plan],
     family: int,
     elapsed: float,
-    devices: Mapping[str, str],
     bound: bool,
 ) -> None:
     """Steps up to the queues: an established connection with the right numbers, and nothing in it."""
@@ -267,11 +271,14 @@ def _connect(
     )
     with failures(socks, names):
         rows.run()
-        before = [_renamed(r, devices) for r in records]
-        options.give(socks, [r.options for r in records], before, Stage.BEFORE_CONNECT)
+        options.give(socks, [r.options for r in records], [r.option_data for r in records], Stage.BEFORE_CONNECT)
         if any(p.samples for p in plans):
             # Where the address is here already, nothing of the peer may arrive while they are taught.
             shut(socks, but=INWARD)
+    for sock, record in zip(socks, records, strict=True):
+        # nothing of an ended connection is signed any more
+        if record.signing_keys and record.state is not State.CLOSED:
+            give_keys(sock, record.signing_keys, str(record.conn_id))
 
     rows, table = _connecting[family, not bound].of(len(socks))
     table.fd.set(s.fileno() for s in socks)
@@ -280,7 +287,7 @@ def _connect(
     table.send_start.set(r.snd_una - len(p.samples) for r, p in zip(records, plans, strict=True))
     table.receive_start.set(starts)
     ends = functools.cache(functools.partial(_around_port, family))
-    scopes = [_scope(r, devices) if r.scope else 0 for r in records]
+    scopes = [socket.if_nametoindex(r.scope) if r.scope else 0 for r in records]
     table.local.set_bytes(
         [
             _address(r.conn_id.local, r.conn_id.local_port, 0, scope, ends)

@@ -14,16 +14,21 @@ are the wire form.  Fields that a reader does not know are skipped; ``VERSION`` 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
-from typing import NoReturn, Self
+import errno
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn, Self
 
 from tcpstate import codec
 from tcpstate.connid import ConnId
 from tcpstate.errors import BadRecord
 from tcpstate.kernel.bpf import MAX_INSTRUCTIONS, Instruction
+from tcpstate.kernel.sockets import BufferLock
+from tcpstate.md5keys import SigningKey
 from tcpstate.segment import SEQ_MASK, before
 
 __all__ = [
+    "DEVICE_OPTION",
     "Buffers",
     "ConnectionRecord",
     "Family",
@@ -36,6 +41,8 @@ __all__ = [
 ]
 
 VERSION = 1
+#: keyword of SO_BINDTODEVICE in option_data (tcpstate.options)
+DEVICE_OPTION = "so.bindtodevice"
 #: RFC 7323 2.3
 _SHIFT_MAX = 14
 #: no socket buffer is larger
@@ -76,6 +83,8 @@ class LocalFin(enum.Enum):
 
 #: states in which the peer's FIN has arrived
 PEER_FINISHED = frozenset({State.CLOSE_WAIT, State.CLOSING, State.LAST_ACK, State.TIME_WAIT})
+#: what ends a connection (net/ipv4/tcp_input.c tcp_reset, tcp_timer.c tcp_write_err, tcp_ipv4.c tcp_v4_err)
+_ERRORS = frozenset(errno.errorcode.values())
 #: states in which our own FIN is in the send queue or behind it
 LOCALLY_FINISHED = frozenset({State.FIN_WAIT_1, State.FIN_WAIT_2, State.CLOSING, State.LAST_ACK, State.TIME_WAIT})
 
@@ -168,6 +177,12 @@ class Buffers:
         for size in (self.send, self.receive):
             _check(0 <= size < _QUEUE_MAX, f"buffer size {size} is out of range")
 
+    @property
+    def locks(self) -> int:
+        """Which the application fixed, as SO_BUF_LOCK takes it."""
+        send = BufferLock.SEND if self.send_locked else 0
+        return send | (BufferLock.RECEIVE if self.receive_locked else 0)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SoftState:
@@ -204,7 +219,7 @@ class ConnectionRecord:
     """One end of one TCP connection.
 
     conn_id, family, state   which, and where in its life
-    snd_una, snd_nxt         oldest unacknowledged and next sequence number to send, our FIN not counted
+    snd_una, snd_nxt         oldest unacknowledged and next sequence number to send, our SYN and FIN not counted
     send_queue               the bytes from snd_una on: the first (snd_nxt - snd_una) were sent at least once
     local_fin                how far our FIN has come
     rcv_nxt                  next sequence number expected from the peer, not counting its FIN
@@ -220,7 +235,9 @@ class ConnectionRecord:
     required                 what a reader must know to go on with this connection, by name: others refuse it
     flow_info, scope         IPv6: flow label with traffic class; interface name of a link-local connection
     reuse_address            SO_REUSEADDR before repair mode hid it
-    error                    closed connections: the name of the pending error, e.g. ``ECONNRESET``, "" for none
+    signing_keys             TCP MD5 keys, secret (:mod:`tcpstate.md5keys`)
+    error                    closed connections: the name of the pending error, e.g. ``ECONNRESET``, "" for none;
+                             without one both sides ended it, rcv_nxt and snd_nxt not counting their FINs
     version                  of this form
 
     Raises ValueError where the parts contradict each other.
@@ -248,6 +265,7 @@ class ConnectionRecord:
     soft: SoftState | None = None
     flow_info: int = 0
     scope: str = ""
+    signing_keys: tuple[SigningKey, ...] = ()
     error: str = ""
     urgent_in: int | None = None
     urgent_taken: bool = False
@@ -264,9 +282,13 @@ class ConnectionRecord:
         _check((self.snd_nxt - self.snd_una) & SEQ_MASK <= len(self.send_queue), "more bytes were sent than there are")
         if self.state is not State.ESTABLISHED or self.local_fin is not LocalFin.NONE:
             self._check_fin()
+        # a SYN carries the clock before the peer has agreed to it
         _check(
-            (self.timestamps is not None) == self.negotiated.timestamps, "timestamps without a clock, or the reverse"
+            (self.timestamps is not None) == self.negotiated.timestamps or self.state is State.SYN_SENT,
+            "timestamps without a clock, or the reverse",
         )
+        _check(self.state is not State.SYN_SENT or not (self.send_queue or self.receive_queue), "data before the SYN")
+        _check(not self.error or (self.state is State.CLOSED and self.error in _ERRORS), "its error is impossible")
         _check(self.conn_id.v6 == (self.family is Family.IPV6), "addresses and family disagree")
         _check(0 < len(self.congestion) < 16 and self.congestion.isascii(), "congestion control's name is malformed")
         _check(self.urgent_in is None or 0 <= self.urgent_in < len(self.receive_queue), "no urgent byte is there")
@@ -288,6 +310,12 @@ class ConnectionRecord:
         return (self.snd_nxt - self.snd_una) & SEQ_MASK
 
     @property
+    def unopened(self) -> bool:
+        """Whether the peer has never answered: it is connecting, or that failed."""
+        nothing = not self.rcv_nxt and not self.windows.max_window
+        return self.state is State.SYN_SENT or (self.state is State.CLOSED and nothing)
+
+    @property
     def peer_fin(self) -> bool:
         """Whether the peer's FIN has arrived."""
         return self.state in PEER_FINISHED
@@ -305,6 +333,25 @@ class ConnectionRecord:
     def is_new(self, seq_end: int, ack: int) -> bool:
         """Whether a segment of the peer that ends before ``seq_end`` and acknowledges ``ack`` can tell us anything."""
         return before(self.rcv_nxt, seq_end) or not before(ack, self.snd_una)
+
+    @property
+    def device(self) -> str:
+        """Name of the interface that it is bound to (SO_BINDTODEVICE), "" for none."""
+        return self.option_data.get(DEVICE_OPTION, b"").decode("utf-8", "surrogateescape")
+
+    def on_devices(self, devices: Mapping[str, str]) -> Self:
+        """The same with the interface names of another host, where they are in ``devices``: link-local scopes and
+        SO_BINDTODEVICE. For everything that is done with it there."""
+        changes: dict[str, Any] = {}
+        scope = devices.get(self.scope, self.scope)
+        if scope != self.scope:
+            local, peer = (f"{a.partition('%')[0]}%{scope}" for a in (self.conn_id.local, self.conn_id.peer))
+            changes["scope"] = scope
+            changes["conn_id"] = ConnId.tcp(local, self.conn_id.local_port, peer, self.conn_id.peer_port)
+        device = devices.get(self.device, self.device)
+        if device != self.device:
+            changes["option_data"] = self.option_data | {DEVICE_OPTION: device.encode("utf-8", "surrogateescape")}
+        return replace(self, **changes) if changes else self
 
     def to_bytes(self) -> bytes:
         """The wire form."""

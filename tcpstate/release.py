@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,18 +13,19 @@ from tcpstate.fin import put_own_fins, take_peer_fins
 from tcpstate.freeze import enter_repair, leave_repair, not_in_repair
 from tcpstate.kernel import bpf
 from tcpstate.kernel.columns import Column, Field, Reusable, Rows
-from tcpstate.kernel.sockets import IP, IPV6, SO, BufferLock, Level
+from tcpstate.kernel.sockets import IP, IPV6, SO, Level
 from tcpstate.kernel.tcp import TCP, Repair, RepairQueue
+from tcpstate.opening import open_again
 from tcpstate.options import Stage, number
 from tcpstate.preflight import state_of
 from tcpstate.record import ConnectionRecord, State
 from tcpstate.refill import put, put_sent
 from tcpstate.reopen import tell_windows
 from tcpstate.rows import Names, failures
-from tcpstate.segment import SEQ_MASK
+from tcpstate.segment import SEQ_MASK, Segment
 from tcpstate.urgent import put_marks
 
-__all__ = ["finish_release", "release_connections"]
+__all__ = ["finish_release", "open_connections", "release_connections"]
 
 #: what release gives back itself, so that the generic table must not
 _OWN_HANDS = frozenset({"ip.transparent", "ipv6.transparent"})
@@ -61,19 +62,56 @@ _ends = Reusable(_build_ends)
 
 
 def release_connections(
-    socks: Sequence[socket.socket], records: Sequence[ConnectionRecord], *, tell: bool = True
+    socks: Sequence[socket.socket],
+    records: Sequence[ConnectionRecord],
+    *,
+    tell: bool = True,
+    connect: bool = True,
 ) -> None:
     """Let rebuilt connections live, once their addresses are local here: they leave repair mode, send what is to be
     sent and have their own options.
 
-    tell  let peers that may wait for room know that there is some (:mod:`tcpstate.reopen`).  False: the caller does,
-          once the network knows where the address is now; they answer with all they have
+    tell     let peers that may wait for room know that there is some (:mod:`tcpstate.reopen`).  False: the caller does,
+             once the network knows where the address is now; they answer with all they have
+    connect  also those that were connecting (:func:`open_connections`).  False: they stay as they are
 
     Afterwards replay what was captured.  ConnectionCallFailed, QueueNotRestored; the other connections of the batch may
     be released or not then: call it again with those that are still in repair.
     """
     if len(socks) != len(records):
         raise ValueError(f"{len(socks)} sockets, {len(records)} records")
+    if not socks:
+        return
+    _let_live(*_those(socks, records, unopened=False))
+    if connect:
+        open_connections(socks, records)
+    if tell:
+        tell_windows(records)
+
+
+def open_connections(
+    socks: Sequence[socket.socket], records: Sequence[ConnectionRecord], arrived: Iterable[Segment] = ()
+) -> None:
+    """Of rebuilt connections those that were connecting, or whose connect() had failed: they connect now, or fail.
+
+    arrived  what was captured since the freeze: a peer may have answered (:mod:`tcpstate.opening`)
+
+    The addresses must be local, and the network know it. ConnectNotRepeated, ConnectionCallFailed.
+    """
+    waiting, theirs = _those(socks, records, unopened=True)
+    if waiting:
+        open_again(waiting, theirs, arrived)
+        _give_back(waiting, theirs)
+
+
+def _those(
+    socks: Sequence[socket.socket], records: Sequence[ConnectionRecord], *, unopened: bool
+) -> tuple[list[socket.socket], list[ConnectionRecord]]:
+    chosen = [pair for pair in zip(socks, records, strict=True) if pair[1].unopened is unopened]
+    return [sock for sock, _ in chosen], [record for _, record in chosen]
+
+
+def _let_live(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
     if not socks:
         return
     names = Names(records)
@@ -114,8 +152,6 @@ def release_connections(
                 put_sent(sock, record, record.sent, len(record.send_queue))
     put_own_fins(socks, records)
     _give_back(socks, records)
-    if tell:
-        tell_windows(records)
 
 
 def _to_send_again(
@@ -202,7 +238,7 @@ def _give_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecor
     own.fd.set(s.fileno() for s in socks)
     own.reuse_address.set(r.reuse_address for r in records)
     own.send.set(r.buffers.send // 2 for r in records)
-    own.lock.set(_lock(r) for r in records)
+    own.lock.set(r.buffers.locks for r in records)
     own.transparent.set(_transparent(r) for r in records)
     own.nodelay.set(number(r, "tcp.nodelay") for r in records)
     own.user_timeout.set(number(r, "tcp.user_timeout") for r in records)
@@ -213,11 +249,6 @@ def _give_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecor
     for sock, record in zip(socks, records, strict=True):
         if record.filter_locked:
             sock.setsockopt(Level.SOCKET, SO.LOCK_FILTER, 1)
-
-
-def _lock(record: ConnectionRecord) -> int:
-    send = BufferLock.SEND if record.buffers.send_locked else 0
-    return send | (BufferLock.RECEIVE if record.buffers.receive_locked else 0)
 
 
 def _transparent(record: ConnectionRecord) -> int:

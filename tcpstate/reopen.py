@@ -12,11 +12,11 @@ Source: net/ipv4/tcp_input.c tcp_validate_incoming, tcp_send_dupack (a segment w
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 
 from tcpstate.capture import Injector
-from tcpstate.record import ConnectionRecord
+from tcpstate.md5keys import signed
+from tcpstate.record import ConnectionRecord, State
 from tcpstate.segment import SEQ_MASK, Flag, Segment, timestamp_option
 
 __all__ = ["tell_windows"]
@@ -30,13 +30,17 @@ def tell_windows(records: Sequence[ConnectionRecord]) -> int:
 
     Their buffers have their sizes again, and what was captured is not replayed yet. OSError.
     """
-    narrow = [r for r in records if not r.peer_fin and r.windows.rcv_wnd < _SEGMENTS * r.negotiated.mss]
+    narrow = [
+        r
+        for r in records
+        if not (r.peer_fin or r.unopened or r.state is State.CLOSED)
+        and r.windows.rcv_wnd < _SEGMENTS * r.negotiated.mss
+    ]
     if not narrow:
         return 0
     with Injector() as injector:
         for record in narrow:
-            scope = socket.if_nametoindex(record.scope) if record.scope else 0
-            injector.send(_old_byte(record), scope)
+            injector.deliver(signed(_old_byte(record), record.signing_keys), record)
     return len(narrow)
 
 

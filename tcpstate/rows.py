@@ -9,9 +9,11 @@ import socket
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, overload
 
+from tcpstate.closed import peer_name
 from tcpstate.connid import ConnId
 from tcpstate.errors import AddressInUse, ConnectionCallFailed
 from tcpstate.kernel.columns import RowError
+from tcpstate.kernel.sockets import unpack_address
 
 if TYPE_CHECKING:
     from tcpstate.record import ConnectionRecord
@@ -25,8 +27,12 @@ def describe(sock: socket.socket) -> str:
     """The socket's conn-ID, as far as it has one, for messages."""
     try:
         local = sock.getsockname()
-        peer = sock.getpeername()
-        return str(ConnId.tcp(local[0], local[1], peer[0], peer[1]))
+        raw = peer_name(sock)
+        if raw:
+            peer, port, _, scope = unpack_address(raw)
+            suffix = f"%{socket.if_indextoname(scope)}" if scope else ""
+            return str(ConnId.tcp(local[0], local[1], peer + suffix, port))
+        return f"fd {sock.fileno()}"
     except (OSError, ValueError):
         # not connected (any more), or closed: its number must do
         return f"fd {sock.fileno()}"

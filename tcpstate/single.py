@@ -55,11 +55,12 @@ def rebuild_connection(
     UnsupportedState, UnknownHardState, AlreadyFrozen, AddressInUse, QueueNotRestored, ConnectionCallFailed: nothing is
     left of it; a given socket is in repair mode, to be closed.
     """
+    record = record.on_devices(devices or {})
     family = socket.AF_INET if record.family is Family.IPV4 else socket.AF_INET6
     made = sock if sock is not None else socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
 
     def build() -> None:
-        rebuild_connections([record], [made], elapsed=elapsed, devices=devices)
+        rebuild_connections([record], [made], elapsed=elapsed)
 
     try:
         frozen.adopt(made, record, originals(record), build)

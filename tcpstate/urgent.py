@@ -28,6 +28,7 @@ from tcpstate.errors import QueueNotRestored
 from tcpstate.kernel import bpf
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.kernel.tcp import TCP, RepairQueue, RepairWindow
+from tcpstate.md5keys import signed
 from tcpstate.record import ConnectionRecord
 from tcpstate.refill import put
 from tcpstate.segment import SEQ_MASK, Flag, Segment, before, timestamp_option
@@ -114,9 +115,9 @@ def _inject(sock: socket.socket, record: ConnectionRecord, mark: int, injector: 
         options=timestamp_option(0, 0) if record.negotiated.timestamps else b"",
         payload=record.receive_queue[mark : mark + 1],
     )
-    scope = socket.if_nametoindex(record.scope) if record.scope else 0
+    segment = signed(segment, record.signing_keys)
     for _ in range(_TRIES):
-        injector.send(segment, scope)
+        injector.deliver(segment, record)
         if _present(sock, record) > mark:
             return
         time.sleep(_PAUSE)

@@ -17,13 +17,14 @@ The life of one kind::
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import re
 import socket
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
@@ -254,6 +255,13 @@ class OpenFile:
     def tcp_port(self) -> int:
         """The local port of a TCP connection or listener; 0 for all else."""
         return 0
+
+    def on_devices(self, devices: Mapping[str, str]) -> Self:
+        """The same with the interface names of another host, where they are in ``devices``: done to every part that
+        knows interfaces (endpoints, socket options, connections)."""
+        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changes = {n: part.on_devices(devices) for n, part in parts.items() if hasattr(part, "on_devices")}
+        return dataclasses.replace(self, **changes) if changes and devices else self
 
 
 def set_flags(fd: int, flags: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 __all__ = ["Endpoint"]
@@ -47,6 +48,10 @@ class Endpoint:
             flow_info=flow_info,
             scope=socket.if_indextoname(scope) if scope else "",
         )
+
+    def on_devices(self, devices: Mapping[str, str]) -> Self:
+        """The same with the interface name of another host, if it is in ``devices``."""
+        return replace(self, scope=devices.get(self.scope, self.scope))
 
     @property
     def sockaddr(self) -> tuple[Any, ...]:

@@ -16,19 +16,22 @@ from typing import TYPE_CHECKING, ClassVar, Final, Self
 from checkpoint.errors import AddressTaken, FileRebuildFailed, UnsupportedProtocol
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
 from checkpoint.files.inet import Endpoint
-from checkpoint.files.sockopts import SocketOptions, before_bind, give_late, give_own_filter, save
+from checkpoint.files.sockopts import IPPROTO_MPTCP, SocketOptions, before_bind, give_late, give_own_filter, save
 from checkpoint.files.unix import held_outside
 from tcpstate.acceptqueue import refill
+from tcpstate.closed import peer_name
+from tcpstate.errors import KeysNotRestored
 from tcpstate.filters import drop_syns
 from tcpstate.halfopen import HalfOpen
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpInfo, TcpState
+from tcpstate.md5keys import SigningKey, give_keys, keys_of, supported
 from tcpstate.record import ConnectionRecord, State
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
 
-__all__ = ["Listener", "bind", "is_closed", "is_tcp", "new_socket", "try_bind"]
+__all__ = ["Listener", "bind", "has_ended", "is_closed", "is_open", "is_tcp", "listens", "new_socket", "try_bind"]
 
 _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 _TAKEN: Final = (errno.EADDRINUSE,)
@@ -45,19 +48,38 @@ def is_tcp(view: FdView) -> bool:
 
 
 def is_closed(view: FdView) -> bool:
-    """Whether a TCP socket has no connection: never had, or it was reset."""
-    # the state is the first byte of TCP_INFO
-    return view.socket.getsockopt(Level.TCP, TCP.INFO, 1)[0] == TcpState.CLOSE
+    """Whether a TCP socket never had a connection."""
+    return has_ended(view.socket) and not peer_name(view.socket)
 
 
-def _listens(view: FdView) -> bool:
-    return is_tcp(view) and bool(view.socket.getsockopt(Level.SOCKET, SO.ACCEPTCONN))
+def has_ended(sock: socket.socket) -> bool:
+    """Whether a TCP socket has no connection, any more or at all."""
+    return _state(sock) == TcpState.CLOSE
 
 
-def new_socket(family: int, type: int, object: str) -> socket.socket:
+def is_open(sock: socket.socket) -> bool:
+    """Whether it has a connection: not still connecting, not ended."""
+    return _state(sock) not in (TcpState.CLOSE, TcpState.SYN_SENT)
+
+
+def _state(sock: socket.socket) -> int:
+    # the first byte of TCP_INFO
+    return sock.getsockopt(Level.TCP, TCP.INFO, 1)[0]
+
+
+def listens(view: FdView) -> bool:
+    """Whether the file is a listening TCP socket, also one that would take Multipath TCP connections."""
+    return (is_tcp(view) or _is_multipath(view)) and bool(view.socket.getsockopt(Level.SOCKET, SO.ACCEPTCONN))
+
+
+def _is_multipath(view: FdView) -> bool:
+    return view.dup >= 0 and stat.S_ISSOCK(view.stat.st_mode) and view.socket.proto == IPPROTO_MPTCP
+
+
+def new_socket(family: int, type: int, object: str, protocol: int = 0) -> socket.socket:
     """A fresh socket; FileRebuildFailed if this host has no such family."""
     try:
-        return socket.socket(family, type)
+        return socket.socket(family, type, protocol)
     except OSError as error:
         raise FileRebuildFailed(f"socket: {error.strerror}", object=object) from error
 
@@ -72,14 +94,14 @@ def bind(sock: socket.socket, name: Endpoint) -> None:
         raise FileRebuildFailed(f"bind: {error.strerror}", object=str(name)) from error
 
 
-def try_bind(family: int, type: int, name: Endpoint, options: SocketOptions) -> None:
+def try_bind(family: int, type: int, name: Endpoint, options: SocketOptions, protocol: int = 0) -> None:
     """Whether the address could be bound now: AddressTaken or FileRebuildFailed if not. Nothing stays bound."""
-    with new_socket(family, type, str(name)) as sock:
+    with new_socket(family, type, str(name), protocol) as sock:
         before_bind(sock, options, str(name))
         bind(sock, name)
 
 
-@register("tcp listener", mode=stat.S_IFSOCK, match=_listens)
+@register("tcp listener", mode=stat.S_IFSOCK, match=listens)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listener(OpenFile):
     """One listening TCP socket.
@@ -89,6 +111,8 @@ class Listener(OpenFile):
     backlog  the argument of listen(), as the kernel limited it
     waiting  connections that wait to be accepted, in the order of the queue
     half_open  handshakes whose last ACK has not come
+    protocol IPPROTO_TCP, or IPPROTO_MPTCP: its plain connections are ordinary ones (Go listens so by default)
+    signing_keys  TCP MD5 keys, which its connections inherit; secret
     """
 
     foreseeable: ClassVar[bool] = True
@@ -99,8 +123,12 @@ class Listener(OpenFile):
     options: SocketOptions
     waiting: tuple[ConnectionRecord, ...] = ()
     half_open: tuple[HalfOpen, ...] = ()
+    signing_keys: tuple[SigningKey, ...] = ()
+    protocol: int = socket.IPPROTO_TCP
 
     def validate(self) -> None:
+        if self.protocol not in (socket.IPPROTO_TCP, IPPROTO_MPTCP):
+            raise ValueError("a listener of an unknown protocol")
         if any(one.conn_id.local_port != self.name.port for one in self.half_open):
             raise ValueError("a half-open connection cannot be the listener's")
         for record in self.waiting:
@@ -118,7 +146,7 @@ class Listener(OpenFile):
         held_outside(view)
         save(view.socket, view.object)
         ulp = view.socket.getsockopt(Level.TCP, TCP.ULP, 16)
-        if ulp.strip(b"\0"):
+        if ulp.strip(b"\0") and not _is_multipath(view):
             raise UnsupportedProtocol(f"listener with an upper-layer protocol ({ulp!r})", object=view.object)
         return ""
 
@@ -131,16 +159,23 @@ class Listener(OpenFile):
             name=Endpoint.of(sock.getsockname()),
             backlog=info.sacked,
             options=save(sock, view.object),
+            signing_keys=keys_of([sock])[0],
+            protocol=sock.proto,
             **view.common(),
         )
 
     def check(self, host: Rebuilder) -> str:
-        try_bind(self.family, socket.SOCK_STREAM, self.name, self.options)
+        if self.signing_keys and not supported():
+            raise KeysNotRestored("this kernel has no TCP MD5 signatures", object=str(self.name))
+        try_bind(self.family, socket.SOCK_STREAM, self.name, self.options, self.protocol)
         return ""
 
     def rebuild(self, host: Rebuilder) -> int:
-        sock = new_socket(self.family, socket.SOCK_STREAM, str(self.name))
+        sock = new_socket(self.family, socket.SOCK_STREAM, str(self.name), self.protocol)
+        if self.protocol == IPPROTO_MPTCP and not host.blackhole.priorities:
+            host.blackhole.ensure()
         before_bind(sock, self.options, str(self.name))
+        give_keys(sock, self.signing_keys, str(self.name))
         # the filter comes first: no SYN may be answered before the connections are here
         drop_syns([sock])
         bind(sock, self.name)
@@ -153,8 +188,12 @@ class Listener(OpenFile):
 
     def release(self, host: Rebuilder, fd: int) -> None:
         with socket.socket(fileno=host.duplicate(fd)) as sock:
+            if self.protocol == IPPROTO_MPTCP:
+                # it has the freeze's mark; its own, if there is one, comes with the other options
+                sock.setsockopt(Level.SOCKET, SO.MARK, 0)
             give_late(sock, self.options, str(self.name))
-            give_own_filter(sock, self.options)
+            if self.protocol != IPPROTO_MPTCP:
+                give_own_filter(sock, self.options)
             host.await_handshakes(self.half_open)
             for record, reason in refill(self.waiting, sock, elapsed=host.since_export):
                 host.lose(str(record.conn_id), f"it waited to be accepted, and could not be put back: {reason}")

@@ -9,6 +9,7 @@
     complete(..)        contents sealed, connections rebuilt in repair
     compare()           what the rebuilt connections read back as
     release()           the addresses are local, the original is gone: connections live, listeners listen, names appear
+    connect(..)         the addresses are announced: sockets that were connecting go on
     tell_windows()      the addresses are announced: peers that wait for room in a receive window hear of it
     close()             our descriptors; the processes keep theirs
 
@@ -46,6 +47,7 @@ from tcpstate.halfopen import HalfOpen, expect
 from tcpstate.kernel.bpf.handshake import Vouching
 from tcpstate.rebuild import Difference
 from tcpstate.record import ConnectionRecord
+from tcpstate.segment import Segment
 from tcpstate.silence import Blackhole
 
 __all__ = ["Rebuilder"]
@@ -62,6 +64,7 @@ class Rebuilder:
 
     records  what TreeFiles holds
     path     maps a path of the source to one here
+    devices  interface names of the source to those here
     warn     told, in one sentence, of whatever will differ from the original
     blackhole  rules that silence connections until their release, if they stand already; removed by ``close``
     note_path  told the path of whatever is made beside its place, before it is made
@@ -86,10 +89,12 @@ class Rebuilder:
         ship: bool = False,
         beacons: Mapping[str, str] | None = None,
         held: Mapping[int, HeldSocket] | None = None,
+        devices: Mapping[str, str] | None = None,
     ) -> None:
         self.records = records
         self.held = dict(held or {})
-        self.files: list[OpenFile] = list(records.files)
+        self._devices = dict(devices or {})
+        self.files: list[OpenFile] = [file.on_devices(self._devices) for file in records.files]
         self.overwrite = overwrite
         self.ship = ship
         self.beacons = beacons
@@ -291,7 +296,7 @@ class Rebuilder:
         for index, record in delta.items():
             if not 0 <= index < len(self.files) or type(record) is not type(self.files[index]):
                 raise BadFileRecord("a record that is told again is of another kind", object=f"file {index}")
-            self.files[index] = record
+            record = self.files[index] = record.on_devices(self._devices)
             record.late(self, self.descriptor(index))
 
     def complete(self, *, elapsed: float = 0.0) -> None:
@@ -359,6 +364,10 @@ class Rebuilder:
         """The addresses are local and the original is gone. Connections first: their peers wait."""
         self._connections.release()
         self.release_files()
+
+    def connect(self, arrived: Sequence[Segment] = ()) -> None:
+        """The addresses are announced: sockets that were connecting go on. ``arrived``: what was captured."""
+        self._connections.connect(arrived)
 
     def tell_windows(self) -> None:
         """The addresses are announced: peers that wait for room hear that there is some. OSError."""

@@ -14,18 +14,19 @@ import errno
 import functools
 import logging
 import socket
-from dataclasses import dataclass, field
-from typing import Final, cast
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final, Self, cast
 
 from checkpoint.errors import FileRebuildFailed, UnsupportedProtocol
 from tcpstate.errors import ForeignFilter
-from tcpstate.filters import give_filter, own_filter, read_filters
+from tcpstate.filters import give_filter, own_filter, own_mark, read_filters
 from tcpstate.kernel.bpf import MAX_INSTRUCTIONS, Instruction
 from tcpstate.kernel.sockets import IP, SO, BufferLock, Level
 from tcpstate.options import TABLE, Format, Option, Stage, Where
-from tcpstate.record import Buffers
+from tcpstate.record import DEVICE_OPTION, Buffers
 
-__all__ = ["SocketOptions", "before_bind", "give_late", "give_own_filter", "save", "set_buffers"]
+__all__ = ["IPPROTO_MPTCP", "SocketOptions", "before_bind", "give_late", "give_own_filter", "save", "set_buffers"]
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,10 @@ _BORROWED: Final = {
     socket.AF_INET: ("ip.freebind", "ip.transparent"),
     socket.AF_INET6: ("ipv6.freebind", "ipv6.transparent"),
 }
+#: linux/in.h
+IPPROTO_MPTCP: Final = 262
+_UNKNOWN: Final = (errno.EOPNOTSUPP, errno.ENOPROTOOPT)
+_MARK_OPTION: Final = "so.mark"
 _BY_KEYWORD: Final = {option.keyword: option for option in TABLE} | {
     option.keyword: option for options in _MORE.values() for option in options
 }
@@ -106,6 +111,14 @@ class SocketOptions:
     buffers: Buffers
     filter: tuple[Instruction, ...] = ()
     filter_locked: bool = False
+
+    def on_devices(self, devices: Mapping[str, str]) -> Self:
+        """The same with the interface name of another host (SO_BINDTODEVICE), if it is in ``devices``."""
+        bound = self.data.get(DEVICE_OPTION, b"").rstrip(b"\0").decode("utf-8", "surrogateescape")
+        if bound not in devices:
+            return self
+        name = devices[bound].encode("utf-8", "surrogateescape")
+        return replace(self, data=self.data | {DEVICE_OPTION: name})
 
     def __post_init__(self) -> None:
         for keyword, value in self.numbers.items():
@@ -145,7 +158,15 @@ def save(sock: socket.socket, object: str) -> SocketOptions:
     numbers: dict[str, tuple[int, ...]] = {}
     data: dict[str, bytes] = {}
     for option, default in _options(sock.family, sock.type, sock.proto):
-        value = sock.getsockopt(option.level, option.number, option.size)
+        try:
+            value = sock.getsockopt(option.level, option.number, option.size)
+        except OSError as error:
+            if sock.proto == IPPROTO_MPTCP and error.errno in _UNKNOWN:
+                # of the fresh one only: it has no subflow yet
+                continue
+            raise
+        if option.keyword == _MARK_OPTION and sock.type == socket.SOCK_STREAM and sock.family in _BORROWED:
+            value = option.encode([own_mark(sock)])
         if value == default:
             continue
         if option.format is Format.BYTES:
@@ -209,6 +230,9 @@ def _give(sock: socket.socket, options: SocketOptions, object: str, *, late: boo
         try:
             sock.setsockopt(option.level, option.number, value)
         except OSError as error:
+            if sock.proto == IPPROTO_MPTCP and error.errno in _UNKNOWN:
+                log.warning("a Multipath TCP listener does not take socket option %s of %s", keyword, object)
+                continue
             raise FileRebuildFailed(f"setting {keyword}: {error.strerror}", object=object) from error
 
 
@@ -216,8 +240,8 @@ def set_buffers(sock: socket.socket, buffers: Buffers) -> None:
     """Sizes as recorded (the kernel doubles what it is given), then whether autotuning may change them."""
     for option, size in ((SO.SNDBUFFORCE, buffers.send), (SO.RCVBUFFORCE, buffers.receive)):
         sock.setsockopt(Level.SOCKET, option, size // 2)
-    locks = (BufferLock.SEND if buffers.send_locked else 0) | (BufferLock.RECEIVE if buffers.receive_locked else 0)
-    sock.setsockopt(Level.SOCKET, SO.BUF_LOCK, locks)
+    if sock.proto != IPPROTO_MPTCP:  # which lets nobody change it
+        sock.setsockopt(Level.SOCKET, SO.BUF_LOCK, buffers.locks)
 
 
 def give_own_filter(sock: socket.socket, options: SocketOptions) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 from checkpoint.errors import BadFileRecord, LocalPeer
 from checkpoint.files.base import FdView, OpenFile
 from checkpoint.files.held import HeldFile, HeldSocket
-from checkpoint.files.listener import Listener, is_closed, is_tcp
+from checkpoint.files.listener import Listener, has_ended, is_closed, is_open, is_tcp, listens
 from checkpoint.files.peers import Place, StandIn, alone, mirrored, place_of
 from checkpoint.files.policy import LocalPeers
 from checkpoint.files.queues import apart, queue_runs
@@ -32,10 +32,13 @@ from tcpstate.early import Early, read_early
 from tcpstate.export import export_connections
 from tcpstate.freeze import QuietState, quiet, read_originals, thaw
 from tcpstate.kernel.sockets import IPV6, SO, Level
-from tcpstate.rebuild import Difference, differences, rebuild_connections, record_family, release_connections
-from tcpstate.record import ConnectionRecord
+from tcpstate.md5keys import SigningKey, keys_of
+from tcpstate.rebuild import Difference, differences, rebuild_connections, record_family
+from tcpstate.record import ConnectionRecord, State
+from tcpstate.release import open_connections, release_connections
 from tcpstate.reopen import tell_windows
 from tcpstate.rows import describe
+from tcpstate.segment import Segment
 from tcpstate.silence import Blackhole
 from tcpstate.uses.hold import ListeningEnd
 
@@ -88,16 +91,15 @@ class TcpGroup:
         self._listener_indexes: list[int] = []
         self._views: list[tuple[int, FdView]] = []
         for index, view in enumerate(table.entries):
-            if not is_tcp(view):
-                continue
-            if view.socket.getsockopt(Level.SOCKET, SO.ACCEPTCONN):
+            if listens(view):
                 self._listeners.append(view.socket)
                 self.listener_places.append(view.places)
                 self._listener_indexes.append(index)
-            elif not is_closed(view):
+            elif is_tcp(view) and not is_closed(view):
                 self._views.append((index, view))
         self._originals: list[QuietState] | None = None
         self._options: list[options.Saved] | None = None
+        self._keys: list[tuple[SigningKey, ...]] | None = None
         self._early: list[Early | None] = [None] * len(self._views)
         self._states: list[QuietState] = []
         self._records: dict[int, OpenFile] = {}
@@ -123,7 +125,8 @@ class TcpGroup:
     def find_peers(self, local: Collection[str]) -> None:
         """Look for other ends on this host; ``local`` are its addresses. LocalPeer for one that a process has which
         stays, unless the policy says what to do."""
-        names = [describe(view.socket) for _, view in self._views]
+        # what is not open has no other end yet, or any more
+        names = [describe(view.socket) if is_open(view.socket) else "" for _, view in self._views]
         conns = [ConnId.parse(name) if name.startswith("tcp:") else None for name in names]
         tree = {conn for conn in conns if conn is not None}
         for (index, view), conn in zip(self._views, conns, strict=True):
@@ -168,8 +171,8 @@ class TcpGroup:
 
     @property
     def local_addresses(self) -> set[str]:
-        """The addresses of this host that the connections use."""
-        return {_local(view.socket) for _, view in self._views} - {""}
+        """The addresses of this host that the connections use; what has ended can do without."""
+        return {_local(view.socket) for _, view in self._views if not has_ended(view.socket)} - {""}
 
     def early_runs(self) -> Iterator[PageRun]:
         """What large receive queues hold already, while the sockets still live; the owners are stopped. What else can
@@ -177,6 +180,7 @@ class TcpGroup:
         socks = self.established
         if self._options is None:
             self._options = options.save(socks)
+        self._keys = keys_of(socks)
         for _ in range(_EARLY_ROUNDS):
             found = read_early(socks, self._early, _EARLY_GROWTH)
             for at, (early, data) in found.items():
@@ -224,13 +228,16 @@ class TcpGroup:
     def export(self) -> None:
         """Read the frozen connections; they are in repair afterwards. The owners must be stopped."""
         self._leave_out([is_closed(view) for _, view in self._views])
-        exported = export_connections(self.established, self._states, saved_options=self._options, early=self._early)
+        exported = export_connections(
+            self.established, self._states, saved_options=self._options, early=self._early, keys=self._keys
+        )
         for (index, view), connection, early in zip(self._views, exported, self._early, strict=True):
             told = self._table.record(index)
             if not isinstance(told, TcpFile):
                 raise BadFileRecord("a connection was captured as something else", object=view.object)
             received = 0 if early is None else early.count
-            stand_in = self._stand_in(index)
+            ended = connection.unopened or connection.state is State.CLOSED
+            stand_in = StandIn.NONE if ended else self._stand_in(index)
             if stand_in is not StandIn.NONE:
                 connection = alone(connection)
             whole = dataclasses.replace(told, connection=connection, received=received, stand_in=stand_in)
@@ -252,6 +259,8 @@ class TcpGroup:
         self._early = list(itertools.compress(self._early, left))
         if self._options is not None:
             self._options = list(itertools.compress(self._options, left))
+        if self._keys is not None:
+            self._keys = list(itertools.compress(self._keys, left))
 
     def runs(self) -> list[PageRun]:
         """Large queues, after :meth:`export`; they come before :meth:`records`."""
@@ -426,13 +435,20 @@ class RebuiltTcp:
     def release(self) -> None:
         """Let them live. The blackhole stays until :meth:`close`: nothing carries its mark any more, and removing it
         takes milliseconds."""
-        release_connections(self._socks, self._records, tell=False)
+        release_connections(self._socks, self._records, tell=False, connect=False)
         if self._held:
             thaw([sock for sock, _ in self._held], [state for _, state in self._held])
         for sock, does in self._stand_ins:
             if does is StandIn.RESET:
                 sock.setsockopt(Level.SOCKET, SO.LINGER, _AT_ONCE)
             sock.close()
+
+    def connect(self, arrived: Sequence[Segment] = ()) -> None:
+        """After the release, once the addresses are announced: those that were connecting go on.
+
+        arrived  what was captured since the freeze: their peers may have answered. ConnectNotRepeated"""
+        own = self.records
+        open_connections(self._socks[: len(own)], own, arrived)
 
     def tell_windows(self) -> None:
         """After the release, once the addresses are announced: peers that wait for room hear that there is some."""

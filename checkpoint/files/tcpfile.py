@@ -2,7 +2,8 @@
 
 The descriptor is made early, as a fresh socket; its connection is exported when the sockets are frozen, arrives as a
 FILES_DELTA and is rebuilt on the same descriptor, all connections of the tree together
-(:mod:`checkpoint.files.tcp`). A socket that was reset or never connected becomes a fresh one, bound if it was.
+(:mod:`checkpoint.files.tcp`). So is what is left of one that has ended: unread data, an error to be reported. A
+socket that was never connected becomes a fresh one, bound if it was.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from typing import TYPE_CHECKING, ClassVar, Final, Self
 from checkpoint.errors import AddressTaken
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
 from checkpoint.files.inet import Endpoint
-from checkpoint.files.listener import bind, is_closed, is_tcp, new_socket
+from checkpoint.files.listener import bind, has_ended, is_closed, is_tcp, new_socket
 from checkpoint.files.peers import StandIn
 from checkpoint.files.sockopts import SocketOptions, before_bind, give_late, give_own_filter, save
 from checkpoint.files.unix import held_outside
+from tcpstate.closed import nearest, pending_error
 from tcpstate.connid import ConnId
 from tcpstate.export import refusal
-from tcpstate.kernel.sockets import Ioctl, ioctl_int
+from tcpstate.kernel.sockets import Level
+from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpInfo
 from tcpstate.record import ConnectionRecord
 from tcpstate.rows import describe
 
@@ -79,12 +82,12 @@ class TcpFile(OpenFile):
     def examine(cls, view: FdView) -> str:
         held_outside(view)
         if is_closed(view):
-            return _unread(view)
+            return ""
         problem = refusal(view.socket)
         if problem is not None:
             problem.object = f"{view.object}, {problem.object}"
             raise problem
-        return ""
+        return _ended(view.socket)
 
     @classmethod
     def capture(cls, view: FdView) -> Self:
@@ -96,9 +99,6 @@ class TcpFile(OpenFile):
     def without_connection(cls, view: FdView) -> Self:
         """The record of a socket that has none (any more)."""
         sock = view.socket
-        warning = _unread(view)
-        if warning:
-            view.table.warnings.append(f"{view.object}: {warning}")
         name = Endpoint.of(sock.getsockname())
         return cls(
             family=int(sock.family),
@@ -133,6 +133,13 @@ class TcpFile(OpenFile):
                 give_own_filter(sock, self.options)
 
 
-def _unread(view: FdView) -> str:
-    unread = ioctl_int(view.dup, Ioctl.SIOCINQ) if view.socket.getsockname()[1] else 0
-    return f"its connection was reset; {unread} unread bytes of it will be lost" if unread else ""
+def _ended(sock: socket.socket) -> str:
+    """The warning for a connection that failed with an error that cannot be told, or not be given again."""
+    if not has_ended(sock):
+        return ""
+    established = bool(TcpInfo.unpack(sock.getsockopt(Level.TCP, TCP.INFO, INFO_SIZE)).rtt)
+    error, known = pending_error(sock, established=established)
+    if not known:
+        return f"its connection has failed; the error that is to be reported is taken for {error}"
+    told = nearest(error, established=established)
+    return "" if told == error else f"its connection has failed with {error}; {told} is what will be reported"

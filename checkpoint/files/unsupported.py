@@ -14,6 +14,7 @@ from typing import Final, Self
 from checkpoint.errors import UnsupportedFile, UnsupportedProtocol
 from checkpoint.files.base import FdView, OpenFile, register
 from checkpoint.files.external import is_terminal
+from checkpoint.files.sockopts import IPPROTO_MPTCP
 from tcpstate.errors import TcpmigError
 
 __all__ = ["Unsupported", "why"]
@@ -51,7 +52,6 @@ _FAMILIES: Final = {
     29: "CAN socket",
     30: "TIPC socket",
 }
-_MPTCP: Final = 262
 
 
 def why(view: FdView) -> TcpmigError:
@@ -75,8 +75,8 @@ def _socket(view: FdView) -> TcpmigError:
     if view.dup < 0:
         return UnsupportedFile(f"mapping of a socket ({view.link})", object=view.object)
     sock = view.socket
-    if sock.proto == _MPTCP:
-        return UnsupportedProtocol("MPTCP socket", object=view.object)
+    if sock.proto == IPPROTO_MPTCP:
+        return UnsupportedProtocol("Multipath TCP connection", object=view.object)
     named = _FAMILIES.get(int(sock.family))
     if named is not None:
         return UnsupportedFile(f"{named} (protocol {sock.proto})", object=view.object)

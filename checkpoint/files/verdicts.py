@@ -117,6 +117,7 @@ def judge_here(
     beacons: Mapping[str, str] | None = None,
     ship: bool = False,
     overwrite: bool = False,
+    devices: Mapping[str, str] | None = None,
 ) -> list[Verdict]:
     """At the target: what would stand in the way of making these files here.
 
@@ -125,11 +126,12 @@ def judge_here(
     ship       files that are open for writing, and not the same here, travel along: their verdicts are of the kind
                SHIPPED, and their subjects the paths of the source
     overwrite  also where another file is at their place
+    devices    interface names of the source to those here
     """
     records = TreeFiles(files=list(files), contents=[], tables={})
-    host = Rebuilder(records, path=path, beacons=beacons, ship=ship, overwrite=overwrite)
+    host = Rebuilder(records, path=path, beacons=beacons, ship=ship, overwrite=overwrite, devices=devices)
     found = []
-    for record in files:
+    for record in host.files:
         kind = kind_name(type(record))
         name = str(getattr(record, "path", "") or getattr(record, "name", "") or kind)
         try:

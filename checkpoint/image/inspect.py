@@ -27,6 +27,8 @@ _SECTION_OF = {
 _COUNTED = {Kind.PAGES, Kind.PAGES_DROP}
 #: a connection's record is the map that has this entry, wherever it stands (that of its file only has its name)
 _CONNECTION = "snd_una"
+#: entries with this name are keys (tcpstate.md5keys.SigningKey)
+_SECRET = "secret"
 #: longer byte strings are told by their length and their beginning
 _BYTES_SHOWN = 32
 
@@ -75,10 +77,16 @@ def printable(value: Any) -> Any:
         head = value[:_BYTES_SHOWN].hex()
         return head if len(value) <= _BYTES_SHOWN else f"{head}.. ({len(value)} bytes)"
     if isinstance(value, dict):
-        return {k if isinstance(k, str) else str(printable(k)): printable(v) for k, v in value.items()}
+        return {k if isinstance(k, str) else str(printable(k)): _entry(k, v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [printable(v) for v in value]
     return repr(value)  # msgpack's own types: no record of ours has them
+
+
+def _entry(key: Any, value: Any) -> Any:
+    if key == _SECRET and isinstance(value, bytes):
+        return f"not shown ({len(value)} bytes)"
+    return printable(value)
 
 
 def _plain(frame: Frame) -> Any:

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tcpstate.connid import ConnId
-from tcpstate.kernel import netlink
+from tcpstate.kernel import md5sig, netlink
 from tcpstate.kernel.sockets import is_v6, unmapped
 from tcpstate.kernel.tcp import TcpInfo, TcpState
 
-__all__ = ["ALL_STATES", "DiagSocket", "dump", "get"]
+__all__ = ["ALL_STATES", "DiagSocket", "dump", "get", "md5_keys"]
 
 _SOCK_DIAG_BY_FAMILY = 20
 _REQUEST = struct.Struct("=BBBxI")  # struct inet_diag_req_v2 before its id
@@ -41,6 +41,9 @@ class Extension(enum.IntEnum):
     ULP_INFO = 19
 
 
+_MD5_NUMBER = struct.pack("=H", Extension.MD5SIG)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiagSocket:
     """One socket as sock_diag tells it.
@@ -53,7 +56,7 @@ class DiagSocket:
     uid             whose socket it is (0 of what is no full socket: half-open, TIME_WAIT)
     rqueue, wqueue  unread and unacknowledged bytes; of a listener: accept queue length and limit
     mark            SO_MARK (None without CAP_NET_ADMIN)
-    md5             whether it has MD5 keys
+    md5             whether it has MD5 keys; told with ``info`` only, and to who has CAP_NET_ADMIN
     info            struct tcp_info, if it was asked for and the socket is a full one
     """
 
@@ -113,7 +116,7 @@ def _address(family: int, raw: bytes) -> str:
 
 
 def _request(family: int, states: int, sockid: bytes, *, info: bool = False) -> bytes:
-    # MARK and MD5SIG come unasked to who has CAP_NET_ADMIN
+    # to who has CAP_NET_ADMIN MARK comes unasked, and MD5SIG with INFO
     extensions = 1 << (Extension.INFO - 1) if info else 0
     return _REQUEST.pack(family, socket.IPPROTO_TCP, extensions, states) + sockid
 
@@ -141,6 +144,30 @@ def dump(states: int = ALL_STATES, *, local_port: int = 0, info: bool = False) -
                 # ENOENT: the kernel has no IPv6
                 if error.errno not in (errno.ENOENT, errno.EAFNOSUPPORT):
                     raise
+
+
+def md5_keys() -> dict[int, list[tuple[int, str, int, bytes]]]:
+    """The MD5 keys of this network namespace's sockets, by inode: (family, address, prefix length, key).
+
+    Of those that connect, are connected or listen; none without CAP_NET_ADMIN. OSError.
+    """
+    found: dict[int, list[tuple[int, str, int, bytes]]] = {}
+    states = ALL_STATES & ~(1 << TcpState.TIME_WAIT | 1 << TcpState.NEW_SYN_RECV)
+    with netlink.Netlink(netlink.Protocol.SOCK_DIAG) as channel:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            try:
+                bodies = channel.dump(_SOCK_DIAG_BY_FAMILY, _request(family, states, _sockid(), info=True))
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.EAFNOSUPPORT):
+                    raise
+                continue
+            for body in bodies:
+                # nearly all sockets have none: looking for the attribute's number is quick
+                if _MD5_NUMBER in body:
+                    keys = dict(netlink.attributes(body, _MESSAGE_SIZE)).get(Extension.MD5SIG)
+                    if keys:
+                        found[_TAIL.unpack_from(body, _TAIL_AT)[4]] = md5sig.unpack_all(keys)
+    return found
 
 
 def get(conn_id: ConnId) -> DiagSocket | None:

@@ -68,6 +68,7 @@ class SO(enum.IntEnum):
     BINDTODEVICE = 25
     ATTACH_FILTER = 26  # as getsockopt: SO_GET_FILTER
     DETACH_FILTER = 27
+    PEERNAME = 28  # the peer also of a socket that is not connected yet, or any more
     TIMESTAMP_OLD = 29
     ACCEPTCONN = 30
     SNDBUFFORCE = 32

@@ -48,7 +48,9 @@ class TCP(enum.IntEnum):
     CC_INFO = 26
     SAVE_SYN = 27
     REPAIR_WINDOW = 29
+    FASTOPEN_CONNECT = 30
     ULP = 31
+    MD5SIG_EXT = 32
     INQ = 36
     TX_DELAY = 37
     AO_INFO = 40

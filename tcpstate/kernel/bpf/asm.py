@@ -52,6 +52,7 @@ class Helper(enum.IntEnum):
     SEQ_WRITE = 127
     SKC_TO_TCP_SOCK = 137
     SKC_TO_TCP_REQUEST_SOCK = 139
+    SOCK_FROM_FILE = 162
 
 
 class Asm:

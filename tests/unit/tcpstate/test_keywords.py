@@ -81,6 +81,7 @@ def test_every_field_of_a_record_is_a_keyword() -> None:
         "options", "option_data",  # keywords of their own
         "filter", "filter_locked",  # the freeze gives them back
         "soft",  # keywords of their own, from TCP_INFO
+        "signing_keys",  # secret
         "error", "version", "required",
     }  # fmt: skip
     assert {f.name for f in dataclasses.fields(ConnectionRecord)} - elsewhere <= roots
