@@ -18,6 +18,7 @@ from tcpstate.kernel.netlink import Netlink, Protocol, Request, attribute, attri
 from tcpstate.kernel.sockets import SO, Level
 
 __all__ = [
+    "ACCEPT",
     "DROP",
     "EQUAL",
     "REGISTER",
@@ -143,6 +144,7 @@ class Meta(enum.IntEnum):
 class MetaKey(enum.IntEnum):
     """enum nft_meta_keys."""
 
+    MARK = 3
     FAMILY = 15
     PROTOCOL = 16
 
@@ -200,8 +202,8 @@ class Immediate(enum.IntEnum):
 _ITEM, _VALUE, _VERDICT, _CODE = 1, 1, 2, 1
 #: registers: the verdict; the first of the 32-bit ones, whose data a following one continues
 VERDICT_REGISTER, REGISTER = 0, 8
-#: NFT_CMP_EQ, NF_DROP
-EQUAL, DROP = 0, 0
+#: NFT_CMP_EQ, NF_DROP, NF_ACCEPT
+EQUAL, DROP, ACCEPT = 0, 0, 1
 _SET_TIMEOUT = 0x10  # NFT_SET_TIMEOUT: elements may end by themselves
 
 

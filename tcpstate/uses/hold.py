@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from tcpstate.connid import ConnId
+from tcpstate.inward import MARK as INWARD
 from tcpstate.kernel import nftables
 from tcpstate.kernel.nftables import (
     REGISTER,
@@ -150,6 +151,18 @@ def _load(base: Base, offset: int, length: int, register: int) -> bytes:
     )
 
 
+def _ours() -> list[bytes]:
+    """What we inject ourselves passes: a connection that is rebuilt while the rule stands is taught by it."""
+    return [
+        *_meta(MetaKey.MARK, struct.pack("=I", INWARD)),
+        expression(
+            Operation.IMMEDIATE,
+            number(Immediate.TO, nftables.VERDICT_REGISTER),
+            nftables.verdict(Immediate.DATA, nftables.ACCEPT),
+        ),
+    ]
+
+
 def _only_syns() -> list[bytes]:
     return [
         _load(Base.TRANSPORT, _FLAGS_OFFSET, 1, REGISTER),
@@ -201,6 +214,7 @@ class DropRule:
         """Set it up, empty: nothing is dropped. EEXIST if it stands already."""
         with NfTables() as nft:
             messages = [nft.table(self.name), nft.chain(self.name, _CHAIN, Direction.INPUT, _PRIORITY)]
+            messages.append(nft.rule(self.name, _CHAIN, _ours()))
             for identity, one in enumerate(_SETS, 1):
                 messages.append(nft.set(self.name, one.name, one.key, identity))
                 messages.append(nft.rule(self.name, _CHAIN, one.rule(identity)))
