@@ -205,11 +205,11 @@ class Source:
             directory=self._options.state_directory,
         )
         outgoing.begin(journal.note)
-        image = ImageWriter(channel, self._machine.send_image, self._attend)
-        rounds = self._copy_live(image) if self._options.precopy else []
         if self._hook is not None:
             with self._phase("hook"):
                 self._call_hook(self._hook, checked.needs, moved)
+        image = ImageWriter(channel, self._machine.send_image, self._attend)
+        rounds = self._copy_live(image) if self._options.precopy else []
         with self._phase("prepare"):
             # with the first one the target's hook is called: before new connections are held off
             self._measure(1)
