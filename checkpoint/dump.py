@@ -152,7 +152,7 @@ class Dump:
 
     def begin_live(self) -> LiveCopy:
         """Begin to copy memory while the processes run. TrackingImpossible, and what a stop raises."""
-        self._live = live = LiveCopy(self.roots)
+        self._live = live = LiveCopy(self.roots, self._policy)
         live.begin()
         return live
 

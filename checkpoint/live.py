@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from checkpoint import preflight, procfs
 from checkpoint.errors import NoSuchProcess, TrackingImpossible, TreeUnsteady
 from checkpoint.files.abi import pidfd_getfd
+from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.files.regular import RegularFile
 from checkpoint.files.table import FileTable, TreeFiles
 from checkpoint.image.format import PageRun
@@ -113,10 +114,11 @@ def foresee(pid: int) -> dict[bytes, Vma]:
 
 
 class LiveCopy:
-    """See the module's docstring. ``roots``: PIDs of the trees' roots."""
+    """See the module's docstring. ``roots``: PIDs of the trees' roots; ``policy``: which files will travel."""
 
-    def __init__(self, roots: Sequence[int]) -> None:
+    def __init__(self, roots: Sequence[int], policy: Policy = NO_POLICY) -> None:
         self._roots = tuple(roots)
+        self._policy = policy
         self._trackings: dict[int, Tracking] = {}
         self._processes: dict[int, _Running] = {}
         self._told: LiveTree | None = None
@@ -216,7 +218,7 @@ class LiveCopy:
             files = FileTable()
             try:
                 layouts = {pid: self._layout(pid, files) for pid in self._trackings}
-                return _plain(layouts, files.records())
+                return _plain(layouts, files.records(), self._policy)
             except (FileNotFoundError, ValueError):
                 # unmapped between two looks; or read in parts that do not fit together
                 looks += 1
@@ -339,11 +341,14 @@ def _private(mappings: Iterable[Mapped]) -> list[Mapped]:
     return [mapping for mapping in mappings if not mapping.shared and not mapping.special]
 
 
-def _plain(layouts: dict[int, MemoryLayout], records: TreeFiles) -> tuple[dict[int, MemoryLayout], TreeFiles]:
-    """Only what can be mapped before the stop: memory that no file is behind, and files that the target has, too."""
+def _plain(
+    layouts: dict[int, MemoryLayout], records: TreeFiles, policy: Policy
+) -> tuple[dict[int, MemoryLayout], TreeFiles]:
+    """Only what can be mapped before the stop: memory that no file is behind, and files that the target has, too. Not
+    those that are written to: they may have to travel."""
     numbers: dict[int, int] = {}
     for index, record in enumerate(records.files):
-        if isinstance(record, RegularFile):
+        if isinstance(record, RegularFile) and not record.written and record.path not in policy.apart:
             numbers[index] = len(numbers)
     files = TreeFiles(files=[records.files[index] for index in numbers], contents=[], tables={})
     found = {}

@@ -102,6 +102,7 @@ class Restore:
         """Where the source's paths are here, and whether shipped files replace others, and what its interfaces are
         called here; before the first frame."""
         self._path, self._overwrite, self._devices = path, overwrite, dict(devices or {})
+        self._ground = Ground(self.stubs, path, self._warn)
 
     def make_ready(self) -> None:
         """What takes milliseconds and can be done before the first frame comes: rules that silence connections until
