@@ -286,7 +286,7 @@ def test_mptcp_is_refused_by_name() -> None:
         keep = source.do("keep['m'] = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262).detach()")
         (verdict,) = [v for v in verdicts([source.pid]) if v.subject.endswith(f"fd {keep['m']}")]
         assert verdict.code == "TM-0343"
-        assert "MPTCP" in verdict.text
+        assert "Multipath TCP" in verdict.text
 
 
 def test_processes_that_share_a_descriptor_table_are_refused() -> None:
