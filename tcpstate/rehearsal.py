@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from tcpstate import options
+from tcpstate import halfopen, options
 from tcpstate.comparison import differences
 from tcpstate.connid import ConnId
 from tcpstate.early import read_early
@@ -39,6 +39,11 @@ def rehearse() -> None:
     It is no check: where it cannot be done (no loopback, no privilege), the real thing says so itself.
     """
     columns.make_all()
+    try:
+        # programs that read the kernel, and where its structures have what they read: a quarter of a second at first
+        halfopen.capture(_PORTS)
+    except (TcpmigError, OSError) as error:
+        log.debug("no rehearsal of half-open connections: %s", error)
     for address, family in _ENDS:
         try:
             _rehearse(_record(address, family))

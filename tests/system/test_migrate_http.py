@@ -8,7 +8,7 @@ from tests.workloads import scenes
 
 
 def test_http_server_there_and_back(hosts: ThreeHosts, tmp_path: Path) -> None:
-    with scenes.http(hosts, tmp_path, megabytes=150, rate=20) as stage:
+    with scenes.http(hosts, tmp_path, megabytes=180, rate=12) as stage:
         reports = there_and_back(stage)
     # Otherwise the moves would have come after the download.
     assert not reports[-1].answers["curl during"]["done"]
