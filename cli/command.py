@@ -61,6 +61,9 @@ def _run(function: Callable[..., Result | None], session: Session, log_name: str
             except (click.exceptions.Exit, click.ClickException):
                 raise
             except KeyboardInterrupt as stop:
+                # One that passed through an exec() of text, as a dataclass is made by, counts as unhandled until the
+                # next: `python -m` would end by SIGINT whatever we return (run_eval_code_obj, Python/pythonrun.c).
+                exec("")
                 return _failed(session, Interrupted(f"ended by {stop}" if stop.args else "ended by Ctrl-C"))
             except Exception as error:  # the one place that turns whatever happens into an exit status
                 return _failed(session, error)
