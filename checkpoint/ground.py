@@ -7,12 +7,13 @@ cannot be grown on: the stubs are ended, and everything begins anew.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from checkpoint.errors import BadLayout, ImageIncomplete
+from checkpoint.errors import BadLayout, ImageIncomplete, PidTaken
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.table import TreeFiles
-from checkpoint.grow import grow
+from checkpoint.grow import Birth, grow
 from checkpoint.image.format import PageRun
 from checkpoint.image.frames import Runs, Space
 from checkpoint.kernel.mman import Advice
@@ -29,6 +30,8 @@ __all__ = ["Ground"]
 
 #: bytes kept free above each heap: it grows, and must not meet what is ours in the stub
 _HEAP_ROOM = 4 << 30
+#: seconds in which the numbers of processes that were ended are free again: zombies of theirs are reaped by init
+_REAPED = 2.0
 #: calls in one table
 _AT_ONCE = 2048
 
@@ -66,13 +69,33 @@ class Ground:
         self._told = tree
 
     def _begin(self, tree: LiveTree, descriptor_of: Descriptors) -> None:
+        again = bool(self._stubs)
         self.clear()
         taken = [(m.start, m.end) for one in tree.layouts.values() for m in one.mappings]
         taken += [(one.fields.start_brk, one.fields.brk + _HEAP_ROOM) for one in tree.layouts.values()]
-        grow(tree.processes, taken, self._stubs, self._warn)
+        self._grow(tree.processes, taken, again)
         for pid, one in tree.layouts.items():
             layout.build(one, self._stubs[pid], descriptor_of)
             self.is_now(one)
+
+    def _grow(self, births: Sequence[Birth], taken: Sequence[tuple[int, int]], again: bool) -> None:
+        """Grow the tree; if it was ended a moment ago (``again``) its numbers may still be those of the dead."""
+        deadline = time.monotonic() + (_REAPED if again else 0)
+        while True:
+            try:
+                grow(births, taken, self._stubs, self._warn)
+                return
+            except PidTaken:
+                if time.monotonic() > deadline:
+                    raise
+                self.clear()
+                time.sleep(_REAPED / 200)
+
+    def grow_final(self, births: Sequence[Birth], taken: Sequence[tuple[int, int]]) -> None:
+        """What stands here cannot become the tree as it is now: it ends, and the tree grows anew. PidTaken, ..."""
+        again = bool(self._stubs)
+        self.clear()
+        self._grow(births, taken, again)
 
     def is_now(self, one: MemoryLayout) -> None:
         """The memory of this process is laid out so."""

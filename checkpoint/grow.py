@@ -21,7 +21,7 @@ from checkpoint.tree import Death, End, Fork, SetPgid, SetSid, Spawn, Task, plan
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.machine import SYS
 
-__all__ = ["grow"]
+__all__ = ["Birth", "grow"]
 
 _NO_WAIT: Final = struct.pack("<qq", 0, 0)  # struct timespec
 _SIGSET_SIZE: Final = 8
@@ -32,9 +32,14 @@ class Birth(Protocol):
     """What is needed of a process's record."""
 
     @property
-    def task(self) -> Task: ...
+    def task(self) -> Task:
+        """Its place in the tree."""
+        ...
+
     @property
-    def exit_signal(self) -> int: ...
+    def exit_signal(self) -> int:
+        """What its parent is sent when it ends."""
+        ...
 
 
 def grow(

@@ -34,7 +34,6 @@ from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.ground import Ground
-from checkpoint.grow import grow
 from checkpoint.image.frames import Frame, Kind, PageRun, Runs, Space
 from checkpoint.memory import layout
 from checkpoint.memory.layout import MemoryLayout
@@ -205,8 +204,7 @@ class Restore:
                 self._warn(warning)
         goes_on = self._ground.takes(self._tree.processes, self._layouts)
         if not goes_on:
-            self._ground.clear()
-            grow(self._tree.processes, taken, self.stubs, self._warn)
+            self._ground.grow_final(self._tree.processes, taken)
         self._rebuilder.rebuild()
         for pid, one in self._layouts.items():
             if goes_on:

@@ -57,14 +57,14 @@ def churn(hosts: ThreeHosts, seed: int) -> HostProcess:
     return _start(hosts, [sys.executable, "-m", module, PORT, hosts.net.service4, seed, 24, folder])
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [2])
 def test_memory_that_changes_in_every_way(hosts: ThreeHosts, seed: int) -> None:
     chance = random.Random(seed)
     here, there = hosts.source, hosts.target
     pid = churn(hosts, seed).pid
     with talking(hosts.client, hosts.net.service4) as sock:
         steps = 0
-        for _ in range(6):
+        for _ in range(4):
             time.sleep(chance.uniform(0.05, 0.3))
             # a budget of nothing: as many rounds as there can be
             summary = migrate(here, pid, there, options=["--max-downtime", 0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 
@@ -14,6 +15,7 @@ from checkpoint.errors import SpawnFailed
 def _ours() -> tuple[list[int], list[str], str, list[int]]:
     """What it could leave behind in this process: children, descriptors, a time namespace for children, signals."""
     us = os.getpid()
+    gc.collect()  # what other tests have left to the collector is not to end in between
     links = sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in procfs.fds(us) if os.path.exists(f"/proc/self/fd/{fd}"))
     status = procfs.read_status(us)
     return procfs.children(us), links, os.readlink("/proc/self/ns/time_for_children"), [int(status["SigBlk"], 16)]
