@@ -69,33 +69,26 @@ class Ground:
         self._told = tree
 
     def _begin(self, tree: LiveTree, descriptor_of: Descriptors) -> None:
-        again = bool(self._stubs)
-        self.clear()
         taken = [(m.start, m.end) for one in tree.layouts.values() for m in one.mappings]
         taken += [(one.fields.start_brk, one.fields.brk + _HEAP_ROOM) for one in tree.layouts.values()]
-        self._grow(tree.processes, taken, again)
+        self.grow_anew(tree.processes, taken)
         for pid, one in tree.layouts.items():
             layout.build(one, self._stubs[pid], descriptor_of)
             self.is_now(one)
 
-    def _grow(self, births: Sequence[Birth], taken: Sequence[tuple[int, int]], again: bool) -> None:
-        """Grow the tree; if it was ended a moment ago (``again``) its numbers may still be those of the dead."""
-        deadline = time.monotonic() + (_REAPED if again else 0)
+    def grow_anew(self, births: Sequence[Birth], taken: Sequence[tuple[int, int]]) -> None:
+        """End what stands here, and grow this tree. PidTaken, ..."""
+        # the numbers of what has just been ended may still be those of the dead
+        deadline = time.monotonic() + (_REAPED if self._stubs else 0)
         while True:
+            self.clear()
             try:
                 grow(births, taken, self._stubs, self._warn)
                 return
             except PidTaken:
                 if time.monotonic() > deadline:
                     raise
-                self.clear()
                 time.sleep(_REAPED / 200)
-
-    def grow_final(self, births: Sequence[Birth], taken: Sequence[tuple[int, int]]) -> None:
-        """What stands here cannot become the tree as it is now: it ends, and the tree grows anew. PidTaken, ..."""
-        again = bool(self._stubs)
-        self.clear()
-        self._grow(births, taken, again)
 
     def is_now(self, one: MemoryLayout) -> None:
         """The memory of this process is laid out so."""

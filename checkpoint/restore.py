@@ -204,7 +204,7 @@ class Restore:
                 self._warn(warning)
         goes_on = self._ground.takes(self._tree.processes, self._layouts)
         if not goes_on:
-            self._ground.grow_final(self._tree.processes, taken)
+            self._ground.grow_anew(self._tree.processes, taken)
         self._rebuilder.rebuild()
         for pid, one in self._layouts.items():
             if goes_on:
