@@ -423,7 +423,7 @@ class PeerOutsideTree(Refused):
     """A pipe, fifo or local socket leads to a process that is not moved. Its other end would stay behind."""
 
     code = "TM-0341"
-    fix = "Move the process at the other end too (name its PID as well), or let the program close the descriptor."
+    fix = "Name the other process as well, or decide: --external FD=PATH or FD=close, --local-peer close or reset."
 
 
 class SocketHeldOutside(Refused):
@@ -431,7 +431,7 @@ class SocketHeldOutside(Refused):
     it would leave a second owner behind."""
 
     code = "TM-0342"
-    fix = "Move the other holder too, or let it close the socket."
+    fix = "Name the other holder as well, or decide: --external FD=close, for a connection --local-peer close or reset."
 
 
 class UnsupportedProtocol(Refused):
@@ -478,6 +478,22 @@ class BadPathMap(Refused):
 
     code = "TM-0355"
     fix = "Write --map /old/directory=/new/directory; it may be repeated."
+
+
+class BadExternal(Refused):
+    """An --external is not of the form [PID:]FD=PATH, [PID:]FD=inherit or [PID:]FD=close, or names a descriptor that no
+    process of the tree has."""
+
+    code = "TM-0356"
+    fix = "Name a descriptor that `ls -l /proc/PID/fd` shows, and an absolute path."
+
+
+class ExternalNotHere(Refused):
+    """What --external puts in the place of an open file is not here: there is no such path, it is of a kind that cannot
+    be opened so, or a descriptor that is to be inherited was not passed to `tcpmig restore`."""
+
+    code = "TM-0357"
+    fix = "Name a file that is here, or pass the descriptor (as a shell does with 3<>FILE)."
 
 
 class FileDiffers(Refused):

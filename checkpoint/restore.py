@@ -30,6 +30,7 @@ from checkpoint import procfs
 from checkpoint.errors import ImageIncomplete, NoSuchProcess, RebuildDiffers
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.install import install
+from checkpoint.files.policy import External
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcpfile import TcpFile
@@ -60,6 +61,7 @@ class Restore:
     check  look for missing and differing files before anything is built; a migration has done that before its stop
     note   told, before anything that would outlast our death is changed, what undoing it takes (checkpoint.traces)
     overwrite  shipped files replace differing ones
+    external   what is put in the place of files that did not follow
     """
 
     def __init__(
@@ -71,9 +73,11 @@ class Restore:
         note: NoteWriter | None = None,
         overwrite: bool = False,
         held: Callable[[TreeFiles], Mapping[int, HeldSocket]] | None = None,
+        external: Sequence[External] = (),
     ) -> None:
         self.note = note
         self._overwrite = overwrite
+        self._external = tuple(external)
         self.warnings: list[str] = []
         self.manifest: Manifest | None = None
         self.stubs: dict[int, Stub] = {}
@@ -198,6 +202,7 @@ class Restore:
             note_path=lambda path: write(self.note, Trace.MADE, Made(path=path)),
             overwrite=self._overwrite,
             devices=self._devices,
+            external=self._external,
         )
         if self._check:
             for warning in self._rebuilder.check():

@@ -8,12 +8,20 @@ from typing import TypeVar
 import click
 
 from checkpoint.files.pathmap import PathMap
-from checkpoint.files.policy import AcceptQueues, LocalPeers, Policy
+from checkpoint.files.policy import AcceptQueues, External, LocalPeers, Policy
 from migrate.fileoptions import FileOptions
 
-__all__ = ["file_places", "file_policy", "places_of", "policy_of"]
+__all__ = ["external", "file_places", "file_policy", "places_of", "policy_of"]
 
 _F = TypeVar("_F", bound=Callable[..., object])
+
+
+_EXTERNAL = click.option(
+    "--external",
+    metavar="[PID:]FD=PATH|inherit|close",
+    multiple=True,
+    help="What becomes of a descriptor that leads out of the trees.",
+)
 
 
 def file_policy(function: _F) -> _F:
@@ -32,6 +40,7 @@ def file_policy(function: _F) -> _F:
             default=AcceptQueues.KEEP.value,
             help="Connections that still wait to be accepted when the processes stop.  [default: keep]",
         ),
+        _EXTERNAL,
         click.option("--ship", is_flag=True, help="Files open for writing travel along where they are not shared."),
     )
 
@@ -57,11 +66,25 @@ def _with(function: _F, *options: Callable[[_F], _F]) -> _F:
     return function
 
 
-def policy_of(*, local_peer: str, accept_queue: str, ship: bool, **_: object) -> Policy:
-    """What the options of :func:`file_policy` say."""
-    return Policy(local_peer=LocalPeers(local_peer), accept_queue=AcceptQueues(accept_queue), ship=ship)
+def external(function: _F) -> _F:
+    """Give a command ``--external`` alone."""
+    return _with(function, _EXTERNAL)
 
 
-def places_of(*, path_map: tuple[str, ...], overwrite: bool, ship: bool = False, **_: object) -> FileOptions:
-    """What the options of :func:`file_places` say, and what of the others the target must know. BadPathMap."""
-    return FileOptions(path=PathMap.parse(path_map), ship=ship, overwrite=overwrite)
+def policy_of(*, local_peer: str, accept_queue: str, ship: bool, external: tuple[str, ...], **_: object) -> Policy:
+    """What the options of :func:`file_policy` say. BadExternal."""
+    return Policy(
+        local_peer=LocalPeers(local_peer),
+        accept_queue=AcceptQueues(accept_queue),
+        external=tuple(map(External.parse, external)),
+        ship=ship,
+    )
+
+
+def places_of(
+    *, path_map: tuple[str, ...], overwrite: bool, ship: bool = False, external: tuple[str, ...] = (), **_: object
+) -> FileOptions:
+    """What the options of :func:`file_places` say, and what of the others the target must know. BadPathMap,
+    BadExternal."""
+    rules = tuple(map(External.parse, external))
+    return FileOptions(path=PathMap.parse(path_map), ship=ship, overwrite=overwrite, external=rules)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from checkpoint.files.pathmap import PathMap
+from checkpoint.files.policy import External
 from checkpoint.files.verdicts import SHIPPED
 from checkpoint.verdict import Verdict
 
@@ -30,11 +31,13 @@ class FileOptions:
     path       paths of the source that are others there
     ship       files that are open for writing travel along where they are not shared
     overwrite  also where another file is at their place
+    external   restore: what is put in the place of files that did not follow
     """
 
     path: PathMap = field(default_factory=PathMap)
     ship: bool = False
     overwrite: bool = False
+    external: tuple[External, ...] = ()
 
     def texts(self) -> dict[str, str]:
         """For the message."""

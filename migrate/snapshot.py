@@ -279,6 +279,7 @@ def restore(
             note=journal.note,
             path=files.path,
             overwrite=files.overwrite,
+            external=files.external,
             held=None if held is None else held.sockets,
         )
         kept = KeptFrames.noted(journal.note)

@@ -91,6 +91,8 @@ def _watches(view: FdView) -> list[EpollWatch]:
             raise FileCaptureFailed(f"epoll entry not understood: {line}", object=view.object)
         number = int(parts[1])
         nth = sum(1 for other in found if other.number == number)
+        if any((pid, number) in view.table.closed for pid, _ in view.places):
+            continue  # given up; the kernel takes the entry away with the last descriptor
         pid, index = _target(view, number, nth, int(parts[4], 16), int(parts[5], 16))
         found.append(EpollWatch(number=number, pid=pid, file=index, events=int(parts[2], 16), data=int(parts[3], 16)))
     return found

@@ -47,7 +47,10 @@ class Fifo(OpenFile):
         path_of(view)
         holders = view.table.outside.holders(view.link)
         if holders:
-            raise PeerOutsideTree(f"fifo {view.link} is also open in {holders_text(holders)}", object=view.object)
+            text = f"fifo {view.link} is also open in {holders_text(holders)}"
+            if not view.table.policy.cuts:
+                raise PeerOutsideTree(text, object=view.object)
+            return f"{text}, which is cut off"
         return ""
 
     @classmethod

@@ -30,8 +30,8 @@ __all__ = ["KINDS", "kind_for"]
 
 #: most particular first: the first that fits takes the file
 KINDS: Final[tuple[type[OpenFile], ...]] = (
-    PathOnly,
     External,
+    PathOnly,
     Device,
     Pipe,
     Fifo,

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import ipaddress
+import struct
 from collections.abc import Collection
 from typing import Final
 
@@ -26,7 +27,11 @@ from tcpstate.kernel.tcp import TcpState
 from tcpstate.record import ConnectionRecord, LocalFin, State, Windows
 from tcpstate.segment import SEQ_MASK
 
-__all__ = ["Place", "StandIn", "alone", "is_loopback", "mirrored", "place_of"]
+__all__ = ["RESETTING", "Place", "StandIn", "alone", "is_loopback", "mirrored", "place_of"]
+
+
+#: SO_LINGER with which close() resets
+RESETTING: Final = struct.pack("ii", 1, 0)
 
 
 class Place(enum.Enum):

@@ -131,13 +131,16 @@ class Pipe(OpenFile):
         if missing or holders:
             at = f" ({holders_text(holders)})" if holders else ""
             what = f"the {missing} is" if missing else "it is also held"
-            raise PeerOutsideTree(f"{view.link}: {what} outside of the tree{at}", object=view.object)
+            text = f"{view.link}: {what} outside of the tree{at}"
+            if not view.table.policy.cuts:
+                raise PeerOutsideTree(text, object=view.object)
+            return f"{text}, and is cut off"
         return ""
 
     @classmethod
     def capture(cls, view: FdView) -> Self:
         missing = other_end_outside(view)
-        if missing:
+        if missing and not view.table.policy.cuts:
             raise PeerOutsideTree(f"{view.link}: the {missing} is outside of the tree", object=view.object)
         readers, writers = ends_in_tree(view)
         queue = None

@@ -19,6 +19,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import logging
 import os
@@ -30,9 +31,12 @@ from typing import Final
 from checkpoint.errors import BadFileRecord, FileRebuildFailed
 from checkpoint.files.abi import REOPEN_FLAGS, Fcntl, FileFlag
 from checkpoint.files.base import OpenFile, kind_name
+from checkpoint.files.external import External
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.listener import Listener
 from checkpoint.files.locks import Locks
+from checkpoint.files.policy import External as ExternalRule
+from checkpoint.files.policy import rule_for
 from checkpoint.files.queues import Queues
 from checkpoint.files.regular import RegularFile
 from checkpoint.files.shipped import Shipment
@@ -69,6 +73,7 @@ class Rebuilder:
     blackhole  rules that silence connections until their release, if they stand already; removed by ``close``
     note_path  told the path of whatever is made beside its place, before it is made
     overwrite  shipped files replace differing ones
+    external   what this host's user puts in the place of files that did not follow; closing takes the descriptor away
     ship, beacons  for a check before the stop of the source: files that are not shared can travel; by what directories
                of the source are known here (files/identity.py), None: the source is not there to tell
     held     sockets that were kept on this host, by index: they are taken instead of being made; they stay the caller's
@@ -86,15 +91,17 @@ class Rebuilder:
         blackhole: Blackhole | None = None,
         note_path: Callable[[str], None] | None = None,
         overwrite: bool = False,
+        external: Sequence[ExternalRule] = (),
         ship: bool = False,
         beacons: Mapping[str, str] | None = None,
         held: Mapping[int, HeldSocket] | None = None,
         devices: Mapping[str, str] | None = None,
     ) -> None:
-        self.records = records
         self.held = dict(held or {})
         self._devices = dict(devices or {})
         self.files: list[OpenFile] = [file.on_devices(self._devices) for file in records.files]
+        self.external = tuple(external)
+        self.records = self._without_closed(records)
         self.overwrite = overwrite
         self.ship = ship
         self.beacons = beacons
@@ -122,6 +129,20 @@ class Rebuilder:
         #: (conn-ID, reason) of connections that could not be brought back
         self.lost: list[tuple[str, str]] = []
 
+    def _without_closed(self, records: TreeFiles) -> TreeFiles:
+        closing = [rule for rule in self.external if rule.closes]
+        if not closing:
+            return records
+        tables = {
+            pid: {
+                fd: place
+                for fd, place in table.items()
+                if not (isinstance(self.files[place[0]], External) and rule_for(closing, [(pid, fd)]))
+            }
+            for pid, table in records.tables.items()
+        }
+        return dataclasses.replace(records, tables=tables)
+
     # ---- what kinds ask for
 
     @property
@@ -143,6 +164,15 @@ class Rebuilder:
         """A connection cannot be brought back, and the rest goes on without it."""
         self.warn(f"{connection} is lost: {reason}")
         self.lost.append((connection, reason))
+
+    def places(self, record: OpenFile) -> list[tuple[int, int]]:
+        """(pid, fd) of every descriptor of a file, by the source's numbers."""
+        return [
+            (pid, fd)
+            for pid, table in self.records.tables.items()
+            for fd, (index, _) in table.items()
+            if self.files[index] is record
+        ]
 
     def descriptor(self, index: int) -> int:
         """Our descriptor of a file of the tree; it is made now if it is not there yet."""

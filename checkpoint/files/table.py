@@ -84,6 +84,8 @@ class FileTable:
         self._files: list[OpenFile] = []
         #: (path, size, time, inode) -> what else is known of a file's content, from before the stop
         self.evidence: dict[tuple[str, int, int, int], Evidence] = {}
+        #: descriptors that their processes give up: not among the entries
+        self.closed: set[tuple[int, int]] = set()
         self._written: set[tuple[int, int]] = set()
         self._given_up: list[tuple[int, FileLock]] = []
         self._posix: dict[int, dict[tuple[int, int], tuple[int, tuple[PosixLock, ...]]]] = {}
@@ -108,6 +110,9 @@ class FileTable:
         self._pidfd(process.pid)
         ensure_descriptors(len(self.entries) + len(numbers))
         for number in numbers:
+            if self.policy.closes(process.pid, number):
+                self.closed.add((process.pid, number))
+                continue
             try:
                 self.add(process, number)
             except (FileNotFoundError, ProcessLookupError) as error:
@@ -296,8 +301,11 @@ class FileTable:
     # ---- asking
 
     def index_of_socket(self, inode: int) -> int | None:
-        """The entry of the socket with this inode, if the tree has it."""
-        return self._by_socket.get(inode)
+        """The entry of the socket with this inode, if the tree has it and keeps it."""
+        index = self._by_socket.get(inode)
+        if index is not None and self.policy.external and self.policy.replaces(self.entries[index].places):
+            return None
+        return index
 
     def ships(self, view: FdView) -> bool:
         """Whether the bytes of a file travel, since somebody of the tree writes to it and it would stay behind."""

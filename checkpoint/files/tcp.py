@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import logging
 import socket
-import struct
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -19,10 +18,10 @@ from checkpoint.errors import BadFileRecord, LocalPeer
 from checkpoint.files.base import FdView, OpenFile
 from checkpoint.files.held import HeldFile, HeldSocket
 from checkpoint.files.listener import Listener, has_ended, is_closed, is_open, is_tcp, listens
-from checkpoint.files.peers import Place, StandIn, alone, mirrored, place_of
+from checkpoint.files.peers import RESETTING, Place, StandIn, alone, mirrored, place_of
 from checkpoint.files.policy import LocalPeers
 from checkpoint.files.queues import apart, queue_runs
-from checkpoint.files.tcpfile import TcpFile
+from checkpoint.files.tcpfile import TcpFile, is_cut
 from checkpoint.image.frames import PageRun, Space
 from tcpstate import acceptqueue, halfopen, options
 from tcpstate.acceptqueue import Queue, keeps
@@ -53,8 +52,6 @@ __all__ = ["Original", "RebuiltTcp", "TcpGroup"]
 #: how often receive queues are looked at before the freeze, and how much more must be there
 _EARLY_ROUNDS: Final = 3
 _EARLY_GROWTH: Final = 512 << 10
-#: SO_LINGER with which close() resets
-_AT_ONCE: Final = struct.pack("ii", 1, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,11 +88,14 @@ class TcpGroup:
         self._listener_indexes: list[int] = []
         self._views: list[tuple[int, FdView]] = []
         for index, view in enumerate(table.entries):
-            if listens(view):
+            listening = listens(view)
+            if not (listening or is_tcp(view)) or table.policy.replaces(view.places) or is_cut(view):
+                continue
+            if listening:
                 self._listeners.append(view.socket)
                 self.listener_places.append(view.places)
                 self._listener_indexes.append(index)
-            elif is_tcp(view) and not is_closed(view):
+            elif not is_closed(view):
                 self._views.append((index, view))
         self._originals: list[QuietState] | None = None
         self._options: list[options.Saved] | None = None
@@ -328,7 +328,7 @@ class TcpGroup:
             thaw(socks, list(itertools.compress(self._states, staying)), probe=False)
         if self._table.policy.local_peer is LocalPeers.RESET:
             for sock in socks:
-                sock.setsockopt(Level.SOCKET, SO.LINGER, _AT_ONCE)
+                sock.setsockopt(Level.SOCKET, SO.LINGER, RESETTING)
 
 
 def listening_end(sock: socket.socket) -> ListeningEnd:
@@ -440,7 +440,7 @@ class RebuiltTcp:
             thaw([sock for sock, _ in self._held], [state for _, state in self._held])
         for sock, does in self._stand_ins:
             if does is StandIn.RESET:
-                sock.setsockopt(Level.SOCKET, SO.LINGER, _AT_ONCE)
+                sock.setsockopt(Level.SOCKET, SO.LINGER, RESETTING)
             sock.close()
 
     def connect(self, arrived: Sequence[Segment] = ()) -> None:

@@ -13,17 +13,18 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
-from checkpoint.errors import AddressTaken
+from checkpoint.errors import AddressTaken, FileRebuildFailed
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
 from checkpoint.files.inet import Endpoint
 from checkpoint.files.listener import bind, has_ended, is_closed, is_tcp, new_socket
-from checkpoint.files.peers import StandIn
+from checkpoint.files.peers import RESETTING, StandIn
+from checkpoint.files.policy import LocalPeers
 from checkpoint.files.sockopts import SocketOptions, before_bind, give_late, give_own_filter, save
 from checkpoint.files.unix import held_outside
 from tcpstate.closed import nearest, pending_error
 from tcpstate.connid import ConnId
 from tcpstate.export import refusal
-from tcpstate.kernel.sockets import Level
+from tcpstate.kernel.sockets import SO, Level
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpInfo
 from tcpstate.record import ConnectionRecord
 from tcpstate.rows import describe
@@ -80,9 +81,9 @@ class TcpFile(OpenFile):
 
     @classmethod
     def examine(cls, view: FdView) -> str:
-        held_outside(view)
-        if is_closed(view):
-            return ""
+        cut = held_outside(view, connected=not is_closed(view))
+        if cut or is_closed(view):
+            return cut
         problem = refusal(view.socket)
         if problem is not None:
             problem.object = f"{view.object}, {problem.object}"
@@ -93,6 +94,14 @@ class TcpFile(OpenFile):
     def capture(cls, view: FdView) -> Self:
         if is_closed(view):
             return cls.without_connection(view)
+        if is_cut(view):
+            reset = view.table.policy.local_peer is LocalPeers.RESET
+            return cls(
+                family=int(view.socket.family),
+                options=save(view.socket, view.object),
+                stand_in=StandIn.RESET if reset else StandIn.CLOSE,
+                **view.common(),
+            )
         return cls(family=int(view.socket.family), conn_id=describe(view.socket), **view.common())
 
     @classmethod
@@ -111,6 +120,8 @@ class TcpFile(OpenFile):
         sock = new_socket(self.family, socket.SOCK_STREAM, self.conn_id or "tcp socket")
         if self.options is not None:
             before_bind(sock, self.options, str(self.name or "tcp socket"))
+        if self.stand_in is not StandIn.NONE and not self.conn_id:
+            _cut(sock, self.stand_in)
         set_flags(sock.fileno(), self.flags)
         return sock.detach()
 
@@ -131,6 +142,24 @@ class TcpFile(OpenFile):
             with socket.socket(fileno=host.duplicate(fd)) as sock:
                 give_late(sock, self.options, str(self.name or "tcp socket"))
                 give_own_filter(sock, self.options)
+
+
+def is_cut(view: FdView) -> bool:
+    """Whether the connection stays with a process outside of the tree that has it too, by policy."""
+    return view.table.policy.cuts and not view.table.live and bool(view.table.outside.holders(view.link))
+
+
+def _cut(sock: socket.socket, does: StandIn) -> None:
+    """Make the fresh socket one whose peer has closed or reset the connection."""
+    loopback = "::1" if sock.family == socket.AF_INET6 else "127.0.0.1"
+    try:
+        with socket.create_server((loopback, 0), family=sock.family) as passing:
+            sock.connect(passing.getsockname())
+            with passing.accept()[0] as peer:
+                if does is StandIn.RESET:
+                    peer.setsockopt(Level.SOCKET, SO.LINGER, RESETTING)
+    except OSError as error:
+        raise FileRebuildFailed(f"a connection to be cut off: {error.strerror}", object="tcp socket") from error
 
 
 def _ended(sock: socket.socket) -> str:

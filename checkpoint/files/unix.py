@@ -27,6 +27,7 @@ from checkpoint.errors import (
 from checkpoint.files import unixqueue
 from checkpoint.files.base import FdView, OpenFile, register
 from checkpoint.files.outside import holders_text
+from checkpoint.files.policy import LocalPeers
 from checkpoint.files.sockopts import SocketOptions, save
 from checkpoint.files.unixdiag import SocketState, UnixSocket
 from checkpoint.files.unixname import UnixName, name_of
@@ -47,11 +48,19 @@ def _is_unix(view: FdView) -> bool:
     return view.dup >= 0 and view.socket.family == socket.AF_UNIX
 
 
-def held_outside(view: FdView) -> None:
-    """SocketHeldOutside if a process outside of the tree has the socket, too."""
+def held_outside(view: FdView, *, connected: bool = False) -> str:
+    """SocketHeldOutside if a process outside of the tree has the socket, too; a warning where the policy says what to
+    do with a connection.
+
+    connected  it is the end of a connection
+    """
     holders = view.table.outside.holders(view.link)
-    if holders:
-        raise SocketHeldOutside(f"{view.link} is also held by {holders_text(holders)}", object=view.object)
+    if not holders:
+        return ""
+    text = f"{view.link} is also held by {holders_text(holders)}"
+    if not connected or not view.table.policy.cuts:
+        raise SocketHeldOutside(text, object=view.object)
+    return f"{text}, who is left behind"
 
 
 @register("unix socket", mode=stat.S_IFSOCK, match=_is_unix)
@@ -69,6 +78,7 @@ class UnixFile(OpenFile):
     backlog   of a listener: the argument of listen(), else None
     shutdown  1 no more reading, 2 no more writing, added
     queue     unread messages
+    reset     peer is 0 since its process stays behind, and reading tells ECONNRESET
     peek_off  SO_PEEK_OFF, -1: off
     """
 
@@ -84,6 +94,7 @@ class UnixFile(OpenFile):
     queue: tuple[Message, ...]
     options: SocketOptions
     peek_off: int
+    reset: bool = False
 
     def validate(self) -> None:
         if self.type not in _TYPES or not 0 <= self.shutdown <= 3 or len(self.remote) > 108:
@@ -98,7 +109,9 @@ class UnixFile(OpenFile):
 
     @classmethod
     def examine(cls, view: FdView) -> str:
-        held_outside(view)
+        cut = held_outside(view, connected=_is_connected(view))
+        if cut:
+            return cut
         state = _state(view)
         if state is None:
             # made since the list was read: another look is taken in the stop
@@ -106,6 +119,8 @@ class UnixFile(OpenFile):
         if state.state != SocketState.LISTEN and not view.table.live:
             _connection(view, state)
         elif state.peer and view.table.index_of_socket(state.peer) is None:
+            if _is_cut(view, state):
+                return "its other end is outside of the tree, and is cut off"
             remote = _remote(view, state)
             return f"it will be connected to the target's {_text(remote)}"
         return ""
@@ -143,6 +158,7 @@ class UnixFile(OpenFile):
             queue=queue,
             options=save(sock, view.object),
             peek_off=sock.getsockopt(Level.SOCKET, SO.PEEK_OFF),
+            reset=peer == GONE and view.table.policy.local_peer is LocalPeers.RESET and _is_cut(view, state),
             **view.common(),
         )
 
@@ -195,24 +211,50 @@ def _connection(view: FdView, state: UnixSocket) -> tuple[int | None, int | None
         if listener is None:
             return GONE, None, b""
         if view.table.index_of_socket(listener.inode) is None:
+            if view.table.policy.cuts:
+                return GONE, None, b""
             raise PeerOutsideTree("connected to a listener outside of the tree, not accepted yet", object=view.object)
         if ioctl_int(view.dup, Ioctl.SIOCOUTQ):
             raise PendingLocalConnection("data was sent on a connection that nobody accepted yet", object=view.object)
         return None, listener.inode, b""
+    if _is_cut(view, state):
+        return GONE, None, b""
     if view.table.index_of_socket(state.peer) is None:
         return None, None, _remote(view, state)
     return state.peer, None, b""
 
 
-def _remote(view: FdView, state: UnixSocket) -> bytes:
-    """The name of a datagram peer outside of the tree; PeerOutsideTree if it cannot be found again by its name."""
+def _is_connected(view: FdView) -> bool:
+    state = _state(view)
+    return state is not None and state.peer is not None
+
+
+def _is_cut(view: FdView, state: UnixSocket) -> bool:
+    """Whether the other end stays behind, by policy, and cannot be found again by its name."""
+    if not view.table.policy.cuts or not state.peer:
+        return False
+    return view.table.index_of_socket(state.peer) is None and not _address(view, state)
+
+
+def _address(view: FdView, state: UnixSocket) -> bytes:
+    """The name by which a datagram socket can be connected to its peer outside of the tree again; empty: there is
+    none."""
     peer = view.table.unix_sockets.get(state.peer or 0)
     name = b"" if peer is None else peer.name
-    address = name if name.startswith(b"\0") else name.rstrip(b"\0")
-    holders = view.table.outside.holders_of(f"socket:[{state.peer}]")
-    if view.socket.type != socket.SOCK_DGRAM or not address or (peer is not None and peer.peer == state.inode):
+    if view.socket.type != socket.SOCK_DGRAM or (peer is not None and peer.peer == state.inode):
+        return b""
+    return name if name.startswith(b"\0") else name.rstrip(b"\0")
+
+
+def _remote(view: FdView, state: UnixSocket) -> bytes:
+    """The name of a datagram peer outside of the tree; PeerOutsideTree if it cannot be found again by its name."""
+    address = _address(view, state)
+    if not address:
+        peer = view.table.unix_sockets.get(state.peer or 0)
+        name = b"" if peer is None else peer.name.rstrip(b"\0")
+        holders = view.table.outside.holders_of(f"socket:[{state.peer}]")
         at = f" ({holders_text(holders)})" if holders else ""
-        shown = f" {_text(address)}" if address else ""
+        shown = f" {_text(name)}" if name else ""
         raise PeerOutsideTree(f"local socket whose other end{shown} is outside of the tree{at}", object=view.object)
     return address
 

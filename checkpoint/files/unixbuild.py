@@ -161,7 +161,10 @@ class Builder:
         for record in self._records.values():
             for message in record.queue:
                 self._resend(record, message)
-        for peer in self._gone.values():
+        for number, peer in self._gone.items():
+            if self._records[number].reset:
+                # closed with something unread it resets its other end
+                self._sockets[number].send(b"\0", socket.MSG_DONTWAIT)
             peer.close()
         for number, record in self._records.items():
             self._finish(self._sockets[number], record)

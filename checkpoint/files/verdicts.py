@@ -12,10 +12,10 @@ import errno
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from checkpoint.errors import FileCaptureFailed
+from checkpoint.errors import BadExternal, FileCaptureFailed
 from checkpoint.files.base import FdView, OpenFile, kind_name
 from checkpoint.files.kinds import kind_for
-from checkpoint.files.policy import NO_POLICY, Policy
+from checkpoint.files.policy import NO_POLICY, Policy, rule_for
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.regular import RegularFile
 from checkpoint.files.table import FileTable, TreeFiles
@@ -51,6 +51,22 @@ def verdicts(pids: Sequence[int], policy: Policy = NO_POLICY) -> list[Verdict]:
                 found.append(Verdict.refuse(error, "descriptor table"))
         for view in table.entries:
             found += _judge(view)
+        found += _judge_rules(policy, table)
+    return found
+
+
+def _judge_rules(policy: Policy, table: FileTable) -> list[Verdict]:
+    """On descriptors that are given up, and on rules about descriptors that nobody has."""
+    found = [
+        Verdict(
+            subject=f"pid {pid} fd {fd}", kind="external", status=Status.WARN, text="it is closed, as --external says"
+        )
+        for pid, fd in sorted(table.closed)
+    ]
+    places = [place for view in table.entries for place in view.places] + list(table.closed)
+    for rule in policy.external:
+        if rule_for([rule], places) is None:
+            found.append(Verdict.refuse(BadExternal("no process has such a descriptor", object=str(rule)), "external"))
     return found
 
 

@@ -92,6 +92,8 @@ def migrate(
         remote_command=remote_command,
     )
     decided = policy_of(**files)
+    if any(rule.inherit for rule in decided.external):
+        raise UsageMistake("--external FD=inherit is for checkpoint and restore: HOST has nothing to be inherited from")
     if dry_run:
         checked = check_with(pids, host, rsh=rsh, remote_command=remote_command, options=options, policy=decided)
         return report([*checked.here, *checked.there], every=session.verbose)

@@ -12,6 +12,7 @@ import click
 from cli.command import command
 from cli.errors import PidFileNotWritten
 from cli.fields import fields
+from cli.filepolicy import external as with_external
 from cli.filepolicy import file_places, places_of
 from cli.session import Result, Session
 from migrate.handover import DEFAULT_REMOTE_COMMAND, Origin
@@ -44,6 +45,7 @@ __all__ = ["restore"]
 )
 @click.option("--foreground", is_flag=True, help="Stay as the parent, and pass on the exit status.")
 @file_places
+@with_external
 def restore(
     session: Session,
     file: str,
@@ -56,13 +58,14 @@ def restore(
     foreground: bool,
     path_map: tuple[str, ...],
     overwrite: bool,
+    external: tuple[str, ...],
 ) -> Result | None:
     """Let the processes of the image FILE run again, here, with their PIDs, connections and addresses.
 
     The image is verified whole before anything is built. Connections that this host holds are taken back; those that
     another host holds it gives up, with the addresses, if --from names it. Prints the root's PID.
     """
-    places = places_of(path_map=path_map, overwrite=overwrite)
+    places = places_of(path_map=path_map, overwrite=overwrite, external=external)
     with contextlib.ExitStack() as ends:
         out = ends.enter_context(_pid_file(pid_file))
         there = None

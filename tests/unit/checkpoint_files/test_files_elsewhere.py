@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint.errors import BadPathMap
+from checkpoint.errors import BadExternal, BadPathMap
 from checkpoint.files.identity import Beacons, build_id, digest, evidence_of, same_folder, shown
 from checkpoint.files.pathmap import PathMap
-from checkpoint.files.policy import Policy
+from checkpoint.files.policy import External, Policy, rule_for
 from checkpoint.verdict import Verdict
 from migrate.fileoptions import FileOptions, shared_and_apart
 
@@ -157,3 +157,32 @@ def test_a_beacon_shows_the_very_same_directory(tmp_path: Path) -> None:
 def test_marks_as_text() -> None:
     assert shown(5, 1_500_000_000_123_456_789) == "5 bytes of 2017-07-14 02:40:00.123456 UTC"
     assert shown(5, -1, b"\xab").endswith("1969-12-31 23:59:59.999999 UTC, build-id ab")
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("1=/var/log/x", External(pid=0, fd=1, path="/var/log/x")),
+        ("77:0=inherit", External(pid=77, fd=0, inherit=True)),
+        ("5=close", External(pid=0, fd=5)),
+        ("5=/a=b", External(pid=0, fd=5, path="/a=b")),
+    ],
+)
+def test_external_rules(text: str, rule: External) -> None:
+    assert External.parse(text) == rule
+    assert str(rule) == text
+    assert rule.closes == text.endswith("=close")
+
+
+@pytest.mark.parametrize("text", ["", "1", "1=", "x=/a", "-1=/a", "0:1=/a", "1=relative", "1:2:3=/a", "9999999999=/a"])
+def test_what_is_no_external_rule(text: str) -> None:
+    with pytest.raises(BadExternal):
+        External.parse(text)
+
+
+def test_the_rule_that_names_the_process_comes_first() -> None:
+    policy = Policy(external=tuple(map(External.parse, ["1=/all", "7:1=/seven", "8:1=close", "3=close"])))
+    found = [policy.replaces([(pid, 1)]) for pid in (6, 7, 8)]
+    assert [rule and rule.path for rule in found] == ["/all", "/seven", None]
+    assert [policy.closes(pid, fd) for pid, fd in ((8, 1), (7, 1), (9, 3), (9, 4))] == [True, False, True, False]
+    assert rule_for((), [(1, 1)]) is None
