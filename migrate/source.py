@@ -103,6 +103,8 @@ class Source:
         self._machine = SourceMachine(self.migration, secrets.token_bytes(TOKEN_SIZE))
         self._offset = Offset()
         self._journal: Journal | None = None
+        self._asked: Checked | None = None
+        self._refused: Checked | None = None
         self._departure: Departure | None = None
         self._there: Place | None = None
         self._hook: UnitHook | None = None
@@ -117,13 +119,16 @@ class Source:
     # --- the steps
 
     def check(self) -> Checked:
-        """Step 1 alone: `--dry-run`, `check --to`. Raises the first refusal, of this side or of the other."""
+        """Step 1 alone: `--dry-run`, `check --to`. Raises the first refusal of this side; those of the target are among
+        its verdicts."""
         with Netlink() as netlink:
             try:
                 checked, _ = self._check(netlink)
                 self._say(Abort(migration=self.migration, failure=Failure(code="", message="only a check")))
                 return checked
             except TcpmigError as error:
+                if self._refused is not None:
+                    return self._refused
                 raise self._remote.explain(error) from None
             finally:
                 self._outgoing.close()
@@ -177,6 +182,7 @@ class Source:
                         options=self._options.forwarded,
                     )
                 )
+                self._asked = Checked(needs=needs, here=addresses.verdicts, there=())
                 answer = self._hear(Verdicts)
             self._outgoing.share(*shared_and_apart(needs.written, answer.items))
             _log.info(
@@ -457,6 +463,8 @@ class Source:
         if isinstance(message, Abort):
             raise remote_error(message.failure, TargetAborted)
         if isinstance(message, Refused):
+            if self._asked is not None:
+                self._refused = replace(self._asked, there=message.items)
             raise remote_error(message.failure, TargetRefused)
         if not isinstance(message, Keepalive):
             raise ProtocolError(f"{type(message).__name__} was not asked for")

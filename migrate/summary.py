@@ -80,7 +80,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """What both sides say before anything is stopped: all verdicts, none of which refuses."""
+    """What both sides say before anything is stopped: all verdicts. None refuses, unless it was only a check."""
 
     needs: Needs
     here: tuple[Verdict, ...]

@@ -36,9 +36,9 @@ _VOLATILE: Final = frozenset(
 
 
 def volatile(view: FdView) -> bool:
-    """Whether the file is made up when it is read: such files have no size, and nothing that is written stays."""
-    # asking every file for its file system would cost a system call each
-    return view.stat.st_size == 0 and view.dup >= 0 and filesystem_magic(view.dup) in _VOLATILE
+    """Whether the file is made up when it is read: nothing that is written stays."""
+    # Asking every file for its file system would cost a system call each; files of sysfs have the size of a page.
+    return view.stat.st_size in (0, 4096) and view.dup >= 0 and filesystem_magic(view.dup) in _VOLATILE
 
 
 class Marks(NamedTuple):

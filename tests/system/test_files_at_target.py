@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -21,6 +22,7 @@ from tests.workloads.servers import wait_listening
 PORT = 7200
 FOLDER = "/var/lib/service"
 LOG = "/var/log/service.log"
+RSH_OPTIONS = [f"--rsh={shlex.join(RSH)}", f"--remote-command={shlex.join([*TCPMIG, 'receive'])}"]
 
 # Logs what it is told, and keeps a database: on a line from the service address it evaluates an expression.
 SERVER = f"""
@@ -144,6 +146,11 @@ def test_shipped_refused_and_back_again(service: Service) -> None:
 def test_mapped_to_another_place(service: Service) -> None:
     source, target = service.hosts.source, service.hosts.target
     furnish(target, "target")
+    # a check tells all of them, with one line each
+    status, shown, _ = tcpmig(source, "check", service.pid, "--to", target.name, *RSH_OPTIONS)
+    refused = {v["subject"]: v["code"] for v in shown["verdicts"] if v["status"] == "refuse"}
+    assert status == 3
+    assert refused == dict.fromkeys((LOG, f"{FOLDER}/db", f"{FOLDER}/release/table"), "TM-0353")
     said = service.refused(source, target, "TM-0353")
     assert "here" in said["message"]
     assert "at the source" in said["message"]
@@ -157,11 +164,7 @@ def test_mapped_to_another_place(service: Service) -> None:
     target.path("/var/moved/service/release/table").write_bytes(b"short")
     service.refused(source, target, "TM-0346", *maps)
     target.path("/var/moved/service/release/table").write_bytes(b"mapped".ljust(8192, b"-"))
-    rsh = [
-        f"--{name}={' '.join(map(str, value))}"
-        for name, value in (("rsh", RSH), ("remote-command", [*TCPMIG, "receive"]))
-    ]
-    status, shown, _ = tcpmig(source, "check", service.pid, "--to", target.name, *rsh, *maps)
+    status, shown, _ = tcpmig(source, "check", service.pid, "--to", target.name, *RSH_OPTIONS, *maps)
     assert status == 0, shown
     assert sum("as --map says" in v["text"] for v in shown["verdicts"]) == 5
 

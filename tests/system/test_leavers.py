@@ -160,7 +160,7 @@ def test_single_descriptors(service: Service) -> None:
 
 def test_an_image_remembers(service: Service) -> None:
     source, image = service.hosts.source, service.folder / "image"
-    rules = [*ALLOW, "--external", "1=/dev/full", "--local-peer", "close"]
+    rules = ["--external", "1=/dev/full", "--local-peer", "close"]
     assert tcpmig(source, "checkpoint", service.pid, "-o", image, *rules)[0] == 0
     source.wait_until_gone(service.pid)
     # what the image says is what counts, unless this host's user says otherwise
