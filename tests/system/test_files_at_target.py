@@ -204,9 +204,9 @@ def test_an_image_with_files(service: Service) -> None:
 def program(hosts: ThreeHosts) -> Iterator[int]:
     """A running program that only reads: itself, and data."""
     for host in (hosts.source, hosts.target):
-        shutil.copy("/usr/bin/sleep", host.path("/var/lib/program"))
+        shutil.copy("/usr/bin/perl", host.path("/var/lib/program"))
         host.path("/var/lib/data").write_bytes(b"data" * 1000)
-    with hosts.source.popen(["sh", "-c", "exec /var/lib/program 600 </var/lib/data >/dev/null 2>&1"]) as process:
+    with hosts.source.popen(["sh", "-c", "exec /var/lib/program -e sleep </var/lib/data >/dev/null 2>&1"]) as process:
         while hosts.source.path(f"/proc/{process.pid}/comm").read_text() != "program\n":
             continue
         yield process.pid
@@ -228,13 +228,13 @@ def test_what_is_only_read(hosts: ThreeHosts, program: int) -> None:
 
     # another program, of the very same size and time
     found = source.path("/var/lib/program").stat()
-    other = bytearray(Path("/usr/bin/sleep").read_bytes())
+    other = bytearray(Path("/usr/bin/perl").read_bytes())
     at = other.index(b"GNU\0", other.index(b"\x03\0\0\0GNU\0")) + 4
     other[at] ^= 0xFF
     target.path("/var/lib/program").write_bytes(other)
     os.utime(target.path("/var/lib/program"), ns=(found.st_mtime_ns, found.st_mtime_ns))
     assert refused("TM-0346", "/var/lib/program").count("build-id") == 2
-    shutil.copy("/usr/bin/sleep", target.path("/var/lib/program"))
+    shutil.copy("/usr/bin/perl", target.path("/var/lib/program"))
     # other data, of the same size
     target.path("/var/lib/data").write_bytes(b"date" * 1000)
     assert "here 4000 bytes" in refused("TM-0346", "/var/lib/data")
