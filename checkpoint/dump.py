@@ -207,10 +207,16 @@ class Dump:
         """Wait until the application has accepted what waited, or what is left can move. BacklogNotDrained."""
         if self._holdoff is None:
             return
-        if self.keep_queues or self._lets_go:
-            self._holdoff.settle()
-        else:
+        if not self.keep_queues and not self._lets_go:
             self._holdoff.drain()
+        elif not self._holdoff.settle() and self.keep_queues:
+            self._holdoff.drain_neighbours(self._local)
+
+    def _nothing_waits(self, holdoff: Holdoff) -> bool:
+        """Whether nothing waits to be accepted that may not wait."""
+        if self.keep_queues:
+            return not holdoff.neighbours(self._local)
+        return self._lets_go or holdoff.drained
 
     @property
     def _lets_go(self) -> bool:
@@ -238,7 +244,7 @@ class Dump:
             gc.disable()  # a collection in the stop would cost milliseconds
             self.stopped_ns = time.monotonic_ns()
             self.tree = Tree.stop(self.roots)
-            if self._holdoff is None or self.keep_queues or self._lets_go or self._holdoff.drained:
+            if self._holdoff is None or self._nothing_waits(self._holdoff):
                 break
             # a handshake was completed between the last look and the stop
             self.tree.resume()
@@ -246,7 +252,7 @@ class Dump:
             self._restore_gc()
             if attempt == _STOP_ATTEMPTS - 1:
                 self._holdoff.complain()
-            self._holdoff.drain()
+            self.drain()
         self.pids = tuple(process.pid for process in self._tree.processes)
         self._last = LastSegments(addresses)
         try:

@@ -114,7 +114,8 @@ class UnsupportedSession(Refused):
 
 class BacklogNotDrained(TcpmigError):
     """Before the stop new connections are held off and the application is given a moment to accept those that wait on
-    its listeners. It did not accept them in time. They would be lost, so the process was left running as it was."""
+    its listeners. It did not accept them in time. They would be lost, or be in a queue at the target while a process
+    of this host has the other end. So the process was left running as it was."""
 
     code = "TM-0590"
     fix = "Try again when the application accepts connections promptly."

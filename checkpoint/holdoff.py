@@ -4,7 +4,8 @@ A connection whose handshake is going on, or that waits in an accept queue, has 
 application still runs, its listeners drop SYNs unanswered (the peer's kernel keeps them, and our capture does too, so
 that they can be replayed), handshakes that have begun complete, and the application accepts what waits.  Then it is
 stopped.  What a busy application has not accepted by then moves in the queue, where the kernels of both hosts can
-(:mod:`tcpstate.acceptqueue`); else it is a reason not to move.
+(:mod:`tcpstate.acceptqueue`); else it is a reason not to move.  So is in any case one whose other end a process of this
+host has, of the tree or not: in a queue elsewhere it would be without that end.
 
 After the stop a second kind of leftovers may be there: connections that the application has closed and whose last
 segments are on their way (FIN_WAIT1, CLOSING, LAST_ACK without an owner).  They are given a moment as well: if the
@@ -21,8 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from checkpoint.errors import BacklogNotDrained
+from checkpoint.files.peers import Place, place_of
 from tcpstate import locate
 from tcpstate.acceptqueue import keeps
+from tcpstate.connid import ConnId
 from tcpstate.filters import ListenerState, drop_syns, undo_drop_syns
 from tcpstate.kernel.tcp import TcpState
 
@@ -68,13 +71,30 @@ class Holdoff:
         if not _until(lambda: self.drained, timeout):
             self.complain()
 
-    def settle(self, timeout: float = KEEPING_TIMEOUT) -> None:
-        """Wait, but not for long, until nothing waits to be accepted. BacklogNotDrained if something is left that
-        cannot be moved in the queue."""
-        if not _until(lambda: self.drained, timeout):
-            stuck = [listener for listener in self._listeners if not keeps(listener)]
-            if any(locate.accept_queues(stuck)):
-                self.complain()
+    def settle(self, timeout: float = KEEPING_TIMEOUT) -> bool:
+        """Wait, but not for long, until nothing waits to be accepted; whether nothing does. BacklogNotDrained if
+        something is left that cannot be moved in the queue."""
+        if _until(lambda: self.drained, timeout):
+            return True
+        stuck = [listener for listener in self._listeners if not keeps(listener)]
+        if any(locate.accept_queues(stuck)):
+            self.complain()
+        return False
+
+    def neighbours(self, local: Collection[str]) -> list[ConnId]:
+        """Connections that wait to be accepted and whose other end a process of this host has; ``local`` are its
+        addresses."""
+        if self._no_handshakes and not any(locate.accept_queues(self._listeners)):
+            return []
+        return [conn for conn in locate.unaccepted(self._listeners) if place_of(conn, (), local) is Place.OUTSIDE]
+
+    def drain_neighbours(self, local: Collection[str], timeout: float = DRAIN_TIMEOUT) -> None:
+        """Wait until none of :meth:`neighbours` waits. BacklogNotDrained after ``timeout`` seconds."""
+        if not _until(lambda: not self.neighbours(local), timeout) and (left := self.neighbours(local)):
+            raise BacklogNotDrained(
+                f"{len(left)} connections of processes of this host wait to be accepted: they cannot move in the queue",
+                object=str(left[0]),
+            )
 
     def complain(self) -> None:
         """Raise BacklogNotDrained, naming the first listener with a queue."""

@@ -119,8 +119,7 @@ class Source:
     # --- the steps
 
     def check(self) -> Checked:
-        """Step 1 alone: `--dry-run`, `check --to`. Raises the first refusal of this side; those of the target are among
-        its verdicts."""
+        """Step 1 alone: `--dry-run`, `check --to`. Raises the first refusal of this side; the target's are verdicts."""
         with Netlink() as netlink:
             try:
                 checked, _ = self._check(netlink)

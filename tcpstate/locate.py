@@ -31,6 +31,7 @@ __all__ = [
     "owners_of",
     "take",
     "take_all",
+    "unaccepted",
 ]
 
 
@@ -262,9 +263,23 @@ def listener_backlog(listeners: Sequence[socket.socket]) -> list[Backlog]:
     half_open = list(diag.dump(1 << TcpState.SYN_RECV | 1 << TcpState.NEW_SYN_RECV))
     found = []
     for listener, waiting in zip(listeners, accept_queues(listeners), strict=True):
-        address, port = listener.getsockname()[:2]
-        bare = address.partition("%")[0]
-        anywhere = bare in ("0.0.0.0", "::")
-        half = [s for s in half_open if s.local_port == port and (anywhere or s.local == bare.removeprefix("::ffff:"))]
+        half = [one for one in half_open if _hears(listener, one.conn_id)]
         found.append(Backlog(accepted=waiting, half_open=len(half)))
     return found
+
+
+def unaccepted(listeners: Sequence[socket.socket]) -> list[ConnId]:
+    """The connections that wait in or before the accept queues of these listening sockets, and of others that share
+    port and address with them."""
+    # a connection that its owner has closed is in another state
+    waiting = (TcpState.ESTABLISHED, TcpState.CLOSE_WAIT, TcpState.SYN_RECV, TcpState.NEW_SYN_RECV)
+    states = sum(1 << state for state in waiting)
+    ports = {listener.getsockname()[1] for listener in listeners}
+    nobodys = [one.conn_id for port in ports for one in diag.dump(states, local_port=port) if not one.inode]
+    return [conn for conn in nobodys if any(_hears(listener, conn) for listener in listeners)]
+
+
+def _hears(listener: socket.socket, conn: ConnId) -> bool:
+    address, port = listener.getsockname()[:2]
+    bare = address.partition("%")[0].removeprefix("::ffff:")
+    return conn.local_port == port and bare in ("0.0.0.0", "::", conn.local.partition("%")[0])

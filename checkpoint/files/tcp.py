@@ -19,7 +19,7 @@ from checkpoint.files.base import FdView, OpenFile
 from checkpoint.files.held import HeldFile, HeldSocket
 from checkpoint.files.listener import Listener, has_ended, is_closed, is_open, is_tcp, listens
 from checkpoint.files.peers import RESETTING, Place, StandIn, alone, mirrored, place_of
-from checkpoint.files.policy import LocalPeers
+from checkpoint.files.policy import AcceptQueues, LocalPeers
 from checkpoint.files.queues import apart, queue_runs
 from checkpoint.files.tcpfile import TcpFile, is_cut
 from checkpoint.image.frames import PageRun, Space
@@ -52,6 +52,8 @@ __all__ = ["Original", "RebuiltTcp", "TcpGroup"]
 #: how often receive queues are looked at before the freeze, and how much more must be there
 _EARLY_ROUNDS: Final = 3
 _EARLY_GROWTH: Final = 512 << 10
+#: the other end is left to itself on this host
+_STAYING: Final = (Place.OUTSIDE, Place.QUEUED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,8 @@ class TcpGroup:
         self._records: dict[int, OpenFile] = {}
         self._runs: list[PageRun] = []
         self._places: dict[int, Place] = {}
+        #: whose other ends wait in queues of the tree's own listeners that do not move
+        self._let_go: set[int] = set()
         self._blackhole = Blackhole() if blackhole is None else blackhole
 
     @property
@@ -129,9 +133,13 @@ class TcpGroup:
         names = [describe(view.socket) if is_open(view.socket) else "" for _, view in self._views]
         conns = [ConnId.parse(name) if name.startswith("tcp:") else None for name in names]
         tree = {conn for conn in conns if conn is not None}
+        lets_go = self._table.policy.accept_queue is AcceptQueues.RESET
+        listening = {sock.getsockname()[1] for sock in self._listeners}
         for (index, view), conn in zip(self._views, conns, strict=True):
             place = Place.AWAY if conn is None else place_of(conn, tree, local)
-            if place in (Place.OUTSIDE, Place.QUEUED) and self._table.policy.local_peer is LocalPeers.REFUSE:
+            if place is Place.QUEUED and conn is not None and conn.peer_port in listening and lets_go:
+                self._let_go.add(index)
+            elif place in (Place.OUTSIDE, Place.QUEUED) and self._table.policy.local_peer is LocalPeers.REFUSE:
                 raise LocalPeer(f"the other end is {place.value}", object=f"{view.object}, {conn}")
             if place is not Place.AWAY:
                 self._places[index] = place
@@ -140,6 +148,8 @@ class TcpGroup:
         place = self._places.get(index, Place.AWAY)
         if place in (Place.AWAY, Place.TREE):
             return StandIn.NONE
+        if index in self._let_go:
+            return StandIn.RESET
         if place is Place.CLOSED or self._table.policy.local_peer is not LocalPeers.RESET:
             return StandIn.CLOSE
         return StandIn.RESET
@@ -311,7 +321,7 @@ class TcpGroup:
 
         But the other end of a connection that stays on this host learns that its peer has gone: such a connection is
         given back, and ends with the process that has it."""
-        staying = [self._places.get(index) is Place.OUTSIDE and _at_home(view.socket) for index, view in self._views]
+        staying = [self._places.get(index) in _STAYING and _at_home(view.socket) for index, view in self._views]
         silent = [view.socket for (_, view), stays in zip(self._views, staying, strict=True) if not stays]
         try:
             acceptqueue.discard([queue for _, queue in self._queues])

@@ -82,7 +82,7 @@ def resets(hosts: ThreeHosts) -> dict[str, int]:
 
 
 def test_a_pair_moves_at_full_speed(pair: Pair) -> None:
-    move_often(pair, 4, 7)
+    move_often(pair, 2, 7)
 
 
 def move_often(pair: Pair, times: int, seed: int) -> None:
@@ -267,3 +267,73 @@ def test_an_end_outside(one_end: OneEnd, policy: str, told: str, said: list[str]
         time.sleep(0.01)
     assert sorted(found) == sorted(said)
     one_end.hosts.target.kill(one_end.pid, 9)
+
+
+# A program with a connection to itself that it has not accepted; on a line from the service address it evaluates it.
+QUEUED = f"""
+import errno, socket, sys
+def told(call):
+    try:
+        return call()
+    except OSError as error:
+        return errno.errorcode[error.errno]
+status = socket.create_server((sys.argv[1], {PORT}))
+listener = socket.create_server(("127.0.0.1", {PORT} + 1))
+own = socket.create_connection(("127.0.0.1", {PORT} + 1))
+own.sendall(b"early")
+ends = []
+asker = status.accept()[0]
+for line in asker.makefile():
+    asker.sendall((repr(told(lambda: eval(line))) + "\\n").encode())
+"""
+
+
+@pytest.fixture
+def queued(hosts: ThreeHosts, tmp_path: Path) -> Iterator[OneEnd]:
+    errors = tmp_path / "errors"
+    argv = [sys.executable, "-IS", "-c", QUEUED, hosts.net.service4]
+    with errors.open("wb") as err:
+        process = hosts.source.popen(argv, stdout=err, stderr=err)
+    with process:
+        wait_listening(hosts.source, process, "127.0.0.1", PORT + 1, errors)
+        with hosts.client.netns_entered():
+            sock = connected((hosts.net.service4, PORT))
+        with sock:
+            sock.settimeout(PATIENCE)
+            yield OneEnd(hosts, process.pid, sock, errors)
+            for host in (hosts.source, hosts.target):
+                if host.state(process.pid):
+                    host.kill(process.pid, 9)
+
+
+def say(program: OneEnd, expression: str) -> object:
+    program.sock.sendall(expression.encode() + b"\n")
+    return eval(program.hears())
+
+
+def test_an_end_in_the_queue(queued: OneEnd) -> None:
+    """It cannot be kept, be its other end in the tree or not: refused before the stop, until it is accepted."""
+    source, target = queued.hosts.source, queued.hosts.target
+    client = say(queued, "own.getsockname()")
+    with source.netns_entered():
+        outside = connected(("127.0.0.1", PORT + 1))
+    # what its peer has closed, as those by which the start was awaited, could wait
+    with outside, pytest.raises(MigrationFailed) as raised:
+        migrate(source, queued.pid, target)
+    assert raised.value.summary["code"] == "TM-0590"
+    assert raised.value.summary["message"].startswith("2 connections of processes of this host wait")
+    assert source.state(queued.pid) == "S"
+    say(queued, "ends.append(listener.accept()[0])")
+    while say(queued, "ends[-1].getpeername()") != client:
+        say(queued, "ends.append(listener.accept()[0])")
+    migrate(source, queued.pid, target)
+    assert say(queued, "ends[-1].recv(100)") == b"early"
+    assert say(queued, "(ends[-1].send(b'late'), own.recv(100))") == (4, b"late")
+
+
+def test_an_end_in_a_queue_that_is_let_go(queued: OneEnd) -> None:
+    source, target = queued.hosts.source, queued.hosts.target
+    target.sh("sysctl -qw net.ipv4.tcp_syncookies=0")
+    migrate(source, queued.pid, target, options=["--accept-queue", "reset"])
+    assert say(queued, "own.recv(100)") == "ECONNRESET"
+    assert say(queued, "told(lambda: own.send(b'x'))") == "EPIPE"
