@@ -58,6 +58,7 @@ from migrate.messages import (
     Hello,
     Message,
     Refused,
+    captured,
 )
 from migrate.rtnetlink import Netlink
 from migrate.takeover import AddressPolicy, Departure, plan
@@ -76,8 +77,6 @@ _log = logging.getLogger(__name__)
 DEFAULT_REMOTE_COMMAND = "tcpmig handover"
 #: seconds that a large image may take to be rebuilt; a line that ends is noticed at once
 PATIENCE = 3600.0
-#: bytes of captured segments in one message
-_CAPTURED_BYTES = 4 << 20
 
 _M = TypeVar("_M", bound=Message)
 
@@ -258,7 +257,7 @@ def hand_over() -> None:
             with contextlib.suppress(LinkLost, LinkSilent):
                 channel.send(Abort(migration="", failure=failure_of(error)))
             raise
-        channel.send(*_captured(segments), GivenUp())
+        channel.send(*captured(map(codec.pack, segments), first=True), GivenUp())
 
 
 def _only_gone(ask: AskHold) -> None:
@@ -315,19 +314,6 @@ def _give_up(held: TakenHold, departure: Departure) -> list[Segment]:
         _log.error("after the addresses had left: %s", error)
         journal.leave()
     return segments
-
-
-def _captured(segments: Sequence[Segment]) -> list[Captured]:
-    found: list[Captured] = []
-    batch: list[bytes] = []
-    size = 0
-    for packed in map(codec.pack, segments):
-        if size + len(packed) > _CAPTURED_BYTES:
-            found.append(Captured(segments=tuple(batch)))
-            batch, size = [], 0
-        batch.append(packed)
-        size += len(packed)
-    return [*found, Captured(segments=tuple(batch), first=True)]
 
 
 def settle(view: JournalView) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import ipaddress
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import checkpoint.files.kinds  # noqa: F401  (makes every kind of open file known to the codec)
@@ -50,12 +51,15 @@ __all__ = [
     "Told",
     "TreeNeed",
     "Verdicts",
+    "captured",
 ]
 
 #: the versions of the protocol that this program speaks
 LOWEST_VERSION = HIGHEST_VERSION = 1
 
 TOKEN_SIZE = 16
+#: bytes of captured segments in one message; the limit of the line is four times that
+_CAPTURED_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,6 +307,19 @@ class Captured(Message):
 
     segments: tuple[bytes, ...] = ()
     first: bool = False
+
+
+def captured(segments: Iterable[bytes], *, first: bool = False) -> Iterator[Captured]:
+    """The segments in messages of a bearable length; the last is marked if they are the ``first`` ones."""
+    batch: list[bytes] = []
+    size = 0
+    for segment in segments:
+        if size + len(segment) > _CAPTURED_BYTES:
+            yield Captured(segments=tuple(batch))
+            batch, size = [], 0
+        batch.append(segment)
+        size += len(segment)
+    yield Captured(segments=tuple(batch), first=first)
 
 
 @member(Message, "started")

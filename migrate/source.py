@@ -13,7 +13,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeVar
 
@@ -42,7 +42,6 @@ from migrate.messages import (
     LOWEST_VERSION,
     TOKEN_SIZE,
     Abort,
-    Captured,
     Check,
     Commit,
     Done,
@@ -60,6 +59,7 @@ from migrate.messages import (
     Started,
     Stuck,
     Verdicts,
+    captured,
 )
 from migrate.parts import Outgoing
 from migrate.protocol import SourceMachine
@@ -80,8 +80,6 @@ _log = logging.getLogger(__name__)
 MEASUREMENTS = 5
 #: seconds between two looks at the capture while the target takes over
 CAPTURE_LOOK = 0.001
-#: bytes of captured segments in one message; the limit of the line is four times that
-CAPTURED_BYTES = 4 << 20
 #: seconds after RUNNING in which segments that still came here are passed on
 STRAGGLERS = 0.25
 
@@ -252,7 +250,7 @@ class Source:
         with self._phase("commit"):
             signals.enter_context(signals_held())
             departure.remove()
-            first = list(_captured(outgoing.segments(), first=True))
+            first = list(captured(outgoing.segments(), first=True))
             # in one system call: the target must not wait for the segments
             self._transmit(Commit(migration=self.migration, token=self._machine.token), *first)
         with self._phase("takeover"):
@@ -364,7 +362,7 @@ class Source:
     def _forward(self) -> None:
         segments = self._outgoing.segments()
         if segments:
-            self._transmit(*_captured(segments))
+            self._transmit(*captured(segments))
 
     def _transmit(self, *messages: Message) -> None:
         """Send COMMIT and after it: a line that is cut is told by the next receive, after what the target said
@@ -486,16 +484,3 @@ class Source:
             raise error
         finally:
             self._phases[name] = (monotonic_ns() - start) / 1e6
-
-
-def _captured(segments: Sequence[bytes], *, first: bool = False) -> Iterator[Captured]:
-    """The segments in messages of a bearable length; the last is marked if they are the ``first`` ones."""
-    batch: list[bytes] = []
-    size = 0
-    for segment in segments:
-        if size + len(segment) > CAPTURED_BYTES:
-            yield Captured(segments=tuple(batch))
-            batch, size = [], 0
-        batch.append(segment)
-        size += len(segment)
-    yield Captured(segments=tuple(batch), first=first)
