@@ -161,16 +161,27 @@ class LiveCopy:
 
     def round(self) -> Round:
         """What the target has to hear now. TreeUnsteady if the tree has never been the same twice."""
-        tasks = self._tasks()
-        while {t.pid for t, _ in tasks if t.wait_code is None} != self.pids:
+        while True:
+            try:
+                found = self._look()
+            except (NoSuchProcess, OSError):
+                if all(map(procfs.lives, self.pids)):
+                    raise
+                found = None  # a child ended while it was looked at
+            if found is not None:
+                return found
+            # the target begins anew, and so must what it is told
             self._again()
-            tasks = self._tasks()
+
+    def _look(self) -> Round | None:
+        """None if the tree is not the one that is tracked, or not one that the target can go on from."""
+        tasks = self._tasks()
+        if {t.pid for t, _ in tasks if t.wait_code is None} != self.pids:
+            return None
         layouts, records = self._observe()
         told = self._told
         if told is not None and not fits(told, (task for task, _ in tasks), layouts):
-            # the target begins anew, and so must what it is told
-            self._again()
-            return self.round()
+            return None
         members: list[LiveProcess] = []
         drops: list[Runs] = []
         ranges: dict[int, list[Range]] = {}

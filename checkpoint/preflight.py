@@ -73,12 +73,14 @@ def check(roots: Sequence[int], policy: Policy = NO_POLICY) -> list[Verdict]:
     members = pids(roots)
     for pid in members:
         try:
-            if procfs.read_stat(pid).zombie:
-                continue
-            found += state.verdicts(pid)
-            found += memory.verdicts(pid)
-        except NoSuchProcess:
-            continue  # a descendant that has ended meanwhile
+            judged = [*state.verdicts(pid), *memory.verdicts(pid)]
+        except (NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            if procfs.lives(pid):
+                raise
+            continue
+        # what was read of a descendant while it ended is not true of anything
+        if procfs.lives(pid):
+            found += judged
     found += files.verdicts(members, policy)
     found += [_judge(one, policy) for one in connections(members)]
     return found

@@ -22,6 +22,7 @@ __all__ = [
     "fdinfo",
     "fds",
     "inner_ids",
+    "lives",
     "parents",
     "read_cgroups",
     "read_stat",
@@ -35,6 +36,7 @@ __all__ = [
 #: state letters of a task that has exited (Z: not yet waited for, X: going)
 ZOMBIE_STATES = frozenset("ZX")
 _PF_KTHREAD = 0x00200000  # include/linux/sched.h; field 9 of stat
+_PF_EXITING = 0x00000004
 
 
 def _read(pid: int, name: str) -> str:
@@ -160,6 +162,16 @@ def exists(pid: int) -> bool:
         return int(read_status(pid)["Tgid"]) == pid
     except NoSuchProcess:
         return False
+
+
+def lives(pid: int) -> bool:
+    """Whether the process is there and not about to end: it then still has its memory, files and namespaces."""
+    try:
+        stat = read_stat(pid)
+    except NoSuchProcess:
+        return False
+    # set before the first of them is given up (do_exit, kernel/exit.c), the state Z only after the last
+    return not stat.zombie and not stat.flags & _PF_EXITING
 
 
 def inner_ids(pid: int, tid: int | None = None) -> tuple[int, int, int]:
