@@ -49,7 +49,8 @@ bench:  ## the measurements, with a table (root)
 
 campaign:  ## hundreds of migrations under load and loss; takes long (root)
 	@scripts/need-root campaign
-	@$(MAKE) --no-print-directory packages $(VENV)
+	@scripts/packages campaign
+	@$(MAKE) --no-print-directory $(VENV)
 	$(PYTEST) tests/campaign --timeout=3600
 
 fuzz: $(VENV)  ## a million inputs, and with atheris as many again as it is told, to all that reads files and wires

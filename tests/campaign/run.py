@@ -1,4 +1,5 @@
-"""One campaign: many migrations of a stream server under random streams both ways, every byte checked.
+"""One campaign: many migrations of a server under load: of one with random streams both ways, every byte checked, or of
+a real program.
 
 A campaign is cut into legs.  A leg starts fresh hosts, a server and its clients, moves the server a number of times at
 random moments, lets the clients finish (every byte of both directions accounted for), and is then written to the state
@@ -7,6 +8,7 @@ file.  A campaign that was interrupted goes on with the next leg; one of other c
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,10 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.hosts import CommandFailed, three_hosts
+from tests.hosts import CommandFailed, ThreeHosts, three_hosts
 from tests.hosts.host import ROOT
 from tests.workloads import scenes
-from tests.workloads.move import Mover, MoveReport
+from tests.workloads.move import Mover, MoveReport, Stage
+from tests.workloads.servers import PROGRAMS
 
 __all__ = ["CAMPAIGNS", "STATE", "Campaign", "code", "run"]
 
@@ -33,12 +36,14 @@ LONGEST_PAUSE = 0.5  # seconds between two migrations, at most
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Campaign:
-    """name; how many migrations; of streams over which families, with how many percent of loss each way."""
+    """name; how many migrations; of streams over which families, with how many percent of loss each way; or of a real
+    program (a scene, or one of servers.PROGRAMS)."""
 
     name: str
     moves: int
-    families: tuple[int, ...]
+    families: tuple[int, ...] = ()
     loss: int = 0
+    program: str = ""
 
 
 CAMPAIGNS = (
@@ -46,6 +51,7 @@ CAMPAIGNS = (
     Campaign(name="ipv4", moves=50, families=(4,)),
     Campaign(name="ipv6", moves=50, families=(6,)),
     Campaign(name="loss", moves=50, families=(4, 6), loss=2),
+    *(Campaign(name=name, moves=20, program=name) for name in ("redis", "nginx", *PROGRAMS)),
 )
 
 
@@ -89,23 +95,17 @@ def _leg(campaign: Campaign, seed: str, moves: int, rate: float, mover: Mover | 
     problems: list[str] = []
     with three_hosts() as hosts, tempfile.TemporaryDirectory(dir=hosts.net.directory) as folder:
         try:
-            with scenes.stream(
-                hosts,
-                Path(folder),
-                families=campaign.families,
-                rate=rate,
-                seed=chance.getrandbits(48),
-                loss=campaign.loss,
-                mover=mover,
-            ) as stage:
+            with _scene(campaign, hosts, Path(folder), rate, chance.getrandbits(48), mover) as stage:
                 at = [[0, 0]] * len(campaign.families)
                 for number in range(moves):
                     time.sleep(chance.uniform(0, LONGEST_PAUSE))
                     report = stage.move()
                     reports.append(report)
+                    problems += [f"move {number + 1}: {problem}" for problem in report.problems]
+                    if campaign.program:
+                        continue
                     last, at = at, report.answers["stream during"]["positions"]
                     stands = [i for i, (a, b) in enumerate(zip(last, at, strict=True)) if a[0] == b[0] or a[1] == b[1]]
-                    problems += [f"move {number + 1}: {problem}" for problem in report.problems]
                     problems += [f"move {number + 1}: stream {i} stands still at {at[i]}" for i in stands]
                 problems += [f"at the end: {problem}" for problem in stage.finish()]
         except CommandFailed as error:
@@ -117,6 +117,18 @@ def _leg(campaign: Campaign, seed: str, moves: int, rate: float, mover: Mover | 
         "problems": problems,
         "log": "\n".join(report.log for report in reports if report.log),
     }
+
+
+def _scene(
+    campaign: Campaign, hosts: ThreeHosts, folder: Path, rate: float, seed: int, mover: Mover | None
+) -> contextlib.AbstractContextManager[Stage]:
+    if campaign.program in PROGRAMS:
+        return scenes.program(hosts, folder, campaign.program, mover=mover)
+    if campaign.program:
+        return {"redis": scenes.redis, "nginx": scenes.nginx}[campaign.program](hosts, folder, mover=mover)
+    return scenes.stream(
+        hosts, folder, families=campaign.families, rate=rate, seed=seed, loss=campaign.loss, mover=mover
+    )
 
 
 def summary(leg: dict[str, Any]) -> str:

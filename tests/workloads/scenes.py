@@ -11,7 +11,7 @@ from tests.workloads import servers
 from tests.workloads.load import Load
 from tests.workloads.move import Mover, Stage
 
-__all__ = ["echo", "http", "nginx", "redis", "stream"]
+__all__ = ["echo", "http", "nginx", "program", "redis", "stream"]
 
 
 @contextlib.contextmanager
@@ -68,6 +68,19 @@ def echo(hosts: ThreeHosts, folder: Path, *, mover: Mover | None = None) -> Iter
     server = servers.echo_server(hosts.source, folder, both, port=port)
     with contextlib.ExitStack() as ends:
         client = _load(ends, hosts, "echo", "echo_client", port, *both)
+        with Stage(hosts, server.pid, [client], port=port, mover=mover) as stage:
+            yield stage
+
+
+@contextlib.contextmanager
+def program(hosts: ThreeHosts, folder: Path, name: str, *, mover: Mover | None = None) -> Iterator[Stage]:
+    """One of servers.PROGRAMS, an echo server with threads, timers, children of all sorts in the way of every message,
+    over IPv4 and IPv6."""
+    port = 7003
+    both = [hosts.net.service4, hosts.net.service6]
+    server = servers.program(hosts.source, folder, name, both, port=port)
+    with contextlib.ExitStack() as ends:
+        client = _load(ends, hosts, "echo", "echo_client", port, *both, *both)
         with Stage(hosts, server.pid, [client], port=port, mover=mover) as stage:
             yield stage
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -16,11 +17,13 @@ from tests.hosts import CommandFailed, Host, HostProcess
 
 __all__ = [
     "NGINX_PORT",
+    "PROGRAMS",
     "echo_server",
     "files",
     "http_server",
     "late_server",
     "nginx",
+    "program",
     "redis",
     "stream_server",
     "wait_listening",
@@ -132,6 +135,34 @@ def stream_server(host: Host, folder: Path, addresses: Sequence[str], *, port: i
     """`tests.workloads.stream_server`."""
     argv = [sys.executable, "-m", "tests.workloads.stream_server", port, *addresses]
     return _start(host, argv, folder, "stream", addresses, port)
+
+
+HERE = Path(__file__).parent / "programs"
+#: echo servers of every sort of program: what compiles one, if anything, and what runs it. SOURCES, OUT: where they are
+PROGRAMS: dict[str, tuple[list[str], list[str]]] = {
+    "c": (["gcc", "-O1", "-pthread", "-o", "OUT/echo_c", "SOURCES/echo_c.c"], ["OUT/echo_c"]),
+    "static": (["gcc", "-O1", "-pthread", "-static", "-o", "OUT/echo_static", "SOURCES/echo_c.c"], ["OUT/echo_static"]),
+    "go": (["go", "build", "-o", "OUT/echo_go", "SOURCES/echo_go.go"], ["OUT/echo_go"]),
+    "java": (
+        ["javac", "-d", "OUT", "SOURCES/EchoJava.java"],
+        ["java", "-Xmx128m", "-Xshare:auto", "-cp", "OUT", "EchoJava"],
+    ),
+    "node": ([], ["node", "SOURCES/echo_node.js"]),
+    "pool": ([], [sys.executable, "SOURCES/echo_pool.py"]),
+}
+
+
+def program(host: Host, folder: Path, name: str, addresses: Sequence[str], *, port: int = 7003) -> HostProcess:
+    """One of PROGRAMS, compiled if it must be."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def placed(words: Sequence[str]) -> list[str]:
+        return [word.replace("SOURCES", str(HERE)).replace("OUT", str(folder)) for word in words]
+
+    compiler, command = map(placed, PROGRAMS[name])
+    if compiler:
+        subprocess.run(compiler, check=True, cwd=folder)
+    return _start(host, [*command, port, *addresses], folder, name, addresses, port)
 
 
 def files(folder: Path, sizes: Sequence[int]) -> Path:

@@ -1,0 +1,19 @@
+"""Programs of other sorts move to another host and back, and their clients notice nothing: node with timers, a thread
+pool and a child; threads of C with POSIX timers, condition variables and sleeps.
+
+The others, and twenty moves of each, are campaigns: python -m tests.campaign c static go java node pool
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import ThreeHosts
+from tests.system.moves import there_and_back
+from tests.workloads import scenes
+
+
+@pytest.mark.parametrize("name", ["c", "node"])
+def test_program_there_and_back(hosts: ThreeHosts, tmp_path: Path, name: str) -> None:
+    with scenes.program(hosts, tmp_path, name) as stage:
+        there_and_back(stage)
