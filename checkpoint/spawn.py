@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Self
 
 from checkpoint import procfs
-from checkpoint.arch import SPAWN, USER_END, stub_elf
+from checkpoint.arch import CALL_AT, SPAWN, USER_END, beginning, stub_elf
 from checkpoint.boot import Boot
 from checkpoint.errors import AddressGapMissing, PidTaken, SpawnFailed
 from checkpoint.inject import Injection
@@ -55,6 +55,7 @@ _CODE_AT: Final = 2 << 20
 _CODE_SIZE: Final = 16 << 20
 _ROOM: Final = 96 << 20
 _GAP_ALIGN: Final = 2 << 20
+_SPARE: Final = 64
 #: no window below: where small programs without address randomization lie, and null pointers point
 _LOWEST: Final = 0x1000_0000
 
@@ -114,6 +115,26 @@ class _StubInjection(Injection):
     def born(self) -> list[int]:
         """tids of those that the calls have made."""
         return self._excursions.born
+
+    def interrupted(self, thread: Thread, number: int, args: tuple[int, ...]) -> int:
+        """Begin a call that would sleep, and interrupt it at once; what it returned, as the kernel sees it."""
+        at = self._engines[thread.tid] + CALL_AT
+        thread.set_registers(beginning(thread.registers, at, number, args))
+        ptrace.cont_to_call(thread.tid)
+        thread.wait(_STOP_TIMEOUT)
+        thread.interrupt()  # noted before the call begins to sleep, so it does not
+        thread.cont()
+        thread.await_interrupt(_STOP_TIMEOUT)
+        return thread.get_registers().result
+
+    @property
+    def spare(self) -> int:
+        """The address of _SPARE bytes that no table uses."""
+        return self._end - _SPARE
+
+    @property
+    def room(self) -> int:
+        return super().room - CallTable.ALIGN
 
     def close(self) -> None:
         if self._boot is not None:
@@ -232,6 +253,16 @@ class Stub(Process):
     def run_all(self, tables: Mapping[int, CallTable]) -> None:
         """Run a table in each of the threads named, all at once. See :meth:`Injection.run`."""
         self._injection.run(tables)
+
+    def interrupted(self, thread: Thread, number: int, args: tuple[int, ...]) -> int:
+        """What a call that would sleep returns if it is interrupted at once, as the kernel sees it. The last that is
+        done in this thread before :meth:`leave`."""
+        return self._injection.interrupted(thread, number, args)
+
+    @property
+    def spare(self) -> int:
+        """The address of some bytes that no table uses."""
+        return self._injection.spare
 
     def leave(self) -> None:
         """Unmap the window, and with it all that is ours. The threads then stand still with all signals blocked and

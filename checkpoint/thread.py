@@ -89,9 +89,10 @@ class Thread:
                 it was in none, or nobody knows
     sigmask     the signals that it blocks, as of the stop; bit n-1 for signal n
     rseq        its restartable-sequences area, None if it has none
+    slept       what the call returned that a rebuilt thread was given to sleep in (checkpoint.sleep); None: nothing
     """
 
-    __slots__ = ("_inner", "call", "pid", "registers", "rseq", "sigmask", "stop", "tid")
+    __slots__ = ("_inner", "call", "pid", "registers", "rseq", "sigmask", "slept", "stop", "tid")
 
     registers: Registers
     sigmask: int
@@ -102,6 +103,7 @@ class Thread:
         self.tid = tid
         self.stop: Stop | None = None
         self.call: int | None = None
+        self.slept: int | None = None
         self._inner: int | None = None
 
     def __repr__(self) -> str:

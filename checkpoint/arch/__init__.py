@@ -10,6 +10,9 @@ Registers and interrupted system calls:
 ``for_restore``        what a rebuilt thread gets
 ``restarted_call``     which call a thread is in that was stopped in it before; from ``CODE_BEFORE`` bytes of code
 ``interrupted_in``     whether a signal handler will return into given code
+``sleep_of``           the ``Sleep`` for a relative time that a thread is in, with the ``Note`` that the kernel has
+``beginning``          registers that begin a call at ``CALL_AT`` in an engine
+``asleep``             what a thread goes on with that has begun it again (``BLOCK``: the kernel has a note)
 ``xstate_layout``      where this CPU has which ``Component`` of FP and vector registers
 ``convert_xstate``     such an area of another CPU, as this one takes it
 
@@ -57,6 +60,7 @@ if _MACHINE == "x86_64":
         require_native,
         restarted_call,
     )
+    from checkpoint.arch.x86_64.sleep import BLOCK, CALL_AT, POLLFD_SIZE, Note, Sleep, asleep, beginning, sleep_of
     from checkpoint.arch.x86_64.stub import SPAWN, USER_END, stub_elf
     from checkpoint.arch.x86_64.xstate import Component, convert_xstate, xstate_layout
 else:
@@ -68,16 +72,23 @@ else:
 
 __all__ = [
     "AUDIT_ARCH",
+    "BLOCK",
     "BOOT_SIZE",
     "BOOT_STOP",
+    "CALL_AT",
     "CODE_BEFORE",
     "ENGINE_SIZE",
     "ENGINE_STOP",
+    "POLLFD_SIZE",
     "SPAWN",
     "USER_END",
     "XSTATE_SET",
     "Component",
+    "Note",
     "Registers",
+    "Sleep",
+    "asleep",
+    "beginning",
     "boot_call",
     "boot_image",
     "boot_result",
@@ -93,6 +104,7 @@ __all__ = [
     "interrupted_in",
     "require_native",
     "restarted_call",
+    "sleep_of",
     "stub_elf",
     "xstate_layout",
 ]

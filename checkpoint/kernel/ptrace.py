@@ -14,7 +14,19 @@ import struct
 from dataclasses import dataclass
 from typing import Final, Self
 
-from tcpstate.kernel.ptrace import WALL, Event, Option, Request, call, cont, detach, interrupt, seize, step
+from tcpstate.kernel.ptrace import (
+    WALL,
+    Event,
+    Option,
+    Request,
+    call,
+    cont,
+    cont_to_call,
+    detach,
+    interrupt,
+    seize,
+    step,
+)
 
 __all__ = [
     "GENERAL_SET",
@@ -24,6 +36,7 @@ __all__ = [
     "Option",
     "RseqConfig",
     "cont",
+    "cont_to_call",
     "detach",
     "event_message",
     "get_register_set",

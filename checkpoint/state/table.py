@@ -283,6 +283,8 @@ def build(
     for thread, task in zip(state.threads, tasks, strict=True):
         rebuild_thread(thread, task)
     _run(stub, tasks)
+    for sleeper, each in zip(stub.threads, state.threads, strict=True):
+        registers.fall_asleep(stub, sleeper, each.get(Registers), elapsed)
 
 
 def _run(stub: Stub, tasks: Sequence[TaskBuilder]) -> None:

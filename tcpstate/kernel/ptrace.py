@@ -13,7 +13,7 @@ import enum
 import os
 from typing import Final
 
-__all__ = ["WALL", "Event", "Option", "Request", "call", "cont", "detach", "interrupt", "seize", "step"]
+__all__ = ["WALL", "Event", "Option", "Request", "call", "cont", "cont_to_call", "detach", "interrupt", "seize", "step"]
 
 
 class Request(enum.IntEnum):
@@ -22,6 +22,7 @@ class Request(enum.IntEnum):
     CONT = 7
     SINGLESTEP = 9
     DETACH = 17
+    SYSCALL = 24
     SETOPTIONS = 0x4200
     GETEVENTMSG = 0x4201
     GETSIGINFO = 0x4202
@@ -93,6 +94,11 @@ def interrupt(tid: int) -> None:
 def cont(tid: int, signal: int = 0) -> None:
     """Let a stopped thread run on, with ``signal`` delivered (only in a signal-delivery stop)."""
     call(Request.CONT, tid, 0, signal)
+
+
+def cont_to_call(tid: int) -> None:
+    """Let a stopped thread run on to its next system call; it then stops with SIGTRAP, before that."""
+    call(Request.SYSCALL, tid)
 
 
 def step(tid: int, signal: int = 0) -> None:

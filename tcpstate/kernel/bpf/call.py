@@ -191,10 +191,12 @@ def load(
             raise Refused(first.errno, f"program {name}: {first.strerror} {reason}".strip()) from None
 
 
-def link(program: int, target: int, attach: Attach) -> int:
-    """Attach: ``target`` is an interface index (TCX_*), 0 (TRACE_ITER); ``program`` may be a struct_ops map. It lasts
-    as long as the descriptor returned. Refused."""
-    return _made(_call(_Cmd.LINK_CREATE, struct.pack("=IIII", program, target, attach, 0)))
+def link(program: int, target: int, attach: Attach, *, info: bytes = b"") -> int:
+    """Attach: ``target`` is an interface index (TCX_*), 0 (TRACE_ITER); ``program`` may be a struct_ops map; ``info``
+    is a union bpf_iter_link_info: what an iterator walks. It lasts as long as the descriptor returned. Refused."""
+    told = ctypes.create_string_buffer(info, len(info)) if info else None
+    at = 0 if told is None else ctypes.addressof(told)
+    return _made(_call(_Cmd.LINK_CREATE, struct.pack("=IIIIQI", program, target, attach, 0, at, len(info))))
 
 
 def iterate(link_fd: int) -> bytes:

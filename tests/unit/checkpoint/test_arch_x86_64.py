@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint.arch.x86_64 import engine, stub
+from checkpoint.arch.x86_64 import engine, sleep, stub
 from checkpoint.arch.x86_64.registers import (
     CODE_BEFORE,
     Registers,
@@ -278,3 +278,54 @@ def test_the_stub_is_an_elf_file_of_one_page():
     assert len(code) == len(stub.STUB)
     assert struct.unpack_from("<ihh", code, 2) == (5, 1, 0)
     assert len(data) < 4096
+
+
+def in_call(number, result=Restart.BLOCK, **arguments):
+    registers = Registers(*[0] * 27)
+    return dataclasses.replace(registers, orig_rax=number, rip=0x1000, rax=result & M, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("number", "arguments", "note", "time"),
+    [
+        (SYS.nanosleep, {"rdi": 64}, "nanosleep", 0),
+        (SYS.clock_nanosleep, {"rdi": 1, "rdx": 64}, "nanosleep", 2),
+        (SYS.poll, {"rdi": 64, "rsi": 2, "rdx": 1000}, "poll", 2),
+        (SYS.futex, {"rdi": 64, "rsi": 128, "r10": 96}, "futex", 3),
+    ],
+)
+def test_sleeps_for_a_relative_time_are_known(number, arguments, note, time):
+    found = sleep.sleep_of(in_call(number, **arguments), number)
+    assert (found.note.value, found.number, found.time) == (note, number, time)
+    args, data = found.with_time(2_000_000_001, 0x77)
+    assert args[time] == (2001 if note == "poll" else 0x77)
+    assert data == (b"" if note == "poll" else struct.pack("<qq", 2, 1))
+    assert [a for i, a in enumerate(args) if i != time] == [a for i, a in enumerate(found.args) if i != time]
+
+
+@pytest.mark.parametrize(
+    ("number", "result", "arguments"),
+    [
+        (SYS.clock_nanosleep, Restart.BLOCK, {"rsi": 1, "rdx": 64}),  # until a fixed time
+        (SYS.futex, Restart.BLOCK, {"rsi": 9, "r10": 96}),  # FUTEX_WAIT_BITSET: likewise
+        (SYS.nanosleep, -errno.EINTR, {"rdi": 64}),
+        (SYS.read, Restart.BLOCK, {}),
+        (None, Restart.BLOCK, {}),
+    ],
+)
+def test_others_are_not(number, result, arguments):
+    registers = in_call(SYS.read if number is None else number, result, **arguments)
+    assert sleep.sleep_of(registers, number) is None
+
+
+def test_what_a_sleep_begun_again_goes_on_with():
+    registers = in_call(SYS.restart_syscall, rdi=64)
+    again = sleep.asleep(registers, SYS.nanosleep, Restart.BLOCK)
+    assert again == dataclasses.replace(registers, orig_rax=SYS.nanosleep)
+    over = sleep.asleep(registers, SYS.nanosleep, 0)
+    assert (over.result, over.call) == (0, None)
+
+
+def test_an_engine_has_an_instruction_that_makes_a_call():
+    assert engine.ENGINE[sleep.CALL_AT :].startswith(b"\x0f\x05")
+    assert sleep.CALL_AT < engine.ENGINE_STOP

@@ -1,0 +1,110 @@
+"""System calls that sleep for a relative time, and how one is begun again with what is left of that time.
+
+The kernel remembers of such a call, when it is interrupted, when it would have ended (a *restart block*, one for each
+thread); all that the registers say is that there is one.  In a rebuilt thread the same call is begun with the time that
+is left and interrupted at once: then the kernel has such a note there, too, and goes on with it as if nothing had been.
+
+Source: include/linux/restart_block.h; kernel/time/hrtimer.c, kernel/futex/waitwake.c, fs/select.c.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from checkpoint.arch.x86_64.engine import ENGINE
+from checkpoint.arch.x86_64.registers import Registers, Restart
+from tcpstate.kernel.machine import SYS
+
+__all__ = ["BLOCK", "CALL_AT", "POLLFD_SIZE", "Note", "Sleep", "asleep", "beginning", "sleep_of"]
+
+#: what an interrupted call returns of which the kernel has a note
+BLOCK: Final = int(Restart.BLOCK)
+#: where in an engine there is an instruction that makes a system call
+CALL_AT: Final = ENGINE.index(b"\x0f\x05")
+#: bytes of a struct pollfd; the descriptor is its first four
+POLLFD_SIZE: Final = 8
+
+_NO_CALL: Final = (1 << 64) - 1
+_TIMER_ABSTIME: Final = 1
+_FUTEX_WAIT: Final = 0  # include/uapi/linux/futex.h; its time-out is relative, that of FUTEX_WAIT_BITSET is not
+_FUTEX_PRIVATE: Final = 0x80
+_SECOND: Final = 1_000_000_000
+_MILLISECOND: Final = 1_000_000
+_LONGEST: Final = (1 << 31) - 1  # poll's milliseconds are an int
+_TIMESPEC: Final = struct.Struct("<qq")
+
+
+class Note(enum.Enum):
+    """Which part of struct restart_block the kernel has used."""
+
+    NANOSLEEP = "nanosleep"
+    POLL = "poll"
+    FUTEX = "futex"
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """A call that was interrupted.
+
+    note    where its end stands
+    number  of the call, and its six ``args``
+    time    which argument says how long: the address of a struct timespec, or milliseconds (POLL)
+    """
+
+    note: Note
+    number: int
+    args: tuple[int, ...]
+    time: int
+
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        """(address, number) of the struct pollfd that it looks at."""
+        return (self.args[0], self.args[1]) if self.note is Note.POLL else (0, 0)
+
+    def with_time(self, nanoseconds: int, timespec_at: int) -> tuple[tuple[int, ...], bytes]:
+        """The arguments with another time, and the bytes that must lie at ``timespec_at``."""
+        if self.note is Note.POLL:
+            how_long, data = min(-(-nanoseconds // _MILLISECOND), _LONGEST), b""
+        else:
+            how_long, data = timespec_at, _TIMESPEC.pack(*divmod(nanoseconds, _SECOND))
+        return (*self.args[: self.time], how_long, *self.args[self.time + 1 :]), data
+
+
+def sleep_of(registers: Registers, call: int | None) -> Sleep | None:
+    """The sleep that a stopped thread is in; None if it is in none, or in one without an end or until a fixed time.
+
+    call  which system call it was stopped in
+    """
+    if registers.result != Restart.BLOCK or registers.call is None:
+        return None
+    args = (registers.rdi, registers.rsi, registers.rdx, registers.r10, registers.r8, registers.r9)
+    match call:
+        case SYS.nanosleep:
+            return Sleep(Note.NANOSLEEP, call, args, 0)
+        case SYS.clock_nanosleep if not registers.rsi & _TIMER_ABSTIME:
+            return Sleep(Note.NANOSLEEP, call, args, 2)
+        case SYS.poll:
+            return Sleep(Note.POLL, call, args, 2)
+        case SYS.futex if registers.rsi & ~_FUTEX_PRIVATE == _FUTEX_WAIT and registers.r10:
+            return Sleep(Note.FUTEX, call, args, 3)
+    return None
+
+
+def beginning(registers: Registers, at: int, number: int, args: tuple[int, ...]) -> Registers:
+    """Registers with which a thread makes a call by the instruction at ``at``."""
+    rdi, rsi, rdx, r10, r8, r9 = args
+    return dataclasses.replace(registers.moved(at), rax=number, rdi=rdi, rsi=rsi, rdx=rdx, r10=r10, r8=r8, r9=r9)
+
+
+def asleep(registers: Registers, call: int, result: int) -> Registers:
+    """What a thread goes on with after the ``call`` was begun again: asleep, or with what it has returned.
+
+    registers  as they were when the original was stopped in it
+    """
+    if result == Restart.BLOCK:
+        return dataclasses.replace(registers, orig_rax=call).returning(result)
+    return dataclasses.replace(registers, orig_rax=_NO_CALL).returning(result)
