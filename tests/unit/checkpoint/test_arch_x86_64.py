@@ -280,7 +280,7 @@ def test_the_stub_is_an_elf_file_of_one_page():
     assert len(data) < 4096
 
 
-def in_call(number, result=Restart.BLOCK, **arguments):
+def inside_of(number, result=Restart.BLOCK, **arguments):
     registers = Registers(*[0] * 27)
     return dataclasses.replace(registers, orig_rax=number, rip=0x1000, rax=result & M, **arguments)
 
@@ -295,7 +295,7 @@ def in_call(number, result=Restart.BLOCK, **arguments):
     ],
 )
 def test_sleeps_for_a_relative_time_are_known(number, arguments, note, time):
-    found = sleep.sleep_of(in_call(number, **arguments), number)
+    found = sleep.sleep_of(inside_of(number, **arguments), number)
     assert (found.note.value, found.number, found.time) == (note, number, time)
     args, data = found.with_time(2_000_000_001, 0x77)
     assert args[time] == (2001 if note == "poll" else 0x77)
@@ -314,12 +314,12 @@ def test_sleeps_for_a_relative_time_are_known(number, arguments, note, time):
     ],
 )
 def test_others_are_not(number, result, arguments):
-    registers = in_call(SYS.read if number is None else number, result, **arguments)
+    registers = inside_of(SYS.read if number is None else number, result, **arguments)
     assert sleep.sleep_of(registers, number) is None
 
 
 def test_what_a_sleep_begun_again_goes_on_with():
-    registers = in_call(SYS.restart_syscall, rdi=64)
+    registers = inside_of(SYS.restart_syscall, rdi=64)
     again = sleep.asleep(registers, SYS.nanosleep, Restart.BLOCK)
     assert again == dataclasses.replace(registers, orig_rax=SYS.nanosleep)
     over = sleep.asleep(registers, SYS.nanosleep, 0)
