@@ -49,7 +49,6 @@ from checkpoint.holdoff import Holdoff, LastSegments
 from checkpoint.image.format import PageRun
 from checkpoint.image.frames import Kind, Runs, Space
 from checkpoint.inject import Injection
-from checkpoint.kernel import restart_block
 from checkpoint.live import LiveCopy, Remaining
 from checkpoint.live import foresee as foresee_tracked
 from checkpoint.memory import layout, pages
@@ -141,7 +140,6 @@ class Dump:
 
     def prepare(self) -> None:
         """Refuse what has to be refused, and read beforehand what is slow to read. Refused names the first reason."""
-        restart_block.prepare()
         refused = preflight.first_refusal(self.check())
         if refused is not None:
             raise refused

@@ -14,6 +14,7 @@ from checkpoint.files.base import OpenFile
 from checkpoint.files.regular import RegularFile
 from checkpoint.files.table import TreeFiles
 from checkpoint.image.frames import End
+from checkpoint.kernel import restart_block
 from checkpoint.memory.delta import same_process
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.state.clocks import Clocks
@@ -209,6 +210,8 @@ def fits(told: LiveTree, tasks: Iterable[Task], layouts: Mapping[int, MemoryLayo
 
 
 def prepare() -> None:
-    """Work out beforehand how the records of an image are written and read: 12 ms that the stop would pay else."""
+    """Work out beforehand how the records of an image are written and read, and how sleeps are: 12 ms that the stop
+    would pay else."""
+    restart_block.prepare()
     image = (Manifest, TreeRecord, TreeFiles, MemoryLayout, MapsDelta, FilesDelta, End)
     codec.prepare(*image, LiveTree, ConnectionRecord, FrozenTree)
