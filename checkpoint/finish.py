@@ -3,11 +3,15 @@
 The processes stand still (state T), complete; their sockets are in repair, or some of them released.  What the
 release needs is told by frames of the image (FILES, FILES_DELTA, send queues) and by the note of the stubs.  All may be
 repeated and cut short at any moment.
+
+What the user chose stands already, or is told: files of --map and --external are open, names are noted with their
+places here, stand-ins (--local-peer) are in the records, and the note has the interfaces of --map-dev.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import shutil
@@ -18,6 +22,7 @@ from typing import Final
 
 from checkpoint import procfs
 from checkpoint.errors import FileRebuildFailed, NoSuchProcess
+from checkpoint.files.peers import StandIn, stand_in
 from checkpoint.files.queues import Queues
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.table import TreeFiles
@@ -26,7 +31,8 @@ from checkpoint.image.frames import PageRun
 from checkpoint.records import FilesDelta
 from checkpoint.traces import Made, Stubs, Traced, alive
 from checkpoint.undo import taken
-from tcpstate.freeze import thaw
+from tcpstate.freeze import not_in_repair, thaw
+from tcpstate.rebuild import rebuild_connections
 from tcpstate.record import ConnectionRecord
 from tcpstate.release import finish_release
 from tcpstate.reopen import tell_windows
@@ -75,8 +81,8 @@ class Finish:
         self._queues = Queues()
         for run in sent:
             self._queues.take(run)
-        self._rebuilder = Rebuilder(files)
-        self._rebuilder.files = [delta.files.get(index, record) for index, record in enumerate(files.files)]
+        latest = [delta.files.get(index, record) for index, record in enumerate(files.files)]
+        self._rebuilder = Rebuilder(dataclasses.replace(files, files=latest), devices=stubs.devices)
         self._ends = contextlib.ExitStack()
         places: dict[int, list[tuple[int, int]]] = {}
         for pid, table in files.tables.items():
@@ -110,13 +116,20 @@ class Finish:
         socks = {index: socket.socket(fileno=self._descriptors[index]) for index, _ in pairs}
         held = {index: state for index, state in self._stubs.held.items() if index in socks}
         rebuilt = [(socks[index], record) for index, record in pairs if index not in held]
+        others: list[tuple[socket.socket, ConnectionRecord]] = []
         try:
-            finish_release([sock for sock, _ in rebuilt], [record for _, record in rebuilt])
+            others += self._stand_ins({index: sock for index, sock in socks.items() if index not in held}, dict(pairs))
+            if others:
+                rebuild_connections([record for _, record in others], [sock for sock, _ in others], elapsed=0)
+            both = rebuilt + others
+            finish_release([sock for sock, _ in both], [record for _, record in both])
             # the very sockets: they need only be thawed
             thaw([socks[index] for index in held], list(held.values()))
         finally:
             for sock in socks.values():
                 sock.detach()
+            for sock, _ in others:
+                sock.close()
         self._rebuilder.release_files()
         for name in self._stubs.names:
             try:
@@ -127,9 +140,24 @@ class Finish:
                 raise FileRebuildFailed(f"rename: {error.strerror}", object=name.real) from error
         return len(pairs)
 
+    def _stand_ins(
+        self, socks: dict[int, socket.socket], records: dict[int, ConnectionRecord]
+    ) -> list[tuple[socket.socket, ConnectionRecord]]:
+        """Those that vanished with the tool, for other ends that do not exist any more: of connections that are still
+        in repair. One that was released has done by its end what it was to do."""
+        wanted = {index: does for index in socks if (does := self._stand_in(index)) is not StandIn.NONE}
+        if not wanted:
+            return []
+        out = {id(sock) for sock in not_in_repair([socks[index] for index in wanted])}
+        return [stand_in(records[index], does) for index, does in wanted.items() if id(socks[index]) not in out]
+
+    def _stand_in(self, index: int) -> StandIn:
+        file = self._rebuilder.files[index]
+        return file.stand_in if isinstance(file, TcpFile) else StandIn.NONE
+
     def tell_windows(self) -> None:
         """The addresses are announced: peers that wait for room hear that there is some. OSError."""
-        tell_windows([record for _, record in self._connections])
+        tell_windows([record for index, record in self._connections if self._stand_in(index) is StandIn.NONE])
 
 
 def remove_made(made: Made) -> bool:

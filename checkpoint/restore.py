@@ -275,7 +275,8 @@ class Restore:
         ]
         names = [StagedName(staged=staged, real=real) for staged, real in rebuilder.staged]
         held = {index: one.file.quiet for index, one in rebuilder.held.items() if one.file.quiet is not None}
-        write(self.note, Trace.STUBS, Stubs(processes=processes, names=names, roots=self._roots(), held=held))
+        stubs = Stubs(processes=processes, names=names, roots=self._roots(), held=held, devices=self._devices)
+        write(self.note, Trace.STUBS, stubs)
         for stub in self.stubs.values():
             stub.queue_sigstops()
 

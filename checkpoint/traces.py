@@ -152,7 +152,7 @@ class FrozenTree:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagedName:
-    """The file of a local socket: where it waits, and its place."""
+    """The file of a local socket, or a shipped file: where it waits, and its place."""
 
     staged: str
     real: str
@@ -169,15 +169,17 @@ class Made:
 class Stubs:
     """Rebuilt processes, complete.
 
-    names  of local sockets, that appear at the release
-    roots  root processes: PID at the source to PID here
-    held   connections that were taken back from a hold, by index in FILES: as they were before they were frozen
+    names    of local sockets and shipped files, that appear at the release: their places are those of this host
+    roots    root processes: PID at the source to PID here
+    held     connections that were taken back from a hold, by index in FILES: as they were before they were frozen
+    devices  interface names of the source to those here, as ``--map-dev`` says
     """
 
     processes: list[Traced]
     names: list[StagedName]
     roots: dict[int, int]
     held: dict[int, QuietState] = field(default_factory=dict)
+    devices: dict[str, str] = field(default_factory=dict)
 
 
 def write(note: NoteWriter | None, trace: Trace, record: object) -> None:

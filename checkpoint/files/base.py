@@ -258,9 +258,13 @@ class OpenFile:
 
     def on_devices(self, devices: Mapping[str, str]) -> Self:
         """The same with the interface names of another host, where they are in ``devices``: done to every part that
-        knows interfaces (endpoints, socket options, connections)."""
-        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        changes = {n: part.on_devices(devices) for n, part in parts.items() if hasattr(part, "on_devices")}
+        knows interfaces (endpoints, socket options, connections, groups), also in tuples."""
+        changes: dict[str, Any] = {}
+        for name, part in ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self)):
+            if hasattr(part, "on_devices"):
+                changes[name] = part.on_devices(devices)
+            elif isinstance(part, tuple) and any(hasattr(one, "on_devices") for one in part):
+                changes[name] = tuple(one.on_devices(devices) for one in part)
         return dataclasses.replace(self, **changes) if changes and devices else self
 
 

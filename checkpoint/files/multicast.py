@@ -12,9 +12,9 @@ import errno
 import re
 import socket
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Final, Self
 
 from checkpoint.errors import UnsupportedProtocol
 from tcpstate.kernel.sockets import Level, pack_address
@@ -42,6 +42,10 @@ class Membership:
             raise ValueError(f"{self.group!r} is not an address") from None
         if not 0 < len(self.interface) < 16:
             raise ValueError("not the name of an interface")
+
+    def on_devices(self, devices: Mapping[str, str]) -> Self:
+        """The same with the interface name of another host, if it is in ``devices``."""
+        return replace(self, interface=devices.get(self.interface, self.interface))
 
 
 def groups_ipv4(text: str) -> list[Membership]:

@@ -17,18 +17,21 @@ from __future__ import annotations
 import dataclasses
 import enum
 import ipaddress
+import socket
 import struct
 from collections.abc import Collection
 from typing import Final
 
+from checkpoint.errors import BadFileRecord
 from tcpstate import locate
 from tcpstate.connid import ConnId
+from tcpstate.kernel.sockets import SO, Level
 from tcpstate.kernel.tcp import TcpState
+from tcpstate.rebuild import record_family
 from tcpstate.record import ConnectionRecord, LocalFin, State, Windows
 from tcpstate.segment import SEQ_MASK
 
-__all__ = ["RESETTING", "Place", "StandIn", "alone", "is_loopback", "mirrored", "place_of"]
-
+__all__ = ["RESETTING", "Place", "StandIn", "alone", "is_loopback", "mirrored", "place_of", "stand_in"]
 
 #: SO_LINGER with which close() resets
 RESETTING: Final = struct.pack("ii", 1, 0)
@@ -135,3 +138,16 @@ def mirrored(record: ConnectionRecord) -> ConnectionRecord:
         flow_info=record.flow_info,
         scope=record.scope,
     )
+
+
+def stand_in(record: ConnectionRecord, does: StandIn) -> tuple[socket.socket, ConnectionRecord]:
+    """The stand-in for the other end of ``record``, to be rebuilt and released together with it: a fresh socket, which
+    does what it shall when it is closed, and its record. BadFileRecord if there cannot be one."""
+    if record.state not in _OTHER:
+        raise BadFileRecord(f"{record.state.value}, and a stand-in is wanted for its peer", object=str(record.conn_id))
+    mirror = mirrored(record)
+    sock = socket.socket(record_family(mirror), socket.SOCK_STREAM)
+    if does is StandIn.RESET:
+        # now: the death of the tool after the release must do the same
+        sock.setsockopt(Level.SOCKET, SO.LINGER, RESETTING)
+    return sock, mirror

@@ -18,7 +18,7 @@ from checkpoint.errors import BadFileRecord, LocalPeer
 from checkpoint.files.base import FdView, OpenFile
 from checkpoint.files.held import HeldFile, HeldSocket
 from checkpoint.files.listener import Listener, has_ended, is_closed, is_open, is_tcp, listens
-from checkpoint.files.peers import RESETTING, Place, StandIn, alone, mirrored, place_of
+from checkpoint.files.peers import RESETTING, Place, StandIn, alone, place_of, stand_in
 from checkpoint.files.policy import AcceptQueues, LocalPeers
 from checkpoint.files.queues import apart, queue_runs
 from checkpoint.files.tcpfile import TcpFile, is_cut
@@ -32,7 +32,7 @@ from tcpstate.export import export_connections
 from tcpstate.freeze import QuietState, quiet, read_originals, thaw
 from tcpstate.kernel.sockets import IPV6, SO, Level
 from tcpstate.md5keys import SigningKey, keys_of
-from tcpstate.rebuild import Difference, differences, rebuild_connections, record_family
+from tcpstate.rebuild import Difference, differences, rebuild_connections
 from tcpstate.record import ConnectionRecord, State
 from tcpstate.release import open_connections, release_connections
 from tcpstate.reopen import tell_windows
@@ -382,8 +382,8 @@ class RebuiltTcp:
         self._socks: list[socket.socket] = []
         self._records: list[ConnectionRecord] = []
         self._early: dict[int, list[memoryview]] = {}
-        # for other ends that do not exist any more: the last of the sockets above, and what each shall do
-        self._stand_ins: list[tuple[socket.socket, StandIn]] = []
+        # for other ends that do not exist any more: the last of the sockets above
+        self._stand_ins: list[socket.socket] = []
         self._alone: set[ConnId] = set()
         self._held: list[tuple[socket.socket, QuietState]] = []
         self._held_records: list[ConnectionRecord] = []
@@ -393,7 +393,7 @@ class RebuiltTcp:
         """All of them, in repair: nothing is sent, and what arrives is not answered."""
         if self._socks or self._held:
             raise RuntimeError("the connections were rebuilt already")
-        mirrors: list[tuple[ConnectionRecord, StandIn]] = []
+        others: list[tuple[socket.socket, ConnectionRecord]] = []
         for index, record in enumerate(self._host.files):
             if not isinstance(record, TcpFile) or not record.conn_id:
                 continue
@@ -414,12 +414,11 @@ class RebuiltTcp:
             self._socks.append(socket.socket(fileno=self._host.descriptor(index)))
             self._records.append(whole.connection)
             if record.stand_in is not StandIn.NONE:
-                mirrors.append((mirrored(whole.connection), record.stand_in))
-        for mirror, does in mirrors:
-            stand_in = socket.socket(record_family(mirror), socket.SOCK_STREAM)
-            self._stand_ins.append((stand_in, does))
-            self._alone.add(mirror.conn_id.reversed())
-            self._socks.append(stand_in)
+                others.append(stand_in(whole.connection, record.stand_in))
+                self._alone.add(whole.connection.conn_id)
+        for sock, mirror in others:
+            self._stand_ins.append(sock)
+            self._socks.append(sock)
             self._records.append(mirror)
         if not self._socks:
             return
@@ -448,9 +447,7 @@ class RebuiltTcp:
         release_connections(self._socks, self._records, tell=False, connect=False)
         if self._held:
             thaw([sock for sock, _ in self._held], [state for _, state in self._held])
-        for sock, does in self._stand_ins:
-            if does is StandIn.RESET:
-                sock.setsockopt(Level.SOCKET, SO.LINGER, RESETTING)
+        for sock in self._stand_ins:
             sock.close()
 
     def connect(self, arrived: Sequence[Segment] = ()) -> None:
@@ -466,7 +463,7 @@ class RebuiltTcp:
 
     def close(self) -> None:
         """Forget the sockets; their descriptors are the host's. Closed in repair they vanish without a packet."""
-        for sock, _ in self._stand_ins:
+        for sock in self._stand_ins:
             sock.close()
         for sock in self._socks[: len(self._socks) - len(self._stand_ins)]:
             sock.detach()

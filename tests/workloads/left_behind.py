@@ -14,7 +14,7 @@ from checkpoint import procfs
 from checkpoint.leftovers import leftovers
 from migrate.holdstore import holds
 from migrate.recover import survey
-from tcpstate.errors import ForeignFilter
+from tcpstate.errors import ForeignFilter, UnsupportedSocket
 from tcpstate.filters import read_filters
 from tcpstate.frozen import runtime_dir
 from tcpstate.kernel import route
@@ -60,7 +60,12 @@ def _of_process(pid: int, known: bool) -> list[str]:
 
 
 def _of_socket(pid: int, fd: int) -> list[str]:
-    with take(pid, fd) as sock:
+    try:
+        taken = take(pid, fd)
+    except UnsupportedSocket:
+        # not TCP: nothing of this is done to it
+        return []
+    with taken as sock:
         found = []
         for name, level, option, usual in (
             ("mark", Level.SOCKET, SO.MARK, 0),
