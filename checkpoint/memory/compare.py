@@ -48,10 +48,11 @@ class Region:
         return self.permissions, self.name, self.flags, self.pkey
 
 
-def snapshot(pid: int, *, skip: Iterable[tuple[int, int]] = ()) -> list[Region]:
+def snapshot(pid: int, *, skip: Iterable[tuple[int, int]] = (), whole: bool = True) -> list[Region]:
     """The memory of a process that rests, by address.
 
-    skip  (start, end) of ranges whose bytes are taken for zeros: memory that the kernel itself writes (rseq areas)
+    skip   (start, end) of ranges whose bytes are taken for zeros: memory that the kernel itself writes (rseq areas)
+    whole  False: of private mappings of files only those pages that are the process's own; the rest is the file's
     """
     skipped = sorted(skip)
     mem = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
@@ -59,7 +60,7 @@ def snapshot(pid: int, *, skip: Iterable[tuple[int, int]] = ()) -> list[Region]:
         pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         try:
             return [
-                _region(mem, pagemap, group, skipped)
+                _region(mem, pagemap, group, skipped, whole)
                 for group in _merged(vma for vma in read_smaps(pid) if vma.name != VSYSCALL)
             ]
         finally:
@@ -107,11 +108,12 @@ def _flags(vma: Vma) -> frozenset[str]:
     return frozenset() if vma.special else vma.flags & KEPT_FLAGS
 
 
-def _region(mem: int, pagemap: int, group: list[Vma], skip: list[tuple[int, int]]) -> Region:
+def _region(mem: int, pagemap: int, group: list[Vma], skip: list[tuple[int, int]], whole: bool) -> Region:
     first = group[0]
     state = hashlib.blake2b(digest_size=16)
     if first.name not in _LIVE:
-        ranges = scan.private_pages(pagemap, group) if first.anonymous else [(first.start, group[-1].end)]
+        own = first.anonymous or not (whole or first.shared or first.special)
+        ranges = scan.private_pages(pagemap, group) if own else [(first.start, group[-1].end)]
         for start, end in ranges:
             for at in range(start, end, _CHUNK):
                 _digest(state, mem, at, min(_CHUNK, end - at), skip, sparse=first.anonymous)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from checkpoint.memory.compare import snapshot
@@ -85,9 +86,25 @@ def epoll_sorted(info: str) -> str:
     )
 
 
-def view(pid: int) -> dict[str, object]:
+def look(pid: int, areas: Iterable[tuple[int, int]], *, whole: bool = True) -> dict[str, object]:
+    """Of a process that is stopped. ``areas``: (start, end) of memory that the kernel itself writes (rseq); ``whole``:
+    also the bytes of files that it only maps."""
+    return shown(pid) | {"memory": memory(pid, areas, whole)}
+
+
+def memory(pid: int, areas: Iterable[tuple[int, int]], whole: bool) -> dict[str, object]:
+    return {
+        f"{region.start:x}": {
+            name: INODES.sub("", str(sorted(value) if isinstance(value, frozenset) else value))
+            for name, value in dataclasses.asdict(region).items()
+        }
+        for region in snapshot(pid, skip=areas, whole=whole)
+    }
+
+
+def shown(pid: int) -> dict[str, object]:
     path = Path(f"/proc/{pid}")
-    found: dict[str, object] = {
+    return {
         "status": status(path),
         "stat": stat(path),
         "links": {name: os.readlink(path / name) for name in LINKS},
@@ -105,22 +122,24 @@ def view(pid: int) -> dict[str, object]:
             for fd in sorted((path / "fd").iterdir())
         },
     }
+
+
+def dead(pid: int) -> dict[str, object]:
+    """Of a process that has ended and is not waited for."""
+    path = Path(f"/proc/{pid}")
+    fields = (path / "stat").read_text().rpartition(")")[2].split()
+    return {"status": {"Pid": pid, "State": fields[0]}, "ids": fields[1:5], "wait status": fields[49]}
+
+
+def view(pid: int) -> dict[str, object]:
+    found = shown(pid)
     tree = Tree.stop([pid])
     try:
-        areas = [
-            (t.rseq.address, t.rseq.address + t.rseq.size) for t in tree.processes[0].threads if t.rseq is not None
-        ]
-        memory = snapshot(pid, skip=areas)
+        threads = tree.processes[0].threads
+        areas = [(t.rseq.address, t.rseq.address + t.rseq.size) for t in threads if t.rseq is not None]
+        return found | {"memory": memory(pid, areas, True)}
     finally:
         tree.resume()
-    found["memory"] = {
-        f"{region.start:x}": {
-            name: INODES.sub("", str(sorted(value) if isinstance(value, frozenset) else value))
-            for name, value in dataclasses.asdict(region).items()
-        }
-        for region in memory
-    }
-    return found
 
 
 if __name__ == "__main__":

@@ -1,0 +1,149 @@
+"""Every module that captures and rebuilds something, and how it is made to do nothing.
+
+The names are those of the tables: ``files/KIND`` for the kinds of open files (checkpoint/files/kinds.py),
+``state/KIND`` for the kinds of state (checkpoint/state/table.py), ``memory/..`` for what a mapping has, ``aspect/..``
+for what open files have whatever their kind.  A kind that is added to a table is here by itself.
+
+A kind of file that does nothing gives an open /dev/null; a kind of state queues no call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+from checkpoint.files import install, kinds, rebuild, regular
+from checkpoint.files import table as files_table
+from checkpoint.files.base import OpenFile, kind_name
+from checkpoint.memory import layout
+from checkpoint.state import pending, registers, table
+from checkpoint.state.base import State, kind_of
+
+__all__ = ["apply", "modules"]
+
+Switch = Callable[[], None]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """In place of what does something."""
+
+
+def _file(kind: type[OpenFile]) -> Switch:
+    def switch() -> None:
+        def rebuilt(self: OpenFile, host: Any) -> int:
+            return os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+
+        kind.rebuild = rebuilt  # type: ignore[method-assign]
+        for step in ("complete", "late", "release"):
+            setattr(kind, step, _nothing)
+
+    return switch
+
+
+def _state(kind: type[State]) -> Switch:
+    def switch() -> None:
+        kind.rebuild = _nothing  # type: ignore[method-assign]
+        kind.rebuild_privileged = _nothing  # type: ignore[method-assign]
+        if kind.__name__ == "Registers":
+            registers.install = _nothing
+        if kind.__name__.startswith("Pending"):
+            pending.late = lambda signals: []
+
+    return switch
+
+
+def _dashed(name: str) -> str:
+    return name.replace(" ", "-")
+
+
+def _patch(owner: Any, name: str, value: Any = _nothing) -> Switch:
+    return lambda: setattr(owner, name, value)
+
+
+def _replaced(mapping: Any, **changes: Any) -> Any:
+    return dataclasses.replace(mapping, **changes)
+
+
+def _layout(change: Callable[[Any], Any]) -> Switch:
+    """Layouts are built as ``change`` makes them."""
+
+    def switch() -> None:
+        place, fields = layout._place, layout._memory_fields
+
+        def placed(one: Any, *rest: Any) -> Any:
+            return place(change(one), *rest)
+
+        layout._place = placed
+        layout._memory_fields = lambda one, *rest: fields(change(one), *rest)
+
+    return switch
+
+
+def _without_flag(flag: str) -> Switch:
+    def change(one: Any) -> Any:
+        mappings = tuple(_replaced(m, flags=tuple(f for f in m.flags if f != flag)) for m in one.mappings)
+        return _replaced(one, mappings=mappings)
+
+    return _layout(change)
+
+
+def _no_names(one: Any) -> Any:
+    named = (_replaced(m, name="") if m.name.startswith("[anon") else m for m in one.mappings)
+    return _replaced(one, mappings=tuple(named))
+
+
+def _memory() -> dict[str, Switch]:
+    found = {f"memory/{flag}": _without_flag(flag) for flag in sorted(layout.KEPT_FLAGS)}
+    return found | {
+        "memory/guards": _layout(lambda one: _replaced(one, guards=())),
+        "memory/names": _layout(_no_names),
+        "memory/fields": _patch(layout, "_memory_fields"),
+    }
+
+
+def _position() -> None:
+    rebuild.Rebuilder.seek = _nothing  # type: ignore[method-assign]
+    regular._seek = _nothing
+
+
+def _plain_file() -> None:
+    """Everything that runs has its program open: a regular file is opened, but and nothing more."""
+
+    def rebuilt(self: regular.RegularFile, host: Any) -> int:
+        return os.open(host.path(self.path), (os.O_RDWR if self.access.writes else os.O_RDONLY) | os.O_CLOEXEC)
+
+    regular.RegularFile.rebuild = rebuilt  # type: ignore[method-assign]
+
+
+def _no_posix(self: Any) -> dict[int, list[Any]]:
+    return {}
+
+
+def _aspects() -> dict[str, Switch]:
+    return {
+        "aspect/owner": _patch(rebuild.Rebuilder, "_own"),
+        "aspect/locks": _patch(rebuild.Locks, "take"),
+        "aspect/record-locks": _patch(files_table.FileTable, "_posix_locks", _no_posix),
+        "aspect/epoll-entries": _patch(install.Installation, "_control"),
+        "aspect/position": _position,
+    }
+
+
+def modules() -> dict[str, Switch]:
+    """Name -> what makes it do nothing, in this process, from now on."""
+    refusing = ("unsupported",)
+    files = {
+        f"files/{_dashed(kind_name(kind))}": _file(kind) for kind in kinds.KINDS if kind_name(kind) not in refusing
+    }
+    states = {f"state/{_dashed(kind_of(kind))}": _state(kind) for kind in (*table.PROCESS_STATES, *table.THREAD_STATES)}
+    files["files/file"] = _plain_file
+    return files | states | _memory() | _aspects()
+
+
+def apply(names: list[str]) -> None:
+    """Make these do nothing. KeyError for a name that is not there."""
+    known = modules()
+    for name in names:
+        known[name]()
