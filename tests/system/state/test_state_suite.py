@@ -1,4 +1,4 @@
-"""A sample of the suite: cases share trees, and go through one cycle. `make campaign` runs each alone, through three."""
+"""A sample of the suite: cases share trees, and go through one cycle. `make campaign` runs each alone, thrice."""
 
 from __future__ import annotations
 
