@@ -39,6 +39,8 @@ __all__ = [
 WAIT = 20.0
 #: seconds that clients get to go on: a peer that was silent for long waits for its retransmission timer
 GOING_ON = 30.0
+#: seconds from one look at a process to the next
+LOOK = 0.0002
 
 
 @dataclasses.dataclass(slots=True)
@@ -129,11 +131,14 @@ def kill_inside(tool: HostProcess, victim: Callable[[], int], look: Callable[[],
         number = number or victim()
         if tool.poll() is not None or time.monotonic() > end:
             return Death(tool.wait(WAIT), "", 0.0)
+        # the tool needs the processor more
+        time.sleep(LOOK)
     begun = time.monotonic()
     number = number or victim()
     while time.monotonic() < begun + delay:
         if tool.poll() is not None:
             break
+        time.sleep(LOOK)
     state = look()
     if number:
         try:
