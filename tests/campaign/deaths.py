@@ -69,7 +69,8 @@ def _leg(kind: str, seed: str, count: int) -> list[dict[str, Any]]:
             for _ in range(count):
                 delay = chance.uniform(0, deaths.KINDS[kind])
                 death = deaths.die(stage, folder, kind, delay)
-                problems = deaths.revive(stage, folder)
+                alone, problems = deaths.goes_on_alone(stage)
+                problems += deaths.revive(stage, folder)
                 problems += deaths.judge(stage)
                 log = (folder / "tool.log").read_text()[-4000:] if problems else ""
                 found.append(
@@ -78,6 +79,7 @@ def _leg(kind: str, seed: str, count: int) -> list[dict[str, Any]]:
                         "killed": death.status < 0,
                         "inside": death.inside,
                         "state": death.state,
+                        "alone": alone,
                         "on": stage.here.name,
                         "problems": problems,
                         "log": log,
@@ -94,8 +96,9 @@ def _leg(kind: str, seed: str, count: int) -> list[dict[str, Any]]:
 def summary(leg: list[dict[str, Any]]) -> str:
     """A leg in a line."""
     killed, inside = (sum(death[what] for death in leg) for what in ("killed", "inside"))
+    alone = sum(death["alone"] for death in leg)
     problems = [problem for death in leg for problem in death["problems"]]
-    return f"killed {killed}, inside the stop {inside}, problems {problems or 0}"
+    return f"killed {killed}, inside the stop {inside}, went on alone {alone}, problems {problems or 0}"
 
 
 def main() -> int:

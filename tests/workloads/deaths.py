@@ -12,18 +12,18 @@ import json
 import os
 import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.hosts import Host, HostProcess
-from tests.hosts.tcpmig import RSH, TCPMIG, tcpmig
+from tests.hosts import Host, HostProcess, warm
+from tests.hosts.tcpmig import RSH, TCPMIG
 from tests.workloads.move import RUNNING, Stage, outer_pid
 
 __all__ = [
     "Death",
+    "goes_on_alone",
     "kill_inside",
     "left_behind",
     "migrate_command",
@@ -32,6 +32,7 @@ __all__ = [
     "settle",
     "start",
     "stub_born",
+    "tcpmig",
     "traced",
     "wait_until_none_runs",
 ]
@@ -39,6 +40,8 @@ __all__ = [
 WAIT = 20.0
 #: seconds that clients get to go on: a peer that was silent for long waits for its retransmission timer
 GOING_ON = 30.0
+#: seconds in which a process that is let go takes a signal that waits for it
+CALM = 0.02
 #: seconds from one look at a process to the next
 LOOK = 0.0002
 
@@ -154,9 +157,18 @@ def kill_inside(tool: HostProcess, victim: Callable[[], int], look: Callable[[],
 
 def left_behind(host: Host, *pids: int) -> list[str]:
     """What of tcpmig is left on a host; [] is as it should be."""
-    done = host.run([sys.executable, "-m", "tests.workloads.left_behind", *pids])
-    found: list[str] = json.loads(done.stdout)
+    status, out, err = warm.run(host, "tests.workloads.left_behind", *pids)
+    if status != 0:
+        return [f"{host.name} cannot be looked at: {err}"]
+    found: list[str] = json.loads(out)
     return [f"{host.name}: {what}" for what in found]
+
+
+def tcpmig(host: Host, *arguments: object) -> tuple[int, dict[str, Any], str]:
+    """A command that is not to die, quickly: exit status, JSON object, its errors."""
+    status, out, err = warm.run(host, "cli.main", *arguments, "--json")
+    lines = [line for line in out.splitlines() if line.startswith("{")]
+    return status, json.loads(lines[-1]) if lines else {}, err
 
 
 def settle(host: Host, *options: object) -> tuple[int, list[dict[str, Any]]]:
@@ -167,7 +179,8 @@ def settle(host: Host, *options: object) -> tuple[int, list[dict[str, Any]]]:
     return status, summary["items"]
 
 
-#: what is killed, and up to how many seconds after the process was first seen to be stopped: about what the stop takes
+#: what is killed, and up to how many seconds after the process was first seen to be stopped: about what the stop takes;
+#: of recover the share of its work
 KINDS = {
     "migrate": 0.06,
     "precopy": 0.5,
@@ -175,16 +188,14 @@ KINDS = {
     "checkpoint": 0.05,
     "checkpoint-R": 0.025,
     "restore": 0.06,
-    "recover": 0.8,
+    "recover": 1.0,
 }
 
 
 def die(stage: Stage, folder: Path, kind: str, delay: float) -> Death:
-    """One command, killed inside its work; ``recover``: after a death of migrate, its settling is killed, too."""
+    """One command, killed inside its work; ``recover``: after a death of either end, its settling is killed, too."""
     if kind == "recover":
-        die(stage, folder, "migrate", KINDS["migrate"] / 2)
-        tool = start(stage.here, [*TCPMIG, "recover", "--json"], folder / "tool.log")
-        return kill_inside(tool, lambda: tool.outer_pid, lambda: "R", delay)
+        return _die_twice(stage, folder, delay / KINDS[kind])
     log, image = folder / "tool.log", folder / "image"
     here, pid = stage.here, stage.pid
     if kind == "restore":
@@ -201,6 +212,46 @@ def die(stage: Stage, folder: Path, kind: str, delay: float) -> Death:
     options = ["-R"] if kind == "checkpoint-R" else []
     tool = start(here, [*TCPMIG, "checkpoint", pid, "-o", image, *options, "--json"], log)
     return kill_inside(tool, lambda: tool.outer_pid, look, delay)
+
+
+#: how many functions `recover` has called so far in settling one journal, at most
+_calls = {"here": 2000, "there": 2000}
+
+
+def _die_twice(stage: Stage, folder: Path, share: float) -> Death:
+    """A death of either end of a migration, then one of `recover` on either host, at that share of its work."""
+    turn = int(share * 1000) % 4
+    die(stage, folder, "migrate" if turn % 2 else "receive", (share * 7 % 1) * KINDS["migrate"])
+    where = "here" if turn < 2 else "there"
+    host = stage.here if where == "here" else stage.there
+    number = 1 + int(share * _calls[where])
+    count = folder / "steps"
+    count.unlink(missing_ok=True)
+    status, out, err = warm.run(host, "tests.workloads.killed_at", "recover", number, count, "recover", "--json")
+    with (folder / "tool.log").open("a") as log:
+        log.write(out + err)
+    if count.exists():
+        _calls[where] = max(_calls[where], int(count.read_text()))
+    return Death(status, host.state(stage.pid), 0.0)
+
+
+def goes_on_alone(stage: Stage) -> tuple[bool, list[str]]:
+    """Once all programs of ours have ended, before anybody recovers: whether a copy runs, and what is wrong with it.
+
+    Nobody else brings a connection back to life before the process runs: so its clients must go on.
+    """
+    look = receiver(stage.there)
+    end = time.monotonic() + WAIT
+    while look() and time.monotonic() < end:
+        time.sleep(0.01)
+    end = time.monotonic() + WAIT
+    while any(h.state(stage.pid) == "t" for h in (stage.here, stage.there)) and time.monotonic() < end:
+        time.sleep(0.001)
+    # one that has a SIGSTOP stops as soon as the tool is gone
+    time.sleep(CALM)
+    if not copies(stage):
+        return False, []
+    return True, [f"runs on by itself, but no answer: {name}" for name in _not_going_on(stage)]
 
 
 def revive(stage: Stage, folder: Path) -> list[str]:

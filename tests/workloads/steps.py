@@ -1,0 +1,96 @@
+"""tcpmig killed before a chosen one of the small steps of its work (:mod:`tests.workloads.killed_at`), in each command.
+
+A *place* is a command and what is counted in it; some need something done before, such as a death that there is
+something to recover from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.hosts import Host, warm
+from tests.hosts.tcpmig import RSH, TCPMIG
+from tests.workloads import breaks, deaths
+from tests.workloads.move import Stage
+
+__all__ = ["PLACES", "Place", "run"]
+
+KILLED_AT = [sys.executable, "-m", "tests.workloads.killed_at"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """moment: what is counted; command: in which one; before: what is done before; there: on the other host."""
+
+    moment: str
+    command: str
+    before: Callable[[Stage, Path], None] | None = None
+    there: bool = False
+
+
+def _hold(stage: Stage, folder: Path) -> None:
+    status, found, told = deaths.tcpmig(stage.here, "checkpoint", stage.pid, "-o", folder / "image")
+    assert status == 0, (found, told)
+
+
+def _die_frozen(stage: Stage, folder: Path) -> None:
+    """Half of the sockets are frozen."""
+    status, _ = run(stage, folder, "freeze", 20)
+    assert status == -9
+
+
+def _die_released(stage: Stage, folder: Path) -> None:
+    """Half of the sockets are released."""
+    status, _ = run(stage, folder, "release", 6)
+    assert status != 0
+
+
+def _cut_started(stage: Stage, folder: Path) -> None:
+    """The copy runs, and the source does not know."""
+    status, _, reached = breaks.migrate(stage, folder, breaks.Break("target:started:1", "cut"))
+    assert (status, reached) == (5, True)
+
+
+PLACES = {
+    "freeze": Place("freeze", "migrate"),
+    "inject": Place("inject", "migrate"),
+    "rebuild": Place("rebuild", "receive"),
+    "release": Place("release", "receive"),
+    "stubs": Place("inject", "receive"),
+    "thaw": Place("thaw", "checkpoint -R"),
+    "hold": Place("freeze", "checkpoint"),
+    "back": Place("rebuild", "restore", _hold),
+    "resume": Place("settle", "recover", _die_frozen),
+    "discard": Place("settle", "recover", _cut_started),
+    "finish": Place("settle", "recover", _die_released, there=True),
+}
+
+
+def run(stage: Stage, folder: Path, name: str, number: int) -> tuple[int, int]:
+    """Exit status of the command (of `migrate` where `receive` is killed), and how many steps there were: 0 if it was
+    killed."""
+    place = PLACES[name]
+    if place.before is not None:
+        place.before(stage, folder)
+    count = folder / "steps"
+    count.unlink(missing_ok=True)
+    at: list[object] = [place.moment, number, count]
+    host: Host = stage.there if place.there else stage.here
+    if place.command in ("migrate", "receive"):
+        dies = place.command == "receive"
+        receive = shlex.join([*map(str, [*KILLED_AT, *at] if dies else TCPMIG), "receive"])
+        line = ["--rsh", shlex.join(RSH), "--remote-command", receive, "--json"]
+        migrate = [*(["cli.main"] if dies else [KILLED_AT[-1], *at]), "migrate"]
+        status, out, err = warm.run(host, *migrate, stage.pid, stage.there.name, *line)
+    else:
+        image = folder / "image"
+        options: list[object] = (
+            [stage.pid, "-o", image] if "checkpoint" in place.command else [image] * (place.command == "restore")
+        )
+        status, out, err = warm.run(host, KILLED_AT[-1], *at, *place.command.split(), *options, "--json")
+    (folder / "tool.log").write_text(out + err)
+    return status, int(count.read_text()) if count.exists() else 0
