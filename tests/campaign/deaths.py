@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.campaign.run import STATE, code
 from tests.hosts import CommandFailed, three_hosts
-from tests.workloads import deaths, scenes
+from tests.workloads import deaths, scenes, steps
 
 __all__ = ["COUNTS", "main", "run"]
 
@@ -68,7 +68,10 @@ def _leg(kind: str, seed: str, count: int) -> list[dict[str, Any]]:
         with scenes.echo(hosts, folder) as stage:
             for _ in range(count):
                 delay = chance.uniform(0, deaths.KINDS[kind])
-                death = deaths.die(stage, folder, kind, delay)
+                if kind == "recover":
+                    death = steps.die_recovering(stage, folder, delay)
+                else:
+                    death = deaths.die(stage, folder, kind, delay)
                 alone, problems = deaths.goes_on_alone(stage)
                 problems += deaths.revive(stage, folder)
                 problems += deaths.judge(stage)

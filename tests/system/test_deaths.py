@@ -1,52 +1,73 @@
 """tcpmig killed while the process is stopped, or a stub: it goes on by itself, or `tcpmig recover` makes it go on.
 
-Samples; three hundred moments are in the campaign (tests/campaign/deaths.py), every call in tests/campaign/breaks.py.
+Samples; three hundred moments are in the campaign (tests/campaign/deaths.py), every step in tests/campaign/breaks.py.
 """
 
 from __future__ import annotations
 
 import random
-import shlex
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hosts import ThreeHosts
-from tests.hosts.tcpmig import RSH, TCPMIG
-from tests.workloads import deaths, scenes
+from tests.hosts import three_hosts
+from tests.workloads import deaths, scenes, steps
+from tests.workloads.move import Stage
 
 SEED = random.randrange(1 << 32)
-KILLED = -9
-KILLED_AT = [sys.executable, "-m", "tests.workloads.killed_at"]
+KILLED, IN_DOUBT = -9, 5
 
 
-def test_killed_at_random_moments(hosts: ThreeHosts, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """One server, which goes through all of it."""
+    with three_hosts() as hosts, scenes.echo(hosts, tmp_path_factory.mktemp("deaths")) as stage:
+        yield stage
+        assert stage.finish() == []
+
+
+def settled(stage: Stage, folder: Path) -> None:
+    alone, problems = deaths.goes_on_alone(stage)
+    problems += deaths.revive(stage, folder) + deaths.judge(stage)
+    log = folder / "tool.log"
+    assert problems == [], (alone, log.read_text()[-4000:] if log.exists() else "")
+
+
+@pytest.mark.parametrize("kind", ["migrate", "receive", "restore"])
+def test_killed_at_a_random_moment(stage: Stage, tmp_path: Path, kind: str) -> None:
     print(f"seed {SEED}")
-    chance = random.Random(SEED)
-    with scenes.echo(hosts, tmp_path) as stage:
-        for kind in ("migrate", "receive", "restore"):
-            death = deaths.die(stage, tmp_path, kind, chance.uniform(0, deaths.KINDS[kind]))
-            problems = deaths.revive(stage, tmp_path) + deaths.judge(stage)
-            assert problems == [], (kind, death, (tmp_path / "tool.log").read_text()[-4000:])
-        assert stage.finish() == []
+    death = deaths.die(stage, tmp_path, kind, random.Random(SEED).uniform(0, deaths.KINDS[kind]))
+    print(death)
+    settled(stage, tmp_path)
 
 
-@pytest.mark.parametrize(("moment", "number"), [("freeze", 20), ("release", 6)])
-def test_killed_before_a_call_of_a_batch(hosts: ThreeHosts, tmp_path: Path, moment: str, number: int) -> None:
+def test_recover_killed_itself(stage: Stage, tmp_path: Path) -> None:
+    """At a random moment while it settles what another death has left; run again, it ends that."""
+    print(f"seed {SEED}")
+    print(steps.die_recovering(stage, tmp_path, random.Random(SEED).random()))
+    settled(stage, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "status", "moves"), [("freeze", 20, KILLED, False), ("release", 6, IN_DOUBT, True)]
+)
+def test_killed_before_a_call_of_a_batch(
+    stage: Stage, tmp_path: Path, place: str, number: int, status: int, moves: bool
+) -> None:
     """In the middle of what is done to all sockets: some are changed, some are not."""
-    with scenes.echo(hosts, tmp_path) as stage:
-        receive, migrate = [*TCPMIG, "receive"], [*TCPMIG, "migrate"]
-        if moment == "freeze":
-            migrate = [*KILLED_AT, moment, str(number), "migrate"]
-        else:
-            receive = [*KILLED_AT, moment, str(number), "receive"]
-        rsh = ["--rsh", shlex.join(RSH), "--remote-command", shlex.join(receive)]
-        log = tmp_path / "tool.log"
-        tool = deaths.start(stage.here, [*migrate, stage.pid, stage.there.name, *rsh], log)
-        assert tool.wait(60) == (KILLED if moment == "freeze" else 5), log.read_text()
-        deaths.wait_until_none_runs(stage)
-        assert deaths.revive(stage, tmp_path) == []
-        assert deaths.judge(stage) == []
-        assert stage.here.name == ("source" if moment == "freeze" else "target")
-        assert stage.finish() == []
+    goes_on = stage.there if moves else stage.here
+    assert steps.run(stage, tmp_path, place, number) == (status, 0)
+    assert not deaths.goes_on_alone(stage)[0]
+    settled(stage, tmp_path)
+    assert stage.here is goes_on
+
+
+def test_killed_at_an_entry_that_the_process_itself_runs(stage: Stage, tmp_path: Path) -> None:
+    """It ends the table, undoes it and goes on, with nobody's help."""
+    print(f"seed {SEED}")
+    here = stage.here
+    assert steps.run(stage, tmp_path, "inject", random.Random(SEED).randrange(1, 300)) == (KILLED, 0)
+    assert deaths.goes_on_alone(stage) == (True, [])
+    settled(stage, tmp_path)
+    assert stage.here is here

@@ -19,7 +19,8 @@ import pytest
 
 from tests.hosts import Host, ThreeHosts
 from tests.hosts.process import HostProcess
-from tests.hosts.tcpmig import TCPMIG, from_host, tcpmig
+from tests.hosts.tcpmig import TCPMIG, from_host
+from tests.hosts.warm import tcpmig
 from tests.packets import Watcher
 from tests.system.test_cli_bad_input import assert_told, connected
 from tests.workloads import scenes

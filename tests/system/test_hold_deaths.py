@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-from tests.hosts.tcpmig import from_host, tcpmig
+from tests.hosts import warm
+from tests.hosts.tcpmig import from_host
+from tests.hosts.warm import tcpmig
 from tests.system.test_hold import Service, service
 
 __all__ = ["service"]
@@ -17,8 +19,8 @@ KILLED_IN = [sys.executable, "-m", "tests.workloads.killed_in"]
 
 def killed(service: Service, function: str, *arguments: object) -> None:
     """Run tcpmig until it is about to do ``function``; there it dies."""
-    done = service.source.run([*KILLED_IN, function, *arguments], check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    status, _, err = warm.run(service.source, KILLED_IN[-1], function, *arguments)
+    assert status == -signal.SIGKILL, err
 
 
 def recovered(service: Service, state: str) -> None:

@@ -5,57 +5,65 @@ All messages of the protocol, and stalls, are in the campaign (tests/campaign/br
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.hosts import ThreeHosts
+from tests.hosts import three_hosts
 from tests.workloads import breaks, deaths, scenes
 from tests.workloads.breaks import Break
+from tests.workloads.move import Stage
 
 DONE, FAILED, IN_DOUBT = 0, 1, 5
 
 
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """One server, which goes through all of it."""
+    with three_hosts() as hosts, scenes.echo(hosts, tmp_path_factory.mktemp("breaks")) as stage:
+        yield stage
+        assert stage.finish() == []
+
+
 @pytest.mark.parametrize(
-    ("where", "status", "goes_on"),
+    ("where", "status", "moves"),
     [
-        (Break("target:prepared:1", "kill"), IN_DOUBT, "source"),
-        (Break("target:started:1", "cut"), IN_DOUBT, "target"),
+        (Break("target:prepared:1", "kill"), IN_DOUBT, False),
+        (Break("target:started:1", "cut"), IN_DOUBT, True),
         (Break("source:commit:1", "kill", after=True), None, None),
     ],
     ids=str,
 )
-def test_a_break(hosts: ThreeHosts, tmp_path: Path, where: Break, status: int | None, goes_on: str | None) -> None:
-    with scenes.echo(hosts, tmp_path) as stage:
-        told, summary, reached = breaks.migrate(stage, tmp_path, where)
-        assert reached
-        assert told in (DONE, FAILED, IN_DOUBT)
-        assert told == status or status is None, summary
-        assert deaths.revive(stage, tmp_path) == []
-        problems = deaths.judge(stage)
-        assert problems == []
-        assert stage.here.name == goes_on or goes_on is None
-        assert stage.finish() == []
+def test_a_break(stage: Stage, tmp_path: Path, where: Break, status: int | None, moves: bool | None) -> None:
+    goes_on = stage.there if moves else stage.here
+    told, summary, reached = breaks.migrate(stage, tmp_path, where)
+    assert reached
+    assert told in (DONE, FAILED, IN_DOUBT)
+    assert told == status or status is None, summary
+    assert deaths.revive(stage, tmp_path) == []
+    problems = deaths.judge(stage)
+    assert problems == []
+    assert stage.here is goes_on or moves is None
 
 
-def test_a_host_that_is_gone_leaves_the_doubt_until_a_person_decides(hosts: ThreeHosts, tmp_path: Path) -> None:
-    with scenes.echo(hosts, tmp_path) as stage:
-        told, summary, _ = breaks.migrate(stage, tmp_path, Break("source:commit:1", "cut"))
-        assert (told, summary["code"]) == (IN_DOUBT, "TM-0611")
-        (tmp_path / "gone").mkdir()
-        # the other host's name leads nowhere
-        socket = hosts.net.directory / f"{hosts.target.name}.sock"
-        socket.rename(tmp_path / "gone/sock")
-        try:
-            status, items = deaths.settle(hosts.source)
-            assert status == IN_DOUBT
-            assert (items[0]["code"], items[0]["settled"]) == ("TM-0636", False)
-            assert deaths.copies(stage) == [], "nobody runs before somebody has decided"
-            status, items = deaths.settle(hosts.source, items[0]["id"], "--assume", "here")
-            assert (status, items[0]["settled"]) == (DONE, True)
-        finally:
-            (tmp_path / "gone/sock").rename(socket)
-        assert deaths.revive(stage, tmp_path) == []
-        assert deaths.judge(stage) == []
-        assert stage.here is hosts.source
-        assert stage.finish() == []
+def test_a_host_that_is_gone_leaves_the_doubt_until_a_person_decides(stage: Stage, tmp_path: Path) -> None:
+    here = stage.here
+    told, summary, _ = breaks.migrate(stage, tmp_path, Break("source:commit:1", "cut"))
+    assert (told, summary["code"]) == (IN_DOUBT, "TM-0611")
+    (tmp_path / "gone").mkdir()
+    # the other host's name leads nowhere
+    socket = stage.hosts.net.directory / f"{stage.there.name}.sock"
+    socket.rename(tmp_path / "gone/sock")
+    try:
+        status, items = deaths.settle(here)
+        assert status == IN_DOUBT
+        assert (items[0]["code"], items[0]["settled"]) == ("TM-0636", False)
+        assert deaths.copies(stage) == [], "nobody runs before somebody has decided"
+        status, items = deaths.settle(here, items[0]["id"], "--assume", "here")
+        assert (status, items[0]["settled"]) == (DONE, True)
+    finally:
+        (tmp_path / "gone/sock").rename(socket)
+    assert deaths.revive(stage, tmp_path) == []
+    assert deaths.judge(stage) == []
+    assert stage.here is here

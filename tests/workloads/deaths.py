@@ -19,6 +19,7 @@ from typing import Any
 
 from tests.hosts import Host, HostProcess, warm
 from tests.hosts.tcpmig import RSH, TCPMIG
+from tests.hosts.warm import tcpmig
 from tests.workloads.move import RUNNING, Stage, outer_pid
 
 __all__ = [
@@ -32,7 +33,6 @@ __all__ = [
     "settle",
     "start",
     "stub_born",
-    "tcpmig",
     "traced",
     "wait_until_none_runs",
 ]
@@ -164,13 +164,6 @@ def left_behind(host: Host, *pids: int) -> list[str]:
     return [f"{host.name}: {what}" for what in found]
 
 
-def tcpmig(host: Host, *arguments: object) -> tuple[int, dict[str, Any], str]:
-    """A command that is not to die, quickly: exit status, JSON object, its errors."""
-    status, out, err = warm.run(host, "cli.main", *arguments, "--json")
-    lines = [line for line in out.splitlines() if line.startswith("{")]
-    return status, json.loads(lines[-1]) if lines else {}, err
-
-
 def settle(host: Host, *options: object) -> tuple[int, list[dict[str, Any]]]:
     """`tcpmig recover` in a host: exit status, items."""
     status, summary, printed = tcpmig(host, "recover", *options)
@@ -187,15 +180,13 @@ KINDS = {
     "receive": 0.06,
     "checkpoint": 0.05,
     "checkpoint-R": 0.025,
-    "restore": 0.06,
+    "restore": 0.04,
     "recover": 1.0,
 }
 
 
 def die(stage: Stage, folder: Path, kind: str, delay: float) -> Death:
-    """One command, killed inside its work; ``recover``: after a death of either end, its settling is killed, too."""
-    if kind == "recover":
-        return _die_twice(stage, folder, delay / KINDS[kind])
+    """One command, killed inside its work. ``recover`` is killed by :func:`tests.workloads.steps.die_recovering`."""
     log, image = folder / "tool.log", folder / "image"
     here, pid = stage.here, stage.pid
     if kind == "restore":
@@ -212,27 +203,6 @@ def die(stage: Stage, folder: Path, kind: str, delay: float) -> Death:
     options = ["-R"] if kind == "checkpoint-R" else []
     tool = start(here, [*TCPMIG, "checkpoint", pid, "-o", image, *options, "--json"], log)
     return kill_inside(tool, lambda: tool.outer_pid, look, delay)
-
-
-#: how many functions `recover` has called so far in settling one journal, at most
-_calls = {"here": 2000, "there": 2000}
-
-
-def _die_twice(stage: Stage, folder: Path, share: float) -> Death:
-    """A death of either end of a migration, then one of `recover` on either host, at that share of its work."""
-    turn = int(share * 1000) % 4
-    die(stage, folder, "migrate" if turn % 2 else "receive", (share * 7 % 1) * KINDS["migrate"])
-    where = "here" if turn < 2 else "there"
-    host = stage.here if where == "here" else stage.there
-    number = 1 + int(share * _calls[where])
-    count = folder / "steps"
-    count.unlink(missing_ok=True)
-    status, out, err = warm.run(host, "tests.workloads.killed_at", "recover", number, count, "recover", "--json")
-    with (folder / "tool.log").open("a") as log:
-        log.write(out + err)
-    if count.exists():
-        _calls[where] = max(_calls[where], int(count.read_text()))
-    return Death(status, host.state(stage.pid), 0.0)
 
 
 def goes_on_alone(stage: Stage) -> tuple[bool, list[str]]:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from tests.hosts import Host, warm
 from tests.hosts.tcpmig import RSH, TCPMIG
-from tests.workloads import breaks, deaths
+from tests.workloads import breaks
+from tests.workloads.deaths import Death
 from tests.workloads.move import Stage
 
-__all__ = ["PLACES", "Place", "run"]
+__all__ = ["PLACES", "Place", "die_recovering", "run"]
 
 KILLED_AT = [sys.executable, "-m", "tests.workloads.killed_at"]
 
@@ -33,7 +34,7 @@ class Place:
 
 
 def _hold(stage: Stage, folder: Path) -> None:
-    status, found, told = deaths.tcpmig(stage.here, "checkpoint", stage.pid, "-o", folder / "image")
+    status, found, told = warm.tcpmig(stage.here, "checkpoint", stage.pid, "-o", folder / "image")
     assert status == 0, (found, told)
 
 
@@ -94,3 +95,29 @@ def run(stage: Stage, folder: Path, name: str, number: int) -> tuple[int, int]:
         status, out, err = warm.run(host, KILLED_AT[-1], *at, *place.command.split(), *options, "--json")
     (folder / "tool.log").write_text(out + err)
     return status, int(count.read_text()) if count.exists() else 0
+
+
+#: states that `recover` finds, by what was done before (and how far it may go), and where it is run then
+RECOVERED = (("freeze", 90, False), ("release", 20, True), ("release", 20, False), ("", 0, False))
+#: how many functions it has called so far in each of them
+_calls = [2000] * len(RECOVERED)
+
+
+def die_recovering(stage: Stage, folder: Path, share: float) -> Death:
+    """A death inside the stop, or a cut line, and then one of `recover`, at that share (0..1) of its work."""
+    turn = int(share * 1000) % len(RECOVERED)
+    before, most, there = RECOVERED[turn]
+    if before:
+        run(stage, folder, before, 1 + int(share * 7 % 1 * most))
+    else:
+        _cut_started(stage, folder)
+    host = stage.there if there else stage.here
+    number = 1 + int(share * _calls[turn])
+    count = folder / "steps"
+    count.unlink(missing_ok=True)
+    status, out, err = warm.run(host, KILLED_AT[-1], "recover", number, count, "recover", "--json")
+    (folder / "tool.log").write_text(f"{turn} {number}\n{out}{err}")
+    if count.exists():
+        _calls[turn] = max(_calls[turn], int(count.read_text()))
+    states = [each.state(stage.pid) for each in (host, stage.here, stage.there)]
+    return Death(status, next((state for state in states if state == "T"), states[0]), 0.0)
