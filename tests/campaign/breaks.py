@@ -1,6 +1,6 @@
 """The line of a migration broken at every message in every way, and tcpmig killed before single steps of its work.
 
-python -m tests.campaign.breaks [--stalls] [--calls N] [--place PLACE]... [--seconds N]    --stalls: a minute each
+python -m tests.campaign.breaks [--stalls] [--calls N] [--lines | --place PLACE...] [--seconds N]    --stalls: a minute each
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.campaign.breaks")
     parser.add_argument("--stalls", action="store_true")
     parser.add_argument("--calls", type=int, default=1000, help="steps of each place, at random; default: all")
+    parser.add_argument("--lines", action="store_true", help="broken lines only")
     parser.add_argument("--place", action="append", choices=small_steps.PLACES, help="only these, and no broken line")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so long")
@@ -111,8 +112,9 @@ def main() -> int:
     names = given.names
     if not names:
         names = [] if given.place else list(breaks_of_line(stalls=given.stalls))
-        names += deaths_at_steps(given.place or list(small_steps.PLACES), most=given.calls, seed=given.seed)
-    file = STATE / f"breaks-{'-'.join(given.place or ['all'])}-{given.seed}.json"
+        if not given.lines:
+            names += deaths_at_steps(given.place or list(small_steps.PLACES), most=given.calls, seed=given.seed)
+    file = STATE / f"breaks-{'-'.join(given.place or ['lines' if given.lines else 'all'])}-{given.seed}.json"
     state = run(names, file, until=time.monotonic() + given.seconds)
     done = [found for name, found in state["cases"].items() if name in names]
     bad = sum(1 for found in done if found["problems"])
