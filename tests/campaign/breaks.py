@@ -1,6 +1,6 @@
 """The line of a migration broken at every message in every way, and tcpmig killed before single steps of its work.
 
-python -m tests.campaign.breaks [--stalls] [--calls N] [--lines | --place PLACE...] [--seconds N]    --stalls: a minute each
+python -m tests.campaign.breaks [--stalls] [--calls N] [--lines | --place PLACE...] [--seconds N]
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _one(stage: Stage, folder: Path, case: str) -> tuple[int, bool]:
 def main() -> int:
     """0 if nothing was wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaign.breaks")
-    parser.add_argument("--stalls", action="store_true")
+    parser.add_argument("--stalls", action="store_true", help="a minute each")
     parser.add_argument("--calls", type=int, default=1000, help="steps of each place, at random; default: all")
     parser.add_argument("--lines", action="store_true", help="broken lines only")
     parser.add_argument("--place", action="append", choices=small_steps.PLACES, help="only these, and no broken line")
