@@ -8,14 +8,23 @@ too.  So the clients wait longer than they do in a move.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import signal
+import socket
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.hosts import three_hosts
+from tests.hosts.tcpmig import from_host, tcpmig
+from tests.packets import Watcher
+from tests.system.test_cli_bad_input import connected
 from tests.workloads import scenes
 from tests.workloads.hold import held
 
@@ -41,3 +50,57 @@ def test_hold(scene: str, where: str, kill: bool, tmp_path: Path, monkeypatch: p
             assert report.restore["held"] == (0 if kill or where == "target" else away)
         assert stage.finish(FINISH) == []
         stage.here.kill(stage.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("where", ["source", "target"])
+@pytest.mark.parametrize("count", [5_000, 10_000])
+def test_many(count: int, where: str, tmp_path: Path) -> None:
+    """Thousands of connections of one server, each of which has said something meanwhile, and is answered."""
+    port = 7000
+    # ours, and those of the server, which has them from us
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    with three_hosts() as hosts, contextlib.ExitStack() as ends:
+        address, to = hosts.net.service4, getattr(hosts, where)
+        raised = ["sh", "-c", 'ulimit -n $(ulimit -Hn); exec "$@"', "sh"]
+        argv = [*raised, sys.executable, "-m", "tests.workloads.echo_server", port, address]
+        server = ends.enter_context(hosts.source.popen(argv))
+        with hosts.client.netns_entered():
+            clients = [ends.enter_context(connected((address, port))) for _ in range(count)]
+        ask(clients, b"before")
+        watcher = ends.enter_context(Watcher(hosts.client, port=port, data=False))
+        done: dict[str, Any] = {}
+        status, done["checkpoint"], told = tcpmig(hosts.source, "checkpoint", server.pid, "-o", tmp_path / "image")
+        assert status == 0, (done, told)
+        hosts.source.wait_until_gone(server.pid)
+        for client in clients:
+            client.send(b"during")
+        time.sleep(SECONDS)
+        options = [] if where == "source" else from_host(hosts.source)
+        begun = time.monotonic()
+        status, done["restore"], told = tcpmig(to, "restore", tmp_path / "image", *options, timeout=120)
+        assert status == 0, (done, told)
+        took = time.monotonic() - begun
+        hear(clients, b"during")
+        last = time.monotonic() - begun
+        ask(clients, b"after")
+        seen = watcher.mark()
+        figures = {key: done["checkpoint"].get(key) for key in ("stop_ms", "total_ms", "connections")}
+        restored = {key: done["restore"].get(key) for key in ("connections", "held", "total_ms")}
+        print(json.dumps({"checkpoint": figures, "restore": restored, "command_s": took, "last_answer_s": last}))
+        assert (seen.rsts, seen.missed) == ([], 0)
+        assert (restored["connections"], restored["held"]) == (count, count if where == "source" else 0)
+        to.kill(server.pid, signal.SIGKILL)
+
+
+def ask(clients: list[socket.socket], text: bytes) -> None:
+    """Each sends it, and gets it back."""
+    for client in clients:
+        client.send(text)
+    hear(clients, text)
+
+
+def hear(clients: list[socket.socket], text: bytes) -> None:
+    """Each gets exactly this."""
+    for client in clients:
+        client.settimeout(FINISH)
+        assert client.recv(len(text), socket.MSG_WAITALL) == text
