@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.hosts import Host, ThreeHosts
+from tests.hosts import Host, ThreeHosts, three_hosts
 from tests.hosts.process import HostProcess
 from tests.hosts.tcpmig import TCPMIG, from_host
 from tests.hosts.warm import tcpmig
@@ -128,6 +128,28 @@ class Service:
         return len(self.watcher.mark().rsts)
 
 
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[ThreeHosts]:
+    """The same for all tests of a module."""
+    with three_hosts() as three:
+        yield three
+
+
+@pytest.fixture(autouse=True)
+def at_home(hosts: ThreeHosts) -> Iterator[None]:
+    """Whatever moved away in a test is back for the next one."""
+    yield
+    if hosts.net.service4 not in {address.partition("/")[0] for address in hosts.source.addresses()}:
+        hosts.target.ip(*(f"addr del {each} dev eth0" for each in _services(hosts)))
+        hosts.net.add_service(hosts.source)
+        hosts.client.sh("ip neigh flush all; ip -6 neigh flush all")
+
+
+def _services(hosts: ThreeHosts) -> list[str]:
+    services = (hosts.net.service4, hosts.net.service6)
+    return [address for address in hosts.target.addresses() if address.partition("/")[0] in services]
+
+
 @pytest.fixture
 def service(hosts: ThreeHosts, tmp_path: Path) -> Iterator[Service]:
     null = subprocess.DEVNULL
@@ -204,7 +226,7 @@ def test_the_holder_has_nothing_of_its_callers(service: Service) -> None:
     streams = {os.readlink(proc / "fd" / name) for name in "012"}
     assert streams == {"/dev/null"}
     kinds = {os.readlink(entry).partition(":")[0] for entry in (proc / "fd").iterdir()}
-    assert kinds - {"socket", "/dev/null"} <= {str(log) for log in [next(_logs(service.source))]}
+    assert kinds - {"socket", "/dev/null"} <= {_log(service.source, hold)}
     fields = (proc / "stat").read_text().rpartition(")")[2].split()
     assert fields[1] == "1", "its parent is init"
     assert fields[3] == str(hold["holders"][0]), "it leads a session of its own"
@@ -214,9 +236,10 @@ def test_the_holder_has_nothing_of_its_callers(service: Service) -> None:
     service.assert_reset()
 
 
-def _logs(host: Host) -> Iterator[str]:
-    for path in host.path("/var/lib/tcpmig/log").glob("*-hold-*.log"):
-        yield f"/var/lib/tcpmig/log/{path.name}"
+def _log(host: Host, hold: dict[str, Any]) -> str:
+    """The path of the log of a hold's first holder, in the host."""
+    (path,) = host.path("/var/lib/tcpmig/log").glob(f"*-hold-{hold['holders'][0]}.log")
+    return f"/var/lib/tcpmig/log/{path.name}"
 
 
 def test_a_silent_release(service: Service) -> None:
@@ -237,7 +260,7 @@ def test_a_hold_ends_by_itself(service: Service) -> None:
     for pid in hold["holders"]:
         service.source.wait_until_gone(pid)
     assert service.holds() == []
-    log = service.source.path(next(_logs(service.source))).read_text()
+    log = service.source.path(_log(service.source, hold)).read_text()
     assert f"the time of hold {hold['hold']} is up" in log
 
 

@@ -10,9 +10,9 @@ import pytest
 from tests.hosts import warm
 from tests.hosts.tcpmig import from_host
 from tests.hosts.warm import tcpmig
-from tests.system.test_hold import Service, service
+from tests.system.test_hold import Service, at_home, hosts, service
 
-__all__ = ["service"]
+__all__ = ["at_home", "hosts", "service"]
 
 KILLED_IN = [sys.executable, "-m", "tests.workloads.killed_in"]
 
