@@ -6,6 +6,7 @@ python -m tests.campaign.breaks [--stalls] [--calls N] [--lines | --place PLACE.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import random
 import sys
@@ -19,13 +20,15 @@ from tests.campaign.run import STATE, code
 from tests.hosts import CommandFailed, ThreeHosts, three_hosts
 from tests.workloads import breaks, deaths, scenes
 from tests.workloads import steps as small_steps
-from tests.workloads.breaks import MESSAGES, Break
+from tests.workloads.breaks import HANDOVER, MESSAGES, Break
 from tests.workloads.move import Stage
 
 __all__ = ["breaks_of_line", "deaths_at_steps", "main", "run"]
 
 #: messages at which a stalled line is tried: each costs the time limit of the line
 STALLS = ("source:image:1", "target:prepared:1", "source:commit:1", "target:started:1", "target:running:1")
+#: the same of `restore --from`, whose cases are called so
+FROM, FROM_STALLS = "from-", ("source:ask_hold:1", "source:give_up:1", "target:given_up:1")
 
 
 def breaks_of_line(*, stalls: bool) -> Iterator[str]:
@@ -34,8 +37,13 @@ def breaks_of_line(*, stalls: bool) -> Iterator[str]:
         for do in ("cut", "kill"):
             for after in (False, True):
                 yield f"{do} {'after' if after else 'before'} {at}"
+    for at in HANDOVER:
+        for do in ("cut", "kill"):
+            for after in (False, True):
+                yield f"{FROM}{do} {'after' if after else 'before'} {at}"
     if stalls:
         yield from (f"stall before {at}" for at in STALLS)
+        yield from (f"{FROM}stall before {at}" for at in FROM_STALLS)
 
 
 def deaths_at_steps(places: Sequence[str], *, most: int, seed: int) -> Iterator[str]:
@@ -78,7 +86,8 @@ def _leg(hosts: ThreeHosts, folder: Path, names: list[str], until: float) -> Ite
         for number, case in enumerate(names):
             status, reached = _one(stage, folder, case)
             alone, problems = deaths.goes_on_alone(stage)
-            problems += deaths.revive(stage, folder) + deaths.judge(stage)
+            again = functools.partial(breaks.restore_again, stage, folder) if case.startswith(FROM) else None
+            problems += deaths.revive(stage, folder, again) + deaths.judge(stage)
             last = number == len(names) - 1 or time.monotonic() > until
             if last:
                 problems += stage.finish()
@@ -94,6 +103,10 @@ def _one(stage: Stage, folder: Path, case: str) -> tuple[int, bool]:
     if do == "call":
         status, steps = small_steps.run(stage, folder, when, int(where))
         return status, steps == 0
+    if do.startswith(FROM):
+        breaks.hold(stage, folder)
+        status, _, reached = breaks.restore(stage, folder, Break(where, do.removeprefix(FROM), when == "after"))
+        return status, reached
     status, _, reached = breaks.migrate(stage, folder, Break(where, do, when == "after"))
     return status, reached
 

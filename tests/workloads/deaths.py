@@ -109,8 +109,8 @@ def stub_born(host: Host, pid: int) -> Callable[[], str]:
     return look
 
 
-def receiver(host: Host) -> Callable[[], int]:
-    """Tells the harness's number of `tcpmig receive` in a host, 0 if it does not run."""
+def receiver(host: Host, command: bytes = b"receive") -> Callable[[], int]:
+    """Tells the harness's number of `tcpmig receive` (or another command) in a host, 0 if it does not run."""
 
     def look() -> int:
         for pid, _ in host.processes().items():
@@ -118,7 +118,7 @@ def receiver(host: Host) -> Callable[[], int]:
                 words = host.path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if b"receive" in words:
+            if command in words:
                 return outer_pid(host, pid)
         return 0
 
@@ -224,8 +224,8 @@ def goes_on_alone(stage: Stage) -> tuple[bool, list[str]]:
     return True, [f"runs on by itself, but no answer: {name}" for name in _not_going_on(stage)]
 
 
-def revive(stage: Stage, folder: Path) -> list[str]:
-    """Recover on both hosts; what is only in the image by then is restored. Problems."""
+def revive(stage: Stage, folder: Path, again: Callable[[], tuple[int, dict[str, Any], str]] | None = None) -> list[str]:
+    """Recover on both hosts; what is only in the image by then is restored (``again``: by that). Problems."""
     problems = []
     here = stage.here
     for host in (here, stage.there):
@@ -233,7 +233,7 @@ def revive(stage: Stage, folder: Path) -> list[str]:
         if status != 0:
             problems.append(f"recover on {host.name} ended with {status}: {items}")
     if not copies(stage) and (folder / "image").exists():
-        status, summary, printed = tcpmig(here, "restore", folder / "image")
+        status, summary, printed = tcpmig(here, "restore", folder / "image") if again is None else again()
         if status != 0:
             problems.append(f"restore ended with {status}: {summary} {printed}")
     (folder / "image").unlink(missing_ok=True)

@@ -33,11 +33,6 @@ class Place:
     there: bool = False
 
 
-def _hold(stage: Stage, folder: Path) -> None:
-    status, found, told = warm.tcpmig(stage.here, "checkpoint", stage.pid, "-o", folder / "image")
-    assert status == 0, (found, told)
-
-
 def _die_frozen(stage: Stage, folder: Path) -> None:
     """Half of the sockets are frozen."""
     status, _ = run(stage, folder, "freeze", 20)
@@ -64,7 +59,7 @@ PLACES = {
     "stubs": Place("inject", "receive"),
     "thaw": Place("thaw", "checkpoint -R"),
     "hold": Place("freeze", "checkpoint"),
-    "back": Place("rebuild", "restore", _hold),
+    "back": Place("rebuild", "restore", breaks.hold),
     "resume": Place("settle", "recover", _die_frozen),
     "discard": Place("settle", "recover", _cut_started),
     "finish": Place("settle", "recover", _die_released, there=True),
