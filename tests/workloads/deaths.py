@@ -113,13 +113,13 @@ def receiver(host: Host, command: bytes = b"receive") -> Callable[[], int]:
     """Tells the harness's number of `tcpmig receive` (or another command) in a host, 0 if it does not run."""
 
     def look() -> int:
-        for pid, _ in host.processes().items():
+        for pid in host.processes():
             try:
                 words = host.path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                if command in words:
+                    return outer_pid(host, pid)
             except (FileNotFoundError, ProcessLookupError):
-                continue
-            if command in words:
-                return outer_pid(host, pid)
+                continue  # it has ended meanwhile
         return 0
 
     return look
