@@ -35,6 +35,7 @@ from checkpoint.files.external import External
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.listener import Listener
 from checkpoint.files.locks import Locks
+from checkpoint.files.peers import StandIn
 from checkpoint.files.policy import External as ExternalRule
 from checkpoint.files.policy import rule_for
 from checkpoint.files.queues import Queues
@@ -59,8 +60,12 @@ __all__ = ["Rebuilder"]
 _log = logging.getLogger(__name__)
 
 _OWNER: Final = struct.Struct("<ii")  # struct f_owner_ex
-#: descriptors per file while it is made: itself, a passing duplicate
-_PER_FILE: Final = 2
+
+
+def _has_another(record: OpenFile) -> bool:
+    """Whether a file may take a second descriptor until all are made. A connection, of which there may be thousands,
+    does not, unless a stand-in for its other end is made beside it."""
+    return not isinstance(record, TcpFile) or record.stand_in is not StandIn.NONE
 
 
 class Rebuilder:
@@ -76,7 +81,7 @@ class Rebuilder:
     external   what this host's user puts in the place of files that did not follow; closing takes the descriptor away
     ship, beacons  for a check before the stop of the source: files that are not shared can travel; by what directories
                of the source are known here (files/identity.py), None: the source is not there to tell
-    held     sockets that were kept on this host, by index: they are taken instead of being made; they stay the caller's
+    held     sockets that were kept on this host, by index: they are taken instead of being made, and ours from then on
 
     Kinds use: ``files`` (all records), ``descriptor``, ``content``, ``shared`` (things that several descriptions have
     in common while they are made), ``at_end`` and ``on_abort``; ``travelling`` are files that a check wants shipped.
@@ -187,7 +192,7 @@ class Rebuilder:
         record = self.files[index]
         held = self.held.get(index)
         try:
-            fd = record.rebuild(self) if held is None else self.duplicate(held.sock.fileno())
+            fd = record.rebuild(self) if held is None else held.sock.detach()
         except OSError as error:
             raise FileRebuildFailed(f"{kind_name(type(record))}: {error}", object=self.name(index)) from error
         self._building.discard(index)
@@ -257,7 +262,7 @@ class Rebuilder:
 
     def rebuild(self) -> None:
         """Every descriptor, and all that does not change any more. Nothing is left if it fails."""
-        ensure_descriptors(_PER_FILE * len(self.files) + len(self._contents))
+        ensure_descriptors(len(self.files) + len(self._contents) + sum(map(_has_another, self.files)))
         try:
             for index in range(len(self.files)):
                 self.descriptor(index)
