@@ -26,12 +26,15 @@ __all__ = ["COUNTS", "main", "run"]
 
 #: how many deaths of each kind `make campaign` wants
 COUNTS = {
-    "migrate": 100,
+    "migrate": 80,
     "precopy": 40,
-    "receive": 60,
+    "receive": 40,
     "checkpoint": 50,
     "checkpoint-R": 40,
     "restore": 50,
+    "migrate-frozen": 40,
+    "receive-frozen": 40,
+    "checkpoint-frozen": 40,
     "recover": 40,
 }
 LEG = 10

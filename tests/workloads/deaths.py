@@ -78,8 +78,11 @@ def start(host: Host, command: list[object], log: Path) -> HostProcess:
         return host.popen(command, stdout=out, stderr=out)
 
 
-def traced(pid: int) -> Callable[[], str]:
-    """Tells the state letter of a process (the harness's number) while it is stopped or seized, else nothing."""
+def traced(pid: int, *, frozen: bool = False) -> Callable[[], str]:
+    """Tells the state letter of a process (the harness's number) while it is stopped or seized, else nothing.
+
+    frozen  only once a SIGSTOP waits for it: from then on its connections are changed
+    """
     path = f"/proc/{pid}/status"
 
     def look() -> str:
@@ -89,9 +92,15 @@ def traced(pid: int) -> Callable[[], str]:
         except (FileNotFoundError, ProcessLookupError):
             return ""
         letter = text.partition("State:\t")[2][:1]
+        if frozen and not any(_pending(text, mask) for mask in ("SigPnd", "ShdPnd")):
+            return ""
         return letter if letter in "Tt" or "\nTracerPid:\t0\n" not in text else ""
 
     return look
+
+
+def _pending(status: str, mask: str) -> bool:
+    return bool(int(status.partition(f"{mask}:\t")[2][:16], 16) >> (signal.SIGSTOP - 1) & 1)
 
 
 def stub_born(host: Host, pid: int) -> Callable[[], str]:
@@ -172,14 +181,18 @@ def settle(host: Host, *options: object) -> tuple[int, list[dict[str, Any]]]:
     return status, summary["items"]
 
 
+FROZEN = "-frozen"
 #: what is killed, and up to how many seconds after the process was first seen to be stopped: about what the stop takes;
-#: of recover the share of its work
+#: ``-frozen``: since its connections are changed; of recover the share of its work
 KINDS = {
     "migrate": 0.06,
     "precopy": 0.5,
     "receive": 0.06,
     "checkpoint": 0.05,
     "checkpoint-R": 0.025,
+    "migrate-frozen": 0.05,
+    "receive-frozen": 0.05,
+    "checkpoint-frozen": 0.05,
     "restore": 0.04,
     "recover": 1.0,
 }
@@ -194,7 +207,8 @@ def die(stage: Stage, folder: Path, kind: str, delay: float) -> Death:
         assert done[0] == 0, done
         tool = start(here, [*TCPMIG, "restore", image, "--json"], log)
         return kill_inside(tool, lambda: tool.outer_pid, stub_born(here, pid), delay)
-    look = traced(outer_pid(here, pid))
+    look = traced(outer_pid(here, pid), frozen=kind.endswith(FROZEN))
+    kind = kind.removesuffix(FROZEN)
     if kind in ("migrate", "precopy", "receive"):
         # without rounds the process is stopped once: the moment is found in that stop
         options = [] if kind == "precopy" else ["--stop-and-copy"]
