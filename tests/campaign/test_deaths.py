@@ -12,6 +12,6 @@ def test_deaths(kind: str) -> None:
     state = run(kind, COUNTS[kind], int(os.environ.get("TMH_SEED", "1")))
     assert [problem for death in state["deaths"] for problem in death["problems"]] == []
     assert len(state["deaths"]) == COUNTS[kind]
-    if kind not in ("recover", "precopy"):
+    if kind != "precopy":
         # many hit it while it is stopped or seized
         assert sum(death["inside"] for death in state["deaths"]) > COUNTS[kind] / 4
