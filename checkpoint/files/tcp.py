@@ -454,8 +454,9 @@ class RebuiltTcp:
         """After the release, once the addresses are announced: those that were connecting go on.
 
         arrived  what was captured since the freeze: their peers may have answered. ConnectNotRepeated"""
-        own = self.records
-        open_connections(self._socks[: len(own)], own, arrived)
+        # those that were held have gone on connecting by themselves
+        made = len(self._socks) - len(self._stand_ins)
+        open_connections(self._socks[:made], self._records[:made], arrived)
 
     def tell_windows(self) -> None:
         """After the release, once the addresses are announced: peers that wait for room hear that there is some."""
