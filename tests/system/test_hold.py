@@ -140,15 +140,13 @@ def hosts() -> Iterator[ThreeHosts]:
 def at_home(hosts: ThreeHosts) -> Iterator[None]:
     """Whatever moved away in a test is back for the next one."""
     yield
-    if hosts.net.service4 not in {address.partition("/")[0] for address in hosts.source.addresses()}:
-        hosts.target.ip(*(f"addr del {each} dev eth0" for each in _services(hosts)))
-        hosts.net.add_service(hosts.source)
-        hosts.client.sh("ip neigh flush all; ip -6 neigh flush all")
-
-
-def _services(hosts: ThreeHosts) -> list[str]:
     services = (hosts.net.service4, hosts.net.service6)
-    return [address for address in hosts.target.addresses() if address.partition("/")[0] in services]
+    away = [address for address in hosts.target.addresses() if address.partition("/")[0] in services]
+    if away:
+        hosts.target.ip(*(f"addr del {address} dev eth0" for address in away))
+        for address in away:
+            hosts.source.add_address(address)
+        hosts.client.sh("ip neigh flush all; ip -6 neigh flush all")
 
 
 @pytest.fixture
