@@ -174,9 +174,9 @@ def service(hosts: ThreeHosts, tmp_path: Path) -> Iterator[Service]:
 
 
 @pytest.mark.parametrize("where", ["source", "target"])
-def test_clients_go_on_and_new_ones_wait(hosts: ThreeHosts, tmp_path: Path, where: str) -> None:
+def test_clients_go_on_and_new_ones_wait(tmp_path: Path, where: str) -> None:
     """redis with pipelines, waiting clients and new connections all the time: every byte is right, no RST."""
-    with scenes.redis(hosts, tmp_path) as stage:
+    with three_hosts() as hosts, scenes.redis(hosts, tmp_path) as stage:
         report = held(stage, tmp_path / "image", seconds=1, where=getattr(hosts, where))
         assert report.problems == [], report.log
         assert report.restore["held"] == (report.restore["connections"] if where == "source" else 0)
