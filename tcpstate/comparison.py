@@ -9,18 +9,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from tcpstate import opening, options
+from tcpstate import giving, opening, options
 from tcpstate.export import export_connections
 from tcpstate.freeze import Gate, QuietState
 from tcpstate.kernel.sockets import Level, unpack_address
 from tcpstate.kernel.tcp import TCP, InfoOption, RepairQueue, TcpState
 from tcpstate.options import Stage, number
 from tcpstate.reading import PEEK, SMALL, Raw, peek_from, peeking_on, read_numbers, read_queues
-from tcpstate.record import ConnectionRecord, State
+from tcpstate.record import ConnectionRecord, Negotiated, State
 from tcpstate.segment import SEQ_MASK
 from tcpstate.urgent import held_back
 
@@ -28,6 +28,8 @@ __all__ = ["Difference", "compare", "differences", "read_back"]
 
 _NEGOTIATED: Final = int(InfoOption.TIMESTAMPS | InfoOption.SACK | InfoOption.WSCALE)
 _CHUNK: Final = 1 << 20
+#: of the scales beside the options
+_SHIFT: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,19 +126,21 @@ def differences(
     heads = early or {}
     records = [held_back(record) for record in records]
     found = read_numbers(socks)
-    suspects = options.unlike(socks, [r.options for r in records])
-    address = functools.cache(unpack_address)
+    suspects = giving.unlike(socks, [r.options for r in records])
+    address, name = functools.cache(_address), functools.cache(_name)
     agreed = functools.cache(_agreed)
     for i, (raw, record) in enumerate(zip(found, records, strict=True)):
-        head = sum(map(len, heads.get(i, ())))
-        n = record.negotiated
+        head = sum(map(len, heads[i])) if i in heads else 0
+        n, told, conn = record.negotiated, raw.told, record.conn_id
         if (
             _numbers(raw) != _expected(record, head)
-            or (raw.info_options & _NEGOTIATED, raw.scales) != agreed(n.sack, n.timestamps, n.snd_wscale, n.rcv_wscale)
-            or raw.congestion.rstrip(b"\0").decode("ascii", "replace") != record.congestion
-            or raw.outq not in (0, record.sent)
-            or _end(raw.local, address) != (record.conn_id.local.partition("%")[0], record.conn_id.local_port)
-            or _end(raw.peer, address) != (record.conn_id.peer.partition("%")[0], record.conn_id.peer_port)
+            or told.info_options & _NEGOTIATED | told.scales << _SHIFT != agreed(n)
+            or name(told.congestion) != record.congestion
+            or told.outq not in (0, record.sent)
+            or address(told.local_family, told.local_rest) != conn.local.partition("%")[0]
+            or told.local_port != conn.local_port.to_bytes(2, "big")
+            or address(told.peer_family, told.peer_rest) != conn.peer.partition("%")[0]
+            or told.peer_port != conn.peer_port.to_bytes(2, "big")
         ):
             suspects.add(i)
     suspects |= _other_bytes(socks, records, found, heads)
@@ -145,17 +149,19 @@ def differences(
         (again,) = read_back([socks[i]], [records[i]])
         whole = dataclasses.replace(records[i], receive_queue=b"".join((*heads.get(i, ()), records[i].receive_queue)))
         # peeking at a queue may have moved the window since
-        told = {"windows"} if _windows(found[i]) == _expected_windows(records[i]) else set()
-        result += [(i, difference) for difference in compare(whole, again) if difference.what not in told]
+        same = {"windows"} if _windows(found[i]) == _expected_windows(records[i]) else set()
+        result += [(i, difference) for difference in compare(whole, again) if difference.what not in same]
     return result
 
 
 def _numbers(raw: Raw) -> tuple[int, ...]:
-    return raw.number, (raw.write_seq - raw.outq) & SEQ_MASK, raw.rcv_nxt, raw.inq, raw.mss, *_windows(raw)
+    told = raw.told
+    return told.number, (told.write_seq - told.outq) & SEQ_MASK, told.rcv_nxt, told.inq, told.mss, *_windows(raw)
 
 
 def _windows(raw: Raw) -> tuple[int, ...]:
-    return raw.snd_wl1, raw.snd_wnd, raw.max_window, raw.rcv_wnd, raw.rcv_wup
+    told = raw.told
+    return told.snd_wl1, told.snd_wnd, told.max_window, told.rcv_wnd, told.rcv_wup
 
 
 def _expected(record: ConnectionRecord, head: int) -> tuple[int, ...]:
@@ -169,16 +175,21 @@ def _expected_windows(record: ConnectionRecord) -> tuple[int, ...]:
     return w.snd_wl1, w.snd_wnd, w.max_window, w.rcv_wnd, w.rcv_wup
 
 
-def _agreed(sack: bool, timestamps: bool, snd_wscale: int | None, rcv_wscale: int | None) -> tuple[int, int]:
-    """Of TCP_INFO: options and both scales."""
-    scaled = snd_wscale is not None and rcv_wscale is not None
-    bits = (InfoOption.SACK if sack else 0) | (InfoOption.TIMESTAMPS if timestamps else 0)
-    return int(bits | (InfoOption.WSCALE if scaled else 0)), (snd_wscale or 0) | (rcv_wscale or 0) << 4
+def _agreed(n: Negotiated) -> int:
+    """Of TCP_INFO: options, and both scales behind them."""
+    scaled = n.snd_wscale is not None and n.rcv_wscale is not None
+    bits = (InfoOption.SACK if n.sack else 0) | (InfoOption.TIMESTAMPS if n.timestamps else 0)
+    bits |= InfoOption.WSCALE if scaled else 0
+    return int(bits) | ((n.snd_wscale or 0) | (n.rcv_wscale or 0) << 4) << _SHIFT
 
 
-def _end(data: bytes, address: Callable[[bytes], tuple[str, int, int, int]]) -> tuple[str, int]:
-    """Address and port; the text of each address is made once."""
-    return address(data[:2] + bytes(2) + data[4:])[0], data[2] << 8 | data[3]
+def _address(family: bytes, rest: bytes) -> str:
+    """The text of what stands before and behind the port in a struct sockaddr."""
+    return unpack_address(family + bytes(2) + rest)[0]
+
+
+def _name(congestion: bytes) -> str:
+    return congestion.rstrip(b"\0").decode("ascii", "replace")
 
 
 def _other_bytes(
@@ -188,7 +199,7 @@ def _other_bytes(
     heads: Mapping[int, Sequence[memoryview]],
 ) -> set[int]:
     """Which have other bytes in their queues than was told."""
-    filled = [i for i, raw in enumerate(found) if raw.inq or raw.outq]
+    filled = [i for i, raw in enumerate(found) if raw.inq or raw.told.outq]
     small = [i for i in filled if found[i].inq <= SMALL and i not in heads]
     other = set()
     read_queues(small, socks, found, [None] * len(socks))
@@ -198,10 +209,10 @@ def _other_bytes(
     for i in sorted(set(filled) - set(small)):
         if not _same(socks[i], [*heads.get(i, ()), memoryview(records[i].receive_queue)]):
             other.add(i)
-        if found[i].outq:
-            found[i].send_queue = peek_from(socks[i], RepairQueue.SEND, found[i].outq)
+        if found[i].told.outq:
+            found[i].send_queue = peek_from(socks[i], RepairQueue.SEND, found[i].told.outq)
     for i in filled:
-        if found[i].outq != len(found[i].send_queue) or not records[i].send_queue.startswith(found[i].send_queue):
+        if found[i].told.outq != len(found[i].send_queue) or not records[i].send_queue.startswith(found[i].send_queue):
             other.add(i)
     return other
 

@@ -13,7 +13,6 @@ from typing import ClassVar
 
 __all__ = [
     "AddressInUse",
-    "AddressNotHere",
     "AddressNotMoved",
     "AddressStillHere",
     "AlreadyFrozen",
@@ -35,7 +34,6 @@ __all__ = [
     "ForeignFilter",
     "KernelFeatureMissing",
     "KernelReadRefused",
-    "KeyUnusable",
     "ListenerFilterRefused",
     "MissingCapability",
     "NoSuchConnection",
@@ -60,7 +58,6 @@ __all__ = [
     "UnsupportedSocket",
     "UnsupportedState",
     "UntrustedKey",
-    "UntrustedRecord",
     "UrgentData",
     "catalogue",
 ]
@@ -325,13 +322,13 @@ class ChaperoneUnreachable(TcpmigError):
     fix = "Start `tcpmig chaperone` as root (or its systemd unit); TCPMIG_CHAPERONE names another socket."
 
 
-class UntrustedRecord(TcpmigError):
-    """The chaperone rebuilds only records that carry a signature by a key it trusts, and this one has none, or another
-    key's, or was altered, or was made for another user. Nothing was built."""
+class RecordOfAnother(TcpmigError):
+    """A chaperone that only rebuilds signed records was given one that was exported for another user. Nothing was
+    built."""
 
     code = "TM-0267"
     outcome = Outcome.REFUSED
-    fix = "Export the connection through a chaperone that signs (`tcpmig chaperone --sign`) with a trusted key."
+    fix = "Let the user whose connection it was ask for it, or root."
 
 
 class AddressStillHere(TcpmigError):
@@ -344,12 +341,12 @@ class AddressStillHere(TcpmigError):
 
 
 class AddressNotMoved(TcpmigError):
-    """A rebuilt connection is to be released, and its address is not configured on this host yet: it could send
-    nothing. It stays as it is."""
+    """A connection that was put together here is to live, and its address is not configured on this host (yet): it
+    would talk into the void, and its peer would go on talking to another host. It stays as it is, frozen."""
 
     code = "TM-0269"
     outcome = Outcome.REFUSED
-    fix = "Move the address here and ask again."
+    fix = "Add the address to this host, take it from the other one, and ask again."
 
 
 class TamperedConnection(TcpmigError):
@@ -376,15 +373,6 @@ class NotExported(TcpmigError):
     code = "TM-0272"
     outcome = Outcome.REFUSED
     fix = "Export it first; to end a connection, close it."
-
-
-class KeyUnusable(TcpmigError):
-    """A key file of the chaperone (`--sign`, `--require-signature`) cannot be used: it is no Ed25519 key in PEM form,
-    it cannot be read, or it is a private key that others than its owner may read. It did not start."""
-
-    code = "TM-0274"
-    outcome = Outcome.REFUSED
-    fix = "Make one with `openssl genpkey -algorithm ed25519`, mode 0600; the public half with `openssl pkey -pubout`."
 
 
 class NoSuchUser(TcpmigError):
@@ -466,15 +454,6 @@ class UnknownHardState(TcpmigError):
     fix = "Use the version of tcpmig that wrote the record, or a younger one."
 
 
-class AddressNotHere(TcpmigError):
-    """A connection was put together here for an address that this host does not have (yet). Let live now, it would talk
-    into the void, and its peer would go on talking to another host. It stays frozen."""
-
-    code = "TM-0228"
-    outcome = Outcome.REFUSED
-    fix = "Add the address to this host, take it from the other one, and resume the connection then."
-
-
 class UnsignedRecord(TcpmigError):
     """The policy of this host takes only records that carry a signature, and this one carries none. Nothing was
     built."""
@@ -502,12 +481,12 @@ class UntrustedKey(TcpmigError):
 
 
 class BadKeyFile(TcpmigError):
-    """A key file is no Ed25519 key in PEM form, or a private key that others than its owner may read (its mode must be
-    0600 or stricter)."""
+    """A key file cannot be read, is no Ed25519 key in PEM form without a passphrase, or is a private key that others
+    than its owner may read (its mode must be 0600 or stricter)."""
 
     code = "TM-0233"
     outcome = Outcome.REFUSED
-    fix = "Make a key with tcpstate.md5keys.generate_key, or `chmod 600` the file."
+    fix = "Make a key with tcpstate.signing.generate_key or `openssl genpkey -algorithm ed25519`; `chmod 600` the file."
 
 
 class ConnectNotRepeated(TcpmigError):

@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import socket
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from tcpstate import options
 from tcpstate.closed import pending_error
 from tcpstate.connid import ConnId
 from tcpstate.early import Early
-from tcpstate.freeze import QuietState, enter_repair, not_in_repair
+from tcpstate.errors import KernelFeatureMissing
+from tcpstate.freeze import QuietState, enter_repair
 from tcpstate.kernel import sockets
-from tcpstate.kernel.columns import Column, Field, Reusable, Rows
-from tcpstate.kernel.machine import SYS
-from tcpstate.kernel.sockets import SO, BufferLock, Ioctl, Level
-from tcpstate.kernel.tcp import TCP, InfoOption
+from tcpstate.kernel.bpf.urgentmode import urgent_bytes
+from tcpstate.kernel.sockets import SO, BufferLock, Level
+from tcpstate.kernel.tcp import TCP, InfoOption, Repair, TcpState
 from tcpstate.md5keys import SigningKey, keys_of
 from tcpstate.preflight import refusal, state_of, supported
-from tcpstate.reading import Raw, read_all
+from tcpstate.reading import Numbers, Raw, read_all
 from tcpstate.record import (
     LOCALLY_FINISHED,
     PEER_FINISHED,
+    VERSION,
     Buffers,
     ConnectionRecord,
     Family,
@@ -38,18 +41,19 @@ from tcpstate.record import (
     Timestamps,
     Windows,
 )
-from tcpstate.rows import failures
 from tcpstate.segment import SEQ_MASK, before
+from tcpstate.trusted import maker
 
 __all__ = ["advance", "export_connections", "later", "refusal", "state_of", "supported"]
+
+log = logging.getLogger(__name__)
 
 #: bytes of TCP_INFO from which on min_rtt is among them (kernel 4.3)
 _WITH_MIN_RTT = 152
 #: likewise pacing_rate (3.15)
 _WITH_PACING = 112
 _TIMESTAMPS = int(InfoOption.TIMESTAMPS)
-#: by whether the socket is an IPv4 one, and whether its addresses are IPv6
-_FAMILIES = {(True, False): Family.IPV4, (False, True): Family.IPV6, (False, False): Family.MAPPED}
+_ESTABLISHED = int(TcpState.ESTABLISHED)
 
 
 def export_connections(
@@ -80,45 +84,33 @@ def export_connections(
     known: list[Early | None] = [None] * len(socks) if early is None else early
     saved = options.save(socks) if saved_options is None else options.refresh(socks, saved_options)
     signing = keys_of(socks) if keys is None else keys
-    new = not_in_repair(socks)
-    unsent = dict(zip((s.fileno() for s in new), _unsent(new), strict=True))
-    enter_repair(new)
+    entered = enter_repair(socks)
     try:
         raw = read_all(socks, saved, known)
-        for one, sock in zip(raw, socks, strict=True):
-            one.nsd = max(one.nsd, min(one.outq, unsent.get(sock.fileno(), 0)))
+        for one, unsent in zip(raw, entered.unsent, strict=True):
+            if unsent > one.nsd:
+                one.nsd = max(one.nsd, min(one.told.outq, unsent))
     except BaseException:
-        for sock in new:
-            sock.setsockopt(Level.TCP, TCP.REPAIR, -1)
+        for i in entered.new:
+            socks[i].setsockopt(Level.TCP, TCP.REPAIR, Repair.OFF_NO_PROBE)
         for sock, state in zip(socks, states, strict=True):
             sock.setsockopt(Level.SOCKET, SO.REUSEADDR, state.reuse_address)
         raise
     spent = time.monotonic() - begun
-    shared = _Shared()
-    return [_record(*parts, spent, shared) for parts in zip(raw, socks, states, saved, signing, strict=True)]
+    make = functools.partial(_record, spent=spent, shared=_Shared(), urgent=_urgent(raw))
+    return list(map(make, raw, socks, states, saved, signing))
 
 
-def _build_unsent(rows: Rows) -> tuple[Column, Field]:
-    fd, value = rows.column(), rows.room(4)
-    rows.call(SYS.ioctl, fd, Ioctl.SIOCOUTQNSD, value, label="SIOCOUTQNSD")
-    return fd, value
-
-
-_unsent_rows = Reusable(_build_unsent)
-
-
-def _unsent(socks: Sequence[socket.socket]) -> list[int]:
-    """Bytes that quiet connections have never sent.
-
-    Asked before repair mode: while that has chosen the send queue, whatever makes the kernel look at the queue (a
-    timer, a packet that left the device) counts all of it as sent, and what was never sent would wait for a
-    time-out.
-    """
-    rows, (fd, value) = _unsent_rows.of(len(socks))
-    fd.set(s.fileno() for s in socks)
-    with failures(socks):
-        rows.run()
-    return value.u32()
+def _urgent(raw: Sequence[Raw]) -> Mapping[ConnId, int]:
+    """Where the connections have urgent bytes of their own among what they have to send."""
+    if not any(one.send_queue for one in raw):
+        return {}
+    try:
+        return urgent_bytes()
+    except (KernelFeatureMissing, OSError) as error:
+        # they go out as ordinary bytes then (docs/reference/states.md)
+        log.warning("whether urgent data is under way is not known, it would go on without its mark: %s", error)
+        return {}
 
 
 class _Shared:
@@ -127,9 +119,18 @@ class _Shared:
     def __init__(self) -> None:
         self.negotiated = functools.cache(_negotiated)
         self.buffers = functools.cache(_buffers)
-        self.soft = functools.cache(_soft)
-        self.address = functools.cache(sockets.unpack_address)
+        self.address = functools.cache(_address)
         self.congestion = functools.cache(_congestion)
+        self._options: dict[tuple[int, int], dict[str, tuple[int, ...]]] = {}
+
+    def options(self, state: QuietState, saved: options.Saved) -> dict[str, tuple[int, ...]]:
+        """The options in a record; of connections that are alike it is the same mapping."""
+        # by identity: both outlive this, and looking for equal ones would take longer than making them
+        key = id(state), id(saved)
+        found = self._options.get(key)
+        if found is None:
+            found = self._options[key] = _options(state, saved)
+        return found
 
 
 def _negotiated(mss: int, options: int, scales: int) -> Negotiated:
@@ -158,24 +159,6 @@ def _buffers(send: int, receive: int, lock: int) -> Buffers:
     )
 
 
-def _soft(
-    cwnd: int, ssthresh: int, srtt: int, rttvar: int, rto: int, min_rtt: int | None, reordering: int, mtu: int,
-    mss: int, pacing_rate: int | None,
-) -> SoftState:  # fmt: skip
-    return SoftState(
-        cwnd=cwnd,
-        ssthresh=ssthresh,
-        srtt=srtt,
-        rttvar=rttvar,
-        rto=rto,
-        min_rtt=min_rtt,
-        reordering=reordering,
-        path_mtu=mtu,
-        advertised_mss=mss,
-        pacing_rate=pacing_rate,
-    )
-
-
 def _options(state: QuietState, saved: options.Saved) -> dict[str, tuple[int, ...]]:
     """Its own, where the freeze changed them."""
     numbers = dict(saved.numbers)
@@ -200,88 +183,124 @@ def _record(
     keys: tuple[SigningKey, ...],
     spent: float,
     shared: _Shared,
+    urgent: Mapping[ConnId, int],
 ) -> ConnectionRecord:
-    name = raw.state
-    fin, error = LocalFin.NONE, ""
-    end, outq, nsd = raw.write_seq, raw.outq, raw.nsd
-    finished = name in PEER_FINISHED
-    if name in LOCALLY_FINISHED:
-        fin = LocalFin.ACKED if not outq else LocalFin.QUEUED if nsd else LocalFin.SENT
-        end, outq, nsd = end - 1, max(0, outq - 1), max(0, nsd - 1)
-    elif name is State.CLOSED:
-        # the send queue went with the connection
-        outq = nsd = 0
-        established = bool(raw.rcv_nxt or raw.max_window)
-        error, _ = pending_error(sock, established=established)
-        finished = established and not error
-        end -= finished
-    rcv_nxt = (raw.rcv_nxt - finished) & SEQ_MASK
-    # the window update that acknowledged the peer's FIN counts it
-    beyond = 1 if finished and raw.rcv_wup == raw.rcv_nxt else 0
-    local, local_port, _, scope = _address(raw.local, shared)
-    peer, peer_port, flow_info, _ = _address(raw.peer, shared)
-    suffix = f"%{socket.if_indextoname(scope)}" if scope else ""
+    told = raw.told
+    fin, error, name = LocalFin.NONE, "", State.ESTABLISHED
+    end, outq, nsd, rcv_nxt, beyond = told.write_seq, told.outq, raw.nsd, told.rcv_nxt, 0
+    if told.number != _ESTABLISHED:
+        name = raw.state
+        finished = name in PEER_FINISHED
+        if name in LOCALLY_FINISHED:
+            fin = LocalFin.ACKED if not outq else LocalFin.QUEUED if nsd else LocalFin.SENT
+            end, outq, nsd = end - 1, max(0, outq - 1), max(0, nsd - 1)
+        elif name is State.CLOSED:
+            # the send queue went with the connection
+            outq = nsd = 0
+            established = bool(told.rcv_nxt or told.max_window)
+            error, _ = pending_error(sock, established=established)
+            finished = established and not error
+            end -= finished
+        rcv_nxt = (told.rcv_nxt - finished) & SEQ_MASK
+        # the window update that acknowledged the peer's FIN counts it
+        beyond = 1 if finished and told.rcv_wup == told.rcv_nxt else 0
+    local, _, scope, family = shared.address(told.local_family, told.local_rest)
+    if raw.peer is None:
+        peer, flow_info, _, _ = shared.address(told.peer_family, told.peer_rest)
+        peer_port = told.peer_port
+    else:
+        peer, flow_info, _, _ = shared.address(raw.peer[:2], raw.peer[4:])
+        peer_port = raw.peer[2:4]
+    device = ""
+    if scope:
+        device = socket.if_indextoname(scope)
+        local, peer = f"{local}%{device}", f"{peer}%{device}"
     timestamps = None
-    if raw.info_options & _TIMESTAMPS or name is State.SYN_SENT:
-        usec = raw.timestamp & 1
-        timestamps = Timestamps(value=later(raw.timestamp, usec, spent), microseconds=bool(usec))
-    return ConnectionRecord(
-        conn_id=ConnId("tcp", local + suffix, local_port, peer + suffix, peer_port),
-        family=_FAMILIES[sockets.family_of(sock) == socket.AF_INET, sockets.is_v6(local)],
-        state=name,
-        snd_una=(end - outq) & SEQ_MASK,
-        snd_nxt=(end - nsd) & SEQ_MASK,
-        send_queue=raw.send_queue,
-        rcv_nxt=rcv_nxt,
-        receive_queue=raw.receive_queue,
-        windows=_windows(raw, rcv_nxt, beyond),
-        negotiated=shared.negotiated(raw.mss, raw.info_options, raw.scales),
-        buffers=shared.buffers(raw.sndbuf, raw.rcvbuf, raw.lock),
-        congestion=shared.congestion(raw.congestion),
-        timestamps=timestamps,
-        local_fin=fin,
-        options=_options(state, saved),
-        option_data=saved.data,
-        filter=state.filter,
-        filter_locked=state.filter_locked,
-        reuse_address=state.reuse_address,
-        urgent_in=raw.urgent,
-        urgent_taken=raw.taken,
-        required=("urgent_in",) if raw.urgent is not None else (),
-        soft=shared.soft(
-            raw.cwnd, raw.ssthresh, raw.srtt, raw.rttvar, raw.rto,
-            raw.min_rtt if raw.info_length >= _WITH_MIN_RTT else None,
-            raw.reordering, raw.path_mtu, raw.advertised_mss,
-            raw.pacing_rate if raw.info_length >= _WITH_PACING else None,
+    if told.info_options & _TIMESTAMPS or name is State.SYN_SENT:
+        usec = told.timestamp & 1
+        timestamps = _make_timestamps(later(told.timestamp, usec, spent), bool(usec))
+    conn = _make_conn_id("tcp", local, int.from_bytes(told.local_port, "big"), peer, int.from_bytes(peer_port, "big"))
+    snd_una = (end - outq) & SEQ_MASK
+    ahead = (urgent[conn] - snd_una) & SEQ_MASK if urgent and conn in urgent else 0
+    made = _make_record(
+        conn,
+        family,
+        name,
+        snd_una,
+        (end - nsd) & SEQ_MASK,
+        raw.send_queue,
+        rcv_nxt,
+        raw.receive_queue,
+        _windows(told, rcv_nxt, beyond),
+        shared.negotiated(told.mss, told.info_options, told.scales),
+        shared.buffers(told.sndbuf, told.rcvbuf, told.lock),
+        shared.congestion(told.congestion),
+        timestamps,
+        fin,
+        shared.options(state, saved),
+        saved.data,
+        state.filter,
+        state.filter_locked,
+        state.reuse_address,
+        _make_soft(
+            told.cwnd, told.ssthresh, told.srtt, told.rttvar, told.rto,
+            told.min_rtt if told.info_length >= _WITH_MIN_RTT else None,
+            told.reordering, told.path_mtu, told.advertised_mss,
+            told.pacing_rate if told.info_length >= _WITH_PACING else None,
         ),
-        flow_info=flow_info,
-        scope=suffix.removeprefix("%"),
-        signing_keys=keys,
-        error=error,
+        flow_info,
+        device,
+        keys,
+        error,
+        raw.urgent,
+        raw.taken,
+        ahead if 0 < ahead <= len(raw.send_queue) else None,
+        ("urgent_in",) if raw.urgent is not None else (),
+        VERSION,
     )  # fmt: skip
+    # what the kernel told is in range; whether it goes together is another matter
+    made.check()
+    return made
 
 
-def _address(data: bytes, shared: _Shared) -> tuple[str, int, int, int]:
-    """As :func:`tcpstate.kernel.sockets.unpack_address`; the text of each address is made once."""
-    # the port is the one part that differs from connection to connection
-    text, _, flow_info, scope = shared.address(data[:2] + b"\0\0" + data[4:])
-    return text, data[2] << 8 | data[3], flow_info, scope
+#: their parts are the kernel's numbers, of the right size
+_make_conn_id = maker(ConnId, "protocol", "local", "local_port", "peer", "peer_port")
+_make_windows = maker(Windows, "snd_wl1", "snd_wnd", "max_window", "rcv_wnd", "rcv_wup")
+_make_timestamps = maker(Timestamps, "value", "microseconds")
+_make_soft = maker(
+    SoftState, "cwnd", "ssthresh", "srtt", "rttvar", "rto", "min_rtt", "reordering", "path_mtu", "advertised_mss",
+    "pacing_rate",
+)  # fmt: skip
+_make_record = maker(
+    ConnectionRecord,
+    "conn_id", "family", "state", "snd_una", "snd_nxt", "send_queue", "rcv_nxt", "receive_queue", "windows",
+    "negotiated", "buffers", "congestion", "timestamps", "local_fin", "options", "option_data", "filter",
+    "filter_locked", "reuse_address", "soft", "flow_info", "scope", "signing_keys", "error", "urgent_in",
+    "urgent_taken", "urgent_out", "required", "version",
+)  # fmt: skip
 
 
-def _windows(raw: Raw, rcv_nxt: int, beyond: int) -> Windows:
+def _address(family: bytes, rest: bytes) -> tuple[str, int, int, Family]:
+    """(text, flow info, scope, kind of socket) of what stands before and behind the port in a struct sockaddr."""
+    text, _, flow_info, scope = sockets.unpack_address(family + bytes(2) + rest)
+    if int.from_bytes(family, sys.byteorder) == socket.AF_INET:
+        return text, flow_info, scope, Family.IPV4
+    return text, flow_info, scope, Family.IPV6 if sockets.is_v6(text) else Family.MAPPED
+
+
+def _windows(told: Numbers, rcv_nxt: int, beyond: int) -> Windows:
     """As read, but such that the kernel takes it back.
 
     Where memory was short it offers no window at all, although a later segment was the last to update the peer's: then
     that segment lies beyond our window, which tcp_repair_set_window refuses.
     """
-    rcv_wnd = raw.rcv_wnd + beyond
-    edge = (rcv_nxt + rcv_wnd) & SEQ_MASK
-    return Windows(
-        snd_wl1=rcv_nxt if before(edge, raw.snd_wl1) else raw.snd_wl1,
-        snd_wnd=raw.snd_wnd,
-        max_window=max(raw.max_window, raw.snd_wnd),
-        rcv_wnd=rcv_wnd,
-        rcv_wup=(raw.rcv_wup - beyond) & SEQ_MASK,
+    rcv_wnd, wl1, snd_wnd, largest = told.rcv_wnd + beyond, told.snd_wl1, told.snd_wnd, told.max_window
+    return _make_windows(
+        rcv_nxt if before((rcv_nxt + rcv_wnd) & SEQ_MASK, wl1) else wl1,
+        snd_wnd,
+        largest if largest > snd_wnd else snd_wnd,
+        rcv_wnd,
+        (told.rcv_wup - beyond) & SEQ_MASK,
     )
 
 

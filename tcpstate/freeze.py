@@ -42,8 +42,9 @@ from tcpstate.filters import (
 )
 from tcpstate.kernel import bpf
 from tcpstate.kernel.bpf import Instruction
-from tcpstate.kernel.columns import Column, Field, Reusable, RowResult, Rows
-from tcpstate.kernel.sockets import IP, IPV6, SO, Level
+from tcpstate.kernel.columns import Column, Field, Reusable, RowResult, Rows, numbers_of
+from tcpstate.kernel.machine import SYS
+from tcpstate.kernel.sockets import IP, IPV6, SO, Ioctl, Level
 from tcpstate.kernel.tcp import TCP, USER_TIMEOUT_MAX, Repair, RepairQueue
 from tcpstate.rows import describe, failures
 from tcpstate.silence import MARK, Blackhole, blackhole
@@ -51,6 +52,7 @@ from tcpstate.silence import MARK, Blackhole, blackhole
 __all__ = [
     "MARK",
     "Blackhole",
+    "Entered",
     "Gate",
     "ListenerState",
     "QuietState",
@@ -131,7 +133,7 @@ def read_originals(socks: Sequence[socket.socket]) -> list[QuietState]:
     """What :func:`quiet` is going to change, to be written down before it does. ForeignFilter, ConnectionCallFailed."""
     filters = [own_filter(f) for f in read_filters(socks)]
     rows, (fd, fields) = _originals.of(len(socks))
-    fd.set(s.fileno() for s in socks)
+    fd.set(numbers_of(socks))
     with failures(socks):
         rows.run()
     # most connections of a server have the same
@@ -188,7 +190,7 @@ def quiet(socks: Sequence[socket.socket], originals: Sequence[QuietState] | None
         shut([s for s, state in zip(socks, states, strict=True) if state.gate is Gate.FILTER])
         _gate_ttl([s for s, state in zip(socks, states, strict=True) if state.gate is Gate.TTL])
         rows, fd = _silencing.of(len(socks))
-        fd.set(s.fileno() for s in socks)
+        fd.set(numbers_of(socks))
         with failures(socks):
             rows.run()
     except BaseException:
@@ -213,7 +215,7 @@ def shut(socks: Sequence[socket.socket], *, but: int | None = None) -> None:
     program = bpf.drop_program() if but is None else bpf.mark_program(but)
     if program is not None:
         rows, (fd, value, attached) = _attaching.of(len(socks))
-        fd.set(s.fileno() for s in socks)
+        fd.set(numbers_of(socks))
         value.set([program] * len(socks))
         rows.run()
         if all(result == 0 for result in attached.values()):
@@ -221,7 +223,7 @@ def shut(socks: Sequence[socket.socket], *, but: int | None = None) -> None:
     # classic: the same effect; the kernel translates the program for each socket
     classic = bpf.program(bpf.DROP_ALL if but is None else bpf.drop_but(but))
     rows = Rows(len(socks))
-    fd = rows.numbers([s.fileno() for s in socks])
+    fd = rows.numbers(numbers_of(socks))
     rows.setsockopt(
         fd, Level.SOCKET, SO.ATTACH_FILTER, rows.shared(classic.bytes), size=len(classic.bytes),
         label="attaching the filter",
@@ -258,7 +260,7 @@ def thaw(socks: Sequence[socket.socket], states: Sequence[QuietState], *, probe:
     if len(socks) != len(states):
         raise ValueError(f"{len(socks)} sockets, {len(states)} states")
     rows = Rows(len(socks))
-    fd = rows.numbers([s.fileno() for s in socks])
+    fd = rows.numbers(numbers_of(socks))
     done = [
         rows.setsockopt(fd, Level.SOCKET, SO.MARK, rows.u32([s.mark for s in states]), ignore=True),
         rows.setsockopt(fd, Level.TCP, TCP.USER_TIMEOUT, rows.u32([s.user_timeout for s in states]), ignore=True),
@@ -297,34 +299,53 @@ _asking = Reusable(_build_asking)
 def not_in_repair(socks: Sequence[socket.socket]) -> list[socket.socket]:
     """Those that are not in repair mode. ConnectionCallFailed."""
     rows, (fd, mode) = _asking.of(len(socks))
-    fd.set(s.fileno() for s in socks)
+    fd.set(numbers_of(socks))
     with failures(socks):
         rows.run()
     return [sock for sock, value in zip(socks, mode.u32(), strict=True) if value != Repair.ON]
 
 
-def _build_entering(rows: Rows) -> tuple[Column, RowResult]:
-    fd = rows.column()
-    label = "entering repair mode"
-    return fd, rows.setsockopt(fd, Level.TCP, TCP.REPAIR, Repair.ON, ignore=True, label=label)
+def _build_entering(rows: Rows) -> tuple[Column, Field, Field, RowResult]:
+    fd, label = rows.column(), "entering repair mode"
+    before = rows.getsockopt(fd, Level.TCP, TCP.REPAIR, 4)
+    unsent = rows.room(4)
+    # Asked before repair mode: while that has chosen the send queue, whatever makes the kernel look at the queue (a
+    # timer, a packet that left the device) counts all of it as sent, and what was never sent would wait for a time-out.
+    rows.call(SYS.ioctl, fd, Ioctl.SIOCOUTQNSD, unsent, ignore=True)
+    return fd, before, unsent, rows.setsockopt(fd, Level.TCP, TCP.REPAIR, Repair.ON, ignore=True, label=label)
 
 
 _entering = Reusable(_build_entering)
 
 
-def enter_repair(socks: Sequence[socket.socket]) -> None:
+@dataclass(frozen=True, slots=True)
+class Entered:
+    """What :func:`enter_repair` found.
+
+    new     which of the sockets were not in repair mode before
+    unsent  bytes that each has never sent, as far as that can still be told
+    """
+
+    new: list[int]
+    unsent: list[int]
+
+
+def enter_repair(socks: Sequence[socket.socket]) -> Entered:
     """Put sockets in repair mode. All or none; ConnectionCallFailed (EPERM: a listener, or no CAP_NET_ADMIN)."""
-    rows, (fd, entered) = _entering.of(len(socks))
-    fd.set(s.fileno() for s in socks)
-    rows.run()
+    rows, (fd, before, unsent, entered) = _entering.of(len(socks))
+    fd.set(numbers_of(socks))
+    with failures(socks):
+        rows.run()
     results = entered.values()
-    failed = [i for i, result in enumerate(results) if result < 0]
-    if failed:
-        for i, result in enumerate(results):
-            if result == 0:
+    new = [i for i, mode in enumerate(before.u32()) if mode != Repair.ON]
+    if any(results):
+        for i in new:
+            if results[i] == 0:
                 socks[i].setsockopt(Level.TCP, TCP.REPAIR, Repair.OFF_NO_PROBE)
-        error = os.strerror(-results[failed[0]])
-        raise ConnectionCallFailed(f"entering repair mode: {error}", object=describe(socks[failed[0]]))
+        first = next(i for i, result in enumerate(results) if result)
+        error = os.strerror(-results[first])
+        raise ConnectionCallFailed(f"entering repair mode: {error}", object=describe(socks[first]))
+    return Entered(new, unsent.u32())
 
 
 def leave_repair(socks: Sequence[socket.socket], reuse_address: Sequence[bool], *, probe: bool) -> None:
@@ -333,7 +354,7 @@ def leave_repair(socks: Sequence[socket.socket], reuse_address: Sequence[bool], 
     probe: send a window probe (its answer clears the send queue of what the peer has). ConnectionCallFailed.
     """
     rows = Rows(len(socks))
-    fd = rows.numbers([s.fileno() for s in socks])
+    fd = rows.numbers(numbers_of(socks))
     rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
     rows.setsockopt(
         fd, Level.TCP, TCP.REPAIR, Repair.OFF if probe else Repair.OFF_NO_PROBE, label="leaving repair mode"

@@ -32,7 +32,7 @@ from tcpstate.capture import Capture, replay
 from tcpstate.connid import ConnId
 from tcpstate.discard import discard_connections
 from tcpstate.errors import (
-    AddressNotHere,
+    AddressNotMoved,
     AlreadyFrozen,
     BadRecord,
     NoSuchConnection,
@@ -205,7 +205,7 @@ def resume(conn: Conn) -> FrozenConnection:
     arrives now.
 
     NotFrozen: it is not frozen by :func:`freeze` here; NoSuchConnection: it has gone meanwhile (what was kept for it is
-    removed); AddressNotHere: it was put together for an address that is not this host's yet; ConnectionCallFailed: it
+    removed); AddressNotMoved: it was put together for an address that is not this host's yet; ConnectionCallFailed: it
     stays kept, for another try.
     """
     name = name_of(conn)
@@ -232,7 +232,7 @@ def _let_live(directory: Path, entry: FrozenConnection, sock: socket.socket) -> 
     known = _collect(directory, entry)
     if entry.record:
         if not is_local(entry.conn_id.local):
-            raise AddressNotHere("its address is not an address of this host", object=str(entry.conn_id))
+            raise AddressNotMoved("its address is not an address of this host", object=str(entry.conn_id))
         release_connections([sock], [ConnectionRecord.from_bytes(entry.record)])
     else:
         thaw([sock], [entry.state])

@@ -47,7 +47,7 @@ class Change(enum.Enum):
 
     NONE = "no"
     OPTION = "setsockopt"
-    SOFT = "BPF"
+    SOFT = "repair mode, learned"
     REPAIR = "repair mode"
 
 
@@ -207,7 +207,7 @@ _LEARNED: Final[tuple[Keyword, ...]] = (
           unset=0x7FFFFFFF),
     _soft("srtt", "u32", "us", "info.rtt", "smoothed round trip time", Change.SOFT, unset=0),
     _soft("rttvar", "u32", "us", "info.rttvar", "its mean deviation", Change.SOFT),
-    _soft("rto", "u32", "us", "info.rto", "retransmission timeout", Change.SOFT),
+    _soft("rto", "u32", "us", "info.rto", "retransmission timeout; it follows from srtt and rttvar"),
     _soft("ato", "u32", "us", "info.ato", "delayed acknowledgement timeout", unset=0),
     _soft("min_rtt", "u32", "us", "info.min_rtt", "least round trip time", unset=0xFFFFFFFF),
     _soft("rcv_rtt", "u32", "us", "info.rcv_rtt", "round trip time as the receiver sees it", unset=0),

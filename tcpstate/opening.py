@@ -29,7 +29,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from tcpstate import options
+from tcpstate import giving
 from tcpstate.capture import Injector
 from tcpstate.closed import error_to_set
 from tcpstate.connid import ConnId
@@ -82,7 +82,7 @@ def prepare(sock: socket.socket, record: ConnectionRecord, *, elapsed: float) ->
     give_keys(sock, record.signing_keys, str(record.conn_id))
     own = {k: v for k, v in record.options.items() if k != _CLAMP or v not in _CLAMPS_OF_KERNEL}
     for stage in (Stage.BEFORE_CONNECT, Stage.REPAIRED):
-        options.give([sock], [own], [record.option_data], stage)
+        giving.give([sock], [([0], own, record.option_data)], stage)
     try:
         sock.bind(_name(record, record.conn_id.local, record.conn_id.local_port))
     except OSError as error:
@@ -108,7 +108,7 @@ def differences(sock: socket.socket, record: ConnectionRecord) -> list[Differenc
         if start != (record.snd_una - 1) & SEQ_MASK:
             found.append(("initial sequence number", (record.snd_una - 1) & SEQ_MASK, start))
     own = {k: v for k, v in record.options.items() if k != _CLAMP}
-    if options.unlike([sock], [own]):
+    if giving.unlike([sock], [own]):
         found.append(("socket options", "as recorded", "others"))
     return found
 

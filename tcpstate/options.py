@@ -13,15 +13,13 @@ from __future__ import annotations
 import enum
 import errno
 import functools
-import itertools
-import logging
 import socket
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tcpstate.errors import UnsupportedSocket
-from tcpstate.kernel.columns import Column, Field, Reusable, RowError, Rows
+from tcpstate.kernel.columns import Column, Field, Reusable, Rows, numbers_of
 from tcpstate.kernel.sockets import IP, IPV6, SO, Level, family_of
 from tcpstate.kernel.tcp import TCP
 from tcpstate.record import ConnectionRecord
@@ -35,14 +33,10 @@ __all__ = [
     "Option",
     "Saved",
     "Stage",
-    "give",
     "number",
     "refresh",
     "save",
-    "unlike",
 ]
-
-log = logging.getLogger(__name__)
 
 
 class Format(enum.Enum):
@@ -101,9 +95,9 @@ class Option:
             raise ValueError(f"{self.keyword}: {error}") from None
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Saved:
-    """What one socket's options differ in from a fresh socket's."""
+    """What one socket's options differ in from a fresh socket's. Connections that are alike share one: look only."""
 
     numbers: dict[str, tuple[int, ...]] = field(default_factory=dict)
     data: dict[str, bytes] = field(default_factory=dict)
@@ -243,7 +237,6 @@ TABLE: tuple[Option, ...] = (
 )
 
 BY_KEYWORD: Mapping[str, Option] = {option.keyword: option for option in TABLE}
-_ORDER: Mapping[str, int] = {option.keyword: place for place, option in enumerate(TABLE)}
 
 _DEVICE = "so.bindtodevice"
 _LOW = {"so.rcvlowat": bytes(4)}
@@ -319,7 +312,7 @@ class _Reading:
     def read(self, socks: Sequence[socket.socket]) -> list[Saved]:
         """What each has of these options that a fresh socket has not."""
         rows, (fd, fields) = self.table.of(len(socks))
-        fd.set(s.fileno() for s in socks)
+        fd.set(numbers_of(socks))
         rows.run()
         size = rows.record_size
         memory = bytes(rows.memory)
@@ -331,7 +324,7 @@ class _Reading:
             same = known.get(record)
             if same is None:
                 same = known[record] = self._look(fields, row, sock)
-            saved.append(Saved(dict(same.numbers), dict(same.data)))
+            saved.append(same)
         return saved
 
     def _look(self, fields: Sequence[Field], row: int, sock: socket.socket) -> Saved:
@@ -380,119 +373,25 @@ def save(socks: Sequence[socket.socket]) -> list[Saved]:
 def refresh(socks: Sequence[socket.socket], saved: Sequence[Saved]) -> list[Saved]:
     """What :func:`save` gave, as it is now, if the sockets' owners have been stopped since."""
     fresh = _by_family(socks, volatile=True)
+    known: dict[tuple[int, int], Saved] = {}
     for new, old in zip(fresh, saved, strict=True):
-        new.numbers = {k: v for k, v in old.numbers.items() if k not in VOLATILE} | new.numbers
-        new.data = dict(old.data)
-    return fresh
+        if (id(new), id(old)) not in known:
+            steady = {k: v for k, v in old.numbers.items() if k not in VOLATILE}
+            known[id(new), id(old)] = Saved(steady | new.numbers, old.data)
+    return [known[id(new), id(old)] for new, old in zip(fresh, saved, strict=True)]
 
 
 def _by_family(socks: Sequence[socket.socket], *, volatile: bool) -> list[Saved]:
-    saved = [Saved() for _ in socks]
+    families = list(map(family_of, socks))
+    if len(set(families)) == 1:
+        return _reading(families[0], volatile).read(socks)
+    saved = [Saved()] * len(socks)
     for family in (socket.AF_INET, socket.AF_INET6):
-        mine = [i for i, sock in enumerate(socks) if family_of(sock) == family]
+        mine = [i for i, one in enumerate(families) if one == family]
         if mine:
             for i, found in zip(mine, _reading(family, volatile).read([socks[i] for i in mine]), strict=True):
                 saved[i] = found
     return saved
-
-
-def give(
-    socks: Sequence[socket.socket],
-    numbers: Sequence[Mapping[str, tuple[int, ...]]],
-    data: Sequence[Mapping[str, bytes]],
-    stage: Stage,
-    *,
-    skip: frozenset[str] = frozenset(),
-) -> None:
-    """Set the recorded options of one stage.
-
-    What this kernel or version does not know is left out with a warning in the log.  RowError (``row`` counts among
-    ``socks``) when the kernel refuses a value, ValueError when a value has the wrong shape.
-    """
-    alike: dict[tuple[str, ...], list[tuple[int, list[bytes]]]] = {}
-    seen: dict[object, tuple[tuple[str, ...], list[bytes]]] = {}  # most connections of a server have the same
-    for row, (of_numbers, of_data) in enumerate(zip(numbers, data, strict=True)):
-        key = (*of_numbers.items(), *of_data.items())
-        found = seen.get(key)
-        if found is None:
-            values = _wanted(of_numbers, of_data, stage, skip)
-            keywords = tuple(sorted(values, key=_ORDER.__getitem__))
-            found = seen[key] = keywords, [values[k] for k in keywords]
-        if found[0]:
-            alike.setdefault(found[0], []).append((row, found[1]))
-    for keywords, rows in alike.items():
-        _set(socks, [BY_KEYWORD[k] for k in keywords], rows)
-
-
-def _wanted(
-    numbers: Mapping[str, Sequence[int]], data: Mapping[str, bytes], stage: Stage, skip: frozenset[str]
-) -> dict[str, bytes]:
-    """The options of one stage as the kernel wants them. ValueError."""
-    values = {}
-    for keyword, value in numbers.items():
-        option = _known(keyword)
-        if option is not None and option.stage is stage and keyword not in skip:
-            values[keyword] = option.encode(value)
-    for keyword, raw in data.items():
-        option = _known(keyword)
-        if option is not None and option.stage is stage and keyword not in skip:
-            if option.format is not Format.BYTES or len(raw) > option.size:
-                raise ValueError(f"{keyword}: {len(raw)} bytes do not fit")
-            values[keyword] = raw
-    return values
-
-
-def _known(keyword: str) -> Option | None:
-    option = BY_KEYWORD.get(keyword)
-    if option is None:
-        log.warning("socket option %s of the record is unknown to this version, and was left out", keyword)
-    return option
-
-
-def _set(socks: Sequence[socket.socket], options: Sequence[Option], wanted: Sequence[tuple[int, list[bytes]]]) -> None:
-    """Set the same options, each with its own values, of the sockets with these numbers."""
-    rows = Rows(len(wanted))
-    fd = rows.numbers(socks[i].fileno() for i, _ in wanted)
-    done = []
-    for at, option in enumerate(options):
-        values = [raws[at] for _, raws in wanted]
-        size: int | Column = len(values[0])
-        if any(len(raw) != size for raw in values):
-            size = rows.numbers(map(len, values))
-        # one value for all is the usual case, and the cheaper
-        value = rows.shared(values[0]) if values.count(values[0]) == len(values) else rows.data(values)
-        done.append(rows.setsockopt(fd, option.level, option.number, value, size=size, ignore=True))
-    rows.run()
-    for option, result in zip(options, done, strict=True):
-        failed = next(((row, -code) for row, code in enumerate(result.values()) if code < 0), None)
-        if failed is None:
-            continue
-        row, code = failed
-        if code not in (errno.ENOPROTOOPT, errno.EOPNOTSUPP):
-            raise RowError(code, wanted[row][0], f"setting {option.keyword}")
-        log.warning("this kernel does not take socket option %s; it was left out", option.keyword)
-
-
-def unlike(socks: Sequence[socket.socket], numbers: Sequence[Mapping[str, Sequence[int]]]) -> set[int]:
-    """Which of the sockets do not read back what :func:`give` was to set before the release."""
-    alike: dict[tuple[str, ...], list[int]] = {}
-    for row, of_numbers in enumerate(numbers):
-        known = (BY_KEYWORD.get(keyword) for keyword in of_numbers)
-        keywords = tuple(o.keyword for o in known if o is not None and o.stage is not Stage.RELEASED)
-        if keywords:
-            alike.setdefault(keywords, []).append(row)
-    found = set()
-    for keywords, mine in alike.items():
-        options = [BY_KEYWORD[k] for k in keywords]
-        rows = Rows(len(mine))
-        fd = rows.numbers(socks[i].fileno() for i in mine)
-        fields = [rows.getsockopt(fd, o.level, o.number, o.size, ignore=True) for o in options]
-        rows.run()
-        reader = rows.reader(*((place, o.format.value) for place, o in zip(fields, options, strict=True)))
-        for i, values in zip(mine, reader.iter_unpack(rows.memory), strict=True):
-            if values != tuple(itertools.chain.from_iterable(numbers[i][k] for k in keywords)):
-                found.add(i)
-    return found
 
 
 def number(record: ConnectionRecord, keyword: str) -> int:

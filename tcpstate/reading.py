@@ -17,25 +17,25 @@ import contextlib
 import ctypes
 import errno
 import itertools
+import operator
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import Final, NamedTuple
 
 from tcpstate import options
 from tcpstate.closed import peer_name
 from tcpstate.early import COUNTED, Early, consumed
 from tcpstate.errors import StillMoving, UnsupportedState, UrgentData
-from tcpstate.kernel import sockets
-from tcpstate.kernel.columns import Column, Field, Reusable, RowResult, Rows
+from tcpstate.kernel.columns import Column, Field, Reusable, RowResult, Rows, numbers_of
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import SO, Ioctl, Level, ioctl_int
-from tcpstate.kernel.tcp import CONGESTION_NAME_SIZE, INFO_SIZE, TCP, WINDOW_SIZE, RepairQueue, TcpState
+from tcpstate.kernel.tcp import CONGESTION_NAME_SIZE, TCP, WINDOW_SIZE, RepairQueue, TcpState
 from tcpstate.preflight import NOT_CONNECTED, STATES, supported
 from tcpstate.record import LOCALLY_FINISHED, State
-from tcpstate.rows import describe, failures
+from tcpstate.rows import describe, failures, portions
 
-__all__ = ["PEEK", "SMALL", "Raw", "peek_from", "peeking_on", "read_all", "read_numbers", "read_queues"]
+__all__ = ["PEEK", "SMALL", "Numbers", "Raw", "peek_from", "peeking_on", "read_all", "read_numbers", "read_queues"]
 
 #: how often a connection is read again whose state changed while it was read
 _TRIES = 5
@@ -43,11 +43,15 @@ PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 #: bytes of a queue up to which queues are read in one batch
 SMALL = 64 << 10
 _STATES = {int(number): state for number, state in STATES.items()}
+_ESTABLISHED = int(TcpState.ESTABLISHED)
+_MOVING = ("bytes_acked", "bytes_received", "segments_in", "unsent")
 
 
-@dataclass(slots=True)
-class Raw:
-    """One connection as the kernel's calls gave it; up to ``mss`` in the order of :func:`_build_reading`."""
+class Numbers(NamedTuple):
+    """What one connection's calls gave, in the order of :func:`_build_reading`. TCP_INFO is read before all else.
+
+    The ends are cut in three, so that all but the ports is the same for many connections.
+    """
 
     number: int
     info_options: int
@@ -61,7 +65,10 @@ class Raw:
     advertised_mss: int
     reordering: int
     pacing_rate: int
+    bytes_acked: int
     bytes_received: int
+    segments_in: int
+    unsent: int
     min_rtt: int
     info_length: int
     mss: int
@@ -81,82 +88,105 @@ class Raw:
     inq: int
     write_seq: int
     rcv_nxt: int
-    local: bytes
-    peer: bytes
-    send_queue: bytes = b""
-    receive_queue: bytes = b""
-    #: bytes at the head of the receive queue that were read early, and are not read again
-    early: int = 0
-    #: where the urgent byte stands in the receive queue, and whether the application has it already
-    urgent: int | None = None
-    taken: bool = False
+    local_family: bytes
+    local_port: bytes
+    local_rest: bytes
+    peer_family: bytes
+    peer_port: bytes
+    peer_rest: bytes
 
-    @property
-    def position(self) -> tuple[int, ...]:
-        """What must not change while it is read."""
-        return self.number, self.outq, self.nsd, self.inq, self.write_seq, self.rcv_nxt
+
+#: of TCP_INFO: what changes if anything arrives, is acknowledged, or is sent for the first time
+_position_of: Final = operator.itemgetter(0, *map(Numbers._fields.index, _MOVING))
+
+
+class Raw:
+    """One connection as the kernel's calls gave it.
+
+    told             the numbers
+    nsd, inq         of the queues, corrected
+    send_queue, receive_queue  their bytes
+    urgent, taken    where the urgent byte stands in the receive queue, and whether the application has it already
+    peer             struct sockaddr of the peer where getpeername() does not tell it
+    """
+
+    __slots__ = ("inq", "nsd", "peer", "receive_queue", "send_queue", "taken", "told", "urgent")
+
+    def __init__(self, told: Numbers) -> None:
+        self.told = told
+        self.nsd, self.inq = told.nsd, told.inq
+        self.send_queue = self.receive_queue = b""
+        self.urgent: int | None = None
+        self.taken = False
+        self.peer: bytes | None = None
 
     @property
     def state(self) -> State:
         """In the record's words."""
-        return _STATES[self.number]
+        return _STATES[self.told.number]
 
     @property
     def consumed(self) -> int | None:
         """Bytes that the application has taken, by the kernel's count; None on a kernel that does not count."""
-        if self.info_length < COUNTED:
+        if self.told.info_length < COUNTED:
             return None
-        return consumed(TcpState(self.number), self.bytes_received, self.inq)
+        return consumed(TcpState(self.told.number), self.told.bytes_received, self.inq)
 
 
 def read_all(socks: Sequence[socket.socket], saved: Sequence[options.Saved], early: list[Early | None]) -> list[Raw]:
-    """Read until nothing moves; SO_OOBINLINE and SOPEEK_OFF are given back in any case."""
+    """Read until nothing moves; SO_OOBINLINE and SO_PEEK_OFF are given back in any case."""
     peeked = [(s, o.numbers["so.peek_off"][0]) for s, o in zip(socks, saved, strict=True) if "so.peek_off" in o.numbers]
-    inline = [o.numbers.get("so.oobinline", (0,))[0] for o in saved]
+    inlined: set[int] = set()
     for sock, _ in peeked:
         # else peeking would begin at the application's offset
         sock.setsockopt(Level.SOCKET, SO.PEEK_OFF, -1)
     try:
-        raw = _read_inline(socks)
-        todo = list(range(len(socks)))
+        raw = read_numbers(socks)
+        todo: Sequence[int] = range(len(socks))
         for _ in range(_TRIES):
+            _see_marks([i for i in todo if raw[i].inq or raw[i].told.at_mark], socks, raw, inlined)
             read_queues(todo, socks, raw, early)
             again = _positions([socks[i] for i in todo])
-            todo = [i for i, position in zip(todo, again, strict=True) if position != raw[i].position]
+            before = map(_position_of, [raw[i].told for i in todo])
+            todo = [i for i, old, new in zip(todo, before, again, strict=True) if old != new]
             if not todo:
                 return raw
-            for i, fresh in zip(todo, _read_inline([socks[i] for i in todo]), strict=True):
+            for i, fresh in zip(todo, read_numbers([socks[i] for i in todo]), strict=True):
                 raw[i] = fresh
         raise StillMoving("its queues keep changing although it is frozen", object=describe(socks[todo[0]]))
     finally:
-        _set_inline(socks, inline)
+        _set_inline([(socks[i], saved[i].numbers.get("so.oobinline", (0,))[0]) for i in inlined])
         for sock, offset in peeked:
             sock.setsockopt(Level.SOCKET, SO.PEEK_OFF, offset)
 
 
-def _read_inline(socks: Sequence[socket.socket]) -> list[Raw]:
-    """All but the queues' bytes, with the place of the urgent mark; SO_OOBINLINE is set afterwards.
+def _see_marks(indices: Sequence[int], socks: Sequence[socket.socket], raw: Sequence[Raw], inlined: set[int]) -> None:
+    """How much there is to read, and where the urgent mark stands in it. SO_OOBINLINE is set afterwards.
 
-    Otherwise SIOCINQ stops at the mark and hides what is behind it: the difference is where it stands.
+    Otherwise SIOCINQ stops at the mark and hides what is behind it: the difference is where it stands.  A queue in
+    which it says nothing, and whose head is not at a mark, is empty.
     """
-    rows, (fd, unread) = _marking.of(len(socks))
-    fd.set(s.fileno() for s in socks)
-    with failures(socks):
+    if not indices:
+        return
+    mine = [socks[i] for i in indices]
+    inlined.update(indices)
+    rows, (fd, before, whole) = _marking.of(len(mine))
+    fd.set(numbers_of(mine))
+    with failures(mine):
         rows.run()
-    raw = read_numbers(socks)
-    for sock, one, ahead in zip(socks, raw, unread.u32(), strict=True):
-        if ahead < one.inq:
-            one.urgent = ahead
-            one.taken = _taken(sock)
-    return raw
+    for i, ahead, unread in zip(indices, before.u32(), whole.u32(), strict=True):
+        raw[i].inq = unread
+        if ahead < unread:
+            raw[i].urgent = ahead
+            raw[i].taken = _taken(socks[i])
 
 
-def _build_marking(rows: Rows) -> tuple[Column, Field]:
+def _build_marking(rows: Rows) -> tuple[Column, Field, Field]:
     fd = rows.column()
     rows.setsockopt(fd, Level.SOCKET, SO.OOBINLINE, 0)
-    unread = _ioctl(rows, fd, Ioctl.SIOCINQ)
+    before = _ioctl(rows, fd, Ioctl.SIOCINQ)
     rows.setsockopt(fd, Level.SOCKET, SO.OOBINLINE, 1)
-    return fd, unread
+    return fd, before, _ioctl(rows, fd, Ioctl.SIOCINQ)
 
 
 _marking = Reusable(_build_marking)
@@ -185,10 +215,13 @@ def _build_inline(rows: Rows) -> tuple[Column, Field]:
 _inline = Reusable(_build_inline)
 
 
-def _set_inline(socks: Sequence[socket.socket], values: Sequence[int]) -> None:
+def _set_inline(pairs: Sequence[tuple[socket.socket, int]]) -> None:
+    if not pairs:
+        return
+    socks = [sock for sock, _ in pairs]
     rows, (fd, value) = _inline.of(len(socks))
-    fd.set(s.fileno() for s in socks)
-    value.set(values)
+    fd.set(numbers_of(socks))
+    value.set(number for _, number in pairs)
     with failures(socks):
         rows.run()
 
@@ -206,7 +239,8 @@ def _queue_seq(rows: Rows, fd: Column, queue: RepairQueue) -> Field:
 
 def _build_reading(rows: Rows) -> tuple[Column, struct.Struct]:
     fd = rows.column()
-    info = rows.getsockopt(fd, Level.TCP, TCP.INFO, INFO_SIZE)
+    # The first of all: what moves after it is seen.
+    info = rows.getsockopt(fd, Level.TCP, TCP.INFO, _INFO_SIZE)
     mss = rows.getsockopt(fd, Level.TCP, TCP.MAXSEG, 4)
     timestamp = rows.getsockopt(fd, Level.TCP, TCP.TIMESTAMP, 4)
     window = rows.getsockopt(fd, Level.TCP, TCP.REPAIR_WINDOW, WINDOW_SIZE)
@@ -222,24 +256,32 @@ def _build_reading(rows: Rows) -> tuple[Column, struct.Struct]:
     rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
     names = []
     for number, label in ((SYS.getsockname, "getsockname"), (SYS.getpeername, "getpeername")):
-        address, length = rows.room(sockets.ADDRESS_SIZE), rows.constant(struct.pack("i", sockets.ADDRESS_SIZE))
+        address, length = rows.room(_NAME_SIZE), rows.constant(struct.pack("i", _NAME_SIZE))
         rows.call(number, fd, address, length, ignore=True, label=label)
         names.append(address)
     numbers = [(field, "I") for field in (sndbuf, rcvbuf, lock, *queues, write_seq, rcv_nxt)]
     if info.length_field is None:
         raise RuntimeError("a getsockopt without a length")
-    # In struct tcp_info: state, options, scales, rto, pmtu, rtt and what follows, pacing_rate, bytes_received, min_rtt.
     return fd, rows.reader(
-        (info, "B4xBBxI48xI4xIIIIII12xQ16xQ12xI"),
+        (info, _INFO),
         (info.length_field, "I"),
         (mss, "I"),
         (timestamp, "I"),
         (window, "5I"),
         (congestion, f"{CONGESTION_NAME_SIZE}s"),
         *numbers,
-        *((name, f"{sockets.ADDRESS_SIZE}s") for name in names),
+        *((name, "2s2s24s") for name in names),
     )
 
+
+#: of struct tcp_info: state, options, scales, rto, pmtu, rtt and what follows, pacing_rate, bytes_acked and
+#: bytes_received, segs_in, notsent_bytes, min_rtt (all there since 4.6; TCP_REPAIR_WINDOW came later)
+_INFO: Final = "B4xBBxI48xI4xIIIIII12xQ8xQQ4xIII"
+_INFO_SIZE: Final = struct.calcsize("=" + _INFO)
+#: and of these again the ones that move
+_MOVES: Final = "B119xQQ4xII"
+#: struct sockaddr_in6, the larger of both
+_NAME_SIZE: Final = 28
 
 _reading = Reusable(_build_reading)
 
@@ -247,12 +289,14 @@ _reading = Reusable(_build_reading)
 def read_numbers(socks: Sequence[socket.socket]) -> list[Raw]:
     """All but the queues' bytes. UnsupportedState, ConnectionCallFailed."""
     rows, (fd, reader) = _reading.of(len(socks))
-    fd.set(s.fileno() for s in socks)
+    fd.set(numbers_of(socks))
     with failures(socks):
         rows.run()
-    found = [Raw(*parts) for parts in reader.iter_unpack(rows.memory)]
+    found = list(map(Raw, map(Numbers._make, reader.iter_unpack(rows.memory))))
     for sock, raw in zip(socks, found, strict=True):
-        state = _STATES.get(raw.number)
+        if raw.told.number == _ESTABLISHED:
+            continue
+        state = _STATES.get(raw.told.number)
         if state is None or not supported(state):
             kind = "LISTEN" if state is None else state.value
             raise UnsupportedState(f"its state is {kind}", object=describe(sock))
@@ -266,12 +310,8 @@ def read_numbers(socks: Sequence[socket.socket]) -> list[Raw]:
 
 def _build_position(rows: Rows) -> tuple[Column, struct.Struct]:
     fd = rows.column()
-    # the first byte of TCP_INFO is the state
-    info = rows.getsockopt(fd, Level.TCP, TCP.INFO, 8)
-    queues = [_ioctl(rows, fd, request) for request in (Ioctl.SIOCOUTQ, Ioctl.SIOCOUTQNSD, Ioctl.SIOCINQ)]
-    ends = [_queue_seq(rows, fd, RepairQueue.SEND), _queue_seq(rows, fd, RepairQueue.RECEIVE)]
-    rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
-    return fd, rows.reader((info, "B"), *((part, "I") for part in (*queues, *ends)))
+    info = rows.getsockopt(fd, Level.TCP, TCP.INFO, struct.calcsize("=" + _MOVES))
+    return fd, rows.reader((info, _MOVES))
 
 
 _position = Reusable(_build_position)
@@ -279,7 +319,7 @@ _position = Reusable(_build_position)
 
 def _positions(socks: Sequence[socket.socket]) -> list[tuple[int, ...]]:
     rows, (fd, reader) = _position.of(len(socks))
-    fd.set(s.fileno() for s in socks)
+    fd.set(numbers_of(socks))
     with failures(socks):
         rows.run()
     return list(reader.iter_unpack(rows.memory))
@@ -291,9 +331,12 @@ def read_queues(
     """Read the queues' bytes into ``raw``."""
     small: dict[RepairQueue, list[tuple[int, int]]] = {RepairQueue.SEND: [], RepairQueue.RECEIVE: []}
     for i in indices:
-        one, sock, known = raw[i], socks[i], early[i]
-        one.send_queue = one.receive_queue = b""
-        out = 0 if one.state in NOT_CONNECTED else one.outq - (1 if _sent_fin(one) and one.outq else 0)
+        one, known = raw[i], early[i]
+        outq = one.told.outq
+        if one.told.number == _ESTABLISHED and known is None and not outq and not one.inq:
+            continue
+        sock = socks[i]
+        out = 0 if one.state in NOT_CONNECTED else outq - (1 if _sent_fin(one) and outq else 0)
         if one.state is State.SYN_SENT and peek_from(sock, RepairQueue.SEND, 1):
             raise UnsupportedState("its SYN carries data (TCP Fast Open)", object=describe(sock))
         if out > SMALL:
@@ -319,7 +362,8 @@ def read_queues(
                     raw[i].send_queue = data
                 else:
                     raw[i].receive_queue = data
-                    _whole(socks[i], raw[i], len(data))
+                    if len(data) < raw[i].inq:
+                        _whole(socks[i], raw[i], len(data))
 
 
 def _peek_past(sock: socket.socket, size: int, mark: int) -> bytes:
@@ -391,14 +435,20 @@ _peeking = Reusable(_build_peeking)
 
 
 def _peek_small(socks: Sequence[socket.socket], sizes: Sequence[tuple[int, int]], queue: RepairQueue) -> list[bytes]:
-    lengths = [size for _, size in sizes]
+    found: list[bytes] = []
+    for part in portions([size for _, size in sizes]):
+        found += _peek_portion(socks[part], [size for _, size in sizes[part]], queue)
+    return found
+
+
+def _peek_portion(socks: Sequence[socket.socket], lengths: Sequence[int], queue: RepairQueue) -> list[bytes]:
     starts = list(itertools.accumulate(lengths, initial=0))
     memory = ctypes.create_string_buffer(starts[-1])
     base = ctypes.addressof(memory)
     rows, (fd, which, at, size, got) = _peeking.of(len(socks))
-    fd.set(s.fileno() for s in socks)
+    fd.set(numbers_of(socks))
     which.set([queue] * len(socks))
-    at.set(base + start for start in starts[:-1])
+    at.set([base + start for start in starts[:-1]])
     size.set(lengths)
     with failures(socks):
         rows.run()

@@ -22,17 +22,19 @@ from __future__ import annotations
 import functools
 import socket
 import struct
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
-from tcpstate import opening, options, softstate
+from tcpstate import giving, opening, softstate
 from tcpstate.comparison import Difference, compare, differences, read_back
 from tcpstate.errors import ConnectionCallFailed, UnknownHardState, UnsupportedState
 from tcpstate.export import later
 from tcpstate.freeze import MARK, shut
 from tcpstate.inward import MARK as INWARD
-from tcpstate.kernel.columns import Column, Field, Reusable, Rows
+from tcpstate.kernel import bpf
+from tcpstate.kernel.columns import Column, Field, Reusable, RowResult, Rows, numbers_of
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import IP, IPV6, SO, Level, pack_address
 from tcpstate.kernel.tcp import (
@@ -43,13 +45,13 @@ from tcpstate.kernel.tcp import (
     WINDOW_SIZE,
     Repair,
     RepairQueue,
-    RepairWindow,
+    pack_window,
 )
 from tcpstate.kernel.tcp import repair_options as pack_repair_options
 from tcpstate.md5keys import give_keys
 from tcpstate.options import Stage, number
 from tcpstate.preflight import supported
-from tcpstate.record import ConnectionRecord, Family, Negotiated, State
+from tcpstate.record import ConnectionRecord, Family, Negotiated, State, Windows
 from tcpstate.refill import SMALL, put, put_sent, put_small
 from tcpstate.release import release_connections
 from tcpstate.rows import Names, failures
@@ -124,41 +126,38 @@ def rebuild_connections(
     if socks is not None and len(socks) != len(records):
         raise ValueError(f"{len(socks)} sockets for {len(records)} records")
     for record in records:
-        if not supported(record.state):
+        if record.state is not State.ESTABLISHED and not supported(record.state):
             raise UnsupportedState(f"its state is {record.state.value}", object=str(record.conn_id))
-        if unknown := set(record.required) - KNOWN:
+        if record.required and (unknown := set(record.required) - KNOWN):
             raise UnknownHardState(f"it says {', '.join(sorted(unknown))}", object=str(record.conn_id))
     if not records:
         return []
+    begun = time.monotonic()
     # what stands behind an urgent mark follows at the release
     records = [held_back(record) for record in records]
     made = _fresh(records) if socks is None else list(socks)
     heads = [early.get(i, ()) for i in range(len(records))] if early else [()] * len(records)
     opened = [i for i, record in enumerate(records) if not record.unopened]
     try:
-        plans = softstate.plan(records) if soft else [softstate.Plan()] * len(records)
-        # what has ended needs none, and the ACKs that teach are neither signed nor do they come by an interface
-        plans = [
-            softstate.Plan() if r.state is State.CLOSED or r.signing_keys or r.device else p
-            for r, p in zip(records, plans, strict=True)
-        ]
+        plans = softstate.plan(records) if soft else [softstate.NOTHING] * len(records)
         if len(opened) < len(records):
             _prepare(made, records, elapsed)
-        for family in (socket.AF_INET, socket.AF_INET6):
+        families = {record_family(records[i]) for i in opened}
+        for family in families:
             mine = [i for i in opened if record_family(records[i]) == family]
-            if mine:
-                _connect(
-                    [made[i] for i in mine],
-                    [records[i] for i in mine],
-                    [heads[i] for i in mine],
-                    [plans[i] for i in mine],
-                    family,
-                    elapsed,
-                    bound,
-                )
+            groups = _connect(
+                [made[i] for i in mine],
+                [records[i] for i in mine],
+                [heads[i] for i in mine],
+                [plans[i] for i in mine],
+                family,
+                bound,
+            )
         ready = [made[i] for i in opened], [records[i] for i in opened]
         _fill(*ready, [heads[i] for i in opened])
-        _finish(*ready)
+        if len(families) != 1:
+            groups = giving.alike(ready[1])
+        _finish(*ready, groups, elapsed + time.monotonic() - begun)
     except BaseException:
         if socks is None:
             # in repair closing sends nothing
@@ -184,10 +183,12 @@ class _Opening:
     fd: Column
     send: Field
     receive: Field
+    program: Field
+    shut: RowResult | None
 
     @classmethod
-    def build(cls, rows: Rows, family: int) -> Self:
-        fd, send, receive = rows.column(), rows.room(4), rows.room(4)
+    def build(cls, rows: Rows, family: int, *, shut: bool) -> Self:
+        fd, send, receive, program = rows.column(), rows.room(4), rows.room(4), rows.room(4)
         # Before bind: else the kernel finds the port taken by the listener.
         rows.setsockopt(fd, Level.TCP, TCP.REPAIR, Repair.ON, label="entering repair mode")
         # Bind and connect work before the address is here (IP_FREEBIND would not do for connect).
@@ -197,7 +198,8 @@ class _Opening:
             rows.setsockopt(fd, Level.IP, IP.TRANSPARENT, 1)
         rows.setsockopt(fd, Level.SOCKET, SO.SNDBUFFORCE, send)
         rows.setsockopt(fd, Level.SOCKET, SO.RCVBUFFORCE, receive)
-        return cls(fd, send, receive)
+        done = rows.setsockopt(fd, Level.SOCKET, SO.ATTACH_BPF, program, ignore=True) if shut else None
+        return cls(fd, send, receive, program, done)
 
 
 @dataclass(slots=True)
@@ -212,16 +214,16 @@ class _Connecting:
     peer: Field
     negotiated: Field
     negotiated_size: Column
-    clock: Field
 
     @classmethod
-    def build(cls, rows: Rows, family: int, *, bind: bool) -> Self:
+    def build(cls, rows: Rows, family: int, *, bind: bool, marked: bool) -> Self:
         size = len(pack_address("::1" if family == socket.AF_INET6 else "127.0.0.1", 0, family=family))
         fd, negotiated_size = rows.column(), rows.column()
-        mark, send_start, receive_start, clock = (rows.room(4) for _ in range(4))
+        mark, send_start, receive_start = (rows.room(4) for _ in range(3))
         local, peer, negotiated = rows.room(size), rows.room(size), rows.room(REPAIR_OPTIONS_SIZE)
-        # The route is chosen at connect, and the application's mark may choose it.
-        rows.setsockopt(fd, Level.SOCKET, SO.MARK, mark)
+        if marked:
+            # The route is chosen at connect, and the application's mark may choose it.
+            rows.setsockopt(fd, Level.SOCKET, SO.MARK, mark)
         for queue, start in ((RepairQueue.SEND, send_start), (RepairQueue.RECEIVE, receive_start)):
             rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, queue)
             rows.setsockopt(fd, Level.TCP, TCP.QUEUE_SEQ, start)
@@ -235,19 +237,22 @@ class _Connecting:
         rows.call(SYS.setsockopt, fd, Level.IP, IP.OPTIONS, 0, 0, label="computing the MSS anew")
         if family == socket.AF_INET6:
             rows.call(SYS.setsockopt, fd, Level.IPV6, IPV6.DSTOPTS, 0, 0, label="computing the MSS anew")
-        rows.setsockopt(fd, Level.TCP, TCP.TIMESTAMP, clock)
         # From here on its timers must not be heard, nor end it.
         rows.setsockopt(fd, Level.SOCKET, SO.MARK, rows.shared(struct.pack("I", MARK)), label="setting the mark")
         rows.setsockopt(fd, Level.TCP, TCP.USER_TIMEOUT, USER_TIMEOUT_MAX)
-        return cls(fd, mark, send_start, receive_start, local, peer, negotiated, negotiated_size, clock)
+        return cls(fd, mark, send_start, receive_start, local, peer, negotiated, negotiated_size)
 
 
 _FAMILIES: Final[tuple[int, ...]] = (socket.AF_INET, socket.AF_INET6)
-_opening = {f: Reusable(functools.partial(_Opening.build, family=f)) for f in _FAMILIES}
+_BOTH: Final = (True, False)
+_opening = {
+    (f, shut): Reusable(functools.partial(_Opening.build, family=f, shut=shut)) for f in _FAMILIES for shut in _BOTH
+}
 _connecting = {
-    (f, bind): Reusable(functools.partial(_Connecting.build, family=f, bind=bind))
+    (f, bind, marked): Reusable(functools.partial(_Connecting.build, family=f, bind=bind, marked=marked))
     for f in _FAMILIES
-    for bind in (True, False)
+    for bind in _BOTH
+    for marked in _BOTH
 }
 
 
@@ -257,59 +262,58 @@ def _connect(
     heads: Sequence[Sequence[memoryview]],
     plans: Sequence[softstate.Plan],
     family: int,
-    elapsed: float,
     bound: bool,
-) -> None:
-    """Steps up to the queues: an established connection with the right numbers, and nothing in it."""
-    names = Names(records)
-    ahead = [sum(map(len, head)) for head in heads]
-    rows, opening = _opening[family].of(len(socks))
-    opening.fd.set(s.fileno() for s in socks)
-    opening.send.set(_buffer(r.buffers.send, len(r.send_queue)) for r in records)
-    opening.receive.set(
-        _buffer(r.buffers.receive, len(r.receive_queue) + n) for r, n in zip(records, ahead, strict=True)
-    )
+) -> list[giving.Alike]:
+    """Steps up to the queues: an established connection with the right numbers, and nothing in it. Which are alike."""
+    names, fds = Names(records), numbers_of(socks)
+    ahead = [sum(map(len, head)) if head else 0 for head in heads]
+    # Where the address is here already, nothing of the peer may arrive, but what teaches them.
+    but = INWARD if any(p.samples for p in plans) else None
+    program = bpf.drop_program() if but is None else bpf.mark_program(but)
+    rows, opening = _opening[family, program is not None].of(len(socks))
+    opening.fd.set(fds)
+    opening.send.set([_buffer(r.buffers.send, len(r.send_queue)) for r in records])
+    unread = [len(r.receive_queue) + n for r, n in zip(records, ahead, strict=True)]
+    opening.receive.set([_buffer(r.buffers.receive, n) for r, n in zip(records, unread, strict=True)])
+    if program is not None:
+        opening.program.set([program] * len(socks))
     with failures(socks, names):
         rows.run()
-        options.give(socks, [r.options for r in records], [r.option_data for r in records], Stage.BEFORE_CONNECT)
-        if any(p.samples for p in plans):
-            # Where the address is here already, nothing of the peer may arrive while they are taught.
-            shut(socks, but=INWARD)
+        if opening.shut is None or any(opening.shut.values()):
+            shut(socks, but=but)
+        groups = giving.alike(records)
+        giving.give(socks, groups, Stage.BEFORE_CONNECT)
     for sock, record in zip(socks, records, strict=True):
         # nothing of an ended connection is signed any more
         if record.signing_keys and record.state is not State.CLOSED:
             give_keys(sock, record.signing_keys, str(record.conn_id))
 
-    rows, table = _connecting[family, not bound].of(len(socks))
-    table.fd.set(s.fileno() for s in socks)
-    table.mark.set(number(r, "so.mark") for r in records)
+    marks = [number(r, "so.mark") for r in records]
+    rows, table = _connecting[family, not bound, any(marks)].of(len(socks))
+    table.fd.set(fds)
+    table.mark.set(marks)
     starts = [(r.copied_seq - n) & SEQ_MASK for r, n in zip(records, ahead, strict=True)]
-    table.send_start.set(r.snd_una - len(p.samples) for r, p in zip(records, plans, strict=True))
+    table.send_start.set([(r.snd_una - len(p.samples)) & SEQ_MASK for r, p in zip(records, plans, strict=True)])
     table.receive_start.set(starts)
     ends = functools.cache(functools.partial(_around_port, family))
     scopes = [socket.if_nametoindex(r.scope) if r.scope else 0 for r in records]
-    table.local.set_bytes(
-        [
-            _address(r.conn_id.local, r.conn_id.local_port, 0, scope, ends)
-            for r, scope in zip(records, scopes, strict=True)
-        ]
-    )
-    table.peer.set_bytes(
-        [
-            _address(r.conn_id.peer, r.conn_id.peer_port, r.flow_info, scope, ends)
-            for r, scope in zip(records, scopes, strict=True)
-        ]
-    )
+    local, peer = [], []
+    for r, scope in zip(records, scopes, strict=True):
+        conn = r.conn_id
+        before, behind = ends(conn.local, 0, scope)
+        local.append(before + conn.local_port.to_bytes(2, "big") + behind)
+        before, behind = ends(conn.peer, r.flow_info, scope)
+        peer.append(before + conn.peer_port.to_bytes(2, "big") + behind)
+    table.local.set_bytes(local)
+    table.peer.set_bytes(peer)
     agreed = functools.cache(_repair_options)
     negotiated = [agreed(r.negotiated) for r in records]
     table.negotiated.set_bytes(negotiated)
-    table.negotiated_size.set(map(len, negotiated))
-    clocks = [later(r.timestamps.value, r.timestamps.microseconds, elapsed) if r.timestamps else 0 for r in records]
-    table.clock.set(clocks)
+    table.negotiated_size.set(list(map(len, negotiated)))
     with failures(socks, names):
         rows.run()
-        softstate.give(socks, records, plans, starts, clocks)
-        shut(socks)
+        softstate.give(socks, records, plans, starts)
+    return groups
 
 
 def _buffer(reported: int, queue: int) -> int:
@@ -321,14 +325,6 @@ def _around_port(family: int, address: str, flow_info: int, scope: int) -> tuple
     """What stands before and behind the port in the struct sockaddr of an address."""
     data = pack_address(address.partition("%")[0], 0, family=family, flow_info=flow_info, scope=scope)
     return data[:2], data[4:]
-
-
-def _address(
-    address: str, port: int, flow_info: int, scope: int, ends: Callable[[str, int, int], tuple[bytes, bytes]]
-) -> bytes:
-    """struct sockaddr of one end. ``ends`` remembers the addresses that it has packed: only ports differ."""
-    before, behind = ends(address, flow_info, scope)
-    return before + port.to_bytes(2, "big") + behind
 
 
 def _repair_options(agreed: Negotiated) -> bytes:
@@ -347,7 +343,7 @@ def _fill(
     taken = dict(zip(small, counts, strict=True))
     filled = {i for i, count in taken.items() if count == len(records[i].receive_queue)}
     for i, (sock, record, head) in enumerate(zip(socks, records, heads, strict=True)):
-        if i in filled and not record.sent:
+        if (i in filled or not (head or record.receive_queue)) and not record.sent:
             continue
         if i not in filled and (head or record.receive_queue):
             sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.RECEIVE)
@@ -361,35 +357,50 @@ def _fill(
             sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
 
 
-def _build_finishing(rows: Rows) -> tuple[Column, Field, Field, Field, Column]:
-    fd, size = rows.column(), rows.column()
-    receive, windows, name = rows.room(4), rows.room(WINDOW_SIZE), rows.room(CONGESTION_NAME_SIZE)
-    # The queue is in: the buffer has its own size again before any window is computed.  One that was offered cannot be
-    # taken back, and what does not fit the real buffer would be dropped, and come again after a time-out.
-    rows.setsockopt(fd, Level.SOCKET, SO.RCVBUFFORCE, receive)
-    rows.setsockopt(fd, Level.TCP, TCP.REPAIR_WINDOW, windows, size=WINDOW_SIZE, label="setting the windows")
-    rows.setsockopt(fd, Level.TCP, TCP.CONGESTION, name, size=size, label="setting the congestion control")
-    return fd, receive, windows, name, size
+@dataclass(slots=True)
+class _Finishing:
+    """Calls once the queues are in."""
+
+    fd: Column
+    receive: Field
+    windows: Field
+    congestion: Field
+    congestion_size: Column
+    clock: Field
+
+    @classmethod
+    def build(cls, rows: Rows) -> Self:
+        fd, size = rows.column(), rows.column()
+        receive, windows, name, clock = (rows.room(n) for n in (4, WINDOW_SIZE, CONGESTION_NAME_SIZE, 4))
+        # The buffer has its own size again before any window is computed.  One that was offered cannot be taken back,
+        # and what does not fit the real buffer would be dropped, and come again after a time-out.
+        rows.setsockopt(fd, Level.SOCKET, SO.RCVBUFFORCE, receive)
+        rows.setsockopt(fd, Level.TCP, TCP.REPAIR_WINDOW, windows, size=WINDOW_SIZE, label="setting the windows")
+        # Its own; ours was there to set its congestion window.
+        rows.setsockopt(fd, Level.TCP, TCP.CONGESTION, name, size=size, label="setting the congestion control")
+        rows.setsockopt(fd, Level.TCP, TCP.TIMESTAMP, clock)
+        return cls(fd, receive, windows, name, size, clock)
 
 
-_finishing = Reusable(_build_finishing)
+_finishing = Reusable(_Finishing.build)
 
 
-def _finish(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
+def _finish(
+    socks: Sequence[socket.socket], records: Sequence[ConnectionRecord], groups: Sequence[giving.Alike], elapsed: float
+) -> None:
     """Windows, congestion control and what else can be set before the address is here."""
-    rows, (fd, receive, windows, name, size) = _finishing.of(len(socks))
-    fd.set(s.fileno() for s in socks)
-    receive.set(r.buffers.receive // 2 for r in records)
-    windows.set_bytes([_window(r) for r in records])
-    name.set_bytes([r.congestion.encode("ascii") for r in records])
-    size.set(len(r.congestion) for r in records)
+    rows, table = _finishing.of(len(socks))
+    table.fd.set(numbers_of(socks))
+    table.receive.set([r.buffers.receive // 2 for r in records])
+    table.windows.set_bytes([_window(r.windows) for r in records])
+    table.congestion.set_bytes([r.congestion.encode("ascii") for r in records])
+    table.congestion_size.set([len(r.congestion) for r in records])
+    clocks = [r.timestamps for r in records]
+    table.clock.set([later(t.value, t.microseconds, elapsed) if t is not None else 0 for t in clocks])
     with failures(socks, Names(records)):
         rows.run()
-        options.give(socks, [r.options for r in records], [r.option_data for r in records], Stage.REPAIRED)
+        giving.give(socks, groups, Stage.REPAIRED)
 
 
-def _window(record: ConnectionRecord) -> bytes:
-    w = record.windows
-    return RepairWindow(
-        snd_wl1=w.snd_wl1, snd_wnd=w.snd_wnd, max_window=w.max_window, rcv_wnd=w.rcv_wnd, rcv_wup=w.rcv_wup
-    ).pack()
+def _window(w: Windows) -> bytes:
+    return pack_window(w.snd_wl1, w.snd_wnd, w.max_window, w.rcv_wnd, w.rcv_wup)

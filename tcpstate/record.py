@@ -274,25 +274,41 @@ class ConnectionRecord:
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        if self.version != VERSION:
-            raise ValueError(f"version {self.version} of a connection record is unknown, {VERSION} is known")
         if (self.snd_una | self.snd_nxt | self.rcv_nxt | self.flow_info) & ~SEQ_MASK:
             _wide(self.snd_una, self.snd_nxt, self.rcv_nxt, self.flow_info)
-        _check(len(self.send_queue) < _QUEUE_MAX and len(self.receive_queue) < _QUEUE_MAX, "a queue is too long")
-        _check((self.snd_nxt - self.snd_una) & SEQ_MASK <= len(self.send_queue), "more bytes were sent than there are")
-        if self.state is not State.ESTABLISHED or self.local_fin is not LocalFin.NONE:
+        self.check()
+
+    def check(self) -> None:
+        """ValueError if parts contradict each other that are each in range. Part of making a record, not to be called
+        otherwise; written out, because thousands of records are checked while peers wait."""
+        plain = self.state is State.ESTABLISHED and self.local_fin is LocalFin.NONE
+        if self.version != VERSION:
+            raise ValueError(f"version {self.version} of a connection record is unknown, {VERSION} is known")
+        if len(self.send_queue) >= _QUEUE_MAX or len(self.receive_queue) >= _QUEUE_MAX:
+            raise ValueError("a queue is too long")
+        if (self.snd_nxt - self.snd_una) & SEQ_MASK > len(self.send_queue):
+            raise ValueError("more bytes were sent than there are")
+        if (self.timestamps is not None) is not self.negotiated.timestamps and self.state is not State.SYN_SENT:
+            # a SYN carries the clock before the peer has agreed to it
+            raise ValueError("timestamps without a clock, or the reverse")
+        if self.conn_id.v6 is not (self.family is Family.IPV6):
+            raise ValueError("addresses and family disagree")
+        if not (0 < len(self.congestion) < 16 and self.congestion.isascii()):
+            raise ValueError("congestion control's name is malformed")
+        if not plain:
             self._check_fin()
-        # a SYN carries the clock before the peer has agreed to it
-        _check(
-            (self.timestamps is not None) == self.negotiated.timestamps or self.state is State.SYN_SENT,
-            "timestamps without a clock, or the reverse",
-        )
-        _check(self.state is not State.SYN_SENT or not (self.send_queue or self.receive_queue), "data before the SYN")
-        _check(not self.error or (self.state is State.CLOSED and self.error in _ERRORS), "its error is impossible")
-        _check(self.conn_id.v6 == (self.family is Family.IPV6), "addresses and family disagree")
-        _check(0 < len(self.congestion) < 16 and self.congestion.isascii(), "congestion control's name is malformed")
-        _check(self.urgent_in is None or 0 <= self.urgent_in < len(self.receive_queue), "no urgent byte is there")
-        _check(self.urgent_out is None or 0 < self.urgent_out <= len(self.send_queue), "our urgent byte is not there")
+        if self.state is State.SYN_SENT and (self.send_queue or self.receive_queue):
+            raise ValueError("data before the SYN")
+        if self.error and (self.state is not State.CLOSED or self.error not in _ERRORS):
+            raise ValueError("its error is impossible")
+        if self.urgent_in is not None and not 0 <= self.urgent_in < len(self.receive_queue):
+            raise ValueError("no urgent byte is there")
+        if self.urgent_out is not None and not 0 < self.urgent_out <= len(self.send_queue):
+            raise ValueError("our urgent byte is not there")
+        if self.filter:
+            self._check_filter()
+
+    def _check_filter(self) -> None:
         _check(len(self.filter) <= MAX_INSTRUCTIONS, "the filter is too long")
         for code, jt, jf, k in self.filter:
             _check(0 <= code <= 0xFFFF and 0 <= jt <= 0xFF and 0 <= jf <= 0xFF, "a filter instruction is malformed")

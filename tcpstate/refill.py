@@ -9,11 +9,12 @@ import socket
 from collections.abc import Sequence
 
 from tcpstate.errors import QueueNotRestored
-from tcpstate.kernel.columns import Column, Reusable, RowResult, Rows
+from tcpstate.kernel.columns import Column, Reusable, RowResult, Rows, numbers_of
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import Level
 from tcpstate.kernel.tcp import TCP, RepairQueue
 from tcpstate.record import ConnectionRecord
+from tcpstate.rows import portions
 
 __all__ = ["SMALL", "put", "put_sent", "put_small"]
 
@@ -73,14 +74,19 @@ def put_small(socks: Sequence[socket.socket], queues: Sequence[bytes]) -> list[i
 
     RowError. What it did not take is for :func:`put`, which tries smaller pieces, and knows what a failure means.
     """
-    if not socks:
-        return []
+    taken: list[int] = []
+    for part in portions(list(map(len, queues))):
+        taken += _put_portion(socks[part], queues[part])
+    return taken
+
+
+def _put_portion(socks: Sequence[socket.socket], queues: Sequence[bytes]) -> list[int]:
     lengths = list(map(len, queues))
     data = bytearray().join(queues)
     base = ctypes.addressof(ctypes.c_char.from_buffer(data))
     rows, (fd, at, size, put_in) = _filling.of(len(socks))
-    fd.set(s.fileno() for s in socks)
-    at.set(base + start for start in itertools.accumulate(lengths[:-1], initial=0))
+    fd.set(numbers_of(socks))
+    at.set([base + start for start in itertools.accumulate(lengths[:-1], initial=0)])
     size.set(lengths)
     rows.run()
     return [max(0, count) for count in put_in.values()]

@@ -18,6 +18,7 @@ from tcpstate.errors import TcpmigError
 from tcpstate.export import export_connections
 from tcpstate.freeze import quiet, read_originals
 from tcpstate.kernel import columns
+from tcpstate.kernel.bpf.urgentmode import urgent_bytes
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.rebuild import rebuild_connections
 from tcpstate.record import Buffers, ConnectionRecord, Family, Negotiated, SoftState, State, Timestamps, Windows
@@ -42,8 +43,9 @@ def rehearse() -> None:
     try:
         # programs that read the kernel, and where its structures have what they read: a quarter of a second at first
         halfopen.capture(_PORTS)
+        urgent_bytes()
     except (TcpmigError, OSError) as error:
-        log.debug("no rehearsal of half-open connections: %s", error)
+        log.debug("no rehearsal of what BPF reads: %s", error)
     for address, family in _ENDS:
         try:
             _rehearse(_record(address, family))

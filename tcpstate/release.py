@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from tcpstate import options, softstate
+from tcpstate import giving, softstate
 from tcpstate.errors import ConnectionCallFailed
 from tcpstate.fin import put_own_fins, take_peer_fins
 from tcpstate.freeze import enter_repair, leave_repair, not_in_repair
 from tcpstate.kernel import bpf
-from tcpstate.kernel.columns import Column, Field, Reusable, Rows
+from tcpstate.kernel.columns import Column, Field, Reusable, Rows, numbers_of
 from tcpstate.kernel.sockets import IP, IPV6, SO, Level
 from tcpstate.kernel.tcp import TCP, Repair, RepairQueue
 from tcpstate.opening import open_again
@@ -119,7 +119,7 @@ def _let_live(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord
     again = _to_send_again(socks, records, names)
     nodelay = [number(r, "tcp.nodelay") for r in records]
     rows, (fd, whole) = _hearing.of(len(socks))
-    fd.set(s.fileno() for s in socks)
+    fd.set(numbers_of(socks))
     whole.set(int(n > 0) or d for n, d in zip(again, nodelay, strict=True))
     with failures(socks, names):
         rows.run()
@@ -133,7 +133,7 @@ def _let_live(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord
     take_peer_fins(socks, records)
 
     rows, (fd, mark, leave) = _leaving.of(len(socks))
-    fd.set(s.fileno() for s in socks)
+    fd.set(numbers_of(socks))
     mark.set(number(r, "so.mark") for r in records)
     # The probe asks the peer for its window and for an ACK; data that goes out again does that by itself.
     leave.set(Repair.OFF_NO_PROBE if n else Repair.OFF for n in again)
@@ -162,7 +162,7 @@ def _to_send_again(
     The end of the send queue tells. No ACK changes it; since the address is here, ACKs may have arrived already.
     """
     rows, (fd, end) = _ends.of(len(socks))
-    fd.set(s.fileno() for s in socks)
+    fd.set(numbers_of(socks))
     with failures(socks, names):
         rows.run()
     missing = [(record.snd_nxt - write_seq) & SEQ_MASK for record, write_seq in zip(records, end.u32(), strict=True)]
@@ -185,7 +185,7 @@ def finish_release(socks: Sequence[socket.socket], records: Sequence[ConnectionR
     enter_repair(rest)
     try:
         rows, (fd, end) = _ends.of(len(rest))
-        fd.set(s.fileno() for s in rest)
+        fd.set(numbers_of(rest))
         with failures(rest, Names(told)):
             rows.run()
         ends = end.u32()
@@ -235,7 +235,7 @@ _own = Reusable(_Own.build)
 def _give_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
     """The connection's own options, buffers and filter."""
     rows, own = _own.of(len(socks))
-    own.fd.set(s.fileno() for s in socks)
+    own.fd.set(numbers_of(socks))
     own.reuse_address.set(r.reuse_address for r in records)
     own.send.set(r.buffers.send // 2 for r in records)
     own.lock.set(r.buffers.locks for r in records)
@@ -244,8 +244,7 @@ def _give_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecor
     own.user_timeout.set(number(r, "tcp.user_timeout") for r in records)
     with failures(socks, Names(records)):
         rows.run()
-        numbers, data = [r.options for r in records], [r.option_data for r in records]
-        options.give(socks, numbers, data, Stage.RELEASED, skip=_OWN_HANDS)
+        giving.give(socks, giving.alike(records), Stage.RELEASED, skip=_OWN_HANDS)
     for sock, record in zip(socks, records, strict=True):
         if record.filter_locked:
             sock.setsockopt(Level.SOCKET, SO.LOCK_FILTER, 1)

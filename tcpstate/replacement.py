@@ -37,7 +37,6 @@ from tcpstate.record import ConnectionRecord
 from tcpstate.release import release_connections
 from tcpstate.silence import MARK, PASSING_MARK, muted
 from tcpstate.standstill import standstill
-from tcpstate.stateread import with_urgent_out
 from tcpstate.tuplefilter import FROM_LOOPBACK
 
 __all__ = ["Edit", "originals", "recover", "replace"]
@@ -63,7 +62,6 @@ def replace(sock: socket.socket, entry: FrozenConnection, edit: Edit) -> FrozenC
         raise NotSettable("its address is no address of this host any more", object=name)
     with standstill(owner.pid for owner in entry.other_owners):
         (old,) = export_connections([sock], [entry.state])
-        old = with_urgent_out(old)
         exported = time.monotonic()
         try:
             new = _edited(old, edit)

@@ -26,7 +26,7 @@ import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from tcpstate.connid import ConnId
 from tcpstate.errors import SoftStateNotRestored
@@ -34,9 +34,9 @@ from tcpstate.inward import MARK as INWARD
 from tcpstate.inward import inward
 from tcpstate.kernel.columns import Column, Field, Reusable, Rows
 from tcpstate.kernel.machine import SYS
-from tcpstate.kernel.sockets import SO, Level, pack_address
+from tcpstate.kernel.sockets import SO, Ioctl, Level, pack_address
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, InfoOption, RepairQueue, TcpInfo
-from tcpstate.rows import failures
+from tcpstate.rows import Names, failures
 from tcpstate.segment import SEQ_MASK, Flag, Segment, build, timestamp_option
 
 __all__ = ["SAMPLES_MAX", "Lesson", "samples", "teach"]
@@ -54,22 +54,19 @@ _PAUSE: Final = 0.001
 _WINDOW: Final = 0xFFFF
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lesson:
+class Lesson(NamedTuple):
     """What one socket in repair, whose send queue begins ``len(samples)`` bytes early, is taught.
 
     conn_id     its connection
     snd_una     sequence number after the early bytes
     rcv_nxt     next sequence number expected at this moment
     samples     microseconds, in order
-    clock       its own timestamp clock, set at the end
     """
 
     conn_id: ConnId
     snd_una: int
     rcv_nxt: int
     samples: tuple[int, ...]
-    clock: int
 
 
 def samples(srtt: int, rttvar: int, *, exact: bool = True) -> tuple[int, ...]:
@@ -125,7 +122,7 @@ class _Acking:
     packet: Field
     length: Column
     address: Field
-    info: Field
+    left: Field
 
     @classmethod
     def build(cls, rows: Rows, family: int) -> Self:
@@ -136,8 +133,10 @@ class _Acking:
         rows.setsockopt(fd, Level.TCP, TCP.TIMESTAMP, clock)
         # no room for it just now: as if it had been lost, and it is sent again
         rows.call(SYS.sendto, raw, packet, length, 0, address, size, ignore=True, label="injecting an ACK")
-        info = rows.getsockopt(fd, Level.TCP, TCP.INFO, INFO_SIZE)
-        return cls(fd, raw, packet, length, address, info)
+        # nothing but early bytes is in its queue
+        left = rows.room(4)
+        rows.call(SYS.ioctl, fd, Ioctl.SIOCOUTQ, left, label=Ioctl.SIOCOUTQ.name)
+        return cls(fd, raw, packet, length, address, left)
 
 
 #: IPv6, TCP, timestamps
@@ -147,46 +146,31 @@ _sending = {n: Reusable(functools.partial(_Sending.build, count=n)) for n in ran
 _acking = {f: Reusable(functools.partial(_Acking.build, family=f)) for f in _FAMILIES}
 
 
-def _build_settling(rows: Rows) -> tuple[Column, Field]:
-    fd, clock = rows.column(), rows.room(4)
-    rows.setsockopt(fd, Level.TCP, TCP.TIMESTAMP, clock)
-    return fd, clock
-
-
-_settling = Reusable(_build_settling)
-
-
 @functools.lru_cache(maxsize=1024)
 def _destination(address: str) -> bytes:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    return pack_address(address, 0, family=family)
+    return pack_address(address.partition("%")[0], 0, family=family)
 
 
 def teach(socks: Sequence[socket.socket], lessons: Sequence[Lesson]) -> None:
-    """Give each socket its samples. Their send queues are empty afterwards, their clocks their own.
+    """Give each socket its samples. Their send queues are empty afterwards; their clocks are still to be set.
 
     SoftStateNotRestored if an ACK does not arrive: the socket is of no use then. ConnectionCallFailed, OSError.
     """
-    todo = [(s, one) for s, one in zip(socks, lessons, strict=True) if one.samples]
-    if not todo:
+    if not socks:
         return
-    names = [str(one.conn_id) for _, one in todo]
-    for count in {len(one.samples) for _, one in todo}:
-        mine = [s for s, one in todo if len(one.samples) == count]
+    for count in {len(one.samples) for one in lessons}:
+        mine = [i for i, one in enumerate(lessons) if len(one.samples) == count]
         rows, sending = _sending[count].of(len(mine))
-        sending.fd.set(s.fileno() for s in mine)
-        with failures(mine):
+        sending.fd.set([socks[i].fileno() for i in mine])
+        with failures(socks, Names([lessons[i] for i in mine])):
             rows.run()
-    families = {one.conn_id.v6 for _, one in todo}
+    todo = list(zip(socks, lessons, strict=True))
+    families = {one.conn_id.v6 for one in lessons}
     with inward(frozenset(socket.AF_INET6 if v6 else socket.AF_INET for v6 in families)):
         for v6 in families:
             with _raw(socket.AF_INET6 if v6 else socket.AF_INET) as raw:
                 _acknowledge(raw, [pair for pair in todo if pair[1].conn_id.v6 is v6])
-    rows, (fd, clock) = _settling.of(len(todo))
-    fd.set(s.fileno() for s, _ in todo)
-    clock.set(one.clock for _, one in todo)
-    with failures([s for s, _ in todo], names):
-        rows.run()
 
 
 def _raw(family: int) -> socket.socket:
@@ -222,47 +206,36 @@ def _one_round(
     """Inject ACK ``number`` of each; those that have not taken it."""
     packets = [_packet(one, number, unit) for _, one in todo]
     rows, acking = _acking[socket.AF_INET6 if todo[0][1].conn_id.v6 else socket.AF_INET].of(len(todo))
-    acking.fd.set(s.fileno() for s, _ in todo)
+    acking.fd.set([s.fileno() for s, _ in todo])
     acking.raw.set([raw.fileno()] * len(todo))
     acking.packet.set_bytes(packets)
-    acking.length.set(map(len, packets))
-    acking.address.set_bytes([_destination(one.conn_id.local.partition("%")[0]) for _, one in todo])
-    with failures([s for s, _ in todo], [str(one.conn_id) for _, one in todo]):
+    acking.length.set(list(map(len, packets)))
+    acking.address.set_bytes([_destination(one.conn_id.local) for _, one in todo])
+    with failures([], Names([one for _, one in todo])):
         rows.run()
     waiting = [len(one.samples) - number - 1 for _, one in todo]
-    return [
-        pair for pair, unacked, rest in zip(todo, acking.info.u32(_UNACKED), waiting, strict=True) if unacked > rest
-    ]
-
-
-#: of tcpi_unacked in struct tcp_info
-_UNACKED: Final = 24
+    return [pair for pair, unacked, rest in zip(todo, acking.left.u32(), waiting, strict=True) if unacked > rest]
 
 
 def _packet(one: Lesson, number: int, unit: int) -> bytes:
     """The peer's ACK of early byte ``number``."""
+    conn, rcv_nxt = one.conn_id, one.rcv_nxt
     ack = (one.snd_una - len(one.samples) + number + 1) & SEQ_MASK
-    echo = _CLOCK - max(1, round(one.samples[number] / unit))
-    template, head = _template(one.conn_id.peer.partition("%")[0], one.conn_id.local.partition("%")[0])
-    packet = bytearray(template)
-    struct.pack_into("!HHII", packet, head, one.conn_id.peer_port, one.conn_id.local_port, one.rcv_nxt, ack)
-    struct.pack_into("!I", packet, len(packet) - 4, echo & SEQ_MASK)
-    # the template has its own checksum in it: the sum of all but the words that were 0 in it
-    (total,) = struct.unpack_from("!H", packet, head + 16)
-    total = (~total & 0xFFFF) + one.conn_id.peer_port + one.conn_id.local_port
-    total += sum(divmod(one.rcv_nxt, 0x10000)) + sum(divmod(ack, 0x10000)) + sum(divmod(echo & SEQ_MASK, 0x10000))
-    total %= 0xFFFF
-    struct.pack_into("!H", packet, head + 16, ~total & 0xFFFF)
-    return bytes(packet)
+    echo = (_CLOCK - max(1, round(one.samples[number] / unit))) & SEQ_MASK
+    form, head, middle, rest, total = _template(conn.peer, conn.local)
+    # the sum of all words, modulo 0xffff: numbers of 32 bits count as the sum of their halves
+    total = (total + conn.peer_port + conn.local_port + rcv_nxt + ack + echo) % 0xFFFF
+    return form.pack(head, conn.peer_port, conn.local_port, rcv_nxt, ack, middle, 0xFFFF - total, rest, echo)
 
 
 @functools.lru_cache(maxsize=4096)
-def _template(peer: str, local: str) -> tuple[bytes, int]:
-    """A packet from ``peer`` with ports, numbers and echo of 0, and where its TCP header begins."""
+def _template(peer: str, local: str) -> tuple[struct.Struct, bytes, bytes, bytes, int]:
+    """How a packet from ``peer`` is packed: what stands before its ports, before the checksum, and before the echo; and
+    the sum of its words where ports, numbers and echo are 0."""
     segment = Segment(
-        source=peer,
+        source=peer.partition("%")[0],
         source_port=0,
-        destination=local,
+        destination=local.partition("%")[0],
         destination_port=0,
         seq=0,
         ack=0,
@@ -272,4 +245,7 @@ def _template(peer: str, local: str) -> tuple[bytes, int]:
         options=timestamp_option(0, 0),
     )
     packet = build(segment)
-    return packet, len(packet) - 20 - len(segment.options)
+    at = len(packet) - 20 - len(segment.options)
+    (checksum,) = struct.unpack_from("!H", packet, at + 16)
+    head, middle, rest = packet[:at], packet[at + 12 : at + 16], packet[at + 18 : -4]
+    return struct.Struct(f"!{len(head)}sHHII4sH{len(rest)}sI"), head, middle, rest, 0xFFFF - checksum

@@ -9,12 +9,16 @@ none::
     ...
     policy = Policy(trusted=(load_public(Path("/etc/tcpmig/peer.pub")),))
     record = ConnectionRecord.from_bytes(verify(data, policy).record)
+
+A chaperone signs what it has exported, for whom, so that another one can trust it (:class:`Signer`,
+:class:`Verifier`): whoever may rebuild any record may claim to be in any connection that his address and ports allow.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -25,7 +29,18 @@ from tcpstate.errors import BadKeyFile, BadRecord, BadSignature, UnsignedRecord,
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-__all__ = ["Policy", "Verified", "generate_key", "load_private", "load_public", "sign", "verify"]
+__all__ = [
+    "Policy",
+    "Signed",
+    "Signer",
+    "Verified",
+    "Verifier",
+    "generate_key",
+    "load_private",
+    "load_public",
+    "sign",
+    "verify",
+]
 
 _FORM: Final = "tcpmig-signed-record"
 _VERSION: Final = 1
@@ -35,7 +50,7 @@ _OTHERS: Final = 0o077
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Signed:
+class Signed:
     """The wrapping.
 
     form, version  what this is
@@ -105,21 +120,31 @@ def generate_key(path: Path) -> bytes:
     return key.public_key().public_bytes_raw()
 
 
+def _read(path: Path) -> tuple[bytes, int]:
+    """What a regular file holds, and its mode: of the open file, the name may lead elsewhere a moment later."""
+    try:
+        # not waiting: it may be a pipe that nobody writes to
+        with open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise BadKeyFile("it is no regular file", object=str(path))
+            return file.read(), mode
+    except OSError as error:
+        raise BadKeyFile(f"it cannot be read: {error.strerror}", object=str(path)) from None
+
+
 def load_private(path: Path) -> Ed25519PrivateKey:
-    """The private key in a PEM file that only its owner may read. BadKeyFile; OSError."""
+    """The private key in a PEM file that only its owner may read. BadKeyFile."""
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        # of the open file: the name may lead elsewhere a moment later
-        mode = os.fstat(file.fileno()).st_mode
-        if not stat.S_ISREG(mode) or mode & _OTHERS:
-            raise BadKeyFile(f"others may read it (mode {stat.S_IMODE(mode):04o})", object=str(path))
-        data = file.read()
+    data, mode = _read(path)
+    if mode & _OTHERS:
+        raise BadKeyFile(f"others may read it (mode {stat.S_IMODE(mode):04o})", object=str(path))
     try:
         key = serialization.load_pem_private_key(data, password=None)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         # the reason might quote the key
         raise BadKeyFile("it is no private key in PEM form without a password", object=str(path)) from None
     if not isinstance(key, Ed25519PrivateKey):
@@ -128,13 +153,14 @@ def load_private(path: Path) -> Ed25519PrivateKey:
 
 
 def load_public(path: Path) -> bytes:
-    """The public key in a PEM file, 32 bytes. BadKeyFile; OSError."""
+    """The public key in a PEM file, 32 bytes. BadKeyFile."""
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
     try:
-        key = serialization.load_pem_public_key(path.read_bytes())
-    except ValueError:
+        key = serialization.load_pem_public_key(_read(path)[0])
+    except (ValueError, UnsupportedAlgorithm):
         raise BadKeyFile("it is no public key in PEM form", object=str(path)) from None
     if not isinstance(key, Ed25519PublicKey):
         raise BadKeyFile("it is no Ed25519 key", object=str(path))
@@ -143,11 +169,11 @@ def load_public(path: Path) -> bytes:
 
 def sign(record: bytes, key: Ed25519PrivateKey, owner: int | None = None) -> bytes:
     """The record's bytes with a signature, for :func:`verify`; ``owner``: the user that it is exported for."""
-    bare = _Signed(
+    bare = Signed(
         form=_FORM, version=_VERSION, key=key.public_key().public_bytes_raw(), record=record, signature=b"", owner=owner
     )
     return codec.pack(
-        _Signed(
+        Signed(
             form=_FORM, version=_VERSION, key=bare.key, record=record, signature=key.sign(bare.message()), owner=owner
         )
     )
@@ -172,13 +198,13 @@ def verify(data: bytes, policy: Policy) -> Verified:
     return Verified(record=signed.record, key=signed.key, owner=signed.owner)
 
 
-def _unwrapped(data: bytes) -> _Signed | None:
+def _unwrapped(data: bytes) -> Signed | None:
     """The wrapping; None if ``data`` is something else. BadRecord if it is a wrapping that is damaged."""
     try:
-        signed = codec.unpack(_Signed, data)
-    except BadRecord:
+        signed = codec.unpack(Signed, data)
+    except (BadRecord, UnicodeError, OverflowError):
         if _FORM.encode("ascii") in data[:_HEAD]:
-            raise
+            raise BadRecord("its wrapping is damaged") from None
         return None
     if signed.form != _FORM:
         return None
@@ -191,7 +217,7 @@ def _unwrapped(data: bytes) -> _Signed | None:
 _HEAD: Final = 64
 
 
-def _holds(signed: _Signed) -> bool:
+def _holds(signed: Signed) -> bool:
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -202,3 +228,28 @@ def _holds(signed: _Signed) -> bool:
     except (InvalidSignature, ValueError):
         return False
     return True
+
+
+class Signer:
+    """Signs with the private key in a file: a record, and for whom it was exported. BadKeyFile."""
+
+    def __init__(self, path: Path) -> None:
+        self._key = load_private(path)
+
+    def __call__(self, record: bytes, uid: int) -> bytes:
+        """The signed record."""
+        return sign(record, self._key, owner=uid)
+
+
+class Verifier:
+    """Takes what is signed with one of the keys in files, and for somebody. BadKeyFile."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._policy = Policy(trusted=tuple(map(load_public, paths)))
+
+    def __call__(self, data: bytes) -> tuple[bytes, int]:
+        """The record, and whose connection it was. UnsignedRecord, UntrustedKey, BadSignature, BadRecord."""
+        found = verify(data, self._policy)
+        if found.owner is None:
+            raise UnsignedRecord("its signature does not say for whom it was exported")
+        return found.record, found.owner

@@ -21,19 +21,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from tcpstate.connid import ConnId
 from tcpstate.errors import KernelFeatureMissing, TcpmigError
 from tcpstate.kernel.bpf import windows
 from tcpstate.kernel.bpf.windows import SLOTS, Slot
-from tcpstate.kernel.columns import Column, Field, Reusable, Rows
+from tcpstate.kernel.columns import Column, Field, Reusable, Rows, numbers_of
 from tcpstate.kernel.sockets import IP, IPV6, SO, Level
 from tcpstate.kernel.tcp import (
     CONGESTION_NAME_SIZE,
@@ -45,12 +43,12 @@ from tcpstate.kernel.tcp import (
     repair_options,
 )
 from tcpstate.options import number
-from tcpstate.record import ConnectionRecord, Family, SoftState
+from tcpstate.record import DEVICE_OPTION, ConnectionRecord, Family, SoftState, State
 from tcpstate.roundtrip import Lesson, samples, teach
 from tcpstate.rows import Names, failures
 from tcpstate.silence import MARK
 
-__all__ = ["Plan", "clamp", "give", "missing", "plan", "room", "wide_open"]
+__all__ = ["NOTHING", "Plan", "clamp", "give", "missing", "plan", "room", "wide_open"]
 
 _log = logging.getLogger(__name__)
 
@@ -105,8 +103,7 @@ def missing() -> KernelFeatureMissing | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """What one rebuilt connection is given.
 
     samples  round-trip times; its send queue is to begin so many bytes early
@@ -117,24 +114,27 @@ class Plan:
     slot: Slot | None = None
 
 
+NOTHING: Final = Plan()
+
+
 def plan(records: Sequence[ConnectionRecord]) -> list[Plan]:
     """What can be given here to the connections of ``records``. Logs one warning for each thing that cannot."""
     lack = missing() if any(r.soft is not None for r in records) else None
     if lack is not None:
         _log.warning("congestion windows are lost, the connections begin with slow start: %s", lack.message)
     exact = len(records) < _MANY
-    lengths = functools.cache(functools.partial(samples, exact=exact))
     taught: dict[Family, bool] = {}
     plans = []
     for record in records:
         soft = record.soft
-        if soft is None:
-            plans.append(Plan())
+        # What has ended needs none.  The ACKs that teach are not signed, and they come over loopback: a socket of an
+        # interface hears only that.
+        if soft is None or record.state is State.CLOSED or record.signing_keys or DEVICE_OPTION in record.option_data:
+            plans.append(NOTHING)
             continue
         lessons: tuple[int, ...] = ()
-        # A socket of an interface hears only that; the injected ACKs come over loopback.
-        if record.timestamps is not None and not record.scope and "so.bindtodevice" not in record.option_data:
-            lessons = lengths(soft.srtt, soft.rttvar)
+        if record.timestamps is not None and not record.scope:
+            lessons = samples(soft.srtt, soft.rttvar, exact=exact)
             if lack is not None:
                 # each ACK counts as one segment in slow start, and nothing sets the window afterwards
                 lessons = (soft.srtt,)[: len(lessons)]
@@ -172,7 +172,7 @@ def _can_teach(record: ConnectionRecord) -> bool:
             options = repair_options(record.negotiated.mss, wscale=None, sack=False, timestamps=True)
             sock.setsockopt(Level.TCP, TCP.REPAIR_OPTIONS, options)
             name = ConnId.tcp(conn.local, sock.getsockname()[1], conn.peer, 1)
-            teach([sock], [Lesson(conn_id=name, snd_una=2, rcv_nxt=1, samples=(1000,), clock=0)])
+            teach([sock], [Lesson(name, snd_una=2, rcv_nxt=1, samples=(1000,))])
     except (TcpmigError, OSError) as error:
         _log.warning("round-trip times are lost, what is lost on its way is repeated late: %s", error)
         return False
@@ -184,26 +184,22 @@ def give(
     records: Sequence[ConnectionRecord],
     plans: Sequence[Plan],
     received: Sequence[int],
-    clocks: Sequence[int],
 ) -> None:
-    """Give connected sockets in repair, whose queues are empty yet, what was planned.
+    """Give connected sockets in repair, whose queues are empty yet, what was planned. Their clocks, and their
+    congestion controls, are still to be set then.
 
     received  the sequence number that each expects next, as it is now
-    clocks    the timestamp clock of each, to be set
 
     SoftStateNotRestored, ConnectionCallFailed.
     """
-    lessons = [
-        Lesson(conn_id=r.conn_id, snd_una=r.snd_una, rcv_nxt=at, samples=p.samples, clock=clock)
-        for r, p, at, clock in zip(records, plans, received, clocks, strict=True)
-    ]
-    teach(socks, lessons)
+    pupils = [i for i, p in enumerate(plans) if p.samples]
+    lessons = [Lesson(records[i].conn_id, records[i].snd_una, received[i], plans[i].samples) for i in pupils]
+    teach([socks[i] for i in pupils], lessons)
     wanted = [i for i, p in enumerate(plans) if p.slot is not None]
     for start in range(0, len(wanted), SLOTS):
         part = wanted[start : start + SLOTS]
         slots = [slot for i in part if (slot := plans[i].slot) is not None]
         _windows([socks[i] for i in part], [records[i] for i in part], slots)
-        _go_back([socks[i] for i in part], [records[i] for i in part])
 
 
 def _build_ours(rows: Rows) -> tuple[Column, Field, Field, Field]:
@@ -231,10 +227,10 @@ def _windows(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]
     setter = windows.setter()
     setter.fill(slots)
     rows, (fd, slot, ours, priority) = _ours.of(len(socks))
-    fd.set(s.fileno() for s in socks)
+    fd.set(numbers_of(socks))
     slot.set(range(len(socks)))
     ours.set_bytes([setter.name.encode()] * len(socks))
-    priority.set(number(r, "so.priority") for r in records)
+    priority.set([number(r, "so.priority") for r in records])
     with failures(socks, Names(records)):
         rows.run()
 
@@ -242,7 +238,7 @@ def _windows(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]
 def _go_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
     """Their own congestion control."""
     rows, (fd, own, size) = _own.of(len(socks))
-    fd.set(s.fileno() for s in socks)
+    fd.set(numbers_of(socks))
     own.set_bytes([r.congestion.encode("ascii") for r in records])
     size.set(len(r.congestion) for r in records)
     with failures(socks, Names(records)):

@@ -8,7 +8,6 @@ uninitialized.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import socket
 import struct
@@ -30,7 +29,6 @@ from tcpstate.kernel.tcpinfo import unpack_fields
 from tcpstate.keywords import KEYWORDS, TABLE, Keyword, Kind
 from tcpstate.preflight import STATES
 from tcpstate.record import ConnectionRecord
-from tcpstate.segment import SEQ_MASK
 from tcpstate.silence import MARK
 from tcpstate.standstill import standstill
 from tcpstate.stateitem import Value
@@ -246,21 +244,7 @@ def frozen_record(sock: socket.socket, entry: FrozenConnection) -> ConnectionRec
     with standstill(owner.pid for owner in entry.other_owners):
         (record,) = export_connections([sock], [entry.state])
         leave_repair([sock], [entry.state.reuse_address], probe=False)
-    return with_urgent_out(record)
-
-
-def with_urgent_out(record: ConnectionRecord) -> ConnectionRecord:
-    """With the place of our own urgent byte among what was sent, which only the iterator tells."""
-    if not record.send_queue:
-        return record
-    try:
-        told = tcpsock.read({"snd_up"}, wanted=record.conn_id.__eq__)
-    except (KernelFeatureMissing, OSError) as error:
-        log.debug("whether %s has urgent data under way is not known: %s", record.conn_id, error)
-        return record
-    up = told[record.conn_id].values.get("snd_up") if record.conn_id in told else None
-    ahead = 0 if up is None else (up - record.snd_una) & SEQ_MASK
-    return dataclasses.replace(record, urgent_out=ahead) if 0 < ahead <= len(record.send_queue) else record
+    return record
 
 
 def field_of(record: ConnectionRecord, path: str) -> Value:

@@ -1,8 +1,9 @@
 """Writing state items: several at once, or none.
 
 Options are set on the socket, and what they were is set again if a later item fails.  Hard state goes through repair
-mode: it is an edit of the connection's record (:func:`edit_of`), which :mod:`tcpstate.replacement` makes true.  Soft
-state that the kernel gives no option for takes BPF, if a writer for it is plugged in.
+mode: it is an edit of the connection's record (:func:`edit_of`), which :mod:`tcpstate.replacement` makes true.  So does
+soft state that the kernel gives no option for: a connection that is made anew gets what its record says it has learned
+(:mod:`tcpstate.softstate`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 import socket
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from tcpstate import frozen, options
+from tcpstate import frozen, options, softstate
 from tcpstate.access import capable
 from tcpstate.attach import Attached
 from tcpstate.errors import (
@@ -28,19 +29,21 @@ from tcpstate.errors import (
 from tcpstate.frozen import FrozenConnection
 from tcpstate.kernel.capability import Cap
 from tcpstate.kernel.sockets import SO, Level
-from tcpstate.kernel.tcp import CONGESTION_NAME_SIZE, TCP
+from tcpstate.kernel.tcp import CONGESTION_NAME_SIZE, INFO_SIZE, TCP, InfoOption, TcpInfo
 from tcpstate.keywords import KEYWORDS, Change, Keyword, Kind, Life
-from tcpstate.record import LOCALLY_FINISHED, ConnectionRecord, LocalFin, Negotiated, State, Timestamps
+from tcpstate.record import LOCALLY_FINISHED, ConnectionRecord, LocalFin, Negotiated, SoftState, State, Timestamps
 from tcpstate.replacement import Edit, replace
 from tcpstate.segment import SEQ_MASK
 from tcpstate.stateitem import StateItem, Value, check_value
 from tcpstate.stateread import Reader
 
-__all__ = ["checked", "edit_of", "plug_soft_writer", "settable", "write_values"]
+__all__ = ["checked", "edit_of", "settable", "write_values"]
 
-#: writes cwnd, ssthresh, srtt, rttvar, rto of a connection; all or none, OSError or a TcpmigError
-SoftWriter = Callable[[socket.socket, Mapping[str, int]], None]
-_soft_writers: list[SoftWriter] = []
+#: soft state that only BPF writes
+_BY_BPF: Final = frozenset({"cwnd", "ssthresh"})
+#: of a connection that is being put together (RFC 6928, RFC 5681 3.1, RFC 6298 2.1)
+_UNLEARNED: Final = SoftState(cwnd=10, ssthresh=0x7FFFFFFF, srtt=0, rttvar=0, rto=1_000_000)
+_TIMESTAMPS: Final = int(InfoOption.TIMESTAMPS)
 
 #: the freeze has changed these on the socket: the originals are in the note
 _IN_NOTE: Final[Mapping[str, str]] = {
@@ -50,11 +53,6 @@ _IN_NOTE: Final[Mapping[str, str]] = {
     "ip.minttl": "minimum_ttl",
     "so.reuseaddr": "reuse_address",
 }
-
-
-def plug_soft_writer(writer: SoftWriter) -> None:
-    """Let ``writer`` set the soft state that the kernel has no option for."""
-    _soft_writers.append(writer)
 
 
 def checked(items: Iterable[StateItem], found: Attached) -> dict[Change, dict[str, Value]]:
@@ -84,20 +82,19 @@ def checked(items: Iterable[StateItem], found: Attached) -> dict[Change, dict[st
     need = next((k for k in seen if KEYWORDS[k].privileged and KEYWORDS[k].change is not Change.NONE), None)
     if need is not None and not capable(Cap.NET_ADMIN):
         raise NotPermitted("setting it takes CAP_NET_ADMIN", object=need, fix="Ask the chaperone, or run as root.")
-    if plan[Change.SOFT] and not _soft_writers:
-        raise KernelFeatureMissing(
-            "this kernel, or this program's privileges, give no way to write it", object=next(iter(plan[Change.SOFT]))
-        )
+    by_bpf = _BY_BPF & plan[Change.SOFT].keys()
+    if by_bpf and (lack := softstate.missing()):
+        raise KernelFeatureMissing(f"there is no way to write it here: {lack.message}", object=min(by_bpf))
     return plan
 
 
 def write_values(found: Attached, plan: Mapping[Change, Mapping[str, Value]]) -> None:
     """Set what :func:`checked` gave; all of it, or nothing.
 
-    A connection that is not frozen is frozen for that moment. StateNotSet, and what
+    A connection that is not frozen is frozen for that moment. NotSettable, StateNotSet, and what
     :func:`~tcpstate.replacement.replace` and :func:`~tcpstate.frozen.freeze` raise.
     """
-    repair = dict(plan[Change.REPAIR])
+    repair = {**plan[Change.REPAIR], **plan[Change.SOFT]}
     try:
         entry = frozen.entry_of(found.conn_id)
     except NotFrozen:
@@ -107,14 +104,14 @@ def write_values(found: Attached, plan: Mapping[Change, Mapping[str, Value]]) ->
         repair |= plan[Change.OPTION]
         replace(found.sock, entry, edit_of(repair))
         return
+    taught = sorted(plan[Change.SOFT].keys() - _BY_BPF)
+    if taught and not TcpInfo.unpack(found.sock.getsockopt(Level.TCP, TCP.INFO, INFO_SIZE)).options & _TIMESTAMPS:
+        raise NotSettable("it cannot be given to a connection without timestamps", object=taught[0])
     undo = _Undo(found.sock, entry)
     try:
         undo.set(plan[Change.OPTION])
         if repair:
             _with_frozen(found, entry, edit_of(repair))
-        if plan[Change.SOFT]:
-            for writer in _soft_writers:
-                writer(found.sock, {k: int(v) for k, v in plan[Change.SOFT].items() if isinstance(v, int)})
     except BaseException:
         undo.back()
         raise
@@ -231,7 +228,7 @@ class _Fields:
 
     def __init__(self, record: ConnectionRecord) -> None:
         self.old = record
-        self.parts: dict[str, dict[str, Any]] = {name: {} for name in ("", "windows", "negotiated", "buffers")}
+        self.parts: dict[str, dict[str, Any]] = {name: {} for name in ("", "windows", "negotiated", "buffers", "soft")}
         self.clock: dict[str, Any] = {}
         self.options = dict(record.options)
         self.option_data = dict(record.option_data)
@@ -253,6 +250,9 @@ class _Fields:
                 "receive_locked": bool(_number(value) & 2),
             }
             return
+        if keyword.change is Change.SOFT:
+            self._learned(keyword.name, _number(value))
+            return
         path = keyword.source(Kind.REPAIR)
         if path is None:
             raise ValueError(f"{keyword.name} is no part of a record")
@@ -266,6 +266,12 @@ class _Fields:
         else:
             present = getattr(getattr(self.old, part) if part else self.old, name)
             self.parts[part][name] = bool(value) if isinstance(present, bool) else value
+
+    def _learned(self, name: str, value: int) -> None:
+        """One thing that the connection has learned about its path. ValueError."""
+        if name in _BY_BPF and not value:
+            raise ValueError(f"{name} is at least 1")
+        self.parts["soft"][name] = value
 
     def record(self, given: Mapping[str, Value]) -> ConnectionRecord:
         """The whole. ValueError where the parts contradict each other."""
@@ -292,6 +298,7 @@ class _Fields:
             windows=new_windows,
             negotiated=negotiated,
             buffers=dataclasses.replace(old.buffers, **self.parts["buffers"]),
+            soft=dataclasses.replace(old.soft or _UNLEARNED, **self.parts["soft"]) if self.parts["soft"] else old.soft,
             timestamps=self._timestamps(negotiated),
             options=self.options,
             option_data=self.option_data,

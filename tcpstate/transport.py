@@ -161,7 +161,7 @@ def transport_resume(conn: Conn) -> FrozenConnection:
     """Let a frozen connection go on: its timers run, what has arrived meanwhile arrives now.
 
     One whose owner has died is closed as the owner's end would have closed it, unless somebody else has it open.
-    NotFrozen, NoSuchConnection, AddressNotHere, ConnectionCallFailed, ConnectionLost.
+    NotFrozen, NoSuchConnection, AddressNotMoved, ConnectionCallFailed, ConnectionLost.
     """
     return frozen.resume(conn)
 

@@ -12,8 +12,8 @@ from cli.session import Result, Session
 from tcpstate.chaperone.client import DEFAULT_SOCKET
 from tcpstate.chaperone.messages import Limits
 from tcpstate.chaperone.policy import Network, Policy
-from tcpstate.chaperone.seal import Signer, Verifier
 from tcpstate.chaperone.service import serve
+from tcpstate.signing import Signer, Verifier
 
 __all__ = ["chaperone"]
 

@@ -40,8 +40,8 @@ from tcpstate.errors import (
     NotFrozen,
     NotYours,
     OwnerRuns,
+    RecordOfAnother,
     UnsupportedSocket,
-    UntrustedRecord,
 )
 from tcpstate.kernel.columns import RowError
 from tcpstate.kernel.route import is_local
@@ -222,7 +222,7 @@ def _trusted(data: bytes, context: Context) -> tuple[ConnectionRecord, int]:
     if context.policy.verify is not None:
         data, signed_for = context.policy.verify(data)
         if not context.peer.may_use(signed_for):
-            raise UntrustedRecord(f"it was exported for uid {signed_for}, the client is uid {uid}")
+            raise RecordOfAnother(f"it was exported for uid {signed_for}, the client is uid {uid}")
         uid = signed_for
     return ConnectionRecord.from_bytes(data), uid
 

@@ -64,7 +64,7 @@ class Policy:
     addresses     records of these are built although the address is not here (yet)
     low_ports     privileged ports on which anyone may rebuild
     sign          makes of a record and its owner's uid what leaves the host; None: the record as it is
-    verify        the reverse: record and uid, UntrustedRecord if the signature does not hold; None: no signature is
+    verify        the reverse: record and uid, :func:`tcpstate.signing.verify`'s errors; None: no signature is
                   asked for
     """
 

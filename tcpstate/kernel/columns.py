@@ -4,6 +4,9 @@ A :class:`Rows` holds ``count`` rows, one per socket; each row makes the same ca
 own record of memory for what they read and write.  The table is filled by one strided assignment per argument, not
 call by call, and only for a slab of rows: the next slab runs in the same table, which stays in the processor's cache.
 
+Two threads take every other slab each if there are :data:`WIDE` rows or more, and two processors: the calls hold no
+lock of the interpreter, and sockets know nothing of each other.
+
 ::
 
     rows = Rows(len(socks))
@@ -30,6 +33,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import struct
 import sys
@@ -37,13 +41,13 @@ import threading
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from tcpstate.kernel import batch
 from tcpstate.kernel.calls import ENTRY_SIZE, IGNORE_ERROR, RET_OFFSET, indirect
 from tcpstate.kernel.machine import SYS
 
-__all__ = ["Column", "Field", "Reusable", "RowError", "RowResult", "Rows", "Shared", "make_all"]
+__all__ = ["WIDE", "Column", "Field", "Reusable", "RowError", "RowResult", "Rows", "Shared", "make_all", "numbers_of"]
 
 T = TypeVar("T")
 
@@ -53,11 +57,13 @@ _RET_WORD = RET_OFFSET // _WORD
 _FLAGS_WORD = _WORDS - 1
 _MASK = (1 << 64) - 1
 #: rows of a slab
-_SLAB = 64
+_SLAB = 128
+#: rows from which on a table runs on two threads
+WIDE = 1024
 
 
 class RowError(OSError):
-    """A call of a row failed; it and the rows after it were not finished.
+    """A call of a row failed; it was not finished, nor were most of the rows after it.
 
     row, label  which row's call
     """
@@ -75,8 +81,34 @@ class Column:
     values: array[int]
 
     def set(self, values: Iterable[int]) -> None:
-        """What it is in the rows of the next run: one number per row."""
-        self.values = array("Q", [v & _MASK for v in values])
+        """What it is in the rows of the next run: one number per row. An array of 64-bit numbers is taken as it is."""
+        self.values = _array("Q", values)
+
+
+def _array(form: str, values: Iterable[int]) -> array[int]:
+    """The values as unsigned numbers of this form, cut to its size."""
+    if isinstance(values, array) and values.typecode == form:
+        return values
+    if not isinstance(values, list | range):
+        values = list(values)
+    try:
+        return array(form, values)
+    except OverflowError:
+        mask = (1 << 8 * array(form).itemsize) - 1
+        return array(form, [v & mask for v in values])
+
+
+def numbers_of(socks: Sequence[HasNumber]) -> array[int]:
+    """The descriptors of sockets, for :meth:`Column.set`: made once for all tables."""
+    return array("Q", [s.fileno() for s in socks])
+
+
+class HasNumber(Protocol):
+    """A socket, a file."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +136,8 @@ class Field:
     length_field: Field | None = None
     result: RowResult | None = None
     _same: bytes = b""
-    _each: array[int] | Sequence[bytes] | None = field(default=None)
+    _each: array[int] | None = field(default=None)
+    _width: int = 1  # words of _each per row
 
     def u32(self, at: int = 0) -> list[int]:
         """The unsigned 32-bit number at byte ``at`` of each row."""
@@ -158,13 +191,19 @@ class Field:
 
     def set(self, values: Iterable[int]) -> None:
         """A 32-bit number of its own for each row of the next run."""
-        self._each = array("I", [v & 0xFFFFFFFF for v in values])
+        self._each, self._width = _array("I", values), 1
 
     def set_bytes(self, values: Sequence[bytes]) -> None:
         """Bytes of its own for each row of the next run, no more than the field holds."""
-        if any(len(value) > self.size for value in values):
+        sizes = set(map(len, values))
+        longest = max(sizes, default=0)
+        if longest > self.size:
             raise ValueError(f"a value is longer than the {self.size} bytes of its field")
-        self._each = values
+        self._width = max(1, -(-longest // 4))
+        padded = 4 * self._width
+        if sizes != {padded}:
+            values = [value.ljust(padded, b"\0") for value in values]
+        self._each = array("I", b"".join(values))
 
     def length_of(self, row: int) -> int:
         """The 32-bit number of one row (this field is the length of another)."""
@@ -206,10 +245,8 @@ class Rows:
         self.memory = bytearray()
         self.returned: array[int] = array("q")
         self._slab = 0
-        self._records = bytearray()
         self._initial = b""
-        self._entries: array[int] = array("Q")
-        self._inputs: list[tuple[int, Column]] = []
+        self._lanes: list[_Lane] = []
         self._fields: list[Field] = []
         self._calls: list[tuple[int, tuple[Argument, ...], int]] = []
         self._labels: list[str] = []
@@ -225,7 +262,7 @@ class Rows:
 
     def numbers(self, values: Iterable[int]) -> Column:
         """An argument: one number (a descriptor, a length, an address) per row."""
-        column = array("Q", [v & _MASK for v in values])
+        column = _array("Q", values)
         if len(column) != self.count:
             raise ValueError(f"{len(column)} values for {self.count} rows")
         return Column(column)
@@ -259,13 +296,13 @@ class Rows:
     def u32(self, values: Iterable[int]) -> Field:
         """A 32-bit number of its own in each row's record."""
         made = self.room(4)
-        made._each = array("I", [v & 0xFFFFFFFF for v in values])
+        made.set(values)
         return made
 
     def data(self, values: Sequence[bytes]) -> Field:
         """Bytes of its own in each row's record; as large as the longest."""
         made = self.room(max((len(v) for v in values), default=0) or 1)
-        made._each = values
+        made.set_bytes(values)
         return made
 
     def call(self, nr: int, *args: Argument, ignore: bool = False, label: str = "") -> RowResult:
@@ -303,8 +340,42 @@ class Rows:
             return
         if not self._slab:
             self.place(self.count)
-        for start in range(0, self.count, self._slab):
-            self._run_slab(start, min(self._slab, self.count - start))
+        self.memory = bytearray(self.count * self.record_size)
+        self.returned = array("q", bytes(self.count * self.calls * _WORD))
+        if self.count < WIDE or _processors() < 2:
+            self._run_lane(self._lanes[0], range(0, self.count, self._slab), self.count, [])
+            return
+        if len(self._lanes) == 1:
+            self._lanes.append(self._lane())
+        # not one half after the other but turn by turn: the first rows of a table are the first that fail
+        self._run_both(self._lanes[0], self._lanes[1])
+
+    def _run_both(self, mine: _Lane, theirs: _Lane) -> None:
+        """Every other slab on another thread, which is a child of this one: in the same namespaces."""
+        failed: list[BaseException] = []
+
+        def run(lane: _Lane, first: int) -> None:
+            try:
+                self._run_lane(lane, range(first, self.count, 2 * self._slab), self.count, failed)
+            except BaseException as error:
+                failed.append(error)
+
+        other = threading.Thread(target=run, args=(theirs, self._slab), name="tcpmig-rows")
+        other.start()
+        try:
+            run(mine, 0)
+        finally:
+            other.join()
+        if failed:
+            # the failure of a call tells more than what came after it
+            rows = [error for error in failed if isinstance(error, RowError)]
+            raise min(rows, key=lambda error: error.row) if len(rows) == len(failed) else failed[0]
+
+    def _run_lane(self, lane: _Lane, starts: range, end: int, failed: list[BaseException]) -> None:
+        for start in starts:
+            if failed:
+                return
+            self._run_slab(lane, start, min(self._slab, end - start))
 
     def place(self, count: int) -> None:
         """Give the table its place in memory, for runs of about ``count`` rows. It takes no more calls then."""
@@ -313,11 +384,11 @@ class Rows:
         for f in self._fields:
             template[f.offset : f.offset + len(f._same)] = f._same
         self._initial = bytes(template) * slab
-        self._records = bytearray(self._initial)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self._records)) if self._records else 0
-        self._place_entries(base, slab)
+        self._lanes = [self._lane()]
 
-    def _place_entries(self, base: int, slab: int) -> None:
+    def _lane(self) -> _Lane:
+        records, slab = bytearray(self._initial), self._slab
+        base = ctypes.addressof(ctypes.c_char.from_buffer(records)) if records else 0
         row = array("Q")
         for nr, args, flags in self._calls:
             words = [nr, 0, 0, 0, 0, 0, 0, 0, 0, flags]
@@ -329,49 +400,66 @@ class Rows:
                 elif isinstance(arg, RowResult):
                     words[_FLAGS_WORD] |= indirect(i)
             row.extend(words)
-        self._entries = row * slab
-        self._inputs = []
-        start, _ = self._entries.buffer_info()
+        entries = row * slab
+        inputs = []
+        start, _ = entries.buffer_info()
         for index, (_, args, _) in enumerate(self._calls):
             for i, arg in enumerate(args):
                 word = index * _WORDS + 1 + i
                 place = slice(word, None, len(row))
                 if isinstance(arg, Column):
-                    self._inputs.append((word, arg))
+                    inputs.append((word, arg))
                 elif isinstance(arg, Field):
-                    self._entries[place] = _steps(base + arg.offset, self.record_size, slab)
+                    entries[place] = _steps(base + arg.offset, self.record_size, slab)
                 elif isinstance(arg, RowResult):
                     at = start + (arg.call * _WORDS + _RET_WORD) * _WORD
-                    self._entries[place] = _steps(at, len(row) * _WORD, slab)
+                    entries[place] = _steps(at, len(row) * _WORD, slab)
+        return _Lane(records, entries, inputs)
 
-    def _run_slab(self, start: int, count: int) -> None:
+    def _run_slab(self, lane: _Lane, start: int, count: int) -> None:
         """Rows ``start`` to ``start + count``: filled, run, and what they brought kept."""
-        size, entries, records = self.record_size, self._entries, self._records
+        size, entries, records = self.record_size, lane.entries, lane.records
         records[:] = self._initial
-        for f in self._fields:
-            if f._each is None:
-                continue
-            if isinstance(f._each, array):
-                words = memoryview(records).cast("I")[f.offset // 4 :: size // 4]
-                words[:count] = memoryview(f._each)[start : start + count]
-            else:
-                for row, data in enumerate(f._each[start : start + count]):
-                    at = row * size + f.offset
-                    records[at : at + len(data)] = data
+        with memoryview(records).cast("I") as words:
+            step = size // 4
+            for f in self._fields:
+                if f._each is not None:
+                    width = f._width
+                    values = memoryview(f._each)[start * width : (start + count) * width]
+                    for at in range(width):
+                        first = f.offset // 4 + at
+                        words[first : first + step * (count - 1) + 1 : step] = values[at::width]
         row_words = self.calls * _WORDS
-        for word, column in self._inputs:
+        for word, column in lane.inputs:
             entries[word : count * row_words : row_words] = column.values[start : start + count]
         first, _ = entries.buffer_info()
         end = first + count * row_words * _WORD
         stopped = batch.walk(first, end)
-        self.memory += memoryview(records)[: count * size]
-        self.returned.frombytes(entries[_RET_WORD : count * row_words : _WORDS].tobytes())
+        self.memory[start * size : (start + count) * size] = memoryview(records)[: count * size]
+        calls = self.calls
+        results = entries[_RET_WORD : count * row_words : _WORDS].tobytes()
+        memoryview(self.returned).cast("B")[start * calls * _WORD : (start + count) * calls * _WORD] = results
         if stopped != end:
             index = (stopped - first) // ENTRY_SIZE
             word = entries[index * _WORDS + _RET_WORD]
             error = (1 << 64) - word
             row, call = divmod(index, self.calls)
             raise RowError(error if 0 < error < 4096 else errno.EIO, start + row, self._labels[call])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Lane:
+    """One place of a table in memory: records, calls, and which words of a row's calls are columns."""
+
+    records: bytearray
+    entries: array[int]
+    inputs: list[tuple[int, Column]]
+
+
+@functools.cache
+def _processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 class Reusable(Generic[T]):

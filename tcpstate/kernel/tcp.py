@@ -166,6 +166,8 @@ class RepairWindow:
 
 
 _WINDOW = struct.Struct("5I")
+#: :meth:`RepairWindow.pack` of the bare numbers
+pack_window = _WINDOW.pack
 WINDOW_SIZE = _WINDOW.size
 
 

@@ -2,12 +2,13 @@
 
 ``python -m tests.bench.bench_connections [COUNT ...]`` (as root): IPv4 and IPv6, with empty queues and with 4 KiB
 unread in each; 1,000 and 10,000 of them if no COUNT is named.  C is compiled with gcc in the same run, if gcc is there.
-Processor time, because hosts are shared; nothing is judged by the clock.
+Processor time, because hosts are shared, and for the three steps together also the clock on the wall: tables of calls
+run on two processors.  Nothing is judged by the clock.
 
-Steps: options are read while the owner stands still and the connections live; quiet to release is the time in which
-their peers meet silence; wire is the record packed and unpacked; C has no records, only the calls. ``three`` is freeze
-(quiet), export and rebuild together.  The peers are in a process of their own: 10,000 pairs do not fit one
-RLIMIT_NOFILE.
+Steps: options (and MD5 keys, which C does not look for) are read while the owner stands still and the connections live;
+quiet to release is the time in which their peers meet silence; wire is the record packed and unpacked; C has no
+records, only the calls. ``three`` is freeze (quiet), export and rebuild together; the rebuild gives learned state back
+(``--no-soft``: not, in both).  The peers are in a process of their own: 10,000 pairs do not fit one RLIMIT_NOFILE.
 """
 
 from __future__ import annotations
@@ -29,12 +30,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tcpstate import options
+from tcpstate import options, roundtrip, softstate
 from tcpstate.discard import discard_connections
 from tcpstate.export import export_connections
 from tcpstate.freeze import MARK, quiet, read_originals
+from tcpstate.inward import inward
 from tcpstate.kernel import bpf
+from tcpstate.kernel.bpf import windows
 from tcpstate.kernel.sockets import Ioctl, ioctl_int, pack_address
+from tcpstate.md5keys import keys_of
 from tcpstate.rebuild import differences, rebuild_connections, release_connections
 from tcpstate.record import ConnectionRecord
 from tcpstate.rehearsal import rehearse
@@ -46,6 +50,7 @@ PORT = 7000
 BATCH = 2000  # connections that are made before they are accepted
 STEPS = ("options", "quiet", "export", "wire", "discard", "rebuild", "compare", "release")
 THREE = ("quiet", "export", "rebuild")
+WALL = "seconds on the wall"
 SOURCE = Path(__file__).with_suffix(".c")
 
 
@@ -56,6 +61,7 @@ class Case:
     count: int
     family: int = socket.AF_INET
     unread: int = 0
+    soft: bool = True
 
     @property
     def name(self) -> str:
@@ -69,12 +75,16 @@ class One(ctypes.Structure):
     _fields_ = (
         ("local", ctypes.c_char * 28),
         ("peer", ctypes.c_char * 28),
+        ("loopback", ctypes.c_char * 28),
+        ("packet", ctypes.c_char * 72),
         ("size", ctypes.c_uint),
         ("v6", ctypes.c_uint),
         ("send", ctypes.c_uint),
         ("receive", ctypes.c_uint),
         ("window", ctypes.c_uint * 5),
         ("unread", ctypes.c_uint),
+        ("packet_size", ctypes.c_uint),
+        ("taught", ctypes.c_uint),
         ("data", ctypes.c_char_p),
     )
 
@@ -165,8 +175,9 @@ class Clock:
         self.spent: dict[str, float] = {}
 
     def time(self, step: str, what: Callable[[], T]) -> T:
-        begun = time.process_time()
+        begun, wall = time.process_time(), time.perf_counter()
         result = what()
+        self.spent[WALL] = self.spent.get(WALL, 0.0) + (time.perf_counter() - wall if step in THREE else 0)
         self.spent[step] = self.spent.get(step, 0.0) + (time.process_time() - begun) / self.count * 1e6
         return result
 
@@ -176,9 +187,10 @@ def ours(hosts: Net, peers: Peers, case: Case) -> dict[str, float]:
     served = connected(hosts, peers, case)
     with hosts.a:
         saved = clock.time("options", lambda: options.save(served))
+        keys = clock.time("options", lambda: keys_of(served))
         originals = clock.time("quiet", lambda: read_originals(served))
         states = clock.time("quiet", lambda: quiet(served, originals))
-        records = clock.time("export", lambda: export_connections(served, states, saved_options=saved))
+        records = clock.time("export", lambda: export_connections(served, states, saved_options=saved, keys=keys))
     assert {len(record.receive_queue) for record in records} == {case.unread}
     wire = clock.time("wire", lambda: [record.to_bytes() for record in records])
     told = clock.time("wire", lambda: [ConnectionRecord.from_bytes(data) for data in wire])
@@ -188,7 +200,7 @@ def ours(hosts: Net, peers: Peers, case: Case) -> dict[str, float]:
     drop(served)
     with hosts.b:
         fresh = [socket.socket(case.family) for _ in told]
-        made = clock.time("rebuild", lambda: rebuild_connections(told, fresh))
+        made = clock.time("rebuild", lambda: rebuild_connections(told, fresh, soft=case.soft))
         found = clock.time("compare", lambda: differences(made, told))
     assert found == []
     hosts.b.add(case.family)
@@ -229,14 +241,23 @@ def in_c(hosts: Net, peers: Peers, library: ctypes.CDLL, case: Case) -> dict[str
         total = call("export", served, int(v6), data)
         records = export_connections(served, states)
     assert total == case.count * case.unread
-    ends = (One * case.count)(*(_one(record, case) for record in records))
+    plans = softstate.plan(records) if case.soft else [softstate.NOTHING] * case.count
+    ends = [_one(record, plan, case) for record, plan in zip(records, plans, strict=True)]
     hosts.a.remove(case.family)
     with hosts.a:
         call("discard", served)
     drop(served)
     with hosts.b:
         fresh = [socket.socket(case.family) for _ in records]
-        call("rebuild", fresh, ends, loaded, MARK)
+        with inward(frozenset([case.family])), roundtrip._raw(case.family) as raw:
+            setter = windows.setter() if case.soft else None
+            name = setter.name.encode() if setter else None
+            for start in range(0, case.count, windows.SLOTS):
+                part = slice(start, start + windows.SLOTS)
+                if setter:
+                    setter.fill([plan.slot for plan in plans[part] if plan.slot])
+                some = (One * len(ends[part]))(*ends[part])
+                call("rebuild", fresh[part], some, loaded, MARK, raw.fileno(), name)
         call("compare", fresh, data)
     hosts.b.add(case.family)
     with hosts.b:
@@ -245,12 +266,19 @@ def in_c(hosts: Net, peers: Peers, library: ctypes.CDLL, case: Case) -> dict[str
     return clock.spent
 
 
-def _one(record: ConnectionRecord, case: Case) -> One:
+def _one(record: ConnectionRecord, plan: softstate.Plan, case: Case) -> One:
     conn, w = record.conn_id, record.windows
     local = pack_address(conn.local, conn.local_port, family=case.family)
     peer = pack_address(conn.peer, conn.peer_port, family=case.family)
     one = One(size=len(local), v6=int(case.family == socket.AF_INET6), send=record.snd_una, receive=record.copied_seq)
-    for field, packed in (("local", local), ("peer", peer)):
+    places = [("local", local), ("peer", peer)]
+    if plan.samples:
+        assert len(plan.samples) == 1, "so few connections are given more samples than C sends"
+        lesson = roundtrip.Lesson(conn, record.snd_una, record.copied_seq, plan.samples)
+        packet = roundtrip._packet(lesson, 0, 1)
+        one.taught, one.packet_size = 1, len(packet)
+        places += [("packet", packet), ("loopback", pack_address(conn.local, 0, family=case.family))]
+    for field, packed in places:
         ctypes.memmove(ctypes.addressof(one) + getattr(One, field).offset, packed, len(packed))
     one.window[:] = [w.snd_wl1, w.snd_wnd, w.max_window, w.rcv_wnd, w.rcv_wup]
     one.unread, one.data = len(record.receive_queue), record.receive_queue
@@ -258,13 +286,15 @@ def _one(record: ConnectionRecord, case: Case) -> One:
 
 
 def show(case: Case, mine: dict[str, float], theirs: dict[str, float] | None) -> None:
-    print(f"{case.name}, us each".ljust(30) + "".join(f"{step:>9}" for step in (*STEPS, "three")) + "   all, s")
+    print(
+        f"{case.name}, us each".ljust(30) + "".join(f"{step:>9}" for step in (*STEPS, "three")) + "   cpu, s  wall, s"
+    )
     for name, spent in (("tcpstate", mine), ("C", theirs)):
         if spent is not None:
             three = sum(spent[step] for step in THREE)
             cells = [*(spent.get(step) for step in STEPS), three]
             line = "".join(f"{'-':>9}" if cell is None else f"{cell:9.1f}" for cell in cells)
-            print(f"  {name:28s}{line}{three * case.count / 1e6:9.3f}")
+            print(f"  {name:28s}{line}{three * case.count / 1e6:9.3f}{spent[WALL]:9.3f}")
     if theirs is not None:
         known = [step for step in STEPS if step in theirs]
         ratios = {step: mine[step] / theirs[step] for step in known}
@@ -278,7 +308,8 @@ def show(case: Case, mine: dict[str, float], theirs: dict[str, float] | None) ->
 
 def main() -> None:
     gc.disable()  # as in the stop of a migration
-    counts = [int(argument) for argument in sys.argv[1:]] or (1000, 10_000)
+    counts = [int(argument) for argument in sys.argv[1:] if argument.isdigit()] or (1000, 10_000)
+    soft = "--no-soft" not in sys.argv
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with tempfile.TemporaryDirectory() as folder, net() as hosts:
@@ -294,7 +325,7 @@ def main() -> None:
         for count in counts:
             for family in SERVICE:
                 for unread in (0, 4096):
-                    case = Case(count, family, unread)
+                    case = Case(count, family, unread, soft)
                     mine = ours(hosts, peers, case)
                     show(case, mine, None if library is None else in_c(hosts, peers, library, case))
         peers.close()

@@ -21,7 +21,6 @@ from tcpstate import codec
 from tcpstate.chaperone import messages as chaperone
 from tcpstate.chaperone.journal import Note
 from tcpstate.chaperone.protocol import Received, ServerProtocol, encode
-from tcpstate.chaperone.seal import Sealed
 from tcpstate.connid import ConnId
 from tcpstate.errors import BadChaperoneMessage, BadRecord
 from tcpstate.freeze import Gate, QuietState
@@ -37,6 +36,7 @@ from tcpstate.record import (
     Windows,
 )
 from tcpstate.segment import Segment
+from tcpstate.signing import Signed
 
 __all__ = ["TARGETS", "Target"]
 
@@ -106,7 +106,7 @@ CLASSES: tuple[Any, ...] = (
     ConnectionRecord,
     QuietState,
     Note,
-    Sealed,
+    Signed,
     chaperone.Message,
     migration.Message,
     frames.End,

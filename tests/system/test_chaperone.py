@@ -17,14 +17,13 @@ import pytest
 
 from tcpstate import codec
 from tcpstate.chaperone.privilege import NEEDED
-from tcpstate.chaperone.seal import Sealed
 from tcpstate.kernel.capability import Cap, names
+from tcpstate.signing import Signed, generate_key
 from tests.hosts import Host, ThreeHosts, three_hosts
 from tests.hosts.agent import Agent, AgentError, open_to_all
 from tests.hosts.process import HostProcess
 from tests.hosts.tcpmig import TCPMIG
 from tests.packets import Watcher
-from tests.unit.chaperone.test_chaperone_seal import make_key
 
 OWNER, STRANGER = 1001, 1002
 KEEPER = "daemon"
@@ -454,7 +453,8 @@ def test_a_service_manager_may_start_it_as_its_user(opened: ThreeHosts) -> None:
 
 
 def test_only_what_a_trusted_chaperone_has_exported_is_rebuilt(opened: ThreeHosts, tmp_path: Path) -> None:
-    private, public = make_key(tmp_path, "chaperone")
+    private, public = tmp_path / "chaperone", tmp_path / "chaperone.pub"
+    generate_key(private)
     run, address = "/run/sealed", opened.net.service4
     with (
         start(opened.source, "--sign", private, run=run) as here,
@@ -467,11 +467,11 @@ def test_only_what_a_trusted_chaperone_has_exported_is_rebuilt(opened: ThreeHost
         sealed = talk.agent("chaperone.export(sock)")
         for agent in (heir, stranger):
             agent(f"from tcpstate.chaperone.client import Chaperone; chaperone = Chaperone('{run}/socket')")
-        bare = codec.unpack(Sealed, sealed).record
+        bare = codec.unpack(Signed, sealed).record
         altered = sealed.replace(b"ESTABLISHED", b"established")
         assert altered != sealed
-        for agent, data in ((heir, bare), (heir, altered), (stranger, sealed)):
-            assert code_of(agent, f"chaperone.rebuild({data!r}, elapsed=1)") == "TM-0267"
+        for agent, data, code in ((heir, bare, "0230"), (heir, altered, "0231"), (stranger, sealed, "0267")):
+            assert code_of(agent, f"chaperone.rebuild({data!r}, elapsed=1)") == f"TM-{code}"
         assert heir(f"str(chaperone.rebuild({sealed!r}, elapsed=1))") == talk.conn
         heir(f"chaperone.discard({talk.conn!r})")
         talk.agent("chaperone.resume(sock)")

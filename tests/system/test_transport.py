@@ -18,12 +18,13 @@ from pathlib import Path
 
 import pytest
 
-from tcpstate import discard_connection, export_connection, frozen, rebuild_connection, replacement
+from tcpstate import discard_connection, export_connection, frozen, rebuild_connection, replacement, softstate
 from tcpstate.errors import (
-    AddressNotHere,
+    AddressNotMoved,
     AlreadyFrozen,
     BadExtents,
     BadStateItem,
+    KernelFeatureMissing,
     NotFrozen,
     NotPermitted,
     NotSettable,
@@ -297,6 +298,41 @@ def test_the_send_sequence_number_is_set_back(ends, frozen_before):
     assert receive(served, 4) == b"fine"
 
 
+@pytest.mark.parametrize("frozen_before", [False, True])
+def test_what_a_connection_has_learned_is_set(ends, frozen_before):
+    served, client = ends
+    talk(served, client)
+    if frozen_before:
+        transport_freeze(served)
+    wanted = {"cwnd": 77, "ssthresh": 55}
+    learned = [StateItem(k, Datatype.U32, v) for k, v in (wanted | {"srtt": 80_000, "rttvar": 40_000}).items()]
+    transport_state_set(served, learned)
+    assert values(served, wanted) == wanted
+    assert values(served, ["srtt"])["srtt"] == pytest.approx(80_000, rel=0.1)
+    assert values(served, ["rto"])["rto"] >= 230_000
+    if frozen_before:
+        transport_resume(served)
+    assert frozen.frozen() == []
+    talk(served, client)
+
+
+def test_learned_state_that_cannot_be_is_refused(ends4, monkeypatch):
+    served, client = ends4
+    before = values(served, ["cwnd", "ssthresh"])
+    for wrong, error in (
+        (StateItem("cwnd", Datatype.U32, 0), BadStateItem),
+        (StateItem("rto", Datatype.U32, 300_000), NotSettable),
+    ):
+        with pytest.raises(error):
+            transport_state_set(served, [wrong])
+    monkeypatch.setattr(softstate, "missing", lambda: KernelFeatureMissing("no BPF here"))
+    with pytest.raises(KernelFeatureMissing, match="no BPF here"):
+        transport_state_set(served, [StateItem("cwnd", Datatype.U32, 20)])
+    assert values(served, ["cwnd", "ssthresh"]) == before
+    assert frozen.frozen() == []
+    talk(served, client)
+
+
 def test_windows_are_set_in_place(ends4):
     served, client = ends4
     transport_freeze(served)
@@ -513,7 +549,7 @@ def test_a_connection_moves_by_the_papers_calls_alone(hosts, kind):
             told = {item.keyword: item.value for item in items}
             moved = values(made, ["snd_una", "rcv_nxt", "snd_wscale", "timestamps", "tcp.nodelay"])
             assert moved == {keyword: told[keyword] for keyword in moved}
-            with pytest.raises(AddressNotHere):
+            with pytest.raises(AddressNotMoved):
                 transport_resume(made)
         hosts.a.remove(family)
         hosts.b.add(family)

@@ -36,7 +36,7 @@ __all__ = ["SLOTS", "Slot", "WindowSetter", "setter"]
 
 #: sockets that are served at a time; a power of two
 SLOTS: Final = 4096
-_SLOT: Final = struct.Struct("=IIQII")
+_SLOT: Final = struct.Struct("=IIQI4x")
 _OPS: Final = "tcp_congestion_ops"
 _VALUE: Final = "bpf_struct_ops_tcp_congestion_ops"
 _SOCK: Final = "inet_conn.icsk_inet.sk."
@@ -106,7 +106,7 @@ class WindowSetter:
         """What the sockets with priorities 0, 1, ... get. ValueError for more than there are."""
         if len(slots) > SLOTS:
             raise ValueError(f"{len(slots)} sockets, {SLOTS} slots")
-        self._memory[: len(slots) * _SLOT.size] = b"".join([_SLOT.pack(*slot, 0) for slot in slots])
+        self._memory[: len(slots) * _SLOT.size] = b"".join([_SLOT.pack(*slot) for slot in slots])
 
 
 def _programs(known: Layout, slots: int) -> dict[str, Asm]:

@@ -1,13 +1,16 @@
 """Tables that are built once: refilled, larger than a slab, one per thread."""
 
 import os
+import struct
 import threading
+from fcntl import F_GETFL
 
 import pytest
 
-from tcpstate.kernel import batch
+from tcpstate.kernel import batch, columns
 from tcpstate.kernel.columns import Reusable, RowError
 from tcpstate.kernel.machine import SYS
+from tcpstate.rows import portions
 
 
 @pytest.fixture(params=["0", "1"], ids=["machine code", "plain calls"], autouse=True)
@@ -76,3 +79,75 @@ def test_each_thread_has_its_own():
     thread.join()
     assert found[0] is not found[1]
     assert table.of(2)[0] is found[0]
+
+
+@pytest.fixture
+def two_lanes(monkeypatch):
+    monkeypatch.setattr(columns, "WIDE", 300)
+    monkeypatch.setattr(columns, "_processors", lambda: 2)
+
+
+def counting():
+    """Each row copies the descriptor that it is given: its status flags are read, and a word of its own comes back."""
+
+    def build(rows):
+        fd, word = rows.column(), rows.room(12)
+        return fd, word, rows.call(SYS.fcntl, fd, F_GETFL, 0, label="looking"), rows.reader((word, "III"))
+
+    return Reusable(build)
+
+
+@pytest.mark.parametrize("count", [299, 300, 301, 512, 1000])
+def test_a_wide_table_runs_on_two_threads_and_each_row_has_its_own(two_lanes, monkeypatch, count):
+    ran = set()
+    walk = batch.walk
+
+    def seen(first, end):
+        ran.add(threading.get_ident())
+        return walk(first, end)
+
+    monkeypatch.setattr(batch, "walk", seen)
+    files = [os.open("/dev/null", flags) for flags in (os.O_RDONLY, os.O_WRONLY)]
+    table = counting()
+    for turn in range(2):
+        ran.clear()
+        rows, (fd, word, result, reader) = table.of(count)
+        fd.set([files[(i + turn) % 2] for i in range(count)])
+        words = [struct.pack("III", i, turn, i * i) for i in range(count)]
+        word.set_bytes(words)
+        rows.run()
+        assert [value & os.O_ACCMODE for value in result.values()] == [(i + turn) % 2 for i in range(count)]
+        assert list(reader.iter_unpack(rows.memory)) == [struct.unpack("III", w) for w in words]
+        assert len(ran) == (2 if count >= 300 else 1)
+    for file in files:
+        os.close(file)
+
+
+@pytest.mark.parametrize("bad", [[0], [700], [140, 700], [700, 999]])
+def test_of_failures_on_two_threads_one_that_happened_is_told(two_lanes, bad):
+    table = counting()
+    rows, (fd, *_) = table.of(1000)
+    fd.set([1 << 20 if i in bad else 0 for i in range(1000)])
+    with pytest.raises(RowError, match="looking") as caught:
+        rows.run()
+    assert caught.value.row in bad
+    rows, (fd, _, result, _) = table.of(1000)
+    fd.set([0] * 1000)
+    rows.run()
+    assert len(result.values()) == 1000
+
+
+def test_what_goes_wrong_on_the_other_thread_is_raised_here(two_lanes):
+    rows, (fd, *_) = counting().of(1000)
+    fd.set([0] * 140)
+    with pytest.raises(ValueError, match="size"):
+        rows.run()
+    assert threading.active_count() == 1
+
+
+@pytest.mark.parametrize("lengths", [[], [1], [5, 5, 5, 5], [10], [11, 1], [3, 20, 3], [1] * 25])
+def test_portions_are_all_of_it_in_order_and_small(monkeypatch, lengths):
+    monkeypatch.setattr("tcpstate.rows._PORTION", 10)
+    parts = [lengths[part] for part in portions(lengths)]
+    assert [length for part in parts for length in part] == lengths
+    assert all(part and (len(part) == 1 or sum(part) <= 10) for part in parts)

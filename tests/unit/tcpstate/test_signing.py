@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from tcpstate import codec
 from tcpstate.errors import BadKeyFile, BadRecord, BadSignature, TcpmigError, UnsignedRecord, UntrustedKey
 from tcpstate.record import ConnectionRecord
-from tcpstate.signing import Policy, _Signed, generate_key, load_private, load_public, sign, verify
+from tcpstate.signing import Policy, Signed, Signer, Verifier, generate_key, load_private, load_public, sign, verify
 from tests.unit.tcpstate.test_keywords import RECORD
 
 
@@ -55,7 +56,7 @@ def test_a_record_without_a_signature_is_refused_unless_the_policy_takes_it() ->
     ],
 )  # fmt: skip
 def test_what_was_altered_is_refused_whatever_the_policy(keys: Path, change: dict[str, object], require: bool) -> None:
-    signed = codec.unpack(_Signed, sign(b"record", load_private(keys / "ours"), owner=1000))
+    signed = codec.unpack(Signed, sign(b"record", load_private(keys / "ours"), owner=1000))
     data = codec.pack(dataclasses.replace(signed, **change))  # type: ignore[arg-type]
     with pytest.raises(BadSignature):
         verify(data, Policy(trusted=(signed.key, bytes(32)), require=require))
@@ -66,7 +67,7 @@ def test_a_damaged_wrapping_does_not_pass_for_a_record_without_one(keys: Path) -
     for at in range(60, len(data)):
         with pytest.raises(TcpmigError):
             verify(data[:at], Policy(require=False))
-    other = codec.unpack(_Signed, data)
+    other = codec.unpack(Signed, data)
     with pytest.raises(BadRecord, match="version 2"):
         verify(codec.pack(dataclasses.replace(other, version=2)), Policy(require=False))
 
@@ -119,3 +120,39 @@ def test_the_example_of_the_reference_runs(tmp_path: Path, monkeypatch: pytest.M
     names = {"record": RECORD, "ConnectionRecord": ConnectionRecord}
     exec(compile(example, "example", "exec"), names)
     assert names["record"] == RECORD
+
+
+def openssl_key(folder: Path, name: str, algorithm: str = "ed25519") -> tuple[Path, Path]:
+    """Keys as an administrator may make them."""
+    private, public = folder / f"{name}.key", folder / f"{name}.pem"
+    for command in (
+        ["openssl", "genpkey", "-algorithm", algorithm, "-out", private],
+        ["openssl", "pkey", "-in", private, "-pubout", "-out", public],
+    ):
+        subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    private.chmod(0o600)
+    return private, public
+
+
+def test_a_chaperone_takes_what_another_has_signed_and_for_whom(tmp_path: Path) -> None:
+    private, public = openssl_key(tmp_path, "a")
+    stranger, _ = openssl_key(tmp_path, "b")
+    verifier = Verifier([public])
+    assert verifier(Signer(private)(b"record", 1001)) == (b"record", 1001)
+    with pytest.raises(UntrustedKey):
+        verifier(Signer(stranger)(b"record", 1001))
+    for unsaid in (b"record", sign(b"record", load_private(private))):
+        with pytest.raises(UnsignedRecord):
+            verifier(unsaid)
+
+
+def test_a_chaperone_does_not_start_with_keys_that_are_none(tmp_path: Path) -> None:
+    private, public = openssl_key(tmp_path, "a")
+    other_private, other_public = openssl_key(tmp_path, "b", "X25519")
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    for path in (public, other_private, tmp_path / "none", tmp_path, tmp_path / "pipe"):
+        with pytest.raises(BadKeyFile):
+            Signer(path)
+    for path in (private, other_public, tmp_path / "none", tmp_path, tmp_path / "pipe"):
+        with pytest.raises(BadKeyFile):
+            Verifier([path])

@@ -61,7 +61,7 @@ def test_one_sample_does_where_the_time_out_is_the_same_anyway():
 @pytest.mark.parametrize("conn", ["tcp:10.0.0.1:80-192.168.7.9:40000", "tcp:[fd00::5]:6379-[fd00::9]:65535"])
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1), st.integers(1, 120 * SECOND), st.sampled_from([1, 1000]))
 def test_the_injected_packet_is_a_whole_segment_of_the_peer(conn, una, nxt, sample, unit):
-    one = Lesson(conn_id=ConnId.parse(conn), snd_una=una, rcv_nxt=nxt, samples=(sample, sample), clock=0)
+    one = Lesson(conn_id=ConnId.parse(conn), snd_una=una, rcv_nxt=nxt, samples=(sample, sample))
     packet = _packet(one, 0, unit)
     segment = parse(packet)
     assert (segment.conn_id, segment.seq, segment.ack) == (one.conn_id, nxt, (una - 1) & 0xFFFFFFFF)
