@@ -108,7 +108,6 @@ class HasNumber(Protocol):
 
     def fileno(self) -> int:
         """Its descriptor."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -361,11 +360,16 @@ class Rows:
                 failed.append(error)
 
         other = threading.Thread(target=run, args=(theirs, self._slab), name="tcpmig-rows")
-        other.start()
+        try:
+            other.start()
+        except RuntimeError:
+            # no room for a thread (pids.max of a cgroup): one after the other, then
+            run(theirs, self._slab)
         try:
             run(mine, 0)
         finally:
-            other.join()
+            if other.ident is not None:
+                other.join()
         if failed:
             # the failure of a call tells more than what came after it
             rows = [error for error in failed if isinstance(error, RowError)]
@@ -418,10 +422,9 @@ class Rows:
 
     def _run_slab(self, lane: _Lane, start: int, count: int) -> None:
         """Rows ``start`` to ``start + count``: filled, run, and what they brought kept."""
-        size, entries, records = self.record_size, lane.entries, lane.records
+        size, step, entries, records = self.record_size, self.record_size // 4, lane.entries, lane.records
         records[:] = self._initial
         with memoryview(records).cast("I") as words:
-            step = size // 4
             for f in self._fields:
                 if f._each is not None:
                     width = f._width
@@ -436,13 +439,11 @@ class Rows:
         end = first + count * row_words * _WORD
         stopped = batch.walk(first, end)
         self.memory[start * size : (start + count) * size] = memoryview(records)[: count * size]
-        calls = self.calls
-        results = entries[_RET_WORD : count * row_words : _WORDS].tobytes()
-        memoryview(self.returned).cast("B")[start * calls * _WORD : (start + count) * calls * _WORD] = results
+        results = entries[_RET_WORD : count * row_words : _WORDS]
+        self.returned[start * self.calls : (start + count) * self.calls] = array("q", results.tobytes())
         if stopped != end:
             index = (stopped - first) // ENTRY_SIZE
-            word = entries[index * _WORDS + _RET_WORD]
-            error = (1 << 64) - word
+            error = (1 << 64) - entries[index * _WORDS + _RET_WORD]
             row, call = divmod(index, self.calls)
             raise RowError(error if 0 < error < 4096 else errno.EIO, start + row, self._labels[call])
 

@@ -137,6 +137,19 @@ def test_of_failures_on_two_threads_one_that_happened_is_told(two_lanes, bad):
     assert len(result.values()) == 1000
 
 
+def test_where_no_thread_can_be_had_one_does_it_all(two_lanes, monkeypatch):
+    def full(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", full)
+    rows, (fd, word, result, reader) = counting().of(1000)
+    fd.set([0] * 1000)
+    word.set_bytes([struct.pack("III", i, 0, 0) for i in range(1000)])
+    rows.run()
+    assert [i for i, _, _ in reader.iter_unpack(rows.memory)] == list(range(1000))
+    assert min(result.values()) >= 0
+
+
 def test_what_goes_wrong_on_the_other_thread_is_raised_here(two_lanes):
     rows, (fd, *_) = counting().of(1000)
     fd.set([0] * 140)
