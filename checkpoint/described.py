@@ -6,6 +6,8 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 
+from checkpoint.files.pty import masters_of
+from checkpoint.files.terminal import slave_number
 from checkpoint.procfs import Stat
 from checkpoint.records import Manifest, ProcessRecord
 from checkpoint.state.table import ProcessState
@@ -13,7 +15,7 @@ from checkpoint.tracee import Tree
 from checkpoint.tree import Task
 from tcpstate.version import VERSION
 
-__all__ = ["manifest", "process_records"]
+__all__ = ["manifest", "process_records", "task_of"]
 
 
 def manifest(tree: Tree, roots: Sequence[int]) -> Manifest:
@@ -35,9 +37,10 @@ def manifest(tree: Tree, roots: Sequence[int]) -> Manifest:
 
 def process_records(tree: Tree, states: Mapping[int, ProcessState]) -> list[ProcessRecord]:
     """Every process, parents before children, zombies last."""
+    masters = masters_of([process.pid for process in tree.processes])
     living = [
         ProcessRecord(
-            task=_task(process.stat),
+            task=task_of(process.stat, masters),
             comm=process.stat.comm,
             exit_signal=process.stat.exit_signal,
             stop_signal=process.stop_signal,
@@ -46,13 +49,22 @@ def process_records(tree: Tree, states: Mapping[int, ProcessState]) -> list[Proc
         for process in tree.processes
     ]
     return living + [
-        ProcessRecord(task=_task(stat, stat.exit_code), comm=stat.comm, exit_signal=stat.exit_signal)
+        ProcessRecord(task=task_of(stat, set(), stat.exit_code), comm=stat.comm, exit_signal=stat.exit_signal)
         for stat in tree.zombies
     ]
 
 
-def _task(stat: Stat, wait_code: int | None = None) -> Task:
-    return Task(pid=stat.pid, ppid=stat.ppid, pgid=stat.pgid, sid=stat.sid, wait_code=wait_code)
+def task_of(stat: Stat, masters: set[int], wait_code: int | None = None) -> Task:
+    """The place of a process in its tree. ``masters``: the numbers of the pseudo terminals that are the tree's."""
+    terminal = slave_number(stat.tty) if stat.sid == stat.pid and stat.tty else None
+    return Task(
+        pid=stat.pid,
+        ppid=stat.ppid,
+        pgid=stat.pgid,
+        sid=stat.sid,
+        wait_code=wait_code,
+        terminal=terminal if terminal is not None and terminal in masters else -1,
+    )
 
 
 def _boot_id() -> str:

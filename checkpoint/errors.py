@@ -89,6 +89,7 @@ __all__ = [
     "UnsupportedMemory",
     "UnsupportedProtocol",
     "UnsupportedSession",
+    "UnsupportedTerminal",
     "UserfaultMapping",
     "VforkParent",
     "ZombieProcess",
@@ -551,6 +552,14 @@ class UnsupportedLock(Refused):
 
     code = "TM-0351"
     fix = "Let the program give up the lease."
+
+
+class UnsupportedTerminal(Refused):
+    """A pseudo terminal of the tree has a line discipline other than the usual one (SLIP, PPP, ..), or the host has no
+    /dev/ptmx to open one."""
+
+    code = "TM-0513"
+    fix = "End what set the discipline; mount devpts on /dev/pts."
 
 
 class TooManyDescriptors(Refused):

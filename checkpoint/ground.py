@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from checkpoint.errors import BadLayout, ImageIncomplete, PidTaken
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.table import TreeFiles
+from checkpoint.files.terminal import Pair
 from checkpoint.grow import Birth, grow
 from checkpoint.image.format import PageRun
 from checkpoint.image.frames import Runs, Space
@@ -48,6 +49,8 @@ class Ground:
         self._stubs = stubs
         self._path = path
         self._warn = warn
+        #: pseudo terminals that sessions were given, by their numbers at the source
+        self.terminals: dict[int, Pair] = {}
         self._told: LiveTree | None = None
         self._layouts: dict[int, MemoryLayout] = {}
         self._writers: dict[int, PageWriter] = {}
@@ -83,7 +86,7 @@ class Ground:
         while True:
             self.clear()
             try:
-                grow(births, taken, self._stubs, self._warn)
+                grow(births, taken, self._stubs, self._warn, self.terminals)
                 return
             except PidTaken:
                 if time.monotonic() > deadline:
@@ -100,9 +103,15 @@ class Ground:
         while self._stubs:
             # leaves first: a process's end is only complete when its parent's is not
             self._stubs.popitem()[1].kill()
+        self.close()
         self._layouts.clear()
         self._writers.clear()
         self._told = None
+
+    def close(self) -> None:
+        """Our descriptors; those whose processes live have been taken by the files by now."""
+        while self.terminals:
+            self.terminals.popitem()[1].close()
 
     def takes(self, records: Iterable[ProcessRecord], layouts: Mapping[int, MemoryLayout]) -> bool:
         """Whether what stands here can become these processes."""

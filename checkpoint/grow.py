@@ -9,15 +9,17 @@ away again before the parent has its handlers.
 
 from __future__ import annotations
 
+import os
 import signal
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from checkpoint.errors import PidTaken
+from checkpoint.files.terminal import Pair, TtyCall, open_pair, open_slave
 from checkpoint.kernel.clone import CloneFlag
 from checkpoint.spawn import Stub, spawn_stub
-from checkpoint.tree import Death, End, Fork, SetPgid, SetSid, Spawn, Task, plan
+from checkpoint.tree import Death, End, Fork, SetPgid, SetSid, Spawn, TakeTerminal, Task, plan
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.machine import SYS
 
@@ -47,15 +49,17 @@ def grow(
     avoid: Iterable[tuple[int, int]],
     stubs: dict[int, Stub],
     warn: Callable[[str], None],
+    terminals: dict[int, Pair],
 ) -> None:
     """Make a stub for every process, in its place of the tree; zombies die at the end.
 
     avoid  (start, end) of memory that the processes will need
     stubs  filled in as they are born, by PID: what is to be undone if this fails
+    terminals  filled in, by number: the pseudo terminals that were opened for sessions
 
     PidTaken, SpawnFailed, UnsupportedSession.
     """
-    _Grower(records, list(avoid), stubs, warn).run()
+    _Grower(records, list(avoid), stubs, warn, terminals).run()
 
 
 class _Grower:
@@ -65,7 +69,9 @@ class _Grower:
         avoid: list[tuple[int, int]],
         stubs: dict[int, Stub],
         warn: Callable[[str], None],
+        terminals: dict[int, Pair],
     ) -> None:
+        self._terminals = terminals
         self._records = {r.task.pid: r for r in records}
         self._avoid = avoid
         self._stubs = stubs
@@ -83,6 +89,8 @@ class _Grower:
                         self._born(pid, stand_in, self._forker(creator, pid, sibling))
                     case SetSid(pid):
                         self._call(self._stub(pid), SYS.setsid)
+                    case TakeTerminal(pid, number):
+                        self._take_terminal(self._stub(pid), number)
                     case SetPgid(pid, pgid):
                         self._call(self._stub(pid), SYS.setpgid, 0, self._number(pgid))
                     case End(pid, reaper):
@@ -121,6 +129,15 @@ class _Grower:
         record = self._records.get(pid)
         exit_signal = signal.SIGCHLD if record is None else record.exit_signal
         return lambda number: self._stub(creator).fork(number, flags, exit_signal=exit_signal)
+
+    def _take_terminal(self, stub: Stub, number: int) -> None:
+        master = open_pair(number, self._warn)
+        self._terminals[number] = pair = Pair(master, open_slave(master, os.O_RDWR))
+        calls = CallTable()
+        fd = calls.call(SYS.pidfd_getfd, stub.tool_pidfd, pair.slave, 0, label="taking a terminal")
+        calls.call(SYS.ioctl, fd, TtyCall.TIOCSCTTY, 0, label="TIOCSCTTY")
+        calls.call(SYS.close, fd, label="closing a terminal")
+        stub.run(calls)
 
     @staticmethod
     def _call(stub: Stub, nr: int, *args: int) -> None:

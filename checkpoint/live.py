@@ -23,9 +23,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from checkpoint import preflight, procfs
+from checkpoint.described import task_of
 from checkpoint.errors import NoSuchProcess, TrackingImpossible, TreeUnsteady
 from checkpoint.files.abi import pidfd_getfd
 from checkpoint.files.policy import NO_POLICY, Policy
+from checkpoint.files.pty import masters_of
 from checkpoint.files.regular import RegularFile
 from checkpoint.files.table import FileTable, TreeFiles
 from checkpoint.image.format import PageRun
@@ -212,13 +214,15 @@ class LiveCopy:
         tree that is stopped."""
         living: list[tuple[Task, int]] = []
         dead: list[tuple[Task, int]] = []
-        for pid in preflight.pids(self._roots):
+        pids = preflight.pids(self._roots)
+        masters = masters_of(pids)
+        for pid in pids:
             try:
                 stat = procfs.read_stat(pid)
             except NoSuchProcess:
                 continue
             code = stat.exit_code if stat.zombie else None
-            task = Task(pid=stat.pid, ppid=stat.ppid, pgid=stat.pgid, sid=stat.sid, wait_code=code)
+            task = task_of(stat, masters if code is None else set(), code)
             (living if code is None else dead).append((task, stat.exit_signal))
         return living + dead
 

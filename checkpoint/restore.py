@@ -199,6 +199,7 @@ class Restore:
             warn=self._warn,
             blackhole=self._blackhole,
             held=held,
+            terminals=self._ground.terminals,
             note_path=lambda path: write(self.note, Trace.MADE, Made(path=path)),
             overwrite=self._overwrite,
             devices=self._devices,
@@ -358,6 +359,7 @@ class Restore:
         if self._rebuilder is not None:
             self._rebuilder.abort()
             self._rebuilder = None
+        self._ground.close()
         self._blackhole.remove()
         gc.enable()
 
@@ -366,6 +368,7 @@ class Restore:
         if self._rebuilder is not None:
             self._rebuilder.close()
             self._rebuilder = None
+        self._ground.close()
         self._blackhole.remove()
         gc.enable()
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from checkpoint.errors import UnsupportedSession
 
-__all__ = ["Death", "End", "Fork", "SetPgid", "SetSid", "Spawn", "Step", "Task", "plan"]
+__all__ = ["Death", "End", "Fork", "SetPgid", "SetSid", "Spawn", "Step", "TakeTerminal", "Task", "plan"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,8 @@ class Task:
 
     ppid       its parent; one that is not in the tree makes the task a root
     wait_code  a zombie's status word, as wait(2) gives it; None for a living process
+    terminal   of a session's leader: N of the /dev/pts/N that is its controlling terminal, if the tree has its master;
+               -1: none
     """
 
     pid: int
@@ -37,6 +39,7 @@ class Task:
     pgid: int
     sid: int
     wait_code: int | None = None
+    terminal: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,14 @@ class SetSid:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeTerminal:
+    """``pid``, which leads a session, gets a controlling terminal; whom it bears from now on inherits it."""
+
+    pid: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class SetPgid:
     """``pid`` moves itself into the group ``pgid`` (its own number: a new group)."""
 
@@ -89,7 +100,7 @@ class Death:
     wait_code: int
 
 
-Step = Spawn | Fork | SetSid | SetPgid | End | Death
+Step = Spawn | Fork | SetSid | TakeTerminal | SetPgid | End | Death
 
 
 def plan(tasks: Iterable[Task]) -> list[Step]:
@@ -216,6 +227,8 @@ class _Planner:
         self.steps += [Fork(task.pid, kid.pid) for kid in early]
         if task.sid == task.pid:
             self.steps.append(SetSid(task.pid))
+            if task.terminal >= 0:
+                self.steps.append(TakeTerminal(task.pid, task.terminal))
         for sid, members in leaderless.items():
             self._stand_in(sid, Fork(task.pid, sid, stand_in=True), members, task.pid)
         self.steps += [Fork(task.pid, kid.pid) for kid in plain]

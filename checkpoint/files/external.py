@@ -21,6 +21,7 @@ from checkpoint.files.base import FdView, OpenFile, register, set_flags
 from checkpoint.files.pipe import other_end_outside
 from checkpoint.files.policy import External as Rule
 from checkpoint.files.policy import rule_for
+from checkpoint.files.pty import is_slave_of_tree
 from checkpoint.files.unixdiag import peer_outside
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def _leaves(view: FdView) -> bool:
     if not view.is_standard_stream or view.flags & FileFlag.PATH:
         return False
     if is_terminal(view):
-        return True
+        return not is_slave_of_tree(view)
     if view.link.startswith("pipe:"):
         return bool(other_end_outside(view))
     return view.link.startswith("socket:") and peer_outside(view)

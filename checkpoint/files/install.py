@@ -14,12 +14,16 @@ the mappings are made.
 from __future__ import annotations
 
 import resource
+import signal
+import struct
 from typing import Final, Protocol
 
 from checkpoint.errors import BadFileRecord, LockTaken, TooManyDescriptors
 from checkpoint.files.abi import EPOLL_CTL_ADD, EPOLL_CTL_MOD, EpollEvent, EpollFlag, Fcntl, FileFlag, Flock, LockType
 from checkpoint.files.epoll import Epoll, EpollWatch
+from checkpoint.files.pty import PtyMaster
 from checkpoint.files.rebuild import Rebuilder
+from checkpoint.files.terminal import TtyCall
 from tcpstate.kernel.calls import CallTable, Result
 from tcpstate.kernel.machine import SYS
 
@@ -88,6 +92,7 @@ class Installation:
         self._pidfd = pidfd
         self._deaf: list[tuple[Result, int, EpollWatch]] = []
         self._record_locks: list[tuple[Result, int]] = []
+        self._foreground: list[tuple[Result, PtyMaster]] = []
         self._fill()
 
     @property
@@ -128,6 +133,7 @@ class Installation:
         where = self._descriptors()
         for index, watch in self._ordinary:
             self._control(self._calls, EPOLL_CTL_ADD, where[index], watch, watch.events)
+        self._terminals()
         self._deaf = [(count, where[index], watch) for count, index, watch in self._deaf]
         self._call("closing our pidfd", SYS.close, self._tool)
         self._locks()
@@ -186,6 +192,24 @@ class Installation:
         event = calls.put(EpollEvent(events=events, data=watch.data).pack())
         calls.call(SYS.epoll_ctl, instance, what, watch.number, event, label=f"epoll entry {watch.number}")
 
+    def _terminals(self) -> None:
+        """The session that this process leads tells its terminal which group is in front."""
+        for index, record in enumerate(self._host.files):
+            if not isinstance(record, PtyMaster) or not record.session:
+                continue
+            if record.session == self._pid and record.number in self._host.terminals:
+                pair = self._host.terminals[record.number]
+                fd = self._call("a terminal", SYS.pidfd_getfd, self._tool, pair.slave, 0)
+                group = self._calls.put(struct.pack("<i", record.foreground))
+                label = f"foreground group of {self._host.name(index)}"
+                done = self._calls.call(SYS.ioctl, fd, TtyCall.TIOCSPGRP, group, ignore=True, label=label)
+                self._foreground.append((done, record))
+                self._call("a terminal", SYS.close, fd)
+            # its size was set when the leader's group was in front: nobody has to hear of that
+            mask = self._calls.put(struct.pack("<Q", 1 << (signal.SIGWINCH - 1)))
+            wait = self._calls.put(bytes(16))
+            self._calls.call(SYS.rt_sigtimedwait, mask, 0, wait, 8, ignore=True, label="take SIGWINCH")
+
     def _locks(self) -> None:
         for held in self._host.records.locks.get(self._pid, []):
             numbers = [n for n, (index, _) in sorted(self._table.items()) if index == held.file]
@@ -204,6 +228,11 @@ class Installation:
         for count, instance, watch in self._deaf:
             if count.value != 1:
                 self._control(calls, EPOLL_CTL_MOD, instance, watch, watch.events)
+        for done, record in self._foreground:
+            if not done.ok:
+                self._host.warn(
+                    f"/dev/pts/{record.number}: the group {record.foreground} is not there to be in its foreground"
+                )
         for done, number in self._record_locks:
             if not done.ok:
                 self._host.warn(

@@ -17,6 +17,7 @@ from checkpoint.files.inotify import Inotify
 from checkpoint.files.listener import Listener
 from checkpoint.files.memfd import Memfd
 from checkpoint.files.pipe import Pipe
+from checkpoint.files.pty import PtyMaster, PtySlave
 from checkpoint.files.regular import DeletedFile, Directory, PathOnly, RegularFile, SharedMemory
 from checkpoint.files.shipped import ShippedFile
 from checkpoint.files.signalfd import SignalFd
@@ -32,6 +33,8 @@ __all__ = ["KINDS", "kind_for"]
 KINDS: Final[tuple[type[OpenFile], ...]] = (
     External,
     PathOnly,
+    PtyMaster,
+    PtySlave,
     Device,
     Pipe,
     Fifo,

@@ -44,6 +44,7 @@ from checkpoint.files.shipped import Shipment
 from checkpoint.files.table import TreeFiles, ensure_descriptors
 from checkpoint.files.tcp import RebuiltTcp
 from checkpoint.files.tcpfile import TcpFile
+from checkpoint.files.terminal import Pair
 from checkpoint.files.unixbuild import Builder
 from checkpoint.image.frames import PageRun
 from tcpstate.connid import ConnId
@@ -83,6 +84,8 @@ class Rebuilder:
                of the source are known here (files/identity.py), None: the source is not there to tell
     held     sockets that were kept on this host, by index: they are taken instead of being made, and ours from then on
 
+    terminals  pseudo terminals that are somebody's controlling terminal already, by number; they stay the caller's
+
     Kinds use: ``files`` (all records), ``descriptor``, ``content``, ``shared`` (things that several descriptions have
     in common while they are made), ``at_end`` and ``on_abort``; ``travelling`` are files that a check wants shipped.
     """
@@ -100,9 +103,12 @@ class Rebuilder:
         ship: bool = False,
         beacons: Mapping[str, str] | None = None,
         held: Mapping[int, HeldSocket] | None = None,
+        terminals: Mapping[int, Pair] | None = None,
         devices: Mapping[str, str] | None = None,
     ) -> None:
         self.held = dict(held or {})
+        # filled in while the tree grows
+        self.terminals: Mapping[int, Pair] = {} if terminals is None else terminals
         self._devices = dict(devices or {})
         self.files: list[OpenFile] = [file.on_devices(self._devices) for file in records.files]
         self.external = tuple(external)

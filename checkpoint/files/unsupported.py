@@ -36,7 +36,6 @@ _LINKS: Final = (
     (r"/SYSV.*", "System V shared memory"),
     (r"/\[aio\].*", "asynchronous I/O context"),
     (r"/anon_hugepage.*", "huge pages"),
-    (r"/dev/ptmx|/dev/pts/ptmx", "master side of a terminal"),
     (r"/dev/fuse", "FUSE connection"),
     (r"mqueue:.*|/dev/mqueue/.*", "POSIX message queue"),
 )

@@ -105,7 +105,8 @@ def cycle(pid: int, image: Path, whole: bool) -> dict[str, Any]:
 def _until_gone(pids: list[int]) -> None:
     """The originals' numbers are free: whoever was the parent has reaped them."""
     end = time.monotonic() + 10
-    while any(procfs.exists(pid) for pid in pids):
+    # the number of a terminal is free a moment after its last descriptor is closed
+    while any(procfs.exists(pid) for pid in pids) or os.listdir("/dev/pts") != ["ptmx"]:
         if time.monotonic() > end:
             raise TimeoutError(f"some of {pids} did not go")
         time.sleep(0.001)

@@ -60,6 +60,8 @@ class Bench:
         self.host = host
         self.folder = folder
         self.programs = build(ROOT / "build" / "state")
+        # terminals of its own: those of the machine are numbered by everybody
+        host.sh("mount -t devpts -o newinstance,ptmxmode=666,mode=620 none /dev/pts")
         command = [sys.executable, "-m", "tests.system.state.cycler"]
         self._log = (folder / "cycler.log").open("wb")
         self._cycler = host.popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, cwd=ROOT)
