@@ -81,6 +81,7 @@ __all__ = [
     "UnitMainProcess",
     "UnitRestarts",
     "UnknownFrameKind",
+    "UnreadKernelMessages",
     "UnsharedThread",
     "UnsupportedCpuFeature",
     "UnsupportedFile",
@@ -547,11 +548,11 @@ class UnsupportedMapping(Refused):
 
 
 class UnsupportedLock(Refused):
-    """A process holds a lease on a file (F_SETLEASE), or a lock whose description the kernel prints in a way that is
-    not understood. Locks by flock, fcntl and OFD are kept."""
+    """A lease that somebody is just breaking, a delegation, or a lock whose description the kernel prints in a way that
+    is not understood. Locks by flock, fcntl and OFD and leases are kept."""
 
     code = "TM-0351"
-    fix = "Let the program give up the lease."
+    fix = "Try again: the program gives up the lease, or the kernel takes it."
 
 
 class UnsupportedTerminal(Refused):
@@ -560,6 +561,14 @@ class UnsupportedTerminal(Refused):
 
     code = "TM-0513"
     fix = "End what set the discipline; mount devpts on /dev/pts."
+
+
+class UnreadKernelMessages(Refused):
+    """Messages of the kernel that nobody can put into a queue again wait to be read: answers and events of netlink, or
+    events of fanotify."""
+
+    code = "TM-0514"
+    fix = "Try again: the program reads them, unless it is stuck."
 
 
 class TooManyDescriptors(Refused):

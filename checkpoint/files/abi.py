@@ -119,6 +119,7 @@ class Fcntl(enum.IntEnum):
     SETOWN_EX = 15
     GETOWN_EX = 16
     OFD_SETLK = 37
+    SETLEASE = 1024
     SETPIPE_SZ = 1031
     GETPIPE_SZ = 1032
     ADD_SEALS = 1033

@@ -76,6 +76,7 @@ class FileLock:
     """A lock that belongs to the description.
 
     whole   made by flock(2), else by F_OFD_SETLK
+    lease   a lease (F_SETLEASE): who opens the file otherwise has to wait until it is given up
     type    READ (shared) or WRITE (exclusive)
     start   first byte, for OFD locks
     length  bytes, 0: to the end of the file
@@ -85,6 +86,7 @@ class FileLock:
     type: LockType
     start: int = 0
     length: int = 0
+    lease: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +186,13 @@ class FdView:
 
     def _locks(self) -> list[FileLock]:
         return [
-            FileLock(whole=kind == "FLOCK", type=lock.type, start=lock.start, length=lock.length)
+            FileLock(
+                whole=kind == "FLOCK",
+                type=lock.type,
+                start=0 if kind == "LEASE" else lock.start,
+                length=0 if kind == "LEASE" else lock.length,
+                lease=kind == "LEASE",
+            )
             for kind, lock in locks_of(self.lines, self.object)
             if kind != "POSIX"
         ]
@@ -346,18 +354,20 @@ def parse_info(text: str) -> tuple[tuple[str, ...], dict[str, str]]:
     return lines, {name: value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
 
 
+_KINDS = ("FLOCK", "OFDLCK", "POSIX", "LEASE")
 #: ``lock:\t1: POSIX  ADVISORY  WRITE 9569 fe:00:2147348 5 14`` (fs/locks.c, lock_get_status)
 _LOCK = re.compile(r"lock:\s+\d+:\s+(\w+)\s+(\w+)\s+(\w+)\s+(-?\d+)\s+\S+\s+(\d+)\s+(\d+|EOF)")
 
 
 def locks_of(lines: tuple[str, ...], object: str) -> list[tuple[str, PosixLock]]:
-    """(FLOCK, OFDLCK or POSIX; the lock) for each lock line of a fdinfo; UnsupportedLock for leases."""
+    """(FLOCK, OFDLCK, LEASE or POSIX; the lock) for each lock line of a fdinfo; UnsupportedLock for leases that are
+    being broken, and delegations."""
     found = []
     for line in lines:
         if not line.startswith("lock:"):
             continue
         parts = _LOCK.match(line)
-        if parts is None or parts[1] not in ("FLOCK", "OFDLCK", "POSIX") or parts[3] not in ("READ", "WRITE"):
+        if parts is None or parts[1] not in _KINDS or parts[3] not in ("READ", "WRITE") or parts[2] == "BREAKING":
             raise UnsupportedLock(f"lock of another kind: {line[5:].strip()}", object=object)
         start, last = int(parts[5]), parts[6]
         length = 0 if last == "EOF" else int(last) - start + 1

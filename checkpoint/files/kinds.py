@@ -16,8 +16,12 @@ from checkpoint.files.fifo import Fifo
 from checkpoint.files.inotify import Inotify
 from checkpoint.files.listener import Listener
 from checkpoint.files.memfd import Memfd
+from checkpoint.files.netlink import NetlinkFile
+from checkpoint.files.packet import PacketFile
+from checkpoint.files.pidfd import PidFd
 from checkpoint.files.pipe import Pipe
 from checkpoint.files.pty import PtyMaster, PtySlave
+from checkpoint.files.raw import RawFile
 from checkpoint.files.regular import DeletedFile, Directory, PathOnly, RegularFile, SharedMemory
 from checkpoint.files.shipped import ShippedFile
 from checkpoint.files.signalfd import SignalFd
@@ -49,10 +53,14 @@ KINDS: Final[tuple[type[OpenFile], ...]] = (
     SignalFd,
     Epoll,
     Inotify,
+    PidFd,
     Listener,
     TcpFile,
     UdpFile,
     UnixFile,
+    NetlinkFile,
+    PacketFile,
+    RawFile,
     Unsupported,
 )
 

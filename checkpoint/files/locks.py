@@ -1,4 +1,4 @@
-"""File locks that belong to a description: flock(2) and open file description locks.
+"""File locks that belong to a description: flock(2), open file description locks, leases.
 
 Sources: fs/locks.c; flock(2), fcntl(2). On a shared file system the original still holds them when the new descriptions
 are made: what cannot be had then is taken at the release. For that the source gives its locks up when it tells its last
@@ -44,7 +44,9 @@ def take(fd: int, lock: FileLock) -> bool:
     """Lock; False if somebody else holds it."""
     shared = lock.type is LockType.READ
     try:
-        if lock.whole:
+        if lock.lease:
+            fcntl.fcntl(fd, Fcntl.SETLEASE, lock.type)
+        elif lock.whole:
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         else:
             fcntl.fcntl(fd, Fcntl.OFD_SETLK, Flock(type=lock.type, start=lock.start, length=lock.length).pack())
@@ -57,7 +59,9 @@ def take(fd: int, lock: FileLock) -> bool:
 
 def release(fd: int, lock: FileLock) -> None:
     """Give a lock up, for every process that has the description."""
-    if lock.whole:
+    if lock.lease:
+        fcntl.fcntl(fd, Fcntl.SETLEASE, LockType.NONE)
+    elif lock.whole:
         fcntl.flock(fd, fcntl.LOCK_UN)
     else:
         fcntl.fcntl(fd, Fcntl.OFD_SETLK, Flock(type=LockType.NONE, start=lock.start, length=lock.length).pack())

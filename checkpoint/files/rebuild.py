@@ -277,10 +277,11 @@ class Rebuilder:
                 fd = self.descriptor(index)
                 try:
                     record.complete(self, fd)
+                    # a lease makes us the receiver of its signal (fs/locks.c, lease_setup): the owner comes after it
+                    self._locks.take(fd, record.locks, self.name(index))
                     self._own(fd, record)
                 except OSError as error:
                     raise FileRebuildFailed(f"{kind_name(type(record))}: {error}", object=self.name(index)) from error
-                self._locks.take(fd, record.locks, self.name(index))
             self._tcp = RebuiltTcp(self)
         except BaseException:
             self.abort()

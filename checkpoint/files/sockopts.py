@@ -16,7 +16,7 @@ import logging
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, Self, cast
+from typing import Final, Protocol, Self, cast
 
 from checkpoint.errors import FileRebuildFailed, UnsupportedProtocol
 from tcpstate.errors import ForeignFilter
@@ -26,7 +26,18 @@ from tcpstate.kernel.sockets import IP, SO, BufferLock, Level
 from tcpstate.options import TABLE, Format, Option, Stage, Where
 from tcpstate.record import DEVICE_OPTION, Buffers
 
-__all__ = ["IPPROTO_MPTCP", "SocketOptions", "before_bind", "give_late", "give_own_filter", "save", "set_buffers"]
+__all__ = [
+    "IPPROTO_MPTCP",
+    "Filtered",
+    "SocketOptions",
+    "before_bind",
+    "give_late",
+    "give_own_filter",
+    "own_classic_filter",
+    "save",
+    "set_buffers",
+    "sizes",
+]
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +70,7 @@ class _Listener(enum.IntEnum):
 
 
 _CONGESTION_SIZE: Final = 16
+_ICMP: Final = (socket.IPPROTO_ICMP, socket.IPPROTO_ICMPV6)
 
 
 #: SOL_UDP: to the kernel levels are plain numbers
@@ -72,6 +84,7 @@ def _line(prefix: str, level: Level, number: enum.IntEnum, form: Format = Format
 _MORE: Final[dict[str, list[Option]]] = {
     "unix": [_line("unix", Level.SOCKET, number) for number in _Local],
     "udp": [_line("udp", _UDP_LEVEL, number) for number in _Udp] + [_line("ip", Level.IP, IP.MULTICAST_TTL)],
+    "raw": [_line("ip", Level.IP, IP.MULTICAST_TTL)],
     "listener": [
         _line("listener", Level.TCP, _Listener.MAXSEG),
         _line("listener", Level.TCP, _Listener.FASTOPEN),
@@ -136,7 +149,8 @@ class SocketOptions:
 @functools.cache
 def _options(family: int, type: int, protocol: int) -> tuple[tuple[Option, bytes], ...]:
     """(option, value of a fresh socket) of every option that such a socket has on this kernel."""
-    key = "unix" if family == socket.AF_UNIX else "udp" if type == socket.SOCK_DGRAM else "listener"
+    key = "unix" if family == socket.AF_UNIX else "raw" if type == socket.SOCK_RAW or protocol in _ICMP else ""
+    key = key or ("udp" if type == socket.SOCK_DGRAM else "listener")
     levels = {Level.SOCKET} if family == socket.AF_UNIX else {Level.SOCKET, Level.IP}
     if family == socket.AF_INET6:
         levels.add(Level.IPV6)
@@ -173,23 +187,29 @@ def save(sock: socket.socket, object: str) -> SocketOptions:
             data[option.keyword] = value.rstrip(b"\0") if option.size == _CONGESTION_SIZE else value
         else:
             numbers[option.keyword] = option.decode(value)
-    locks = sock.getsockopt(Level.SOCKET, SO.BUF_LOCK)
     return SocketOptions(
         numbers=numbers,
         data=data,
         reuse_address=bool(sock.getsockopt(Level.SOCKET, SO.REUSEADDR)),
-        buffers=Buffers(
-            send=sock.getsockopt(Level.SOCKET, SO.SNDBUF),
-            receive=sock.getsockopt(Level.SOCKET, SO.RCVBUF),
-            send_locked=bool(locks & BufferLock.SEND),
-            receive_locked=bool(locks & BufferLock.RECEIVE),
-        ),
-        filter=_filter(sock, object),
+        buffers=sizes(sock),
+        filter=own_classic_filter(sock, object),
         filter_locked=bool(sock.getsockopt(Level.SOCKET, SO.LOCK_FILTER)),
     )
 
 
-def _filter(sock: socket.socket, object: str) -> tuple[Instruction, ...]:
+def sizes(sock: socket.socket) -> Buffers:
+    """The sizes of its buffers, and whether the application fixed them."""
+    locks = sock.getsockopt(Level.SOCKET, SO.BUF_LOCK)
+    return Buffers(
+        send=sock.getsockopt(Level.SOCKET, SO.SNDBUF),
+        receive=sock.getsockopt(Level.SOCKET, SO.RCVBUF),
+        send_locked=bool(locks & BufferLock.SEND),
+        receive_locked=bool(locks & BufferLock.RECEIVE),
+    )
+
+
+def own_classic_filter(sock: socket.socket, object: str) -> tuple[Instruction, ...]:
+    """The application's filter; UnsupportedProtocol if it is an eBPF program, which nobody can read."""
     try:
         return own_filter(read_filters([sock])[0])
     except ForeignFilter as error:
@@ -244,7 +264,16 @@ def set_buffers(sock: socket.socket, buffers: Buffers) -> None:
         sock.setsockopt(Level.SOCKET, SO.BUF_LOCK, buffers.locks)
 
 
-def give_own_filter(sock: socket.socket, options: SocketOptions) -> None:
+class Filtered(Protocol):
+    """What has an application's filter."""
+
+    @property
+    def filter(self) -> tuple[Instruction, ...]: ...
+    @property
+    def filter_locked(self) -> bool: ...
+
+
+def give_own_filter(sock: socket.socket, options: Filtered) -> None:
     """The application's own filter, or none; last of all, as it decides about everything that arrives."""
     give_filter(sock, options.filter)
     if options.filter_locked:

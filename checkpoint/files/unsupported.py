@@ -26,7 +26,6 @@ _LINKS: Final = (
     (r"anon_inode:\[perf_event\]", "perf event"),
     (r"anon_inode:\[?bpf.*", "BPF program, map or link"),
     (r"anon_inode:\[?fanotify.*", "fanotify"),
-    (r"anon_inode:\[?pidfd.*|pidfd:.*", "pidfd"),
     (r"anon_inode:\[?kvm.*", "virtual machine (KVM)"),
     (r"anon_inode:seccomp notify", "seccomp notifier"),
     (r"anon_inode:\[?landlock.*", "landlock ruleset"),
@@ -42,8 +41,6 @@ _LINKS: Final = (
 
 #: address families (linux/socket.h)
 _FAMILIES: Final = {
-    16: "netlink socket",
-    17: "packet socket",
     38: "socket of the crypto interface (AF_ALG)",
     40: "vsock socket",
     44: "XDP socket",

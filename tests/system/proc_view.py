@@ -65,6 +65,8 @@ FILES = [
 LINKS = ["cwd", "exe", "root"]
 #: of fdinfo: what counts inodes or time
 TIMES = re.compile(r"^(mnt_id|ino|it_value|eventfd-id).*\n", re.MULTILINE)
+#: the lock of a description shows who took it, perhaps long ago: that is the tool now
+TAKER = re.compile(r"((?:FLOCK|LEASE) +\w+ +\w+) \d+")
 INODES = re.compile(r"\b(ino|sdev):[0-9a-f]+|:\[\d+\]")
 
 
@@ -117,7 +119,7 @@ def shown(pid: int) -> dict[str, object]:
         "descriptors": {
             fd.name: [
                 INODES.sub("", os.readlink(fd)),
-                INODES.sub("", epoll_sorted(TIMES.sub("", (path / "fdinfo" / fd.name).read_text()))),
+                TAKER.sub(r"\1", INODES.sub("", epoll_sorted(TIMES.sub("", (path / "fdinfo" / fd.name).read_text())))),
             ]
             for fd in sorted((path / "fd").iterdir())
         },

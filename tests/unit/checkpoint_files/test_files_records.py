@@ -181,11 +181,13 @@ def test_lock_lines() -> None:
     ]
 
 
-def test_a_lease_is_refused() -> None:
+def test_a_lease_that_is_being_broken_is_refused() -> None:
     from checkpoint.errors import UnsupportedLock
 
+    ((kind, lock),) = locks_of(("lock:\t1: LEASE  ACTIVE    READ 95 fe:00:21 0 EOF",), "fd")
+    assert (kind, lock.type) == ("LEASE", LockType.READ)
     with pytest.raises(UnsupportedLock):
-        locks_of(("lock:\t1: LEASE  ACTIVE    READ 95 fe:00:21 0 EOF",), "fd")
+        locks_of(("lock:\t1: LEASE  BREAKING  READ 95 fe:00:21 0 EOF",), "fd")
 
 
 @given(st.integers(0, 2**40), st.integers(0, 2**40))
