@@ -52,6 +52,9 @@ def ends_in_tree(view: FdView) -> tuple[list[FdView], list[FdView]]:
 def other_end_outside(view: FdView) -> str:
     """Which end (``reader``, ``writer``) somebody outside of the tree has while the tree has none; else empty."""
     readers, writers = ends_in_tree(view)
+    if not (readers and writers) and view.table.live and not view.table.outside.holders(view.link):
+        # nobody has it: it is closed, or in flight in a message, which only shows in the stop
+        return ""
     poll = select.poll()
     poll.register(view.dup, select.POLLIN)
     ((_, events),) = poll.poll(0) or [(0, 0)]
