@@ -337,10 +337,13 @@ def file_mapped_shared_and_closed(here: Here) -> Iterator[None]:
     with open(path, "r+b") as file:
         memory = mmap.mmap(file.fileno(), 8192)
     memory[0] = 1
+    log = os.open(path, os.O_WRONLY | os.O_APPEND)
     yield
     memory[4096] = 2
     memory.flush()
+    os.write(log, b"end")
     data = open(path, "rb").read()
+    assert data[8192:] == b"end"
     assert (data[0], data[4096]) == (1, 2)
 
 
