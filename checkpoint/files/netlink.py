@@ -70,7 +70,11 @@ class NetlinkFile(OpenFile):
             raise ValueError("not a netlink socket")
         if not {*self.switches} <= {*_SWITCHES} or len(self.filter) > MAX_INSTRUCTIONS:
             raise ValueError("options of a netlink socket out of range")
-        if not all(0 < group <= _MOST_GROUPS for group in self.groups) or not 0 <= self.port < 1 << 32:
+        if (
+            not all(0 < group <= _MOST_GROUPS for group in self.groups)
+            or not 0 <= self.port < 1 << 32
+            or any(not 0 <= word < 1 << 32 for word in self.peer)
+        ):
             raise ValueError("port or groups of a netlink socket out of range")
 
     @classmethod

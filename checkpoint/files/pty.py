@@ -115,6 +115,8 @@ class PtyMaster(OpenFile):
         size = sum(map(len, (self.waiting.output, self.waiting.rest, *self.waiting.lines)))
         if len(self.window) != _WINDOW or not 0 <= self.number < 1 << 23 or size > _MOST_WAITING:
             raise ValueError("pseudo terminal out of range")
+        if not (0 <= self.session < 1 << 22 and 0 <= self.foreground < 1 << 22):
+            raise ValueError("session or foreground group of a pseudo terminal out of range")
         if self.node is not None and (min(self.node) < 0 or self.node[2] > 0o777):
             raise ValueError("owner or mode of a pseudo terminal out of range")
 

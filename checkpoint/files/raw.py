@@ -82,7 +82,7 @@ class RawFile(OpenFile):
         if self.family not in _FAMILIES or not (raw or (self.type == socket.SOCK_DGRAM and self.protocol in _PING)):
             raise ValueError("neither a raw nor an ICMP socket")
         for name, value in self.special.items():
-            if len(value) != _Special[name].value[2]:
+            if name not in _Special.__members__ or len(value) != _Special[name].value[2]:
                 raise ValueError(f"{name} has {len(value)} bytes")
 
     @classmethod

@@ -681,11 +681,6 @@ assert wd == keep['wd'] == 4 and mask == 0x100, (wd, mask)
 @pytest.mark.parametrize(
     ("setup", "what"),
     [
-        ("keep['x'] = os.open('/dev/ptmx', os.O_RDWR | os.O_NOCTTY)", "master side of a terminal"),
-        ("keep['x'] = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0).detach()", "packet socket"),
-        ("keep['x'] = socket.socket(socket.AF_INET, socket.SOCK_RAW, 1).detach()", "socket of family 2"),
-        ("keep['x'] = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).detach()", "netlink socket"),
-        ("keep['x'] = os.pidfd_open(os.getpid())", "pidfd"),
         ("keep['x'] = os.open('/proc/self/ns/net', os.O_RDONLY)", "namespace"),
         ("keep['x'] = ctypes.CDLL(None).syscall(323, os.O_CLOEXEC)", "userfaultfd"),
         ("keep['x'] = ctypes.CDLL(None).syscall(425, 4, bytes(120))", "io_uring"),

@@ -27,13 +27,19 @@ from checkpoint.files.kinds import KINDS
 from checkpoint.files.listener import Listener
 from checkpoint.files.memfd import Memfd
 from checkpoint.files.multicast import Membership
+from checkpoint.files.netlink import NetlinkFile
+from checkpoint.files.packet import Listening, PacketFile
+from checkpoint.files.pidfd import PidFd
 from checkpoint.files.pipe import Pipe, PipeQueue
+from checkpoint.files.pty import PtyMaster, PtySlave
+from checkpoint.files.raw import RawFile
 from checkpoint.files.regular import DeletedFile, Directory, PathOnly, RegularFile, SharedMemory
 from checkpoint.files.shipped import ShippedFile
 from checkpoint.files.signalfd import SignalFd
 from checkpoint.files.sockopts import SocketOptions
 from checkpoint.files.table import LocksOfFile, TreeFiles
 from checkpoint.files.tcpfile import TcpFile
+from checkpoint.files.terminal import Terminal, Termios
 from checkpoint.files.timerfd import TimerFd
 from checkpoint.files.udp import Datagram, UdpFile
 from checkpoint.files.unix import UnixFile
@@ -97,6 +103,52 @@ RECORDS: list[OpenFile] = [
         queue=(Message(data=b"x", rights=(1, 2), credentials=(1, 2, 3)),),
         options=OPTIONS,
         peek_off=0,
+    ),
+    PtyMaster(
+        flags=2,
+        number=3,
+        modes=Termios(
+            input=1, output=2, control=3, local=4, line=0, characters=bytes(19), input_speed=9600, output_speed=9600
+        ),
+        window=bytes(8),
+        node=(0, 5, 0o620),
+        session=4,
+        foreground=5,
+        waiting=Terminal(output=b"x", lines=(b"", b"a\n"), rest=b"b"),
+    ),
+    PtySlave(flags=2, number=3, own=True),
+    PidFd(flags=2, pid=-1),
+    NetlinkFile(
+        flags=2,
+        type=socket.SOCK_RAW,
+        protocol=0,
+        port=2**32 - 1,
+        groups=(1, 33),
+        peer=(0, 0),
+        switches=(3,),
+        passes=True,
+        buffers=OPTIONS.buffers,
+    ),
+    PacketFile(
+        flags=2,
+        type=socket.SOCK_RAW,
+        protocol=3,
+        device="eth0",
+        switches={"AUXDATA": 1},
+        memberships=(Listening(device="eth0", type=1, address=b""),),
+        buffers=OPTIONS.buffers,
+        filter=((6, 0, 0, 5),),
+    ),
+    RawFile(
+        flags=2,
+        family=socket.AF_INET,
+        type=socket.SOCK_RAW,
+        protocol=1,
+        name=None,
+        peer=HERE,
+        special={"ICMP_FILTER": bytes(4)},
+        memberships=(),
+        options=OPTIONS,
     ),
 ]
 
