@@ -94,6 +94,7 @@ def test_children_inherit_the_controlling_terminal_and_nobody_else_gets_it() -> 
     go_on, going = os.pipe()
     pid, master = os.forkpty()
     if pid == 0:
+        os.write(1, b"up")
         child = os.fork()
         if child == 0:
             # a session's member has it by birth; another session's leader has not
@@ -103,6 +104,7 @@ def test_children_inherit_the_controlling_terminal_and_nobody_else_gets_it() -> 
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os.read(go_on, 1)
         os._exit(status)
+    assert os.read(master, 9) == b"up"
     assert word(master, TtyCall.TIOCGSID) == pid
     os.write(going, b"x")
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
