@@ -210,16 +210,25 @@ CASES = {
 
 def view(host: Host) -> dict[str, Any]:
     """All of a host; addresses in their order (it says which is the primary), routes sorted."""
-    links = json.loads(host.ip("-j addr show"))
+    (links,) = printed(host, [], "addr show")
     for link in links:
         for info in link["addr_info"]:
             for key in ("valid_life_time", "preferred_life_time"):
                 info[key] = info[key] if info[key] in (0, 2**32 - 1) else "limited"
     found: dict[str, Any] = {"addr": [f"{link['ifname']}: {json.dumps(link['addr_info'])}" for link in links]}
     for family in ("-4", "-6"):
-        routes = json.loads(host.ip(f"{family} -j -d route show table all"))
+        routes, rules = printed(host, [family, "-d"], "route show table all", "rule")
         found[f"route {family}"] = sorted(json.dumps(route) for route in routes)
-        found[f"rule {family}"] = sorted(json.dumps(rule) for rule in json.loads(host.ip(f"{family} -j rule")))
+        found[f"rule {family}"] = sorted(json.dumps(rule) for rule in rules)
+    return found
+
+
+def printed(host: Host, options: list[str], *commands: str) -> list[list[Any]]:
+    """What `ip -j` prints for each of the commands, in one process."""
+    words = ["ip", "-n", host.name, "-j", *options, "-batch", "-"]
+    done = subprocess.run(words, input="\n".join(commands) + "\n", capture_output=True, check=True, text=True)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(found) == len(commands), done.stdout
     return found
 
 
@@ -307,9 +316,8 @@ def test_an_address_moves_is_rolled_back_and_moves_back(hosts: Hosts, name: str)
     case, (a, b, _) = CASES[name], hosts
     a.sysctl("net.ipv4.conf.eth0.promote_secondaries", case.promote)
     for number, (host, own) in enumerate(((a, case.source), (b, case.target)), 1):
-        host.sysctl("net.ipv6.conf.default.accept_dad", 0)
-        for command in (*case.both, *own):
-            host.ip(command.replace("#", str(number)))
+        host.batch(*(command.replace("#", str(number)) for command in (*case.both, *own)))
+        host.settle()
     before = [view(a), view(b)]
     if case.policy is AddressPolicy.ALLOW:
         assert {v.code for v in refusals(planned(a, case, AddressPolicy.REFUSE).verdicts)} == {"TM-0713"}
@@ -389,8 +397,7 @@ REFUSED = {
 @pytest.mark.parametrize("why", REFUSED)
 def test_refused(hosts: Hosts, why: str) -> None:
     commands, option, code = REFUSED[why]
-    for command in commands:
-        hosts[0].ip(command)
+    hosts[0].batch(*commands)
     with hosts[0].inside(), Netlink() as netlink:
         made = plan(netlink, select(option, ()), pids=(), control={}, lengths=prefix_lengths(option))
     assert [v.code for v in made.verdicts] == [code], made.verdicts
@@ -411,8 +418,7 @@ def test_link_local_and_temporary_addresses_stay(hosts: Hosts) -> None:
 
 def test_a_reachable_entry_of_a_peer_is_changed_at_once(hosts: Hosts) -> None:
     a, b, c = hosts
-    for command in (SERVICE, SERVICE6):
-        a.ip(command)
+    a.batch(SERVICE, SERVICE6)
     case = Case(moves=["10.94.0.100", "fd94::100"])
     for address in case.moves:
         c.reach(address)

@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 
 from tests.hosts import ThreeHosts
+from tests.hosts.shared import at_home, hosts
 from tests.hosts.tcpmig import TCPMIG, MigrationFailed, migrate, tcpmig
 from tests.system.test_cli_bad_input import connected
+
+__all__ = ["at_home", "hosts"]
 
 PORT = 7300
 # a process that stays has a connection on the address that moves

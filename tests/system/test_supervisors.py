@@ -20,7 +20,10 @@ import pytest
 from checkpoint.state.cgroup import mounts
 from tests.hosts import Host, ThreeHosts, tcpmig
 from tests.hosts.process import HostProcess
+from tests.hosts.shared import at_home, hosts
 from tests.hosts.tcpmig import MigrationFailed
+
+__all__ = ["at_home", "hosts"]
 
 HOOK = """
 import json, os, sys
@@ -146,6 +149,7 @@ def test_without_systemd_the_unit_files_tell(
     # a child of init is what systemd started
     status, answer = systemd.run(hosts.source, "check", process.pid)
     assert (status, supervisor_of(answer)[0]["code"]) == (3, "TM-0385")
+    hosts.source.sh(f"rm -r {folder}")
 
 
 def test_a_supervising_parent_is_refused_and_another_is_named(hosts: ThreeHosts, tmp_path: Path) -> None:
@@ -242,6 +246,7 @@ def test_a_failure_after_the_stop_calls_the_hooks_again(
     assert failed.value.status == 1
     assert hosts.source.state(process.pid) == "S"
     assert hosts.target.processes()[process.pid] == "sleep"
+    hosts.target.kill(process.pid, signal.SIGKILL)
     assert sorted(hooks.points[2:]) == [("source", "aborted"), ("target", "aborted")]
 
 

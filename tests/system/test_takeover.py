@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import socket
@@ -22,6 +23,7 @@ from migrate.errors import AddressChangeFailed
 from migrate.rtnetlink import Netlink
 from migrate.takeover import AddressPolicy, control_addresses, plan
 from tcpstate import codec
+from tests.hosts.kernel import write_sysctl
 
 _libc = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNET = 0x40000000
@@ -29,6 +31,10 @@ CLONE_NEWNET = 0x40000000
 
 def run(*words: str) -> str:
     return subprocess.run(words, check=True, capture_output=True, text=True).stdout
+
+
+def _is_link_local(info: dict[str, object]) -> bool:
+    return str(info["local"]).startswith("fe80") and "tentative" not in info
 
 
 class Host:
@@ -42,8 +48,26 @@ class Host:
     def ip(self, words: str) -> str:
         return run("ip", "-n", self.name, *words.split())
 
+    def batch(self, *commands: str) -> None:
+        """Several commands of `ip`, in few processes: it takes options (-6) only once."""
+        for family, some in itertools.groupby(commands, lambda words: words.split()[0] == "-6"):
+            text = "".join(f"{words.removeprefix('-6 ')}\n" for words in some)
+            options = ["-6"] if family else []
+            subprocess.run(["ip", "-n", self.name, *options, "-batch", "-"], input=text, check=True, text=True)
+
+    def settle(self) -> None:
+        """Until the kernel has done, in its own time, what it does to interfaces that come up: its link-local address
+        is the last of it."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            links = [link for link in json.loads(self.ip("-j addr show")) if link["ifname"] != "lo"]
+            if all(any(map(_is_link_local, link["addr_info"])) for link in links):
+                return
+        raise AssertionError(f"no link-local address: {links}")
+
     def sysctl(self, key: str, value: int) -> None:
-        run("ip", "netns", "exec", self.name, "sysctl", "-qw", f"{key}={value}")
+        with self.inside():
+            write_sysctl(key.replace(".", "/"), value)
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
@@ -97,18 +121,21 @@ def hosts() -> Iterator[tuple[Host, Host, Host]]:
         bridge = Host("br")
         made.append(bridge)
         # without snooping: its first solicitations would wait for a querier
-        bridge.ip("link add br0 type bridge mcast_snooping 0")
-        bridge.ip("link set br0 up")
+        bridge.batch("link add br0 type bridge mcast_snooping 0", "link set br0 up")
         for number, name in enumerate("abc", 1):
             host = Host(name)
             made.append(host)
-            host.ip(f"link add eth0 type veth peer name p{name} netns {bridge.name}")
-            bridge.ip(f"link set p{name} master br0 up")
             # a host that has been up for long has done its duplicate detection
-            host.sysctl("net.ipv6.conf.eth0.accept_dad", 0)
-            host.ip("link set eth0 up")
-            host.ip(f"addr add 10.94.0.{number}/24 dev eth0")
-            host.ip(f"addr add fd94::{number}/64 dev eth0 nodad")
+            host.sysctl("net.ipv6.conf.default.accept_dad", 0)
+            host.batch(
+                f"link add eth0 type veth peer name p{name} netns {bridge.name}",
+                "link set eth0 up",
+                f"addr add 10.94.0.{number}/24 dev eth0",
+                f"addr add fd94::{number}/64 dev eth0 nodad",
+            )
+        bridge.batch(*(f"link set p{name} master br0 up" for name in "abc"))
+        for host in made[1:]:
+            host.settle()
         yield made[1], made[2], made[3]
     finally:
         for host in made:
