@@ -10,9 +10,11 @@ __all__ = [
     "AioRing",
     "AlreadyTraced",
     "BacklogNotDrained",
+    "BadExternal",
     "BadFileRecord",
     "BadImageRecord",
     "BadLayout",
+    "BadPathMap",
     "CgroupFrozen",
     "ClocksNotContinued",
     "ConfinedBySecurityModule",
@@ -21,9 +23,11 @@ __all__ = [
     "EngineFault",
     "EpollTargetLost",
     "ExtendedStateForeign",
+    "ExternalNotHere",
     "FileCaptureFailed",
     "FileDiffers",
     "FileMissing",
+    "FileNotShared",
     "FileRebuildFailed",
     "FileUnreachable",
     "ForeignImage",
@@ -40,9 +44,11 @@ __all__ = [
     "InitProcess",
     "InjectionRefused",
     "InjectionTimeout",
+    "InterfaceMissing",
     "KernelThread",
     "KernelWorkers",
     "LeaderExited",
+    "LocalPeer",
     "LockTaken",
     "MachineForeign",
     "MayNotTrace",
@@ -52,6 +58,7 @@ __all__ = [
     "OtherImageVersion",
     "OtherVdso",
     "OwnProcess",
+    "PairWithoutAddress",
     "PeerOutsideTree",
     "PendingLocalConnection",
     "PidTaken",
@@ -65,6 +72,7 @@ __all__ = [
     "SecretMemory",
     "SharedBetweenProcesses",
     "SharedDescriptors",
+    "ShipWouldOverwrite",
     "SocketHeldOutside",
     "SpawnFailed",
     "StateRefused",
@@ -481,6 +489,14 @@ class BadPathMap(Refused):
 
     code = "TM-0355"
     fix = "Write --map /old/directory=/new/directory; it may be repeated."
+
+
+class InterfaceMissing(Refused):
+    """A socket is bound to a network interface (SO_BINDTODEVICE), or to an address that only has a meaning on one, and
+    this host has no interface of that name."""
+
+    code = "TM-0593"
+    fix = "Say what it is called at the target: --map-dev OLD=NEW."
 
 
 class BadExternal(Refused):

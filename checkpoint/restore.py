@@ -352,10 +352,7 @@ class Restore:
 
     def abort(self) -> None:
         """Nothing is left of what was built. May be repeated."""
-        while self.stubs:
-            # leaves first: a process's end is only complete when its parent's is not
-            _, stub = self.stubs.popitem()
-            stub.kill()
+        self._ground.clear()
         if self._rebuilder is not None:
             self._rebuilder.abort()
             self._rebuilder = None

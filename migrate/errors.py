@@ -56,6 +56,7 @@ __all__ = [
     "VersionMismatch",
     "WritesTooFast",
     "from_remote",
+    "refused",
     "undone",
 ]
 
@@ -402,6 +403,13 @@ def undone(error: TcpmigError) -> TcpmigError:
     if error.outcome in (Outcome.REFUSED, Outcome.USAGE):
         # of this one error, not of its class
         error.__dict__["outcome"] = Outcome.FAILED
+    return error
+
+
+def refused(error: TcpmigError) -> TcpmigError:
+    """The same error, ending the command as a refusal: what failed was only tried, and nothing was stopped or built."""
+    if error.outcome is Outcome.FAILED:
+        error.__dict__["outcome"] = Outcome.REFUSED
     return error
 
 

@@ -32,6 +32,7 @@ from migrate.errors import (
     TargetStuck,
     WritesTooFast,
     from_remote,
+    refused,
     undone,
 )
 from migrate.fileoptions import shared_and_apart
@@ -462,7 +463,7 @@ class Source:
         if isinstance(message, Refused):
             if self._asked is not None:
                 self._refused = replace(self._asked, there=message.items)
-            raise remote_error(message.failure, TargetRefused)
+            raise refused(remote_error(message.failure, TargetRefused))
         if not isinstance(message, Keepalive):
             raise ProtocolError(f"{type(message).__name__} was not asked for")
 

@@ -24,6 +24,7 @@ from migrate.errors import (
     SourceAborted,
     TargetRefused,
     TargetStuck,
+    refused,
     undone,
 )
 from migrate.fileoptions import device_texts
@@ -156,7 +157,12 @@ class Target:
     def _accept(self) -> Check | None:
         """Step 1; None if there was only a question to be answered. Raises the first refusal, after the source has been
         told all of them."""
-        check = self._hear(Check, Ask)
+        try:
+            check = self._hear(Check, Ask)
+        except LinkLost:
+            # it tells its user why: the path to here is no news of ours
+            _log.info("the source ended before it asked for anything")
+            return None
         if isinstance(check, Ask):
             self._answer(check)
         if not isinstance(check, Check):
@@ -169,7 +175,7 @@ class Target:
         for first in refusals(verdicts):
             failure = Failure(code=first.code, message=first.text, object=first.subject, fix=first.fix)
             self._say(Refused(migration=check.migration, failure=failure, items=tuple(verdicts)))
-            raise remote_error(failure, TargetRefused, where="")
+            raise refused(remote_error(failure, TargetRefused, where=""))
         arrival.prepare(needs.peers)
         if self._hook is not None:
             self._hook.facts = replace(

@@ -13,7 +13,7 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
-from checkpoint.errors import AddressTaken, FileRebuildFailed, UnsupportedProtocol
+from checkpoint.errors import AddressTaken, FileRebuildFailed, InterfaceMissing, UnsupportedProtocol
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
 from checkpoint.files.inet import Endpoint
 from checkpoint.files.sockopts import IPPROTO_MPTCP, SocketOptions, before_bind, give_late, give_own_filter, save
@@ -85,7 +85,9 @@ def new_socket(family: int, type: int, object: str, protocol: int = 0) -> socket
 
 
 def bind(sock: socket.socket, name: Endpoint) -> None:
-    """Bind, with AddressTaken if somebody else has the address."""
+    """Bind, with AddressTaken if somebody else has the address, InterfaceMissing if its interface is not here."""
+    if name.scope and name.scope not in {known for _, known in socket.if_nameindex()}:
+        raise InterfaceMissing(f"its address is one of interface {name.scope}, which is not here", object=str(name))
     try:
         sock.bind(name.sockaddr)
     except OSError as error:

@@ -99,8 +99,10 @@ def _found(path: str, test: str, *, follow: bool = True) -> os.stat_result:
     """stat of ``path``; FileMissing if there is none or it is of another type than ``test`` (regular, directory)."""
     try:
         found = os.stat(path, follow_symlinks=follow)
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileMissing(f"this {test} is not here", object=path) from None
     except OSError as error:
-        raise FileMissing(f"{test}: {error.strerror}", object=path) from None
+        raise FileMissing(f"this {test} cannot be looked at: {error.strerror}", object=path) from None
     right = {"regular file": stat.S_ISREG, "directory": stat.S_ISDIR}.get(test)
     if right is not None and not right(found.st_mode):
         raise FileMissing(f"not a {test}", object=path)

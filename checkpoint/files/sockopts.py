@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol, Self, cast
 
-from checkpoint.errors import FileRebuildFailed, UnsupportedProtocol
+from checkpoint.errors import FileRebuildFailed, InterfaceMissing, UnsupportedProtocol
 from tcpstate.errors import ForeignFilter
 from tcpstate.filters import give_filter, own_filter, own_mark, read_filters
 from tcpstate.kernel.bpf import MAX_INSTRUCTIONS, Instruction
@@ -253,6 +253,9 @@ def _give(sock: socket.socket, options: SocketOptions, object: str, *, late: boo
             if sock.proto == IPPROTO_MPTCP and error.errno in _UNKNOWN:
                 log.warning("a Multipath TCP listener does not take socket option %s of %s", keyword, object)
                 continue
+            if keyword == DEVICE_OPTION and error.errno == errno.ENODEV:
+                name = value.rstrip(b"\0").decode("utf-8", "backslashreplace")
+                raise InterfaceMissing(f"it is bound to interface {name}, which is not here", object=object) from None
             raise FileRebuildFailed(f"setting {keyword}: {error.strerror}", object=object) from error
 
 

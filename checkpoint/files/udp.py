@@ -122,6 +122,10 @@ class UdpFile(OpenFile):
     def check(self, host: Rebuilder) -> str:
         if self.name is not None:
             try_bind(self.family, socket.SOCK_DGRAM, self.name, self.options)
+        here = {name for _, name in socket.if_nameindex()}
+        missing = sorted({one.interface for one in self.memberships} - here)
+        if missing:
+            return f"it cannot be in its multicast groups on {' '.join(missing)}: not here (--map-dev OLD=NEW)"
         return ""
 
     def rebuild(self, host: Rebuilder) -> int:

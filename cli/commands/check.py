@@ -100,7 +100,7 @@ def report(found: Sequence[Verdict], *, every: bool) -> Result:
     count = Counter(verdict.status for verdict in found)
     summary = f"{count[Status.OK]} ok, {count[Status.WARN]} with a warning, {count[Status.REFUSE]} refused"
     shown = [verdict for verdict in found if every or verdict.status is not Status.OK]
-    rows = [[v.status.value, v.subject, v.kind, v.code, " ".join(filter(None, [v.text, v.fix]))] for v in shown]
+    rows = [[v.status.value, v.subject, v.kind, v.code, ". ".join(filter(None, [v.text, v.fix]))] for v in shown]
     table = Table(columns=["verdict", "what", "kind", "code", ""], rows=rows, styles=_STYLES)
     return Result(
         data=data,

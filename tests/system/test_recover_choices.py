@@ -169,8 +169,12 @@ def test_what_was_chosen_holds(service: Service, moment: str) -> None:
 
 def test_a_source_that_dies_tells_both_hooks(service: Service) -> None:
     source, pid = service.hosts.source, service.pid
-    options = ["--map", f"{FOLDER}={MOVED}", "--ship", "--local-peer", "close", "--map-dev", "lan0=lan7"]
+    options = ["--map", f"{FOLDER}={MOVED}", "--ship", "--local-peer", "close"]
     command = service.command([*TCPMIG, "receive"], *options)
+    status, told, _ = tcpmig(source, *command)
+    assert (status, told["code"], told["object"]) == (3, "TM-0593", f"0.0.0.0:{PORT}"), "lan0 is not there"
+    assert source.state(pid) == "S"
+    command += ["--map-dev", "lan0=lan7"]
     done = source.run([*KILLED_IN, "checkpoint.dump:Dump.delta", *command], check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     settled(service, "here")
