@@ -1,4 +1,5 @@
-"""The options by which a user decides about files and connections that cannot simply follow their process."""
+"""The options by which a user decides about files, interfaces and connections that cannot simply follow their
+process."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import click
 
 from checkpoint.files.pathmap import PathMap
 from checkpoint.files.policy import AcceptQueues, External, LocalPeers, Policy
+from cli.errors import UsageMistake
 from migrate.fileoptions import FileOptions
 
 __all__ = ["external", "file_places", "file_policy", "places_of", "policy_of"]
@@ -57,6 +59,12 @@ def file_places(function: _F) -> _F:
             help="Paths that begin with OLD begin with NEW there.",
         ),
         click.option("--overwrite", is_flag=True, help="Shipped files replace other files at their places."),
+        click.option(
+            "--map-dev",
+            metavar="OLD=NEW",
+            multiple=True,
+            help="What is on interface OLD (addresses, sockets bound to it) is on NEW there.",
+        ),
     )
 
 
@@ -82,9 +90,27 @@ def policy_of(*, local_peer: str, accept_queue: str, ship: bool, external: tuple
 
 
 def places_of(
-    *, path_map: tuple[str, ...], overwrite: bool, ship: bool = False, external: tuple[str, ...] = (), **_: object
+    *,
+    path_map: tuple[str, ...],
+    overwrite: bool,
+    map_dev: tuple[str, ...],
+    ship: bool = False,
+    external: tuple[str, ...] = (),
+    **_: object,
 ) -> FileOptions:
     """What the options of :func:`file_places` say, and what of the others the target must know. BadPathMap,
-    BadExternal."""
-    rules = tuple(map(External.parse, external))
-    return FileOptions(path=PathMap.parse(path_map), ship=ship, overwrite=overwrite, external=rules)
+    BadExternal, UsageMistake."""
+    return FileOptions(
+        path=PathMap.parse(path_map),
+        ship=ship,
+        overwrite=overwrite,
+        external=tuple(map(External.parse, external)),
+        devices=dict(map(_pair, map_dev)),
+    )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    old, equals, new = text.partition("=")
+    if not (old and equals and new):
+        raise UsageMistake("--map-dev wants OLD=NEW", object=text)
+    return old, new

@@ -1,4 +1,4 @@
-"""What the user says about files at the target: ``--map``, ``--ship``, ``--overwrite``.
+"""What the user says about files and interfaces at the target: ``--map``, ``--ship``, ``--overwrite``, ``--map-dev``.
 
 It travels in the options of the message Check, as texts by name: a target that does not know one ignores it, and
 refuses the file that it was about.
@@ -32,12 +32,14 @@ class FileOptions:
     ship       files that are open for writing travel along where they are not shared
     overwrite  also where another file is at their place
     external   restore: what is put in the place of files that did not follow
+    devices    ``--map-dev``: interface names of the source to those there; they travel apart (:func:`device_texts`)
     """
 
     path: PathMap = field(default_factory=PathMap)
     ship: bool = False
     overwrite: bool = False
     external: tuple[External, ...] = ()
+    devices: dict[str, str] = field(default_factory=dict)
 
     def texts(self) -> dict[str, str]:
         """For the message."""

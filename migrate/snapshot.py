@@ -244,7 +244,7 @@ def restore(
     """The image's processes run again, with their PIDs; their addresses come to this host.
 
     take_addresses  False: they are left alone (the connections work only if they are local anyway)
-    files           where files are here, and whether shipped ones replace others
+    files           where files and interfaces are here, and whether shipped files replace others
     origin          the host that holds the connections, if it is another one: it gives them up, and the addresses
 
     ImageError, Refused and others: nothing is left of it then, and what is held, here or there, is held as before.
@@ -266,7 +266,8 @@ def restore(
         if made is not None and made.here:
             # it is this host's image: what is local is so because it never left
             coming = _not_local(coming)
-        arrival = ends.enter_context(Arrival(coming))
+        files = files or FileOptions()
+        arrival = ends.enter_context(Arrival(coming, map_dev=files.devices))
         verdicts = arrival.check(macs)
         for first in refusals(verdicts):
             held_there = first.code == AddressTakenAtTarget.code and made is not None and origin is None
@@ -274,14 +275,8 @@ def restore(
             raise from_remote(first.code, first.text, first.subject, fix, otherwise=TargetRefused, where="")
         arrival.prepare(() if addresses is None else addresses.peers)
         journal = Journal.open(Role.RESTORE, secrets.token_hex(16), image=os.path.abspath(path))
-        files = files or FileOptions()
-        rebuilt = Restore(
-            note=journal.note,
-            path=files.path,
-            overwrite=files.overwrite,
-            external=files.external,
-            held=None if held is None else held.sockets,
-        )
+        rebuilt = Restore(note=journal.note, external=files.external, held=None if held is None else held.sockets)
+        rebuilt.place(files.path, overwrite=files.overwrite, devices=files.devices)
         kept = KeptFrames.noted(journal.note)
         ends.callback(kept.close)
         segments: list[Segment] = []

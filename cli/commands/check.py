@@ -52,7 +52,8 @@ def check(
         raise UsageMistake("--to wants the PID of what would move")
     found = hostcheck.check()
     policy = policy_of(**files)
-    options = SourceOptions(address=address, unit_hook=unit_hook, forwarded=places_of(**files).texts())
+    places = places_of(**files)
+    options = SourceOptions(address=address, map_dev=places.devices, unit_hook=unit_hook, forwarded=places.texts())
     if pids:
         found += preflight.check(pids, policy)
         if not refusals(found):

@@ -39,7 +39,6 @@ __all__ = ["migrate"]
     default=AddressPolicy.REFUSE.value,
     help="What if others use such an address.  [default: refuse]",
 )
-@click.option("--map-dev", metavar="OLD=NEW", multiple=True, help="Interface OLD's addresses go to NEW there.")
 @file_policy
 @click.option("--unit-hook", metavar="CMD", default="", help="A program that deals with their supervisor here.")
 @file_places
@@ -66,7 +65,6 @@ def migrate(
     remote_command: str,
     address: str,
     address_policy: str,
-    map_dev: tuple[str, ...],
     unit_hook: str,
     max_downtime: float,
     if_busy: str,
@@ -79,12 +77,13 @@ def migrate(
     Nobody who is connected to them is disconnected. Whatever goes wrong before the very last step leaves everything as
     it was.
     """
+    places = places_of(**files)
     options = SourceOptions(
         address=address,
         policy=AddressPolicy(address_policy),
-        map_dev=dict(map(_pair, map_dev)),
+        map_dev=places.devices,
         unit_hook=unit_hook,
-        forwarded=places_of(**files).texts(),
+        forwarded=places.texts(),
         precopy=not stop_and_copy,
         max_downtime_ms=max_downtime,
         if_busy=IfBusy(if_busy),
@@ -99,13 +98,6 @@ def migrate(
         return report([*checked.here, *checked.there], every=session.verbose)
     summary = move(pids, host, rsh=rsh, remote_command=remote_command, options=options, policy=decided)
     return Result(data=fields(summary), body=list(_lines(summary, host)), outcome=summary.status)
-
-
-def _pair(text: str) -> tuple[str, str]:
-    old, equals, new = text.partition("=")
-    if not (old and equals and new):
-        raise UsageMistake("--map-dev wants OLD=NEW", object=text)
-    return old, new
 
 
 def _lines(summary: Summary, host: str) -> list[str]:

@@ -58,6 +58,7 @@ def restore(
     foreground: bool,
     path_map: tuple[str, ...],
     overwrite: bool,
+    map_dev: tuple[str, ...],
     external: tuple[str, ...],
 ) -> Result | None:
     """Let the processes of the image FILE run again, here, with their PIDs, connections and addresses.
@@ -65,7 +66,7 @@ def restore(
     The image is verified whole before anything is built. Connections that this host holds are taken back; those that
     another host holds it gives up, with the addresses, if --from names it. Prints the root's PID.
     """
-    places = places_of(path_map=path_map, overwrite=overwrite, external=external)
+    places = places_of(path_map=path_map, overwrite=overwrite, map_dev=map_dev, external=external)
     with contextlib.ExitStack() as ends:
         out = ends.enter_context(_pid_file(pid_file))
         there = None

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.hosts import ThreeHosts
-from tests.hosts.tcpmig import RSH, TCPMIG, tcpmig
+from tests.hosts.tcpmig import RSH, TCPMIG, from_host, tcpmig
 from tests.system.test_cli_bad_input import connected
 from tests.workloads.deaths import left_behind
 
@@ -185,3 +185,14 @@ def test_a_source_that_dies_tells_both_hooks(service: Service) -> None:
     assert service.heard() == [[role, hook, []] for role in ("source", "target") for hook in ("aborted", "before-stop")]
     assert service.say("end.recv(100)") == b"unread"
     assert left_behind(source, pid) == []
+
+    # the same choices are there for an image
+    image = service.folder / "image"
+    status, told, said = tcpmig(source, "checkpoint", pid, "-o", image, "--ship", "--local-peer", "close")
+    assert status == 0, (told, said)
+    source.wait_until_gone(pid)
+    places = ["--map", f"{FOLDER}={MOVED}", "--map-dev", "lan0=lan7", *from_host(source)]
+    status, told, said = tcpmig(service.hosts.target, "restore", image, *places)
+    assert status == 0, (told, said)
+    assert service.say("group.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)") == b"lan7\0"
+    assert service.say("end.recv(100)") == b""
