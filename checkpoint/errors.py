@@ -682,11 +682,19 @@ class AioRing(Refused):
 
 
 class SysvSharedMemory(Refused):
-    """The process has attached a System V shared memory segment (shmat(2)), which other processes of the host may
-    find by its key and change meanwhile."""
+    """The process has attached a System V shared memory segment (shmat(2)) that cannot move with it: processes outside
+    of the tree have it too, or it is mapped in parts (some of it unmapped, or protected differently)."""
 
     code = "TM-0376"
-    fix = "Configure the program to use POSIX shared memory or mmap."
+    fix = "Move all processes that have it attached together (`ipcs -mp`), or let the program use mmap."
+
+
+class SegmentTaken(Refused):
+    """A System V shared memory segment would be made here under the ID and key that it had; one of them is in use. Who
+    has attached a segment knows it by its ID, and who looks for it by its key."""
+
+    code = "TM-0392"
+    fix = "See `ipcs -m`; end the program that has the segment, or remove it with `ipcrm -m ID`."
 
 
 class SealedMapping(Refused):
@@ -743,11 +751,12 @@ class SharedBetweenProcesses(Refused):
 
 
 class UnsharedThread(Refused):
-    """A thread has descriptors or directories of its own, apart from its process's (unshare(CLONE_FILES) or
-    unshare(CLONE_FS)). Rebuilt threads share both."""
+    """A thread has descriptors of its own, apart from its process's (unshare(CLONE_FILES)), or shares its directories
+    with some threads but not with the first (after unshare(CLONE_FS)). Rebuilt threads share descriptors, and their
+    directories with the first thread or with nobody."""
 
     code = "TM-0321"
-    fix = "Configure the program not to unshare them per thread (samba does for CLONE_FS)."
+    fix = "Configure the program not to unshare them per thread."
 
 
 class ConfinedBySecurityModule(Refused):

@@ -25,6 +25,7 @@ from checkpoint.errors import FileRebuildFailed, NoSuchProcess
 from checkpoint.files.peers import StandIn, stand_in
 from checkpoint.files.queues import Queues
 from checkpoint.files.rebuild import Rebuilder
+from checkpoint.files.sysv import remove_noted
 from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.image.frames import PageRun
@@ -161,7 +162,10 @@ class Finish:
 
 
 def remove_made(made: Made) -> bool:
-    """Take away a file or directory that was not to stay. Whether there was one."""
+    """Take away a file or directory, or a shared memory segment, that was not to stay. Whether there was one."""
+    segment = remove_noted(made.path)
+    if segment is not None:
+        return segment
     if os.path.isdir(made.path) and not os.path.islink(made.path):
         shutil.rmtree(made.path, ignore_errors=True)
         return True

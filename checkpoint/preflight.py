@@ -18,6 +18,7 @@ from checkpoint.files.outside import holders_text
 from checkpoint.files.peers import Place, place_of
 from checkpoint.files.policy import NO_POLICY, LocalPeers, Policy
 from checkpoint.files.table import FileTable
+from checkpoint.memory import segments
 from checkpoint.memory import verdicts as memory
 from checkpoint.state import preflight as state
 from checkpoint.verdict import Status, Verdict, refusals
@@ -81,6 +82,7 @@ def check(roots: Sequence[int], policy: Policy = NO_POLICY) -> list[Verdict]:
         # what was read of a descendant while it ended is not true of anything
         if procfs.lives(pid):
             found += judged
+    found += segments.verdicts(members)
     found += files.verdicts(members, policy)
     found += [_judge(one, policy) for one in connections(members)]
     return found

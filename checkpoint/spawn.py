@@ -211,31 +211,34 @@ class Stub(Process):
         flags  CLONE_*; with CLONE_PARENT it is a sibling
         PidTaken, SpawnFailed.
         """
-        self._clone([pid], flags, 0 if flags & CloneFlag.PARENT else exit_signal)
+        self._clone([pid], [flags], 0 if flags & CloneFlag.PARENT else exit_signal)
         number = self._injection.born.pop()
         child = type(self)(number, self.window, self.tool_pidfd)
         child._adopt([self._newborn(number, number)])
         child._injection = self._injection.inherited(child)
         return child
 
-    def clone_threads(self, tids: Sequence[int | None]) -> None:
+    def clone_threads(self, tids: Sequence[int | None], apart: Sequence[bool] = ()) -> None:
         """More threads, with these numbers in the stub's PID namespace (None: any), added to ``threads`` in this order.
+
+        apart  for each of them, whether it does not share directories and umask with the others
 
         PidTaken, SpawnFailed.
         """
         if not tids:
             return
-        self._clone(tids, THREAD, 0)
+        flags = [THREAD & ~CloneFlag.FS if alone else THREAD for alone in apart or [False] * len(tids)]
+        self._clone(tids, flags, 0)
         born = [self._newborn(self.pid, tid) for tid in self._injection.born]
         self._injection.born.clear()
         self._adopt(born)
         self._injection._arrived(born)
 
-    def _clone(self, numbers: Sequence[int | None], flags: int, exit_signal: int) -> None:
+    def _clone(self, numbers: Sequence[int | None], flags: Sequence[int], exit_signal: int) -> None:
         calls = CallTable()
-        for number in numbers:
+        for number, how in zip(numbers, flags, strict=True):
             wanted = number is not None
-            args = calls.put(CloneArgs(flags, exit_signal, 0, int(wanted)).pack())
+            args = calls.put(CloneArgs(how, exit_signal, 0, int(wanted)).pack())
             if number is not None:
                 calls.pointer(args + SET_TID_OFFSET, calls.put(pack_tids(number)))
             calls.call(SYS.clone3, args, CLONE_ARGS_SIZE, label=f"clone3 {number or ''}".rstrip())

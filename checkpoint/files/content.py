@@ -41,6 +41,7 @@ class ContentKind(enum.Enum):
     DELETED = "deleted file"
     SHIPPED = "shipped file"  # its bytes come to a passing name beside its place (files/shipped.py)
     SHARED = "shared anonymous memory"
+    SEGMENT = "System V shared memory"  # made by files/sysv.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +87,8 @@ class Content:
                 fd = self._memfd()
             elif self.kind is ContentKind.SHARED:
                 return self._shared()
+            elif self.kind is ContentKind.SEGMENT:
+                raise FileRebuildFailed("a segment that no record tells of", object=self.name)
             elif self.kind is ContentKind.SHIPPED:
                 fd = _staged(os.path.realpath(path(self.name)), note)
                 os.ftruncate(fd, self.size)

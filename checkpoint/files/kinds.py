@@ -25,6 +25,7 @@ from checkpoint.files.raw import RawFile
 from checkpoint.files.regular import DeletedFile, Directory, PathOnly, RegularFile, SharedMemory
 from checkpoint.files.shipped import ShippedFile
 from checkpoint.files.signalfd import SignalFd
+from checkpoint.files.sysv import SysvSegment
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.files.timerfd import TimerFd
 from checkpoint.files.udp import UdpFile
@@ -44,6 +45,7 @@ KINDS: Final[tuple[type[OpenFile], ...]] = (
     Fifo,
     Memfd,
     SharedMemory,
+    SysvSegment,
     DeletedFile,
     ShippedFile,
     RegularFile,

@@ -212,6 +212,13 @@ class Rebuilder:
             made = self._contents[index] = self.records.contents[index].make(self.path, self.note_path)
         return made
 
+    def provide_content(self, index: int, fd: int) -> None:
+        """Here is the file whose bytes travel as this content. BadFileRecord if there is one already."""
+        if self._contents[self._checked(index)] is not None:
+            os.close(fd)
+            raise BadFileRecord("two files have the same content", object=f"content {index}")
+        self._contents[index] = fd
+
     def _checked(self, index: int) -> int:
         if not 0 <= index < len(self._contents):
             raise BadFileRecord(f"content {index} of {len(self._contents)} is referred to", object=f"content {index}")

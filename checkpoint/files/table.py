@@ -19,6 +19,7 @@ import stat
 from collections.abc import Iterator
 from typing import Final
 
+from checkpoint import procfs
 from checkpoint.errors import FileCaptureFailed, LockTaken, SharedDescriptors, TooManyDescriptors, UnsupportedMapping
 from checkpoint.files import abi, locks
 from checkpoint.files.abi import CAPTURED_FLAGS, AccessMode, FileFlag, Kcmp
@@ -28,6 +29,7 @@ from checkpoint.files.identity import Evidence
 from checkpoint.files.kinds import kind_for
 from checkpoint.files.outside import Outside
 from checkpoint.files.policy import NO_POLICY, Policy
+from checkpoint.files.sysv import SysvSegment, remove_deserted
 from checkpoint.files.treefiles import LocksOfFile, Mapping, Owner, TreeFiles
 from checkpoint.files.unixdiag import UnixSocket, unix_sockets
 from tcpstate.errors import KernelFeatureMissing
@@ -425,6 +427,10 @@ class FileTable:
 
     def close(self) -> None:
         """Give up all duplicates."""
+        segments = {view.stat.st_ino for view in self.entries if view.fd < 0 and kind_for(view) is SysvSegment}
+        # the processes were captured to the end, and are gone: what only they had goes with them
+        if segments and self.late and not any(map(procfs.exists, self._pidfds)):
+            remove_deserted(segments)
         for view in self.entries:
             view.close()
         for descriptors in (self._content_fd, self._pidfds):

@@ -15,6 +15,7 @@ __all__ = [
     "MM_MAP_SAME_EXE",
     "Advice",
     "Lock",
+    "LockAll",
     "Map",
     "PrSetMm",
     "PrSetVma",
@@ -69,6 +70,14 @@ class Lock(enum.IntFlag):
     """Flags of mlock2."""
 
     ONFAULT = 1
+
+
+class LockAll(enum.IntFlag):
+    """Flags of mlockall."""
+
+    CURRENT = 1
+    FUTURE = 2
+    ONFAULT = 4
 
 
 class PrSetMm(enum.IntEnum):

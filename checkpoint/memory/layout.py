@@ -29,7 +29,7 @@ from checkpoint.kernel.mman import (
     PrSetVma,
     Remap,
 )
-from checkpoint.memory import scan, vdso, verdicts
+from checkpoint.memory import scan, segments, vdso, verdicts
 from checkpoint.memory.vma import PAGE, SPECIAL_NAMES, VDSO, VSYSCALL, Vma, with_flags
 from tcpstate.kernel.calls import CallError, CallTable, Result
 from tcpstate.kernel.machine import SYS
@@ -445,6 +445,8 @@ def _map_files(layout: MemoryLayout, stub: Stub, calls: CallTable, descriptor_of
             by_file.setdefault(mapping.file, []).append(mapping)
     for index, mappings in by_file.items():
         label = f"file {mappings[0].name}"
+        if segments.attach(calls, mappings, descriptor_of(index)):
+            continue
         fd = calls.call(SYS.pidfd_getfd, stub.tool_pidfd, descriptor_of(index), 0, label=label)
         for mapping in mappings:
             _map(calls, mapping, fd)

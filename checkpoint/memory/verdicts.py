@@ -19,7 +19,6 @@ from checkpoint.errors import (
     Refused,
     SealedMapping,
     SecretMemory,
-    SysvSharedMemory,
     UnsupportedMemory,
     UserfaultMapping,
 )
@@ -41,7 +40,6 @@ class _Rule(NamedTuple):
 _RULES = (
     _Rule(SecretMemory, "secret memory", names=("/secretmem",)),
     _Rule(AioRing, "an asynchronous I/O context", names=("/[aio]",)),
-    _Rule(SysvSharedMemory, "a System V shared memory segment", names=("/SYSV",)),
     _Rule(UnsupportedMemory, "probes", names=("[uprobes]",)),
     _Rule(UnsupportedMemory, "memory of a kernel facility", names=("anon_inode:",)),
     _Rule(UnsupportedMemory, "the ring of a socket", names=("socket:",)),

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -83,6 +83,8 @@ class ProcessView:
         self.tasks = [TaskView(self, thread) for thread in process.threads]
         if first is not None:
             self.tasks[0].calls = first
+        #: (start, end) of the memory that was mapped for the calls
+        self.scratch: Sequence[tuple[int, int]] = ()
         #: signals that the injection keeps back, by tid, 0: of the process; known when the calls have been made
         self.foreign: Mapping[int, bytes] = {}
         #: what each thread's seccomp filters are, for the others to compare

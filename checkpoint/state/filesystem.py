@@ -1,6 +1,7 @@
 """What paths mean to a process: its working directory, its root directory, and the bits its new files do not get.
 
-Threads share all three (threads that do not are refused by the check before the stop).
+Threads share all three, but for those that have made a copy for themselves (unshare(CLONE_FS)): such a thread is
+cloned without sharing, so that it begins where the tool is and not where the process has gone by then.
 
 Source: Linux fs/fs_struct.c; /proc/PID/cwd, /proc/PID/root.
 """
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.errors import DirectoryGone
+from checkpoint.kernel.kcmp import KcmpType, kcmp
 from checkpoint.state.base import State, TaskBuilder, TaskView, bounded, register
 from tcpstate.kernel.machine import SYS
 
-__all__ = ["Filesystem", "directory"]
+__all__ = ["Filesystem", "ThreadDirectories", "directory"]
 
 _UMASK_MAX: Final = 0o777
 
@@ -36,9 +38,7 @@ class Filesystem(State):
 
     def __post_init__(self) -> None:
         bounded("umask", self.umask, 0, _UMASK_MAX)
-        for path in (self.cwd, self.root):
-            if path is not None and (not path.startswith("/") or "\0" in path):
-                raise ValueError(f"{path!r} is not an absolute path")
+        _absolute(self.cwd, self.root)
 
     @classmethod
     def capture(cls, task: TaskView) -> Self:
@@ -47,18 +47,53 @@ class Filesystem(State):
         return cls(cwd=directory(task.pid, "cwd"), root=_own_root(task.pid), umask=umask)
 
     def rebuild(self, task: TaskBuilder) -> None:
-        calls = task.calls
-        # The working directory first: its path is the tool's, and means something else after chroot.
-        cwd = task.path(self.cwd)
-        calls.call(SYS.chdir, calls.path(cwd), label=f"enter the working directory {cwd}")
-        if self.root is not None:
-            root = task.path(self.root)
-            calls.call(SYS.chroot, calls.path(root), label=f"enter the root directory {root}")
-        calls.call(SYS.umask, self.umask, label="set the umask")
+        _enter(task, self.cwd, self.root, self.umask)
 
 
-def directory(pid: int, which: str) -> str:
-    """The path of ``cwd`` or ``root`` of a process, as this process sees it.
+@register("directories of a thread")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThreadDirectories(State):
+    """The same of a thread that does not share them with the first; ``cwd`` None: it does."""
+
+    cwd: str | None = None
+    root: str | None = None
+    umask: int = 0
+
+    def __post_init__(self) -> None:
+        bounded("umask", self.umask, 0, _UMASK_MAX)
+        _absolute(self.cwd, self.root)
+
+    @classmethod
+    def capture(cls, task: TaskView) -> Self:
+        if task.leader or kcmp(task.pid, task.tid, KcmpType.FS) == 0:
+            return cls()
+        where = f"{task.pid}/task/{task.tid}"
+        return cls(cwd=directory(where, "cwd"), root=_own_root(where), umask=int(task.status["Umask"], 8))
+
+    def rebuild(self, task: TaskBuilder) -> None:
+        if self.cwd is not None:
+            _enter(task, self.cwd, self.root, self.umask)
+
+
+def _absolute(*paths: str | None) -> None:
+    for path in paths:
+        if path is not None and (not path.startswith("/") or "\0" in path):
+            raise ValueError(f"{path!r} is not an absolute path")
+
+
+def _enter(task: TaskBuilder, cwd: str, root: str | None, umask: int) -> None:
+    calls = task.calls
+    # The working directory first: its path is the tool's, and means something else after chroot.
+    cwd = task.path(cwd)
+    calls.call(SYS.chdir, calls.path(cwd), label=f"enter the working directory {cwd}")
+    if root is not None:
+        root = task.path(root)
+        calls.call(SYS.chroot, calls.path(root), label=f"enter the root directory {root}")
+    calls.call(SYS.umask, umask, label="set the umask")
+
+
+def directory(pid: int | str, which: str) -> str:
+    """The path of ``cwd`` or ``root`` of a process (or PID/task/TID), as this process sees it.
 
     DirectoryGone if no path leads there: it was removed, or lies outside of our root.
     """
@@ -75,7 +110,7 @@ def directory(pid: int, which: str) -> str:
     return path
 
 
-def _own_root(pid: int) -> str | None:
+def _own_root(pid: int | str) -> str | None:
     if os.path.samestat(os.stat(f"/proc/{pid}/root"), os.stat("/")):
         return None
     return directory(pid, "root")

@@ -139,6 +139,7 @@ def _security_label(pid: int) -> str:
 
 
 def _threads(pid: int) -> Iterator[Verdict]:
+    apart: list[int] = []
     for tid in procfs.threads(pid):
         name = f"pid {pid}" if tid == pid else f"pid {pid} thread {tid}"
         try:
@@ -154,7 +155,7 @@ def _threads(pid: int) -> Iterator[Verdict]:
         if any(key.endswith("_Thread_features") and "shstk" in value for key, value in status.items()):
             yield _refuse(UnsupportedCpuFeature("it has a shadow stack", object=name), "shadow stack")
         yield from _seccomp(name, status)
-        yield from _shared_with_leader(pid, tid, name)
+        yield from _shared_with_leader(pid, tid, name, apart)
     mask = procfs.read_status(pid).get("untag_mask")
     if mask is not None and int(mask, 16) != _ALL_ADDRESS_BITS:
         yield _refuse(UnsupportedCpuFeature("it uses tagged addresses", object=f"pid {pid}"), "tagged addresses")
@@ -170,10 +171,18 @@ def _seccomp(name: str, status: dict[str, str]) -> Iterator[Verdict]:
         yield _refuse(SeccompUnreadable("its filters are hidden without CAP_SYS_ADMIN", object=name), "seccomp")
 
 
-def _shared_with_leader(pid: int, tid: int, name: str) -> Iterator[Verdict]:
-    for what, words in ((KcmpType.FILES, "descriptors"), (KcmpType.FS, "directories")):
-        if tid != pid and not _same(pid, tid, what, gone=True):
-            yield _refuse(UnsharedThread(f"it has {words} of its own", object=name), f"unshared {words}")
+def _shared_with_leader(pid: int, tid: int, name: str, apart: list[int]) -> Iterator[Verdict]:
+    """``apart`` are the threads before this one that have directories of their own."""
+    if tid == pid:
+        return
+    if not _same(pid, tid, KcmpType.FILES, gone=True):
+        yield _refuse(UnsharedThread("it has descriptors of its own", object=name), "unshared descriptors")
+    if not _same(pid, tid, KcmpType.FS, gone=True):
+        for other in apart:
+            if _same(other, tid, KcmpType.FS, gone=False):
+                text = f"it shares directories with thread {other}, but not with the first thread"
+                yield _refuse(UnsharedThread(text, object=name), "unshared directories")
+        apart.append(tid)
 
 
 def _sharing(pid: int) -> Iterator[Verdict]:

@@ -32,7 +32,7 @@ from checkpoint.state.cgroup import Cgroups
 from checkpoint.state.clocks import Clocks
 from checkpoint.state.comm import Comm
 from checkpoint.state.credentials import Credentials
-from checkpoint.state.filesystem import Filesystem
+from checkpoint.state.filesystem import Filesystem, ThreadDirectories
 from checkpoint.state.hardening import MachineCheckPolicy, SpeculationControls, TimeStampCounter
 from checkpoint.state.itimers import IntervalTimers
 from checkpoint.state.kernel_files import CoredumpFilter, OomScoreAdjustment
@@ -97,6 +97,7 @@ PROCESS_STATES: Final[tuple[type[State], ...]] = (
 #: of a thread
 THREAD_STATES: Final[tuple[type[State], ...]] = (
     Comm,
+    ThreadDirectories,
     Personality,
     RobustList,
     ClearChildTid,
@@ -191,6 +192,7 @@ def capture(process: Process, injection: Injection, more: CallTable | None = Non
     StateUnreadable if the kernel refuses a call; the errors of a kind that cannot be moved (SeccompSupervised, ...).
     """
     view = ProcessView(process, more)
+    view.scratch = injection.ranges
     own = [_begin(kind, view.tasks[0]) for kind in PROCESS_STATES]
     threads = [[_begin(kind, task) for kind in THREAD_STATES] for task in view.tasks]
     try:
@@ -274,7 +276,9 @@ def build(
     first = TaskBuilder(pid=stub.pid, tid=stub.pid, warn=warn, elapsed=elapsed, birth=birth, path=path)
     rebuild_first(state, first)
     _run(stub, [first])
-    stub.clone_threads([thread.tid for thread in state.threads[1:]])
+    others = state.threads[1:]
+    apart = [thread.get(ThreadDirectories).cwd is not None for thread in others]
+    stub.clone_threads([thread.tid for thread in others], apart)
     tasks = [
         TaskBuilder(pid=stub.pid, tid=thread.tid, warn=warn, elapsed=elapsed, birth=birth, path=path)
         for thread in stub.threads

@@ -16,7 +16,6 @@ from checkpoint.errors import (
     Refused,
     SealedMapping,
     SecretMemory,
-    SysvSharedMemory,
     UnsupportedMemory,
     UserfaultMapping,
 )
@@ -51,10 +50,6 @@ KINDS: dict[str, tuple[type[Refused], str]] = {
     "secret memory": (SecretMemory, "fd = call(447, 0); os.ftruncate(fd, 4096); mapped(flags=1, fd=fd)"),
     "hugetlb": (HugePageMapping, "mapped(2 << 20, flags=0x22 | 0x40000 | 0x4000)"),
     "aio": (AioRing, "context = ctypes.c_ulong(0); call(206, 8, ctypes.byref(context))"),
-    "sysv": (
-        SysvSharedMemory,
-        "i = libc.shmget(0, 4096, 0o1600); at = libc.shmat(i, None, 0); libc.shmctl(i, 0, None)",
-    ),
     "userfaultfd": (
         UserfaultMapping,
         "u = call(323, 1); b = ctypes.create_string_buffer(struct.pack('<QQQ', 0xAA, 0, 0));"

@@ -22,7 +22,6 @@ from checkpoint.errors import (
     Refused,
     SealedMapping,
     SecretMemory,
-    SysvSharedMemory,
     UnsupportedMemory,
     UserfaultMapping,
 )
@@ -101,7 +100,6 @@ def test_our_own_maps_agree_with_our_own_smaps() -> None:
     [
         ("/secretmem (deleted)", "", 0, SecretMemory),
         ("/[aio] (deleted)", "", 0, AioRing),
-        ("/SYSV00000000 (deleted)", "sh", 0, SysvSharedMemory),
         ("[uprobes]", "", 0, UnsupportedMemory),
         ("anon_inode:[io_uring]", "", 0, UnsupportedMemory),
         ("anon_inode:[perf_event]", "", 0, UnsupportedMemory),

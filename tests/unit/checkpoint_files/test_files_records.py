@@ -37,6 +37,7 @@ from checkpoint.files.regular import DeletedFile, Directory, PathOnly, RegularFi
 from checkpoint.files.shipped import ShippedFile
 from checkpoint.files.signalfd import SignalFd
 from checkpoint.files.sockopts import SocketOptions
+from checkpoint.files.sysv import SysvSegment
 from checkpoint.files.table import LocksOfFile, TreeFiles
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.files.terminal import Terminal, Termios
@@ -68,6 +69,7 @@ RECORDS: list[OpenFile] = [
     Fifo(flags=1, path="/run/fifo", size=4096, queue=None),
     Memfd(flags=2, pos=5, content=0),
     SharedMemory(flags=2, content=1),
+    SysvSegment(flags=2, number=7, key=-5, mode=0o1640, uid=1, gid=2, content=0),
     DeletedFile(flags=1, content=2, locks=(FileLock(whole=False, type=LockType.READ, start=3, length=0),)),
     RegularFile(flags=0, path="/etc/\udcff", size=1, mtime_ns=2, inode=3, volatile=False),
     ShippedFile(flags=2, path="/var/log/x", content=3, mtime_ns=-1, attributes={"user.a": b"\xff"}),

@@ -17,7 +17,7 @@ from checkpoint.state.cgroup import Cgroup, Cgroups
 from checkpoint.state.clocks import Clocks
 from checkpoint.state.comm import Comm
 from checkpoint.state.credentials import Capabilities, Credentials, Ids
-from checkpoint.state.filesystem import Filesystem
+from checkpoint.state.filesystem import Filesystem, ThreadDirectories
 from checkpoint.state.hardening import MachineCheckPolicy, SpeculationControls, TimeStampCounter
 from checkpoint.state.itimers import IntervalTimer, IntervalTimers
 from checkpoint.state.kernel_files import CoredumpFilter, OomScoreAdjustment
@@ -99,7 +99,9 @@ TIMER = st.builds(
 STRATEGIES: dict[type[State], st.SearchStrategy[State]] = {
     Filesystem: st.builds(Filesystem, cwd=PATH, root=st.none() | PATH, umask=st.integers(0, 0o777)),
     ChildSubreaper: st.builds(ChildSubreaper, enabled=st.booleans()),
-    MemorySwitches: st.builds(MemorySwitches, thp_disable=U32, merge=st.booleans()),
+    MemorySwitches: st.builds(
+        MemorySwitches, thp_disable=U32, merge=st.booleans(), lock_future=st.sampled_from([0, 2, 6])
+    ),
     Membarrier: st.builds(
         Membarrier, registered=st.none() | st.just(int(MembarrierCommand.REGISTER_PRIVATE_EXPEDITED)) | st.just(0)
     ),
@@ -125,6 +127,9 @@ STRATEGIES: dict[type[State], st.SearchStrategy[State]] = {
     CoredumpFilter: st.builds(CoredumpFilter, bits=st.none() | U32),
     Cgroups: st.builds(Cgroups, groups=st.lists(st.builds(Cgroup, st.text(max_size=9), PATH), max_size=4).map(tuple)),
     Comm: st.builds(Comm, name=st.binary(max_size=15).filter(lambda name: b"\0" not in name)),
+    ThreadDirectories: st.builds(
+        ThreadDirectories, cwd=st.none() | PATH, root=st.none() | PATH, umask=st.integers(0, 0o777)
+    ),
     Personality: st.builds(Personality, bits=st.integers(0, (1 << 32) - 2)),
     RobustList: st.builds(RobustList, head=U64, length=U64),
     ClearChildTid: st.builds(ClearChildTid, address=U64),
@@ -165,6 +170,9 @@ STRATEGIES: dict[type[State], st.SearchStrategy[State]] = {
             st.builds(Component, st.integers(2, 62), st.integers(576, 8000), st.integers(1, 8192)), max_size=4
         ).map(tuple),
         blocked=U64,
+        call=st.none() | st.integers(0, (1 << 31) - 1),
+        left=NANOSECONDS,
+        asleep=st.binary(max_size=216),
     ),
     Credentials: st.builds(
         Credentials,
