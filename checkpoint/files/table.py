@@ -107,8 +107,10 @@ class FileTable:
 
     def add_process(self, process: Owner) -> dict[int, tuple[int, bool]]:
         """All descriptors of a process; its table. SharedDescriptors if the table is not one process's own."""
-        self._own_table(process)
         numbers = sorted(int(name) for name in os.listdir(f"/proc/{process.pid}/fd"))
+        if numbers:
+            # the dead have no table, and any two of them would seem to share it
+            self._own_table(process)
         self._pidfd(process.pid)
         ensure_descriptors(len(self.entries) + len(numbers))
         for number in numbers:
@@ -429,7 +431,7 @@ class FileTable:
         """Give up all duplicates."""
         segments = {view.stat.st_ino for view in self.entries if view.fd < 0 and kind_for(view) is SysvSegment}
         # the processes were captured to the end, and are gone: what only they had goes with them
-        if segments and self.late and not any(map(procfs.exists, self._pidfds)):
+        if segments and self.late and not any(map(procfs.lives, self._pidfds)):
             remove_deserted(segments)
         for view in self.entries:
             view.close()

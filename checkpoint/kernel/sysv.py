@@ -76,7 +76,8 @@ def create(number: int, key: int, size: int, mode: int) -> bool:
 def change_owner(number: int, uid: int, gid: int, mode: int) -> None:
     """Give a segment its owner and permissions. OSError."""
     data = _PERM.pack(0, uid, gid, 0, 0, mode & _PERMISSIONS, 0, 0) + bytes(_TIMES.size)
-    syscall(SYS.shmctl, number, _SET, ctypes.addressof(ctypes.create_string_buffer(data, len(data))))
+    buffer = ctypes.create_string_buffer(data, len(data))
+    syscall(SYS.shmctl, number, _SET, ctypes.addressof(buffer))
 
 
 def lock(number: int) -> None:

@@ -58,8 +58,11 @@ class IntervalTimers(State):
             spec = TimerSpec.from_timeval(room.bytes())
             # It may expire between its reading and that of the pending signals: then the signal is what counts.
             expired = which is Itimer.REAL and not spec.interval and _alarm_pending(task)
-            if spec.value and not expired:
-                found.append(IntervalTimer(which=which, value=spec.value, interval=spec.interval))
+            # With an interval: it has expired and its signal waits. The kernel winds it up again when that is delivered
+            # (kernel/signal.c), and until then shows no time. The rebuilt one goes on at once.
+            value = spec.value or (spec.interval if which is Itimer.REAL else 0)
+            if value and not expired:
+                found.append(IntervalTimer(which=which, value=value, interval=spec.interval))
         return cls(timers=tuple(found))
 
     def rebuild(self, task: TaskBuilder) -> None:

@@ -113,11 +113,15 @@ def fall_asleep(stub: Stub, thread: tracee.Thread, state: Registers, elapsed: in
         # What it would find now is not what it will find: connections are not there yet.  So it looks at nothing; when
         # it goes on, the kernel reads again what to look at.
         stub.write(address, _NOTHING.to_bytes(arch.POLLFD_SIZE, "little") * count)
+    rest, size = sleep.rest
+    written = stub.read(rest, size)
     try:
         result = stub.interrupted(thread, sleep.number, args)
     finally:
         if looked_at:
             stub.write(address, looked_at)
+        if written:
+            stub.write(rest, written)
     if result == arch.BLOCK or not looked_at:
         thread.slept = result
 

@@ -71,12 +71,12 @@ INODES = re.compile(r"\b(ino|sdev):[0-9a-f]+|:\[\d+\]")
 
 
 def status(path: Path) -> dict[str, str]:
-    lines = (line.partition(":") for line in (path / "status").read_text().splitlines())
+    lines = (line.partition(":") for line in (path / "status").read_text(errors="replace").splitlines())
     return {name: value.strip() for name, _, value in lines if name in STATUS}
 
 
 def stat(path: Path) -> list[str]:
-    fields = (path / "stat").read_text().rpartition(")")[2].split()
+    fields = (path / "stat").read_text(errors="replace").rpartition(")")[2].split()
     return [fields[i] for i in STAT]
 
 
@@ -113,7 +113,7 @@ def shown(pid: int) -> dict[str, object]:
         "files": {name: (path / name).read_bytes().hex() for name in FILES},
         "timers": (path / "timers").read_text(),
         "threads": {
-            tid.name: {"status": status(tid), "stat": stat(tid), "comm": (tid / "comm").read_text()}
+            tid.name: {"status": status(tid), "stat": stat(tid), "comm": (tid / "comm").read_text(errors="replace")}
             for tid in sorted((path / "task").iterdir())
         },
         "descriptors": {
@@ -129,7 +129,7 @@ def shown(pid: int) -> dict[str, object]:
 def dead(pid: int) -> dict[str, object]:
     """Of a process that has ended and is not waited for."""
     path = Path(f"/proc/{pid}")
-    fields = (path / "stat").read_text().rpartition(")")[2].split()
+    fields = (path / "stat").read_text(errors="replace").rpartition(")")[2].split()
     return {"status": {"Pid": pid, "State": fields[0]}, "ids": fields[1:5], "wait status": fields[49]}
 
 

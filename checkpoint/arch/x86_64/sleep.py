@@ -65,6 +65,12 @@ class Sleep:
         """(address, number) of the struct pollfd that it looks at."""
         return (self.args[0], self.args[1]) if self.note is Note.POLL else (0, 0)
 
+    @property
+    def rest(self) -> tuple[int, int]:
+        """(address, bytes) of where the kernel writes, each time it is interrupted, how much is left."""
+        address = self.args[self.time + 1] if self.note is Note.NANOSLEEP else 0
+        return (address, _TIMESPEC.size) if address else (0, 0)
+
     def with_time(self, nanoseconds: int, timespec_at: int) -> tuple[tuple[int, ...], bytes]:
         """The arguments with another time, and the bytes that must lie at ``timespec_at``."""
         if self.note is Note.POLL:

@@ -318,6 +318,13 @@ def test_others_are_not(number, result, arguments):
     assert sleep.sleep_of(registers, number) is None
 
 
+def test_where_a_sleep_writes_what_is_left():
+    assert sleep.sleep_of(inside_of(SYS.nanosleep, rsi=0x700), SYS.nanosleep).rest == (0x700, 16)
+    assert sleep.sleep_of(inside_of(SYS.clock_nanosleep, rdi=1, r10=0x800), SYS.clock_nanosleep).rest == (0x800, 16)
+    assert sleep.sleep_of(inside_of(SYS.nanosleep), SYS.nanosleep).rest == (0, 0)
+    assert sleep.sleep_of(inside_of(SYS.poll, rsi=1), SYS.poll).rest == (0, 0)
+
+
 def test_what_a_sleep_begun_again_goes_on_with():
     registers = inside_of(SYS.restart_syscall, rdi=64)
     again = sleep.asleep(registers, SYS.nanosleep, Restart.BLOCK)

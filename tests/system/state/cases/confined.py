@@ -93,13 +93,6 @@ def a_filter_of_all_threads(here: Here) -> Iterator[None]:
     look(None)
 
 
-@case("state/seccomp")
-def nothing_but_reading_and_writing(here: Here) -> Iterator[None]:
-    """Strict mode: the program speaks by memory alone, and spins."""
-    here.execute("strict")
-    yield
-
-
 @case("state/speculation controls")
 def speculation(here: Here) -> Iterator[None]:
     modes = {}

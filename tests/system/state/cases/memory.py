@@ -169,17 +169,6 @@ def guard_regions(here: Here) -> Iterator[None]:
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGSEGV
 
 
-@case("memory/names")
-def named_memory(here: Here) -> Iterator[None]:
-    area = anonymous(3)
-    name = ctypes.create_string_buffer(b"cache of things")
-    prctl(0x53564D41, 0, area, 3 * 4096, name)  # PR_SET_VMA, PR_SET_VMA_ANON_NAME
-    yield
-    with open("/proc/self/maps") as file:
-        line = next(line for line in file if line.startswith(f"{area:x}-"))
-    assert line.rstrip().endswith("[anon:cache of things]")
-
-
 @case("memory/fields")
 def the_heap_goes_on_growing(here: Here) -> Iterator[None]:
     end = int(libc.syscall(BRK, ctypes.c_long(0)))

@@ -149,11 +149,13 @@ def overruns_are_counted(here: Here) -> Iterator[None]:
         time.sleep(0.001)
     began = time.monotonic()
     yield
-    taken(40)
-    overrun = call(225, timer)
-    # as many as the clock of the process shows, but for the first
-    assert overrun * 0.001 <= time.monotonic() - began + 0.05
-    assert overrun > 1
+    # In one signal or in several, but no expiration more than there can have been.
+    count = 0
+    while 40 in signal.sigpending() and count < 1_000_000:
+        count += 1 + struct.unpack_from("<i", taken(40), 20)[0]
+    passed = 1000 * (time.monotonic() - began)
+    assert 2 < count <= passed + 50, (count, passed)
+    call(225, timer)
 
 
 @case("state/interval timers")
