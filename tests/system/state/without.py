@@ -18,6 +18,7 @@ from checkpoint.files import install, kinds, rebuild, regular
 from checkpoint.files import table as files_table
 from checkpoint.files.base import OpenFile, kind_name
 from checkpoint.memory import layout
+from checkpoint.memory.pages import PageWriter
 from checkpoint.state import pending, registers, table
 from checkpoint.state.base import State, kind_of
 
@@ -100,6 +101,7 @@ def _memory() -> dict[str, Switch]:
         "memory/guards": _layout(lambda one: _replaced(one, guards=())),
         "memory/names": _layout(_no_names),
         "memory/fields": _patch(layout, "_memory_fields"),
+        "memory/pages": _patch(PageWriter, "write", lambda self, run: 0),
     }
 
 

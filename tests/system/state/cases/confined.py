@@ -93,7 +93,7 @@ def a_filter_of_all_threads(here: Here) -> Iterator[None]:
     look(None)
 
 
-@case("state/speculation controls")
+@case("state/speculation-controls")
 def speculation(here: Here) -> Iterator[None]:
     modes = {}
     for which in (0, 1, 2):
@@ -109,14 +109,14 @@ def speculation(here: Here) -> Iterator[None]:
     assert {which: prctl(52, which) for which in modes} == modes
 
 
-@case("state/time stamp counter")
+@case("state/time-stamp-counter")
 def no_time_stamps(here: Here) -> Iterator[None]:
     """rdtsc faults. The C library's clocks read it too, so nobody here may ask for the time: the program is in C."""
     here.execute("no_tsc")
     yield
 
 
-@case("state/machine check policy")
+@case("state/machine-check-policy")
 def what_a_memory_error_does(here: Here) -> Iterator[None]:
     def policy(value: int) -> threaded:
         def look(_: object) -> None:
@@ -139,14 +139,14 @@ def no_new_executable_memory(here: Here) -> Iterator[None]:
     assert refused(MPROTECT, page, 4096, 5) in (errno.EACCES, errno.EPERM)
 
 
-@case("state/memory switches")
+@case("state/memory-switches")
 def no_huge_pages(here: Here) -> Iterator[None]:
     prctl(41, 1)
     yield
     assert prctl(42) == 1
 
 
-@case("state/memory switches")
+@case("state/memory-switches")
 def equal_pages_may_be_merged(here: Here) -> Iterator[None]:
     try:
         prctl(67, 1)
@@ -167,13 +167,13 @@ def registered_for_barriers(here: Here) -> Iterator[None]:
     call(324, 1 << 3, 0, 0)  # PRIVATE_EXPEDITED: EPERM if it were not registered
 
 
-@case("state/robust list")
+@case("state/robust-list")
 def a_thread_that_dies_with_a_lock(here: Here) -> Iterator[None]:
     here.execute("robust")
     yield
 
 
-@case("state/clear child tid")
+@case("state/clear-child-tid")
 def a_thread_that_ends_is_joined(here: Here) -> Iterator[None]:
     import threading
 
@@ -186,13 +186,13 @@ def a_thread_that_ends_is_joined(here: Here) -> Iterator[None]:
     assert not other.is_alive()
 
 
-@case("state/restartable sequences")
+@case("state/restartable-sequences")
 def sequences_of_each_thread(here: Here) -> Iterator[None]:
     here.execute("rseq")
     yield
 
 
-@case("state/signal handlers")
+@case("state/signal-handlers")
 def a_fault_is_handled(here: Here) -> Iterator[None]:
     here.execute("fault")
     yield

@@ -71,7 +71,7 @@ def many_zombies_in_their_groups(here: Here) -> Iterator[None]:
     assert {pid: os.waitstatus_to_exitcode(found[pid]) for pid in pids} == dict(zip(pids, range(5), strict=True))
 
 
-@case("state/pending signals of the process")
+@case("state/pending-signals-of-the-process")
 def the_death_of_a_child_waits_to_be_heard(here: Here) -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -129,7 +129,7 @@ def a_session_of_its_own(here: Here) -> Iterator[None]:
     end(pid)
 
 
-@case("state/child subreaper")
+@case("state/child-subreaper")
 def a_session_that_has_lost_its_leader(here: Here) -> Iterator[None]:
     prctl(36, 1)  # the orphan comes to us
 

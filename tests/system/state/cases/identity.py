@@ -136,7 +136,7 @@ def names_of_threads(here: Here) -> Iterator[None]:
         each.verify()
 
 
-@case("state/parent death signal")
+@case("state/parent-death-signal")
 def a_signal_at_the_parents_death(here: Here) -> Iterator[None]:
     prctl(PR_PDEATHSIG, 12)
     yield
@@ -145,7 +145,7 @@ def a_signal_at_the_parents_death(here: Here) -> Iterator[None]:
     assert found.value == 12
 
 
-@case("state/child subreaper")
+@case("state/child-subreaper")
 def a_subreaper_gets_the_orphans(here: Here) -> Iterator[None]:
     prctl(PR_SUBREAPER, 1)
     yield

@@ -104,7 +104,7 @@ def locked_when_touched(here: Here) -> Iterator[None]:
     assert {"lo", "lf"} <= set(flags_of(area))
 
 
-@case("state/memory switches")
+@case("state/memory-switches")
 def new_memory_is_locked(here: Here) -> Iterator[None]:
     call(MLOCKALL, 2)  # MCL_FUTURE
     yield
@@ -112,7 +112,7 @@ def new_memory_is_locked(here: Here) -> Iterator[None]:
     assert "lf" not in flags_of(anonymous(1))
 
 
-@case("state/memory switches", "memory/lo")
+@case("state/memory-switches", "memory/lo")
 def all_memory_is_locked_when_touched(here: Here) -> Iterator[None]:
     call(MLOCKALL, 7)  # MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT
     before = anonymous(1)
@@ -179,7 +179,7 @@ def the_heap_goes_on_growing(here: Here) -> Iterator[None]:
     libc.syscall(BRK, ctypes.c_long(end))
 
 
-@case("state/registers")
+@case("memory/pages")
 def every_protection(here: Here) -> Iterator[None]:
     areas = {}
     for prot in range(8):
@@ -219,7 +219,7 @@ def shared_with_a_child(here: Here) -> Iterator[None]:
     assert area[100:105] == b"edcba"
 
 
-@case("files/file")
+@case("memory/pages")
 def a_file_changed_privately(here: Here) -> Iterator[None]:
     path = here.path("mapped")
     with open(path, "wb") as file:
@@ -234,7 +234,7 @@ def a_file_changed_privately(here: Here) -> Iterator[None]:
         assert file.read()[5000:5004] != b"mine"
 
 
-@case("files/file")
+@case("memory/pages")
 def a_file_mapped_shared(here: Here) -> Iterator[None]:
     path = here.path("shared")
     with open(path, "wb") as file:
@@ -297,7 +297,7 @@ def a_posix_semaphore(here: Here) -> Iterator[None]:
     assert os.waitpid(child, 0)[1] == 0
 
 
-@case("state/registers")
+@case("memory/pages")
 def a_page_that_moved(here: Here) -> Iterator[None]:
     area = anonymous(4)
     put(area, b"moved")

@@ -71,7 +71,7 @@ def a_group_of_its_own(here: Here) -> Iterator[None]:
     assert name in after
 
 
-@case("state/directories of a thread")
+@case("state/directories-of-a-thread")
 def threads_with_directories_of_their_own(here: Here) -> Iterator[None]:
     """As file servers have them, for each client."""
 

@@ -88,7 +88,7 @@ def a_slice_of_its_own(here: Here) -> Iterator[None]:
     yield from together((set_up, look))
 
 
-@case("state/cpu affinity")
+@case("state/cpu-affinity")
 def bound_to_one_processor(here: Here) -> Iterator[None]:
     def bound(cpu: int) -> tuple[Callable[[], object], Callable[[object], None]]:
         def look(_: object) -> None:
@@ -100,7 +100,7 @@ def bound_to_one_processor(here: Here) -> Iterator[None]:
     yield from together(*(bound(cpu) for cpu in cpus[:4]))
 
 
-@case("state/io priority")
+@case("state/io-priority")
 def disk_priority_of_each_thread(here: Here) -> Iterator[None]:
     def disk(value: int) -> tuple[Callable[[], object], Callable[[object], None]]:
         def look(_: object) -> None:
@@ -112,7 +112,7 @@ def disk_priority_of_each_thread(here: Here) -> Iterator[None]:
     yield from together(disk(1 << 13 | 3), disk(2 << 13 | 7), disk(3 << 13))
 
 
-@case("state/numa policy")
+@case("state/numa-policy")
 def a_memory_policy_for_each_thread(here: Here) -> Iterator[None]:
     def policy(mode: int) -> tuple[Callable[[], object], Callable[[object], None]]:
         def set_up() -> None:
@@ -129,7 +129,7 @@ def a_memory_policy_for_each_thread(here: Here) -> Iterator[None]:
     yield from together(policy(1), policy(2), policy(3))  # preferred, bind, interleave
 
 
-@case("state/resource limits")
+@case("state/resource-limits")
 def limits(here: Here) -> Iterator[None]:
     wanted = {
         resource.RLIMIT_NOFILE: (77, 99),
@@ -157,7 +157,7 @@ def limits(here: Here) -> Iterator[None]:
         assert resource.getrlimit(which) == value
 
 
-@case("state/resource limits")
+@case("state/resource-limits")
 def an_address_space_that_is_nearly_full(here: Here) -> Iterator[None]:
     with open("/proc/self/statm") as file:
         size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -166,7 +166,7 @@ def an_address_space_that_is_nearly_full(here: Here) -> Iterator[None]:
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == size + (16 << 20)
 
 
-@case("state/oom score adjustment")
+@case("state/oom-score-adjustment")
 def who_is_killed_first(here: Here) -> Iterator[None]:
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("123")
@@ -175,7 +175,7 @@ def who_is_killed_first(here: Here) -> Iterator[None]:
         assert file.read() == "123\n"
 
 
-@case("state/coredump filter")
+@case("state/coredump-filter")
 def what_a_core_file_holds(here: Here) -> Iterator[None]:
     with open("/proc/self/coredump_filter", "w") as file:
         file.write("0x1a5")

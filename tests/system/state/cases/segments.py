@@ -29,7 +29,7 @@ def attach(number: int, flags: int = 0) -> int:
     return call(SHMAT, number, 0, flags)
 
 
-@case("files/sysv shm")
+@case("files/sysv-shm")
 def a_segment_with_a_key(here: Here) -> Iterator[None]:
     key = 0x74630000 | here.slot
     number = call(SHMGET, key, 3 * 4096 + 5, CREATE | 0o640)
@@ -49,7 +49,7 @@ def a_segment_with_a_key(here: Here) -> Iterator[None]:
     call(SHMCTL, number, RMID, None)
 
 
-@case("files/sysv shm")
+@case("files/sysv-shm")
 def a_segment_that_a_child_shares(here: Here) -> Iterator[None]:
     number = call(SHMGET, 0, 8192, 0o600)
     area = attach(number)
@@ -68,7 +68,7 @@ def a_segment_that_a_child_shares(here: Here) -> Iterator[None]:
     call(SHMCTL, number, RMID, None)
 
 
-@case("files/sysv shm")
+@case("files/sysv-shm")
 def a_segment_that_goes_with_its_last_user(here: Here) -> Iterator[None]:
     number = call(SHMGET, 0, 4096, 0o600)
     area = attach(number)
@@ -85,7 +85,7 @@ def a_segment_that_goes_with_its_last_user(here: Here) -> Iterator[None]:
     raise AssertionError("it is still there")
 
 
-@case("files/sysv shm")
+@case("files/sysv-shm")
 def a_segment_that_may_only_be_read(here: Here) -> Iterator[None]:
     number = call(SHMGET, 0, 4096, 0o600)
     writable, area = attach(number), attach(number, RDONLY)
@@ -103,7 +103,7 @@ def a_segment_that_may_only_be_read(here: Here) -> Iterator[None]:
     raise AssertionError("it became writable")
 
 
-@case("files/sysv shm")
+@case("files/sysv-shm")
 def a_segment_of_somebody_else(here: Here) -> Iterator[None]:
     number = call(SHMGET, 0, 4096, 0o600)
     area = attach(number)

@@ -15,7 +15,7 @@ from tests.system.state.case import Here, case
 RT_SIGACTION, SIGALTSTACK, RT_SIGQUEUEINFO, RT_TGSIGQUEUEINFO, RT_SIGTIMEDWAIT = 13, 131, 129, 297, 128
 
 
-@case("state/signal handlers")
+@case("state/signal-handlers")
 def a_handler(here: Here) -> Iterator[None]:
     seen: list[int] = []
     signal.signal(signal.SIGUSR1, lambda number, _: seen.append(number))
@@ -24,7 +24,7 @@ def a_handler(here: Here) -> Iterator[None]:
     assert seen == [signal.SIGUSR1]
 
 
-@case("state/signal handlers")
+@case("state/signal-handlers")
 def ignored_signals(here: Here) -> Iterator[None]:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGRTMAX, signal.SIG_IGN)
@@ -34,7 +34,7 @@ def ignored_signals(here: Here) -> Iterator[None]:
     assert int(status("SigIgn"), 16) >> (signal.SIGRTMAX - 1) & 1
 
 
-@case("state/signal handlers")
+@case("state/signal-handlers")
 def flags_and_mask_of_an_action(here: Here) -> Iterator[None]:
     signal.signal(signal.SIGUSR2, lambda *_: None)
     action = ctypes.create_string_buffer(32)
@@ -65,7 +65,7 @@ def the_mask_of_each_thread(here: Here) -> Iterator[None]:
         each.verify()
 
 
-@case("state/pending signals of the process")
+@case("state/pending-signals-of-the-process")
 def queued_for_the_process(here: Here) -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGRTMIN + 3, signal.SIGUSR1])
     for value in (11, 22, 33):
@@ -84,7 +84,7 @@ def queued_for_the_process(here: Here) -> Iterator[None]:
     assert signal.SIGRTMIN + 3 not in signal.sigpending()
 
 
-@case("state/pending signals of the thread")
+@case("state/pending-signals-of-the-thread")
 def queued_for_a_thread(here: Here) -> Iterator[None]:
     numbers = [signal.SIGUSR1, signal.SIGUSR2, signal.SIGRTMIN + 4]
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
@@ -105,7 +105,7 @@ def queued_for_a_thread(here: Here) -> Iterator[None]:
         each.verify()
 
 
-@case("state/pending signals of the process")
+@case("state/pending-signals-of-the-process")
 def a_stop_waits_behind_a_mask(here: Here) -> Iterator[None]:
     """SIGTSTP is blocked, so it is pending, and the process runs."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTSTP])
@@ -114,7 +114,7 @@ def a_stop_waits_behind_a_mask(here: Here) -> Iterator[None]:
     assert signal.sigpending() == {signal.SIGTSTP}
 
 
-@case("state/alternate signal stack")
+@case("state/alternate-signal-stack")
 def an_alternate_stack_for_each_thread(here: Here) -> Iterator[None]:
     def stack(size: int) -> threaded:
         room = ctypes.create_string_buffer(size)
@@ -136,7 +136,7 @@ def an_alternate_stack_for_each_thread(here: Here) -> Iterator[None]:
         each.verify()
 
 
-@case("state/alternate signal stack")
+@case("state/alternate-signal-stack")
 def none_where_none_was(here: Here) -> Iterator[None]:
     """Another thread has one, this one was told to have none (SS_DISABLE)."""
     room = ctypes.create_string_buffer(8192)
@@ -154,7 +154,7 @@ def none_where_none_was(here: Here) -> Iterator[None]:
     other.verify()
 
 
-@case("state/registers", "state/signal handlers")
+@case("state/registers", "state/signal-handlers")
 def inside_a_handler(here: Here) -> Iterator[None]:
     """The cycles find the thread in a signal handler of the C level's choice: its frame is on the stack."""
     here.execute("in_handler")

@@ -47,7 +47,7 @@ def taken(number: int) -> bytes:
     return info.raw
 
 
-@case("state/posix timers")
+@case("state/posix-timers")
 def numbers_with_gaps(here: Here) -> Iterator[None]:
     made = [create(MONOTONIC, SIGNAL, 34) for _ in range(6)]
     for timer in made[:2] + made[3:5]:
@@ -66,7 +66,7 @@ def numbers_with_gaps(here: Here) -> Iterator[None]:
         raise AssertionError(f"timer {timer} exists")
 
 
-@case("state/posix timers")
+@case("state/posix-timers")
 def each_clock(here: Here) -> Iterator[None]:
     made = {clock: create(clock, SIGNAL, 35) for clock in (MONOTONIC, BOOTTIME, REALTIME, PROCESS_CPU)}
     for timer in made.values():
@@ -78,7 +78,7 @@ def each_clock(here: Here) -> Iterator[None]:
         assert interval == 3
 
 
-@case("state/posix timers", "state/signal handlers")
+@case("state/posix-timers", "state/signal-handlers")
 def one_that_ticks(here: Here) -> Iterator[None]:
     ticks = [0]
 
@@ -94,7 +94,7 @@ def one_that_ticks(here: Here) -> Iterator[None]:
         time.sleep(0.001)
 
 
-@case("state/posix timers")
+@case("state/posix-timers")
 def one_that_signals_a_thread(here: Here) -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_BLOCK, [37])
     other = threaded(lambda: None, lambda _: None)
@@ -113,7 +113,7 @@ def one_that_signals_a_thread(here: Here) -> Iterator[None]:
     other.verify()
 
 
-@case("state/posix timers")
+@case("state/posix-timers")
 def one_that_signals_nobody(here: Here) -> Iterator[None]:
     timer = create(MONOTONIC, NONE, 0)
     arm(timer, 5000, 9)
@@ -125,7 +125,7 @@ def one_that_signals_nobody(here: Here) -> Iterator[None]:
     assert remaining(disarmed) == (0, 0)
 
 
-@case("state/posix timers", "state/pending signals of the process")
+@case("state/posix-timers", "state/pending-signals-of-the-process")
 def its_signal_waits(here: Here) -> Iterator[None]:
     """It has expired, the signal is blocked: the signal stays, with its value."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [39])
@@ -140,7 +140,7 @@ def its_signal_waits(here: Here) -> Iterator[None]:
     assert struct.unpack_from("<Q", info, 24)[0] == 0x1234_5678_9ABC
 
 
-@case("state/posix timers", "state/pending signals of the process")
+@case("state/posix-timers", "state/pending-signals-of-the-process")
 def overruns_are_counted(here: Here) -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_BLOCK, [40])
     timer = create(MONOTONIC, SIGNAL, 40)
@@ -158,7 +158,7 @@ def overruns_are_counted(here: Here) -> Iterator[None]:
     call(225, timer)
 
 
-@case("state/interval timers")
+@case("state/interval-timers")
 def the_three_of_old(here: Here) -> Iterator[None]:
     wanted = {signal.ITIMER_REAL: (4000, 0), signal.ITIMER_VIRTUAL: (5000, 7), signal.ITIMER_PROF: (6000, 8)}
     for which, (value, interval) in wanted.items():
@@ -170,7 +170,7 @@ def the_three_of_old(here: Here) -> Iterator[None]:
         assert found == interval
 
 
-@case("state/interval timers", "state/signal handlers")
+@case("state/interval-timers", "state/signal-handlers")
 def an_alarm_that_comes(here: Here) -> Iterator[None]:
     seen: list[int] = []
     signal.signal(signal.SIGALRM, lambda number, _: seen.append(number))
@@ -181,7 +181,7 @@ def an_alarm_that_comes(here: Here) -> Iterator[None]:
         time.sleep(0.001)
 
 
-@case("state/timer slack")
+@case("state/timer-slack")
 def slack_of_each_thread(here: Here) -> Iterator[None]:
     def slack(nanoseconds: int) -> threaded:
         def look(_: object) -> None:
