@@ -282,7 +282,7 @@ def a_mapped_memfd(here: Here) -> Iterator[None]:
     assert area[200:203] == b"xyz"
 
 
-@case("files/shared-memory")
+@case("files/deleted-file")
 def a_posix_semaphore(here: Here) -> Iterator[None]:
     """As a process pool has them: in /dev/shm, the name gone."""
     import multiprocessing
