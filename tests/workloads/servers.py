@@ -142,6 +142,7 @@ HERE = Path(__file__).parent / "programs"
 PROGRAMS: dict[str, tuple[list[str], list[str]]] = {
     "c": (["gcc", "-O1", "-pthread", "-o", "OUT/echo_c", "SOURCES/echo_c.c"], ["OUT/echo_c"]),
     "static": (["gcc", "-O1", "-pthread", "-static", "-o", "OUT/echo_static", "SOURCES/echo_c.c"], ["OUT/echo_static"]),
+    "shm": (["gcc", "-O1", "-pthread", "-o", "OUT/echo_shm", "SOURCES/echo_shm.c"], ["OUT/echo_shm"]),
     "go": (["go", "build", "-o", "OUT/echo_go", "SOURCES/echo_go.go"], ["OUT/echo_go"]),
     "java": (
         ["javac", "-d", "OUT", "SOURCES/EchoJava.java"],
