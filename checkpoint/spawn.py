@@ -116,12 +116,17 @@ class _StubInjection(Injection):
         """tids of those that the calls have made."""
         return self._excursions.born
 
-    def interrupted(self, thread: Thread, number: int, args: tuple[int, ...]) -> int:
-        """Begin a call that would sleep, and interrupt it at once; what it returned, as the kernel sees it."""
+    def interrupted(self, thread: Thread, number: int, args: tuple[int, ...]) -> int | None:
+        """Begin a call that would sleep, and interrupt it at once; what it returned, as the kernel sees it.
+
+        None: a signal came in between, and it was not begun.
+        """
         at = self._engines[thread.tid] + CALL_AT
         thread.set_registers(beginning(thread.registers, at, number, args))
         ptrace.cont_to_call(thread.tid)
         thread.wait(_STOP_TIMEOUT)
+        if thread.get_registers().call != number:
+            return None
         thread.interrupt()  # noted before the call begins to sleep, so it does not
         thread.cont()
         thread.await_interrupt(_STOP_TIMEOUT)
@@ -257,9 +262,9 @@ class Stub(Process):
         """Run a table in each of the threads named, all at once. See :meth:`Injection.run`."""
         self._injection.run(tables)
 
-    def interrupted(self, thread: Thread, number: int, args: tuple[int, ...]) -> int:
-        """What a call that would sleep returns if it is interrupted at once, as the kernel sees it. The last that is
-        done in this thread before :meth:`leave`."""
+    def interrupted(self, thread: Thread, number: int, args: tuple[int, ...]) -> int | None:
+        """What a call that would sleep returns if it is interrupted at once, as the kernel sees it; None if it could
+        not be begun. The last that is done in this thread before :meth:`leave`."""
         return self._injection.interrupted(thread, number, args)
 
     @property
