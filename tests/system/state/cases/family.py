@@ -129,7 +129,7 @@ def a_session_of_its_own(here: Here) -> Iterator[None]:
     end(pid)
 
 
-@case("state/child-subreaper")
+@case("state/registers")
 def a_session_that_has_lost_its_leader(here: Here) -> Iterator[None]:
     prctl(36, 1)  # the orphan comes to us
 

@@ -136,24 +136,6 @@ def an_alternate_stack_for_each_thread(here: Here) -> Iterator[None]:
         each.verify()
 
 
-@case("state/alternate-signal-stack")
-def none_where_none_was(here: Here) -> Iterator[None]:
-    """Another thread has one, this one was told to have none (SS_DISABLE)."""
-    room = ctypes.create_string_buffer(8192)
-    given = struct.pack("<QiiQ", ctypes.addressof(room), 0, 0, 8192)
-    other = threaded(
-        lambda: call(SIGALTSTACK, ctypes.create_string_buffer(given, 24), None),
-        lambda _: None,
-    )
-    yield
-    found = ctypes.create_string_buffer(24)
-    call(SIGALTSTACK, None, found)
-    assert struct.unpack("<QiiQ", found.raw)[1] == 2
-    with open(f"/proc/self/task/{other.tid}/stat") as file:
-        assert file.read()
-    other.verify()
-
-
 @case("state/registers", "state/signal-handlers")
 def inside_a_handler(here: Here) -> Iterator[None]:
     """The cycles find the thread in a signal handler of the C level's choice: its frame is on the stack."""
