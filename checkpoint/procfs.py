@@ -164,10 +164,11 @@ def exists(pid: int) -> bool:
         return False
 
 
-def lives(pid: int) -> bool:
-    """Whether the process is there and not about to end: it then still has its memory, files and namespaces."""
+def lives(pid: int, tid: int | None = None) -> bool:
+    """Whether the process, or one of its threads, is there and not about to end: it then still has its memory, files
+    and namespaces."""
     try:
-        stat = read_stat(pid)
+        stat = read_stat(pid, tid)
     except NoSuchProcess:
         return False
     # set before the first of them is given up (do_exit, kernel/exit.c), the state Z only after the last

@@ -59,8 +59,11 @@ class SysvSegment(OpenFile):
     content: int
 
     def __post_init__(self) -> None:
+        OpenFile.__post_init__(self)
         if not 0 <= self.number <= _ID_MAX or not -_ID_MAX - 1 <= self.key <= _ID_MAX or not 0 <= self.mode <= 0o7777:
             raise ValueError("ID, key or mode out of range")
+        if not 0 <= self.uid < 1 << 32 or not 0 <= self.gid < 1 << 32:
+            raise ValueError("owner out of range")
 
     @classmethod
     def capture(cls, view: FdView) -> Self:

@@ -129,7 +129,8 @@ class FileTable:
     def _own_table(self, process: Owner) -> None:
         pid = process.pid
         for tid in os.listdir(f"/proc/{pid}/task"):
-            if int(tid) != pid and self._kcmp(pid, int(tid), Kcmp.FILES, 0, 0) != 0:
+            apart = int(tid) != pid and self._kcmp(pid, int(tid), Kcmp.FILES, 0, 0) != 0
+            if apart and procfs.lives(pid, int(tid)):
                 raise SharedDescriptors(f"thread {tid} has a descriptor table of its own", object=f"pid {pid}")
         for other in self._pidfds:
             if other != pid and self._kcmp(pid, other, Kcmp.FILES, 0, 0) == 0:

@@ -175,9 +175,10 @@ def _shared_with_leader(pid: int, tid: int, name: str, apart: list[int]) -> Iter
     """``apart`` are the threads before this one that have directories of their own."""
     if tid == pid:
         return
-    if not _same(pid, tid, KcmpType.FILES, gone=True):
+    # one that is about to end has given up both already
+    if not _same(pid, tid, KcmpType.FILES, gone=True) and procfs.lives(pid, tid):
         yield _refuse(UnsharedThread("it has descriptors of its own", object=name), "unshared descriptors")
-    if not _same(pid, tid, KcmpType.FS, gone=True):
+    if not _same(pid, tid, KcmpType.FS, gone=True) and procfs.lives(pid, tid):
         for other in apart:
             if _same(other, tid, KcmpType.FS, gone=False):
                 text = f"it shares directories with thread {other}, but not with the first thread"
