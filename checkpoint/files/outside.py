@@ -10,6 +10,9 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from checkpoint import procfs
+from checkpoint.errors import NoSuchProcess
+
 if TYPE_CHECKING:
     from checkpoint.files.table import FileTable
 
@@ -55,6 +58,7 @@ class Outside:
             except (FileNotFoundError, ProcessLookupError, PermissionError):
                 # it ended, or is not ours to look at (a kernel thread's list is empty)
                 continue
+            hits = []
             for number in numbers:
                 fd = int(number)
                 if pid == me and fd in ours:
@@ -64,5 +68,17 @@ class Outside:
                 except (FileNotFoundError, ProcessLookupError, PermissionError):
                     continue
                 if link in wanted:
-                    found.setdefault(link, []).append((pid, fd))
+                    hits.append((link, (pid, fd)))
+            if hits and not _born_since(pid, inside):
+                for link, place in hits:
+                    found.setdefault(link, []).append(place)
         return found
+
+
+def _born_since(pid: int, inside: set[int]) -> bool:
+    """Whether a process is of the tree after all: a child that was not there when the tree was listed. What has ended
+    holds nothing any more."""
+    try:
+        return not inside.isdisjoint(procfs.parents(pid))
+    except NoSuchProcess:
+        return True
