@@ -125,7 +125,7 @@ def one_that_signals_nobody(here: Here) -> Iterator[None]:
     assert remaining(disarmed) == (0, 0)
 
 
-@case("state/posix-timers", "state/pending-signals-of-the-process")
+@case("state/pending-signals-of-the-process")
 def its_signal_waits(here: Here) -> Iterator[None]:
     """It has expired, the signal is blocked: the signal stays, with its value."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [39])
@@ -140,7 +140,7 @@ def its_signal_waits(here: Here) -> Iterator[None]:
     assert struct.unpack_from("<Q", info, 24)[0] == 0x1234_5678_9ABC
 
 
-@case("state/posix-timers", "state/pending-signals-of-the-process")
+@case("state/posix-timers")
 def overruns_are_counted(here: Here) -> Iterator[None]:
     signal.pthread_sigmask(signal.SIG_BLOCK, [40])
     timer = create(MONOTONIC, SIGNAL, 40)
