@@ -337,6 +337,11 @@ class Dump:
         for runs in drops:
             yield Kind.PAGES_DROP, runs
 
+    @property
+    def remaining(self) -> int | None:
+        """Bytes of memory that :meth:`pages` will give, after :meth:`skeleton`; None: all of it."""
+        return sum(one.bytes for one in self._remaining.values()) if self._remaining else None
+
     def pages(self, *, buffers: int = 1) -> Iterator[PageRun]:
         """Contents of files that travel along, then the memory of every process. A run is valid until the
         ``buffers``-th one after it is asked for."""
@@ -398,7 +403,8 @@ class Dump:
         self._last.wait()
         self._connections.freeze()
         if self.keep_queues:
-            self.connections += self._connections.take_queues()
+            ended = self._holdoff is not None and self._holdoff.handshakes_ended
+            self.connections += self._connections.take_queues(handshakes=not ended)
         self._connections.export()
         self.exported_ns = time.monotonic_ns()
 

@@ -40,6 +40,8 @@ KEEPING_TIMEOUT: Final = 0.2
 #: seconds that closed connections get for their last segments: a few round trips of a network without loss
 LAST_SEGMENTS_TIMEOUT: Final = 0.05
 _POLL: Final = 0.0005
+#: so many looks in a row without a half-done handshake show that there will be none
+_QUIET_LOOKS: Final = 2
 _CLOSING: Final = frozenset({TcpState.FIN_WAIT1, TcpState.CLOSING, TcpState.LAST_ACK})
 
 
@@ -49,7 +51,7 @@ class Holdoff:
     def __init__(self, listeners: Sequence[socket.socket]) -> None:
         self._listeners = list(listeners)
         self._states: list[ListenerState] | None = None
-        self._no_handshakes = False
+        self._quiet_looks = 0
 
     def begin(self) -> None:
         """Drop SYNs from now on. ListenerFilterRefused, ForeignFilter: nothing has changed then."""
@@ -61,10 +63,19 @@ class Holdoff:
         """Whether no connection waits on any listener."""
         if not self._listeners:
             return True
-        if not self._no_handshakes:
-            # a dump of all sockets, which takes milliseconds; no handshake begins any more, so once is enough
-            self._no_handshakes = not any(b.half_open for b in locate.listener_backlog(self._listeners))
-        return self._no_handshakes and not any(locate.accept_queues(self._listeners))
+        while not self.handshakes_ended:
+            # A dump of all sockets takes milliseconds.  No handshake begins any more but of a SYN that was past the
+            # filter already, so the second look is the last.
+            if any(b.half_open for b in locate.listener_backlog(self._listeners)):
+                self._quiet_looks = 0
+                return False
+            self._quiet_looks += 1
+        return not any(locate.accept_queues(self._listeners))
+
+    @property
+    def handshakes_ended(self) -> bool:
+        """Whether it is known that no handshake is half done: none begins any more."""
+        return not self._listeners or self._quiet_looks >= _QUIET_LOOKS
 
     def drain(self, timeout: float = DRAIN_TIMEOUT) -> None:
         """Wait until nothing waits to be accepted. BacklogNotDrained after ``timeout`` seconds."""

@@ -39,7 +39,7 @@ from checkpoint.memory import vma as vmas
 from checkpoint.memory.delta import delta, without
 from checkpoint.memory.layout import TRACKING_FLAGS, MemoryLayout
 from checkpoint.memory.layout import Mapping as Mapped
-from checkpoint.memory.ranges import Range, joined, total
+from checkpoint.memory.ranges import Range, difference, intersection, joined, total
 from checkpoint.memory.tracking import Tracking, Untracked
 from checkpoint.memory.vma import Vma
 from checkpoint.records import LiveProcess, LiveTree, ProcessRecord, fits, same_file
@@ -283,16 +283,9 @@ class LiveCopy:
             track = self._trackings.get(one.task.pid)
             if one.layout is None or track is None:
                 continue
-            count = 0
-            for mapping in one.layout.mappings:
-                if mapping.shared or mapping.special:
-                    continue
-                try:
-                    count += total(track.written(mapping.start, mapping.end, anonymous=mapping.anonymous).full)
-                except Untracked:
-                    # it was made anew: nothing is known but its size
-                    count += mapping.size
-            found[one.task.pid] = count
+            seen, untracked = _written(track, one.layout, _private(one.layout.mappings))
+            # of what was made anew nothing is known but its size
+            found[one.task.pid] = total(seen.full) + total(untracked)
         return found
 
     # -- the end
@@ -306,12 +299,11 @@ class LiveCopy:
         track = self._trackings[now.pid]
         found = _Pages()
         kept, fresh = _compare(self._told, now, files)
-        for mapping in kept:
-            try:
-                found.add(mapping, track.written(mapping.start, mapping.end, anonymous=mapping.anonymous))
-            except Untracked:
-                found.stale.append((mapping.start, mapping.end))
-                fresh.append(mapping)
+        seen, stale = _written(track, now, kept)
+        found.add_all(kept, seen)
+        found.stale += stale
+        made_anew = set(stale)
+        fresh += [mapping for mapping in kept if (mapping.start, mapping.end) in made_anew]
         fresh.sort(key=lambda mapping: mapping.start)
         found.full += scan.private_pages(process.pagemap_fd, fresh)
         return found.remaining(now.pid)
@@ -329,6 +321,12 @@ class _Pages:
         self.full += found.full
         # locked memory cannot be given back: what it shows then is sent
         (self.full if "lo" in mapping.flags else self.empty).extend(found.empty)
+
+    def add_all(self, mappings: Iterable[Mapped], found: tracking.Found) -> None:
+        """The same of many mappings."""
+        locked = [(mapping.start, mapping.end) for mapping in mappings if "lo" in mapping.flags]
+        self.full += [*found.full, *intersection(found.empty, locked)]
+        self.empty += difference(found.empty, locked)
 
     def remaining(self, pid: int) -> Remaining:
         empty = [(start, end - start) for start, end in joined(self.empty)]
@@ -350,6 +348,13 @@ def _compare(told: LiveTree | None, now: MemoryLayout, files: TreeFiles) -> tupl
         change = delta(before, now, lambda a, b: same_file(old[a], files.files[b]))
         kept, fresh = change.kept, change.fresh
     return _private(kept), _private(fresh)
+
+
+def _written(track: Tracking, layout: MemoryLayout, mappings: Sequence[Mapped]) -> tuple[tracking.Found, list[Range]]:
+    """What was written in private mappings of a layout; (start, end) of those that are not tracked."""
+    areas = [(mapping.start, mapping.end, mapping.anonymous) for mapping in mappings]
+    others = difference(((m.start, m.end) for m in layout.mappings), [(start, end) for start, end, _ in areas])
+    return track.written_in(areas, others)
 
 
 def _private(mappings: Iterable[Mapped]) -> list[Mapped]:

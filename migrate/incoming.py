@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -20,15 +21,19 @@ from migrate.kept import KeptFrames
 from migrate.messages import Comparison, Difference, Lost, Needs
 from migrate.parts import Arrived
 from migrate.warm import warm
-from tcpstate import codec
+from tcpstate import codec, softstate
 from tcpstate.capture import Capture, replay
 from tcpstate.kernel.route import is_local
+from tcpstate.kernel.sockets import is_v6
 from tcpstate.record import ConnectionRecord
 from tcpstate.segment import Segment
 
 __all__ = ["IncomingTrees"]
 
 _log = logging.getLogger(__name__)
+
+#: pairs of addresses, of each family, that are tried before the stop
+_PAIRS = 8
 
 
 class IncomingTrees:
@@ -42,6 +47,7 @@ class IncomingTrees:
         self._replayed = False
         self._connections: list[ConnectionRecord] = []
         self._connected = False
+        self._pairs: list[tuple[str, str]] = []
         self._kept: KeptFrames | None = None
 
     # -- the image ------------------------------------------------------------------------------------------------
@@ -64,6 +70,7 @@ class IncomingTrees:
         """A verdict on this host, and on every PID and path."""
         warm()
         self._connected = needs.connections > 0
+        self._pairs = _pairs(needs)
         found = refusals(hostcheck.check())
         for tree in needs.trees:
             taken = first_user(tree.tids)
@@ -94,6 +101,7 @@ class IncomingTrees:
         self._restore.note = note
         if self._connected:
             self._restore.make_ready()
+            softstate.foresee(self._pairs)
         self._kept = KeptFrames.noted(note)
 
     def rebuild(self, elapsed: Callable[[], float]) -> Comparison:
@@ -166,6 +174,15 @@ class IncomingTrees:
         if self._kept is not None:
             self._kept.close()
         self._executor.shutdown()
+
+
+def _pairs(needs: Needs) -> list[tuple[str, str]]:
+    """Pairs of a local address and a peer's of one family; most connections are between such."""
+    found: list[tuple[str, str]] = []
+    for v6 in (False, True):
+        ends = itertools.product(needs.used_addresses, needs.peers)
+        found += itertools.islice(((a, b) for a, b in ends if is_v6(a) is is_v6(b) is v6), _PAIRS)
+    return found
 
 
 def _judge_pair(address: str) -> Verdict:

@@ -43,6 +43,7 @@ __all__ = ["OutgoingTrees"]
 
 _log = logging.getLogger(__name__)
 
+_LITTLE = 8 << 20  # bytes of memory whose digests are not worth a thread
 _AHEAD = 2  # page frames whose digests are computed while another is sent
 _ANYWHERE = frozenset({"0.0.0.0", "::"})
 
@@ -185,15 +186,22 @@ class OutgoingTrees:
         self._begin(image)
         for kind, record in self._dump.skeleton():
             image.write(self._writer.frame(kind, record))
+            if kind is Kind.FILES:
+                # read there while we look for what was written
+                image.flush()
         image.flush()
-        with ThreadPoolExecutor(1) as executor:
+        little = self._dump.remaining is not None and self._dump.remaining < _LITTLE
+        # a thread takes longer to begin than the checksums of a few hundred pages
+        with contextlib.nullcontext() if little else ThreadPoolExecutor(1) as executor:
             for frame in page_frames(self._writer, self._dump.pages(buffers=_AHEAD + 2), executor, _AHEAD):
                 image.write(frame)
         image.write(self._writer.frame(Kind.COPIED, {}, optional=True))
+        image.flush()
+        # while the target builds
+        self._dump.secure()
 
     def freeze(self, image: ImageWriter) -> int:
         """Connections, and the end of the image."""
-        self._dump.secure()
         for run in self._dump.early_queues():
             image.write(self._writer.pages(run))
         self._capture_all()

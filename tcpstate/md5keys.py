@@ -18,7 +18,7 @@ import hashlib
 import ipaddress
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -29,7 +29,7 @@ from tcpstate.kernel.sockets import Level, is_v6, pack_address
 from tcpstate.kernel.tcp import TCP
 from tcpstate.segment import Segment, build
 
-__all__ = ["SigningKey", "give_keys", "key_for", "keys_of", "signed", "supported"]
+__all__ = ["SigningKey", "all_keys", "give_keys", "key_for", "keys_of", "signed", "supported"]
 
 _NO_ROOM: Final = bytes((1, 1, md5sig.OPTION_KIND, 18)) + bytes(16)
 _IP_HEADER: Final = {False: 20, True: 40}
@@ -84,19 +84,27 @@ def supported() -> bool:
     return True
 
 
-def keys_of(socks: Sequence[socket.socket]) -> list[tuple[SigningKey, ...]]:
-    """The keys of each socket that connects, is connected or listens. One pass over the network namespace's sockets.
+def keys_of(
+    socks: Sequence[socket.socket], known: Mapping[int, tuple[SigningKey, ...]] | None = None
+) -> list[tuple[SigningKey, ...]]:
+    """The keys of each socket that connects, is connected or listens. One pass over the network namespace's sockets,
+    unless ``known`` is what :func:`all_keys` said since their owners stopped.
 
     OSError; () for all without CAP_NET_ADMIN."""
-    if not supported():
-        return [()] * len(socks)
-    found = diag.md5_keys()
+    found = all_keys() if known is None else known
     if not found:
         return [()] * len(socks)
-    return [
-        tuple(SigningKey(address=a, prefix=p, secret=k) for _, a, p, k in found.get(os.fstat(s.fileno()).st_ino, ()))
-        for s in socks
-    ]
+    return [found.get(os.fstat(s.fileno()).st_ino, ()) for s in socks]
+
+
+def all_keys() -> dict[int, tuple[SigningKey, ...]]:
+    """The keys of all sockets of the calling thread's network namespace that have some, by inode. OSError."""
+    if not supported():
+        return {}
+    return {
+        inode: tuple(SigningKey(address=a, prefix=p, secret=k) for _, a, p, k in keys)
+        for inode, keys in diag.md5_keys().items()
+    }
 
 
 def give_keys(sock: socket.socket, keys: Sequence[SigningKey], name: str) -> None:

@@ -24,7 +24,7 @@ import dataclasses
 import logging
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from tcpstate.connid import ConnId
@@ -32,7 +32,7 @@ from tcpstate.errors import KernelFeatureMissing, TcpmigError
 from tcpstate.kernel.bpf import windows
 from tcpstate.kernel.bpf.windows import SLOTS, Slot
 from tcpstate.kernel.columns import Column, Field, Reusable, Rows, numbers_of
-from tcpstate.kernel.sockets import IP, IPV6, SO, Level
+from tcpstate.kernel.sockets import IP, IPV6, SO, Level, is_v6
 from tcpstate.kernel.tcp import (
     CONGESTION_NAME_SIZE,
     INFO_SIZE,
@@ -48,7 +48,7 @@ from tcpstate.roundtrip import Lesson, samples, teach
 from tcpstate.rows import Names, failures
 from tcpstate.silence import MARK
 
-__all__ = ["NOTHING", "Plan", "clamp", "give", "missing", "plan", "room", "wide_open"]
+__all__ = ["NOTHING", "Plan", "clamp", "foresee", "give", "missing", "plan", "room", "wide_open"]
 
 _log = logging.getLogger(__name__)
 
@@ -124,6 +124,7 @@ def plan(records: Sequence[ConnectionRecord]) -> list[Plan]:
         _log.warning("congestion windows are lost, the connections begin with slow start: %s", lack.message)
     exact = len(records) < _MANY
     taught: dict[Family, bool] = {}
+    tried = {r.conn_id.v6 for r in records if (r.conn_id.local, r.conn_id.peer) in _taught}
     plans = []
     for record in records:
         soft = record.soft
@@ -139,7 +140,7 @@ def plan(records: Sequence[ConnectionRecord]) -> list[Plan]:
                 # each ACK counts as one segment in slow start, and nothing sets the window afterwards
                 lessons = (soft.srtt,)[: len(lessons)]
         if lessons and record.family not in taught:
-            taught[record.family] = _can_teach(record)
+            taught[record.family] = record.conn_id.v6 in tried or _can_teach(record)
         plans.append(Plan(lessons if lessons and taught[record.family] else (), None if lack else _slot(record, soft)))
     return plans
 
@@ -150,33 +151,55 @@ def _slot(record: ConnectionRecord, soft: SoftState) -> Slot:
     )  # fmt: skip
 
 
+#: (local, peer) between which injected ACKs have arrived
+_taught: set[tuple[str, str]] = set()
+#: an MSS for the attempt
+_ANY_MSS: Final = 536
+
+
+def foresee(pairs: Iterable[tuple[str, str]]) -> None:
+    """Try before the stop what :func:`plan` would try in it: whether injected ACKs arrive between these addresses,
+    (local, peer). One pair of each family that has a connection is enough. The rules of a
+    :class:`~tcpstate.silence.Blackhole` stand."""
+    for local, peer in pairs:
+        try:
+            _try(local, peer, _ANY_MSS)
+        except (TcpmigError, OSError) as error:
+            # tried again when it is needed, and told then
+            _log.debug("no injected ACKs from %s to %s: %s", peer, local, error)
+
+
 def _can_teach(record: ConnectionRecord) -> bool:
     """Whether injected ACKs arrive here: tried on a connection that is none, between the same addresses."""
-    v6 = record.family is Family.IPV6
-    conn = record.conn_id
     try:
-        with socket.socket(socket.AF_INET6 if v6 else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
-            sock.setsockopt(Level.TCP, TCP.REPAIR, Repair.ON)
-            if v6:
-                sock.setsockopt(Level.IPV6, IPV6.TRANSPARENT, 1)
-            else:
-                sock.setsockopt(Level.IP, IP.TRANSPARENT, 1)
-            for queue in (RepairQueue.SEND, RepairQueue.RECEIVE):
-                sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, queue)
-                sock.setsockopt(Level.TCP, TCP.QUEUE_SEQ, 1)
-            sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
-            sock.bind((conn.local, 0))
-            sock.connect((conn.peer, 1))
-            # before it there would be no route
-            sock.setsockopt(Level.SOCKET, SO.MARK, struct.pack("I", MARK))
-            options = repair_options(record.negotiated.mss, wscale=None, sack=False, timestamps=True)
-            sock.setsockopt(Level.TCP, TCP.REPAIR_OPTIONS, options)
-            name = ConnId.tcp(conn.local, sock.getsockname()[1], conn.peer, 1)
-            teach([sock], [Lesson(name, snd_una=2, rcv_nxt=1, samples=(1000,))])
+        _try(record.conn_id.local, record.conn_id.peer, record.negotiated.mss)
     except (TcpmigError, OSError) as error:
         _log.warning("round-trip times are lost, what is lost on its way is repeated late: %s", error)
         return False
     return True
+
+
+def _try(local: str, peer: str, mss: int) -> None:
+    """SoftStateNotRestored, OSError if they do not arrive."""
+    v6 = is_v6(local)
+    with socket.socket(socket.AF_INET6 if v6 else socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+        sock.setsockopt(Level.TCP, TCP.REPAIR, Repair.ON)
+        if v6:
+            sock.setsockopt(Level.IPV6, IPV6.TRANSPARENT, 1)
+        else:
+            sock.setsockopt(Level.IP, IP.TRANSPARENT, 1)
+        for queue in (RepairQueue.SEND, RepairQueue.RECEIVE):
+            sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, queue)
+            sock.setsockopt(Level.TCP, TCP.QUEUE_SEQ, 1)
+        sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
+        sock.bind((local, 0))
+        sock.connect((peer, 1))
+        # before it there would be no route
+        sock.setsockopt(Level.SOCKET, SO.MARK, struct.pack("I", MARK))
+        sock.setsockopt(Level.TCP, TCP.REPAIR_OPTIONS, repair_options(mss, wscale=None, sack=False, timestamps=True))
+        name = ConnId.tcp(local, sock.getsockname()[1], peer, 1)
+        teach([sock], [Lesson(name, snd_una=2, rcv_nxt=1, samples=(1000,))])
+    _taught.add((local, peer))
 
 
 def give(

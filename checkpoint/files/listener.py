@@ -161,7 +161,7 @@ class Listener(OpenFile):
             name=Endpoint.of(sock.getsockname()),
             backlog=info.sacked,
             options=save(sock, view.object),
-            signing_keys=keys_of([sock])[0],
+            signing_keys=keys_of([sock], view.table.signing_keys)[0],
             protocol=sock.proto,
             **view.common(),
         )

@@ -33,6 +33,7 @@ from checkpoint.files.sysv import SysvSegment, remove_deserted
 from checkpoint.files.treefiles import LocksOfFile, Mapping, Owner, TreeFiles
 from checkpoint.files.unixdiag import UnixSocket, unix_sockets
 from tcpstate.errors import KernelFeatureMissing
+from tcpstate.md5keys import SigningKey, all_keys
 
 __all__ = ["FileTable", "LocksOfFile", "Mapping", "Owner", "TreeFiles"]
 
@@ -327,6 +328,11 @@ class FileTable:
     def unix_sockets(self) -> dict[int, UnixSocket]:
         """The AF_UNIX sockets of this network namespace, as they were when first asked for."""
         return unix_sockets()
+
+    @functools.cached_property
+    def signing_keys(self) -> dict[int, tuple[SigningKey, ...]]:
+        """The TCP MD5 keys of this network namespace's sockets, by inode, as they were when first asked for."""
+        return all_keys()
 
     # ---- contents
 

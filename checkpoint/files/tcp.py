@@ -190,7 +190,7 @@ class TcpGroup:
         socks = self.established
         if self._options is None:
             self._options = options.save(socks)
-        self._keys = keys_of(socks)
+        self._keys = keys_of(socks, self._table.signing_keys)
         for _ in range(_EARLY_ROUNDS):
             found = read_early(socks, self._early, _EARLY_GROWTH)
             for at, (early, data) in found.items():
@@ -209,13 +209,17 @@ class TcpGroup:
             self._blackhole.remove()
             raise
 
-    def take_queues(self) -> int:
+    def take_queues(self, *, handshakes: bool = True) -> int:
         """After :meth:`freeze`: what waits to be accepted is taken out of the listeners' queues, and is part of their
-        records, as are handshakes half done; how many waited. Nothing reaches the listeners any more."""
+        records, as are handshakes half done; how many waited. Nothing reaches the listeners any more.
+
+        handshakes  False: it is known that none is half done (a look at all sockets of the host takes milliseconds)
+        """
         kept = [(index, s) for index, s in zip(self._listener_indexes, self._listeners, strict=True) if keeps(s)]
         queues = acceptqueue.capture([sock for _, sock in kept])
         self._queues = [(sock, queue) for (_, sock), queue in zip(kept, queues, strict=True) if queue.records]
-        half_open = halfopen.capture({sock.getsockname()[1] for _, sock in kept}) if kept else []
+        look = handshakes and bool(kept)
+        half_open = halfopen.capture({sock.getsockname()[1] for _, sock in kept}) if look else []
         for (index, _), queue in zip(kept, queues, strict=True):
             told = self._table.record(index)
             if isinstance(told, Listener):

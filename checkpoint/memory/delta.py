@@ -7,6 +7,7 @@ Both sides of a migration compute it from the same two records, so nothing of it
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -70,6 +71,7 @@ def part(mapping: Mapping, start: int, end: int) -> Mapping:
 
 def delta(before: MemoryLayout, after: MemoryLayout, same: SameFile) -> Delta:
     """What leads from ``before`` to ``after``. The kernel's own mappings are left out: see same_process()."""
+    same = functools.cache(same)  # a library has five mappings
     # a guard region that came or went: its memory is made anew
     guards = list(joined([*difference(before.guards, after.guards), *difference(after.guards, before.guards)]))
     kept: list[Mapping] = []

@@ -32,6 +32,7 @@ import functools
 import logging
 import mmap
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from checkpoint.kernel import pagemap, userfaultfd
@@ -42,7 +43,7 @@ from checkpoint.memory.vma import PAGE
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
 
-__all__ = ["Found", "Tracking", "Untracked", "available"]
+__all__ = ["Area", "Found", "Tracking", "Untracked", "available"]
 
 _log = logging.getLogger(__name__)
 
@@ -50,8 +51,17 @@ _FEATURES = Feature.PAGEFAULT_FLAG_WP | Feature.WP_HUGETLBFS_SHMEM | Feature.WP_
 _THERE = Category.PRESENT | Category.SWAPPED
 _NOTHING = Category(0)
 _NOTHING_OF_ITS_OWN = Category.PFNZERO | Category.FILE | Category.GUARD
+# plain numbers for the loop over all runs: to combine members of an enumeration takes longer than all else in it
+_IS_THERE, _IS_NOT_ITS_OWN = int(_THERE), int(_NOTHING_OF_ITS_OWN)
+_IS_PRESENT, _WAS_WRITTEN, _TRACKED = int(Category.PRESENT), int(Category.WRITTEN), int(Category.WPALLOWED)
+#: bytes from which on an anonymous mapping is looked at by itself: whether pages are a file's is costly to ask
+_LARGE = 1 << 20
 #: what the kernel answers for memory that is not there (any more), or not of a kind that can be tracked
 _NOT_TRACKABLE = (errno.EINVAL, errno.ENOMEM, errno.EBUSY, errno.ESRCH, errno.EPERM)
+
+
+#: start, end, whether no file is behind it
+Area = tuple[int, int, bool]
 
 
 class Untracked(Exception):
@@ -137,29 +147,57 @@ class Tracking:
 
     def written(self, start: int, end: int, *, anonymous: bool) -> Found:
         """The same, changing nothing. Untracked."""
-        now = self._look(self._scan(start, end, anonymous, ScanFlag.CHECK_WPASYNC))
-        told = list(intersection(self._told, [(start, end)]))
-        full = joined([*now.full, *intersection(told, now.doubtful)])
-        return Found(full, list(difference(told, now.held)))
+        found, untracked = self.written_in([(start, end, anonymous)])
+        if untracked:
+            raise Untracked
+        return found
+
+    def written_in(self, mappings: Sequence[Area], beside: Iterable[Range] = ()) -> tuple[Found, list[Range]]:
+        """The same of many mappings, given by address, in few calls: a call takes longer than a small mapping's pages.
+        And (start, end) of those mappings that are not tracked.
+
+        beside  memory that is not asked for, and may be large
+        """
+        runs: list[tuple[int, int, int]] = []
+        for start, end, anonymous in _spans(mappings, list(beside)):
+            runs += self._scan(start, end, anonymous, ScanFlag(0), more=Category.WPALLOWED)
+        # every page of what is tracked says so, also one that was never touched
+        runs = [run for run in runs if run[2] & _TRACKED]
+        tracked = joined((start, end) for start, end, _ in runs)
+        parts = list(intersection(((start, end) for start, end, _ in mappings), tracked))
+        whole = dict.fromkeys(parts)
+        asked = [(start, end) for start, end, _ in mappings]
+        untracked = [one for one in asked if one not in whole]
+        wanted = joined(one for one in asked if one in whole)
+        now = self._look(runs)
+        told = list(intersection(self._told, wanted))
+        full = joined([*intersection(now.full, wanted), *intersection(told, now.doubtful)])
+        return Found(full, list(difference(told, now.held))), untracked
 
     def _look(self, runs: list[tuple[int, int, int]]) -> _Look:
         look = _Look([], [], [], [])
         for first, last, sort in runs:
             run = (first, last)
-            if not sort & _THERE or sort & _NOTHING_OF_ITS_OWN:
+            if not sort & _IS_THERE or sort & _IS_NOT_ITS_OWN:
                 look.blank.append(run)
                 continue
             look.held.append(run)
-            if sort & Category.WRITTEN:
+            if sort & _WAS_WRITTEN:
                 look.full.append(run)
-            elif not sort & Category.PRESENT:
+            elif not sort & _IS_PRESENT:
                 look.doubtful.append(run)
         return _Look(*map(joined, (look.full, look.held, look.doubtful, look.blank)))
 
     def _scan(
-        self, start: int, end: int, anonymous: bool, flags: ScanFlag, all_of: Category = _NOTHING
+        self,
+        start: int,
+        end: int,
+        anonymous: bool,
+        flags: ScanFlag,
+        all_of: Category = _NOTHING,
+        more: Category = _NOTHING,
     ) -> list[tuple[int, int, int]]:
-        tell = _THERE | Category.PFNZERO | Category.WRITTEN
+        tell = _THERE | Category.PFNZERO | Category.WRITTEN | more
         if not anonymous:
             tell |= Category.FILE  # costly: the kernel looks at every page's descriptor
         if pagemap.guards_known():
@@ -170,6 +208,23 @@ class Tracking:
             if error.errno != errno.EPERM:
                 raise
             raise Untracked from None
+
+
+def _spans(mappings: Sequence[Area], beside: Sequence[Range]) -> list[Area]:
+    """The mappings, those put together that can be looked at in one call: nothing else lies between them."""
+    found: list[Area] = []
+    at = 0
+    for start, end, anonymous in mappings:
+        alone = anonymous and end - start >= _LARGE
+        if found and not alone and not found[-1][2]:
+            last = found[-1][1]
+            while at < len(beside) and beside[at][1] <= last:
+                at += 1
+            if at == len(beside) or beside[at][0] >= start:
+                found[-1] = (found[-1][0], end, False)
+                continue
+        found.append((start, end, alone))
+    return found
 
 
 @functools.cache
