@@ -20,6 +20,7 @@ from checkpoint.errors import InjectionRefused, NoSuchProcess, Refused, Tracking
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.peers import is_loopback
 from checkpoint.files.policy import NO_POLICY, AcceptQueues, Policy
+from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcp import TcpGroup
 from checkpoint.files.udp import UdpFile
 from checkpoint.files.verdicts import foretell
@@ -43,7 +44,8 @@ __all__ = ["OutgoingTrees"]
 
 _log = logging.getLogger(__name__)
 
-_LITTLE = 8 << 20  # bytes of memory whose digests are not worth a thread
+_LITTLE = 8 << 20  # bytes of memory that are not worth a thread for their digests, nor a wait until they are written
+_FEW_FILES, _FEW_PROCESSES = 256, 8  # what the target builds in milliseconds
 _AHEAD = 2  # page frames whose digests are computed while another is sent
 _ANYWHERE = frozenset({"0.0.0.0", "::"})
 
@@ -181,12 +183,14 @@ class OutgoingTrees:
         """Everything stands still."""
         self._dump.stop(moved)
 
-    def send(self, image: ImageWriter) -> None:
-        """Skeleton and pages."""
+    def send(self, image: ImageWriter) -> bool:
+        """Skeleton and pages; whether it was little."""
         self._begin(image)
+        few = True
         for kind, record in self._dump.skeleton():
             image.write(self._writer.frame(kind, record))
-            if kind is Kind.FILES:
+            if isinstance(record, TreeFiles):
+                few = len(record.files) <= _FEW_FILES and len(self._dump.pids) <= _FEW_PROCESSES
                 # read there while we look for what was written
                 image.flush()
         image.flush()
@@ -199,6 +203,7 @@ class OutgoingTrees:
         image.flush()
         # while the target builds
         self._dump.secure()
+        return little and few
 
     def freeze(self, image: ImageWriter) -> int:
         """Connections, and the end of the image."""

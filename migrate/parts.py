@@ -77,8 +77,11 @@ class Outgoing(Protocol):
         moved  the addresses that will leave this host
         """
 
-    def send(self, image: ImageWriter) -> None:
-        """Steps 4 and 5: the skeleton and the pages, while the sockets still live."""
+    def send(self, image: ImageWriter) -> bool:
+        """Steps 4 and 5: the skeleton and the pages, while the sockets still live.
+
+        Whether that was little, which the target builds in a few milliseconds: then the sockets need not wait for it.
+        """
 
     def freeze(self, image: ImageWriter) -> int:
         """Step 6: segments are captured, sockets frozen and exported, the last records sent.

@@ -227,10 +227,12 @@ class Source:
         with self._phase("stop"):
             outgoing.stop(moved)
         with self._phase("copy"):
-            outgoing.send(image)
+            little = outgoing.send(image)
             image.flush()
-            # The target answers when it has built all that came: what takes it long is done while the connections live.
-            self._measure(1)
+            if not little:
+                # The target answers when it has built all that came: what takes it long is done while the connections
+                # live.
+                self._measure(1)
         rounds.append(Round(bytes=image.written - before, ms=self._phases["copy"]))
         with self._phase("freeze"):
             exported_ns = outgoing.freeze(image)

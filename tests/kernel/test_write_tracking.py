@@ -276,3 +276,24 @@ except Untracked:
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     said = subprocess.run([sys.executable, "-c", code, root], capture_output=True, text=True, check=True).stdout
     assert said == "untracked\n"
+
+
+def test_many_mappings_are_asked_for_at_once(tracked: Memory) -> None:
+    """Every page of tracked memory says that it is, untouched ones too; nothing else does."""
+    areas = [
+        (tracked.at(0), tracked.at(4), True),
+        (tracked.at(4), tracked.at(8), True),
+        (tracked.at(8), tracked.end, True),
+    ]
+    tracked.write(2)
+    tracked.write(9)
+    libc.madvise(ctypes.c_void_p(tracked.at(2)), ctypes.c_size_t(PAGE), DONTNEED)
+    found, untracked = tracked.tracking.written_in(areas)
+    assert (found.full, found.empty, untracked) == (tracked.ranges(9), tracked.ranges(2), [])
+    libc.mmap(tracked.at(5), PAGE, 3, PRIVATE | ANONYMOUS | FIXED, -1, 0)
+    tracked.write(5)
+    found, untracked = tracked.tracking.written_in(areas)
+    assert (found.full, found.empty, untracked) == (tracked.ranges(9), tracked.ranges(2), [areas[1][:2]])
+    # what was not asked for is not told, although it lies between
+    found, untracked = tracked.tracking.written_in([areas[0], areas[2]])
+    assert (found.full, found.empty, untracked) == (tracked.ranges(9), tracked.ranges(2), [])

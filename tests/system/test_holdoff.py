@@ -97,5 +97,6 @@ def test_a_connection_that_nobody_accepts_is_named(listening):
                 dump._holdoff.drain(0.05)
             os.kill(pid, signal.SIGUSR1)
             dump.drain()
+            assert dump._holdoff.handshakes_ended
         finally:
             dump.resume()

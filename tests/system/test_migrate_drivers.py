@@ -117,10 +117,11 @@ class FakeOutgoing:
         self.world.here = "stopped"
         self.world.reach("stop")
 
-    def send(self, image: ImageWriter) -> None:
+    def send(self, image: ImageWriter) -> bool:
         for _ in range(3):
             image.write([b"head", bytes(1 << 20)])
         self.world.reach("send")
+        return False
 
     def freeze(self, image: ImageWriter) -> int:
         self.note("sockets", b"as they were")
