@@ -95,7 +95,7 @@ class Holdoff:
     def neighbours(self, local: Collection[str]) -> list[ConnId]:
         """Connections that wait to be accepted and whose other end a process of this host has; ``local`` are its
         addresses."""
-        if self._no_handshakes and not any(locate.accept_queues(self._listeners)):
+        if self.handshakes_ended and not any(locate.accept_queues(self._listeners)):
             return []
         return [conn for conn in locate.unaccepted(self._listeners) if place_of(conn, (), local) is Place.OUTSIDE]
 
