@@ -108,7 +108,7 @@ class Dump:
         self.warnings: list[str] = []
         self._foreseen: dict[int, dict[bytes, Vma]] = {}
         self._live: LiveCopy | None = None
-        self._remaining: dict[int, Remaining] = {}
+        self.remaining: dict[int, Remaining] = {}  #: what the target lacks, by PID, after :meth:`skeleton`
         self._holdoff: Holdoff | None = None
         self._listeners: list[socket.socket] = []
         self._places: list[list[tuple[int, int]]] = []
@@ -326,7 +326,7 @@ class Dump:
         if self._live is not None and self._files is not None and self._live.takes(records, self._layouts):
             for process in tree.processes:
                 left = self._live.finish(process, self._layouts[process.pid], self._files)
-                self._remaining[process.pid] = left
+                self.remaining[process.pid] = left
                 drops += left.drops
                 if left.stale:
                     yield Kind.MAPS_DELTA, MapsDelta(pid=process.pid, stale=tuple(left.stale))
@@ -336,11 +336,6 @@ class Dump:
             yield Kind.MAPPINGS, self._layouts[process.pid]
         for runs in drops:
             yield Kind.PAGES_DROP, runs
-
-    @property
-    def remaining(self) -> int | None:
-        """Bytes of memory that :meth:`pages` will give, after :meth:`skeleton`; None: all of it."""
-        return sum(one.bytes for one in self._remaining.values()) if self._remaining else None
 
     def pages(self, *, buffers: int = 1) -> Iterator[PageRun]:
         """Contents of files that travel along, then the memory of every process. A run is valid until the
@@ -353,14 +348,13 @@ class Dump:
                     yield PageRun(space=Space.CONTENT, id=index, runs=runs, data=memoryview(data))
         for process in self._tree.processes:
             pid = process.pid
-            if pid in self._remaining:
-                yield from pages.read_runs(process, pid, self._remaining[pid].ranges, buffers=buffers)
+            if pid in self.remaining:
+                yield from pages.read_runs(process, pid, self.remaining[pid].ranges, buffers=buffers)
             else:
                 yield from pages.read(process, self._layouts[pid], buffers=buffers)
 
     def early_queues(self) -> Iterator[PageRun]:
-        """What large receive queues hold, last before :meth:`freeze`: by now their peers have filled what room there
-        was."""
+        """What large receive queues hold, last before :meth:`freeze`: their peers have filled what room there was."""
         return self._connections.early_runs()
 
     def queues(self) -> list[PageRun]:
@@ -403,8 +397,8 @@ class Dump:
         self._last.wait()
         self._connections.freeze()
         if self.keep_queues:
-            ended = self._holdoff is not None and self._holdoff.handshakes_ended
-            self.connections += self._connections.take_queues(handshakes=not ended)
+            known = self._holdoff is not None and self._holdoff.handshakes_ended
+            self.connections += self._connections.take_queues(handshakes=not known)
         self._connections.export()
         self.exported_ns = time.monotonic_ns()
 

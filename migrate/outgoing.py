@@ -194,7 +194,8 @@ class OutgoingTrees:
                 # read there while we look for what was written
                 image.flush()
         image.flush()
-        little = self._dump.remaining is not None and self._dump.remaining < _LITTLE
+        left = [one.bytes for one in self._dump.remaining.values()]
+        little = bool(left) and sum(left) < _LITTLE
         # a thread takes longer to begin than the checksums of a few hundred pages
         with contextlib.nullcontext() if little else ThreadPoolExecutor(1) as executor:
             for frame in page_frames(self._writer, self._dump.pages(buffers=_AHEAD + 2), executor, _AHEAD):
