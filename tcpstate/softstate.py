@@ -151,7 +151,7 @@ def _slot(record: ConnectionRecord, soft: SoftState) -> Slot:
     )  # fmt: skip
 
 
-#: (local, peer) between which injected ACKs have arrived
+#: (local, peer) between which injected ACKs have arrived, as foresee() found for the move that comes
 _taught: set[tuple[str, str]] = set()
 #: an MSS for the attempt
 _ANY_MSS: Final = 536
@@ -164,6 +164,7 @@ def foresee(pairs: Iterable[tuple[str, str]]) -> None:
     for local, peer in pairs:
         try:
             _try(local, peer, _ANY_MSS)
+            _taught.add((local, peer))
         except (TcpmigError, OSError) as error:
             # tried again when it is needed, and told then
             _log.debug("no injected ACKs from %s to %s: %s", peer, local, error)
@@ -199,7 +200,6 @@ def _try(local: str, peer: str, mss: int) -> None:
         sock.setsockopt(Level.TCP, TCP.REPAIR_OPTIONS, repair_options(mss, wscale=None, sack=False, timestamps=True))
         name = ConnId.tcp(local, sock.getsockname()[1], peer, 1)
         teach([sock], [Lesson(name, snd_una=2, rcv_nxt=1, samples=(1000,))])
-    _taught.add((local, peer))
 
 
 def give(

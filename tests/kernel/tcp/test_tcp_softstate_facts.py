@@ -173,6 +173,16 @@ def test_where_loopback_is_filtered_the_rest_is_given_and_one_warning_says_so(ho
         hosts.b.sh("nft delete table inet shut")
 
 
+def test_what_was_tried_before_the_stop_is_not_tried_in_it(hosts, record, monkeypatch):
+    monkeypatch.setattr(softstate, "_taught", set())
+    with hosts.b:
+        softstate.foresee([(record.conn_id.local, record.conn_id.peer)])
+    monkeypatch.setattr(softstate, "_try", None)
+    with hosts.b:
+        (plan,) = softstate.plan([learned(record, srtt=20_000, rttvar=5_000)])
+    assert plan.samples
+
+
 @pytest.mark.parametrize("lost", [True, False], ids=["data lost", "ACKs lost"])
 @pytest.mark.parametrize("congestion", ["cubic", "reno", "bbr"])
 def test_what_was_in_flight_goes_out_at_once_because_the_window_is_its_own_again(hosts, lost, congestion):
