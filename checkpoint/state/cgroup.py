@@ -9,6 +9,7 @@ Source: Linux Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/cgroups.rst; /p
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Iterable
@@ -88,7 +89,7 @@ class Cgroups(State):
         task.outside.append(lambda: self._enter(task))
 
     def _enter(self, task: TaskBuilder) -> None:
-        here = mounts()
+        here = _mounted_here()
         wanted = {group.hierarchy: group for group in self.groups}
         for now in parse_cgroups(_read(task.pid)):
             # A hierarchy that the source did not have: out of the tool's own group all the same.
@@ -130,6 +131,12 @@ def parse_cgroups(text: str) -> tuple[Cgroup, ...]:
     """The lines ``number:controllers:path`` of /proc/PID/cgroup."""
     lines = (line.split(":", 2) for line in text.splitlines())
     return tuple(Cgroup(hierarchy, path) for _, hierarchy, path in lines)
+
+
+@functools.cache
+def _mounted_here() -> list[Mount]:
+    """mounts(), read once for all processes of a tree."""
+    return mounts()
 
 
 def mounts(lines: Iterable[str] | None = None) -> list[Mount]:

@@ -85,9 +85,10 @@ class SignalHandlers(State):
 
     def rebuild(self, task: TaskBuilder) -> None:
         # All of them, also the default ones: a new process has inherited what the tool ignores (Python: SIGPIPE).
-        wanted = {h.signal: h.action for h in self.handlers}
+        wanted = {h.signal: task.calls.put(h.action.pack()) for h in self.handlers}
+        default = task.calls.put(_DEFAULT.pack())
         for number in _CATCHABLE:
-            action = task.calls.put(wanted.get(number, _DEFAULT).pack())
+            action = wanted.get(number, default)
             task.calls.call(SYS.rt_sigaction, number, action, 0, SIGSET_SIZE, label=f"set the handler of {number}")
 
 
