@@ -8,6 +8,7 @@ microsecond, so the whole is slower by a fifth.
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import sys
@@ -93,6 +94,9 @@ def main() -> None:
     role = next((ROLES[argument] for argument in sys.argv[1:] if argument in ROLES), "")
     watch = Stopwatch()
     if role:
+        # a command's own are imported when it runs, and would not be wrapped then
+        for name in ("incoming", "outgoing", "source", "target", "transport"):
+            importlib.import_module(f"migrate.{name}")
         for name in [name for name in sys.modules if name.partition(".")[0] in ROOMS]:
             watch.wrap_module(sys.modules[name])
     try:
