@@ -85,6 +85,7 @@ class MoveReport:
     wrong       wrong, missing or cut-off replies that clients reported
     timeouts    retransmission timers that ran out at the client's host
     counters    counters of the kernel at the client's host that moved
+    served      the same of the other two hosts, by name
     problems    everything that must not be, as texts; empty if nobody noticed
     log         the remarkable packets, when there are problems
     """
@@ -98,6 +99,7 @@ class MoveReport:
     wrong: int = 0
     timeouts: int = 0
     counters: dict[str, int] = dataclasses.field(default_factory=dict)
+    served: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     problems: list[str] = dataclasses.field(default_factory=list)
     log: str = ""
 
@@ -121,6 +123,8 @@ class MoveReport:
             "wrong": self.wrong,
             "timeouts": self.timeouts,
             "counters": self.counters,
+            "served": self.served,
+            "phases": self.summary.get("phases"),
             "problems": self.problems,
         }
 
@@ -159,7 +163,8 @@ class Stage:
         ask_all(self.loads, "mark")
         time.sleep(calm)
         report.before_gaps = self._gaps()
-        before = counters(client)
+        hosts = (client, self.here, self.there)
+        before = {host.name: counters(host) for host in hosts}
         self._watcher.mark()
         report.summary = self._mover(self.here, self.pid, self.there)
         if report.summary.get("outcome") != "pretended":
@@ -169,7 +174,8 @@ class Stage:
         report.gaps = self._gaps(report)
         report.answers |= {f"{n} after": a for n, a in ask_all(self.loads, "after").items()}
         report.packets = self._watcher.mark()
-        report.counters = moved(before, counters(client))
+        report.served = {host.name: moved(before[host.name], counters(host)) for host in hosts}
+        report.counters = report.served.pop(client.name)
         report.timeouts = report.counters.get("TcpExtTCPTimeouts", 0)
         self._judge(report)
         return report
@@ -203,7 +209,10 @@ class Stage:
         if report.packets.missed:
             report.problems.append(f"the watcher missed {report.packets.missed} packets")
         if report.timeouts and not self._lossy:
-            report.problems.append(f"{report.timeouts} retransmission timeouts of clients: {report.counters}")
+            report.problems.append(
+                f"{report.timeouts} retransmission timeouts of clients: {report.counters}; served {report.served}; "
+                f"phases {report.summary.get('phases')}"
+            )
         if report.problems:
             report.log = self._watcher.log()
 
