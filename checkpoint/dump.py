@@ -55,7 +55,7 @@ from checkpoint.memory import layout, pages
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.memory.vma import Vma, foresee
 from checkpoint.records import FilesDelta, MapsDelta, TreeRecord
-from checkpoint.state import table
+from checkpoint.state import clocks, table
 from checkpoint.state.table import ProcessState
 from checkpoint.tracee import Tree
 from checkpoint.traces import (
@@ -320,7 +320,8 @@ class Dump:
         yield Kind.MANIFEST, manifest(tree, self.roots)
         records = process_records(tree, self._states)
         plan([r.task for r in records])  # refuses what cannot be grown again
-        yield Kind.TREE, TreeRecord(processes=tuple(records), clocks=self._states[self.roots[0]].clocks)
+        # Read after every timer: none that goes on with the time that was left can be early on these clocks.
+        yield Kind.TREE, TreeRecord(processes=tuple(records), clocks=clocks.read(self.roots[0]))
         yield Kind.FILES, self._files
         drops: list[Runs] = []
         if self._live is not None and self._files is not None and self._live.takes(records, self._layouts):
@@ -402,9 +403,11 @@ class Dump:
         self._connections.export()
         self.exported_ns = time.monotonic_ns()
 
-    def delta(self) -> FilesDelta:
-        """The connections as exported, and every other open file that changed since the stop."""
-        return FilesDelta(files={**self._files_table.recapture(), **self._connections.records()})
+    def delta(self, *, clocks_stand: bool = False) -> FilesDelta:
+        """The connections as exported, and every other open file that changed since the stop; ``clocks_stand`` as for
+        FileTable.recapture()."""
+        changed = self._files_table.recapture(clocks_stand=clocks_stand)
+        return FilesDelta(files={**changed, **self._connections.records()})
 
     # -- the two ends ---------------------------------------------------------------------------------------------
 

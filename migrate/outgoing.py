@@ -230,7 +230,7 @@ class OutgoingTrees:
         self._capture_all()
         self._dump.freeze()
         image.pages(self._dump.queues())
-        image.record(Kind.FILES_DELTA, self._dump.delta())
+        image.record(Kind.FILES_DELTA, self._dump.delta(clocks_stand=True))
 
     def _capture_all(self) -> None:
         if self._dump.ports:

@@ -218,6 +218,8 @@ class OpenFile:
     mappable: ClassVar[bool] = False
     #: whether capture() changes nothing and may be called while the process runs, so that the target can check() early
     foreseeable: ClassVar[bool] = False
+    #: whether time alone changes it, while its processes rest
+    by_clock: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.flags <= CAPTURED_FLAGS or self.pos < 0:

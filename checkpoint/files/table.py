@@ -403,16 +403,22 @@ class FileTable:
         """The record of an entry, after :meth:`records`."""
         return self._files[index]
 
-    def recapture(self) -> dict[int, OpenFile]:
+    def recapture(self, *, clocks_stand: bool = False) -> dict[int, OpenFile]:
         """The entries that differ from what :meth:`records` told: what changed while the processes rested. Connections
         are not among them (:class:`checkpoint.files.tcp.TcpGroup` brings those).
+
+        clocks_stand  the clocks will go on from the stop, as out of an image file: what only time has changed since
+                      has not happened there.  (In a migration they go on from now.)
 
         flock and OFD locks are given up now, for their new owner; :meth:`go_on` takes them back."""
         changed = {}
         self.late = True
         for index, old in enumerate(self._files):
-            if type(old).late is not OpenFile.late and not getattr(type(old), "in_group", False):
-                new = type(old).capture(self.entries[index])
+            kind = type(old)
+            if kind.by_clock and clocks_stand:
+                continue
+            if kind.late is not OpenFile.late and not getattr(kind, "in_group", False):
+                new = kind.capture(self.entries[index])
                 if new != old:
                     changed[index] = self._files[index] = new
         for index, old in enumerate(self._files):

@@ -10,7 +10,7 @@ import fcntl
 import re
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from checkpoint.errors import FileCaptureFailed
 from checkpoint.files import abi
@@ -39,6 +39,8 @@ class TimerFd(OpenFile):
     interval  period, 0: expires once
     deadline  for an absolute timer on a clock of the time of day: when it expires, else None
     """
+
+    by_clock: ClassVar[bool] = True
 
     clock: int
     ticks: int

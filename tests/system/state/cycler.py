@@ -68,7 +68,7 @@ def cycle(pid: int, image: Path, whole: bool) -> dict[str, Any]:
             file.pages(dump.early_queues())
             dump.freeze()
             file.pages(dump.queues())
-            file.record(Kind.FILES_DELTA, dump.delta())
+            file.record(Kind.FILES_DELTA, dump.delta(clocks_stand=True))
     except BaseException:
         dump.resume()
         raise
