@@ -10,6 +10,8 @@ export PYTHON
 BIN := .venv/bin
 VENV := .venv/.stamp
 PYTEST := $(BIN)/python -m pytest
+# two at a time, the tests of a file in one process: they share hosts
+BESIDE := -n 2 --dist loadfile
 
 .PHONY: help venv packages lint format unit test bench campaign fuzz demo docs clean
 
@@ -40,7 +42,8 @@ unit: $(VENV)  ## the tests that need no root and no network
 test:  ## every test (root)
 	@scripts/need-root test
 	@$(MAKE) --no-print-directory packages $(VENV)
-	$(PYTEST) tests/unit tests/kernel tests/system
+	$(PYTEST) $(BESIDE) -m "not alone" tests/unit tests/kernel tests/system
+	$(PYTEST) -m alone tests/system
 
 bench:  ## the measurements, with a table (root)
 	@scripts/need-root bench

@@ -4,10 +4,8 @@ The stages, each a method, in the order in which they are called::
 
     check          verdicts on everything, from /proc; nothing is stopped
     prepare        what can be read or opened beforehand
-    begin_live, end_live
-                   memory is copied in rounds while the processes run (:mod:`checkpoint.live`)
-    find_listeners, hold_off, drain
-                   listeners take no new connections; those that wait are accepted by the application
+    begin_live .. end_live    memory is copied in rounds while the processes run (:mod:`checkpoint.live`)
+    find_listeners, hold_off, drain    no new connections; those that wait are accepted by the application
     stop           all threads stopped; state, descriptors, mappings captured; nothing of ours left inside
     skeleton       records MANIFEST, TREE, FILES, MAPPINGS
     pages          memory and contents.  The sockets still live: the kernel keeps acknowledging, so that no peer runs
@@ -320,7 +318,7 @@ class Dump:
         yield Kind.MANIFEST, manifest(tree, self.roots)
         records = process_records(tree, self._states)
         plan([r.task for r in records])  # refuses what cannot be grown again
-        # Read after every timer: none that goes on with the time that was left can be early on these clocks.
+        # read after every timer: none that goes on with the time that was left is early on these clocks
         yield Kind.TREE, TreeRecord(processes=tuple(records), clocks=clocks.read(self.roots[0]))
         yield Kind.FILES, self._files
         drops: list[Runs] = []
@@ -404,10 +402,9 @@ class Dump:
         self.exported_ns = time.monotonic_ns()
 
     def delta(self, *, clocks_stand: bool = False) -> FilesDelta:
-        """The connections as exported, and every other open file that changed since the stop; ``clocks_stand`` as for
-        FileTable.recapture()."""
-        changed = self._files_table.recapture(clocks_stand=clocks_stand)
-        return FilesDelta(files={**changed, **self._connections.records()})
+        """The connections as exported, and other files that changed since the stop (see FileTable.recapture())."""
+        files = self._files_table.recapture(clocks_stand=clocks_stand)
+        return FilesDelta(files=files | self._connections.records())
 
     # -- the two ends ---------------------------------------------------------------------------------------------
 
@@ -471,10 +468,7 @@ class Dump:
         if self._group is not None:
             self._group.give_away()
         self._group = self._holdoff = None
-        tree, self.tree = self.tree, None
-        if tree is not None:
-            tree.kill()
-        self.close()
+        self._kill()
 
     def discard(self) -> None:
         """The copy runs: end the connections without a packet, then the processes. The addresses must be gone."""
@@ -482,6 +476,9 @@ class Dump:
         if group is not None:
             group.discard()
         self._holdoff = None  # its listeners go with the processes
+        self._kill()
+
+    def _kill(self) -> None:
         tree, self.tree = self.tree, None
         if tree is not None:
             tree.kill()

@@ -16,6 +16,8 @@ from tests.hosts import CommandFailed, ThreeHosts
 from tests.workloads import scenes
 from tests.workloads.move import Stage, outer_pid, pretend
 
+pytestmark = pytest.mark.alone
+
 Scene = Callable[..., contextlib.AbstractContextManager[Stage]]
 STOP = 60.0  # ms
 

@@ -20,6 +20,8 @@ from tests.hosts.tcpmig import MigrationFailed, from_host, migrate, tcpmig
 from tests.system.test_cli_bad_input import connected
 from tests.workloads.servers import wait_listening
 
+pytestmark = pytest.mark.alone
+
 PORT = 7100
 PATIENCE = 30.0
 

@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.hosts import ThreeHosts
 from tests.system.moves import there_and_back
 from tests.workloads import scenes
+
+pytestmark = pytest.mark.alone
 
 SLACK = 100.0  # ms that a gap may be longer than the stop: address, announcement, replay, and a busy machine
 

@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.hosts import ThreeHosts
 from tests.system.moves import there_and_back
 from tests.workloads import scenes
+
+pytestmark = pytest.mark.alone
 
 
 def test_nginx_there_and_back(hosts: ThreeHosts, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from tests.hosts import ThreeHosts
 from tests.system.moves import there_and_back
 from tests.workloads import scenes
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.parametrize("name", ["c", "node", "shm"])
 def test_program_there_and_back(hosts: ThreeHosts, tmp_path: Path, name: str) -> None:

@@ -6,9 +6,13 @@ connection, new connections all the time; IPv4 and IPv6.
 
 from pathlib import Path
 
+import pytest
+
 from tests.hosts import ThreeHosts
 from tests.system.moves import there_and_back
 from tests.workloads import scenes
+
+pytestmark = pytest.mark.alone
 
 
 def test_redis_there_and_back(hosts: ThreeHosts, tmp_path: Path) -> None:

@@ -9,10 +9,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.hosts import Host, ThreeHosts
 from tests.hosts.process import HostProcess
 from tests.hosts.tcpmig import TCPMIG, tcpmig
 from tests.workloads import scenes
+
+pytestmark = pytest.mark.alone
 
 CONFIG = """
 ListenAddress {address}

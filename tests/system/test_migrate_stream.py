@@ -12,6 +12,8 @@ import pytest
 from tests.hosts import ThreeHosts
 from tests.workloads import scenes
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.parametrize(("family", "loss"), [(4, 0), (6, 0), (4, 2), (6, 2)])
 def test_stream_there_and_back(hosts: ThreeHosts, tmp_path: Path, family: int, loss: int) -> None:

@@ -22,6 +22,8 @@ from tcpstate.locate import take
 from tcpstate.rebuild import compare, rebuild_connections, release_connections
 from tests.tscnet import SERVICE, Watcher, net, pair, wait_until
 
+pytestmark = pytest.mark.alone
+
 PERIOD = 1 << 20
 TO_CLIENT = random.Random(1).randbytes(PERIOD) * 2
 TO_SERVER = random.Random(2).randbytes(PERIOD) * 2

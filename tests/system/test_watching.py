@@ -12,6 +12,8 @@ from tests.counters import counters, moved
 from tests.hosts import ThreeHosts
 from tests.packets import Flag, Watcher
 
+pytestmark = pytest.mark.alone
+
 PORT = 7000
 Pair = tuple[socket.socket, socket.socket]
 
