@@ -5,11 +5,10 @@ The stages, each a method, in the order in which they are called::
     check          verdicts on everything, from /proc; nothing is stopped
     prepare        what can be read or opened beforehand
     begin_live .. end_live    memory is copied in rounds while the processes run (:mod:`checkpoint.live`)
-    find_listeners, hold_off, drain    no new connections; those that wait are accepted by the application
+    find_listeners, hold_off, drain    no new connections; those that wait are accepted
     stop           all threads stopped; state, descriptors, mappings captured; nothing of ours left inside
     skeleton       records MANIFEST, TREE, FILES, MAPPINGS
-    pages          memory and contents.  The sockets still live: the kernel keeps acknowledging, so that no peer runs
-                   into a time-out while gigabytes are copied
+    pages          memory and contents; the sockets still live and acknowledge: no peer runs into a time-out
     secure         the tool's death leaves everything stopped from now on
     early_queues   what large receive queues hold already
     freeze         sockets quiet, then in repair; exported
@@ -72,7 +71,7 @@ from checkpoint.traces import (
 )
 from checkpoint.tree import plan
 from checkpoint.verdict import Verdict
-from tcpstate.capture import replay
+from tcpstate.capture import replay, unknown
 from tcpstate.errors import TcpmigError
 from tcpstate.filters import own_filter, own_mark, read_filters, remove_syn_filter
 from tcpstate.kernel.calls import CallTable
@@ -389,8 +388,8 @@ class Dump:
         self._tree.queue_sigstops()
         self._secured = True
 
-    def freeze(self) -> None:
-        """Make the connections quiet and export them. Capture segments before this."""
+    def freeze(self, arrived: Sequence[Segment] = ()) -> list[Segment]:
+        """Make the connections quiet and export them; of the segments that ``arrived`` before, those that they lack."""
         if not self._secured:
             self.secure()
         self._last.wait()
@@ -400,6 +399,7 @@ class Dump:
             self.connections += self._connections.take_queues(handshakes=not known)
         self._connections.export()
         self.exported_ns = time.monotonic_ns()
+        return unknown(arrived, self._connections.exported)
 
     def delta(self, *, clocks_stand: bool = False) -> FilesDelta:
         """The connections as exported, and other files that changed since the stop (see FileTable.recapture())."""

@@ -72,6 +72,8 @@ class OutgoingTrees:
         self._writer = FrameWriter(stream=True)
         self._syns: Capture | None = None
         self._segments: Capture | None = None
+        #: what the connections were sent in the stop and do not have
+        self._refused: list[Segment] = []
         self._began = False
 
     def meet(self, features: frozenset[str]) -> None:
@@ -182,6 +184,9 @@ class OutgoingTrees:
     def stop(self, moved: Sequence[str]) -> None:
         """Everything stands still."""
         self._dump.stop(moved)
+        # Not only from the freeze on: nobody reads now, and what a full receive queue has no room for the kernel drops
+        # although the peer was allowed to send it (TCPRcvQDrop). The peer would run into its retransmission time-out.
+        self._capture_all()
 
     def send(self, image: ImageWriter) -> bool:
         """Skeleton and pages; whether it was little."""
@@ -210,8 +215,7 @@ class OutgoingTrees:
         """Connections, and the end of the image."""
         for run in self._dump.early_queues():
             image.write(self._writer.pages(run))
-        self._capture_all()
-        self._dump.freeze()
+        self._freeze()
         for run in self._dump.queues():
             image.write(self._writer.pages(run))
         image.write(self._writer.frame(Kind.FILES_DELTA, self._dump.delta()))
@@ -227,13 +231,16 @@ class OutgoingTrees:
         image.pages(self._dump.pages(buffers=image.AHEAD + 2))
         self._dump.secure()
         image.pages(self._dump.early_queues())
-        self._capture_all()
-        self._dump.freeze()
+        self._freeze()
         image.pages(self._dump.queues())
         image.record(Kind.FILES_DELTA, self._dump.delta(clocks_stand=True))
 
+    def _freeze(self) -> None:
+        self._capture_all()
+        self._refused = self._dump.freeze([] if self._segments is None else self._segments.segments())
+
     def _capture_all(self) -> None:
-        if self._dump.ports:
+        if self._segments is None and self._dump.ports:
             self._segments = Capture(ports=self._dump.ports)
             self._segments.start()
 
@@ -264,7 +271,8 @@ class OutgoingTrees:
         """Captured since the last call."""
         # not before the stop: the answer to a SYN may be under way when the SYN is seen
         found = [] if self._syns is None else unanswered(self._syns.segments())
-        return found + ([] if self._segments is None else self._segments.segments())
+        refused, self._refused = self._refused, []
+        return found + refused + ([] if self._segments is None else self._segments.segments())
 
     def resume(self) -> None:
         """Everything as it was; what was captured is delivered here."""

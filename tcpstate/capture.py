@@ -35,7 +35,7 @@ from tcpstate.kernel.sockets import SO, Level, is_v6
 from tcpstate.record import ConnectionRecord
 from tcpstate.segment import SEQ_MASK, Flag, Segment, before, build, parse, split
 
-__all__ = ["Capture", "Injector", "replay", "unanswered"]
+__all__ = ["Capture", "Injector", "replay", "unanswered", "unknown"]
 
 log = logging.getLogger(__name__)
 
@@ -279,6 +279,17 @@ def replay(
             for part in split(segment, _segment_size(record)):
                 count += injector.arrive(part) if record is None else injector.deliver(part, record)
     return count
+
+
+def unknown(segments: Iterable[Segment], records: Iterable[ConnectionRecord]) -> list[Segment]:
+    """Of segments that arrived before a freeze those with data that the frozen connections have not got."""
+    known = {record.conn_id: record for record in records}
+    found = []
+    for segment in segments:
+        record = _bare(known, segment.conn_id)
+        if record is not None and segment.payload and before(record.rcv_nxt, segment.end):
+            found.append(segment)
+    return found
 
 
 class Injector:
