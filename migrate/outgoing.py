@@ -236,11 +236,10 @@ class OutgoingTrees:
         image.record(Kind.FILES_DELTA, self._dump.delta(clocks_stand=True))
 
     def _freeze(self) -> None:
-        self._capture_all()
         self._refused = self._dump.freeze([] if self._segments is None else self._segments.segments())
 
     def _capture_all(self) -> None:
-        if self._segments is None and self._dump.ports:
+        if self._dump.ports:
             self._segments = Capture(ports=self._dump.ports)
             self._segments.start()
 

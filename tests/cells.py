@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from tcpstate.capture import Capture, replay
 from tcpstate.discard import discard_connections
 from tcpstate.export import export_connections, state_of
-from tcpstate.freeze import quiet, thaw
+from tcpstate.freeze import Blackhole, quiet, thaw
 from tcpstate.kernel.bpf import DROP_ALL, attach
 from tcpstate.kernel.route import is_local
 from tcpstate.options import VOLATILE
 from tcpstate.rebuild import differences, rebuild_connections
 from tcpstate.record import ConnectionRecord, State
 from tcpstate.release import open_connections, release_connections
-from tests.tscnet import SERVICE, Watcher, pair, wait_until
+from tests.tscnet import SERVICE, Watcher, net, pair, wait_until
 
 SO_DETACH_FILTER, SO_ERROR, SO_LINGER = 27, 4, 13
 EARLY, LATE = b"early" * 100, b"late" * 800
@@ -66,6 +66,16 @@ CELLS = [(case, family, queues) for case in Case for family in FAMILIES for queu
 #: no two connections have the same ports: the first of them may be in TIME_WAIT
 _ports = itertools.count(7001)
 _OPENING = (Case.SYN_SENT, Case.SYN_SENT_ANSWERED, Case.REFUSED)
+
+
+@contextlib.contextmanager
+def net_for_cells():
+    """Hosts between which :func:`run` moves connections: the rules of a freeze stand at both."""
+    with net() as made:
+        for host in (made.a, made.b):
+            with host:
+                Blackhole().ensure()
+        yield made
 
 
 def name_of(cell: tuple[Case, str, str]) -> str:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tcpstate.freeze import Blackhole
-from tests.cells import CELLS, FAMILIES, QUEUES, Case, run
-from tests.tscnet import net
+from tests.cells import CELLS, FAMILIES, QUEUES, Case, net_for_cells, run
 
 PAGE = Path(__file__).resolve().parent.parent / "docs/reference/states.md"
 BEGIN, END = "<!-- table: written by python -m tests.states -->\n", "<!-- end of table -->\n"
@@ -25,10 +23,7 @@ def head(case: Case, queues: str) -> str:
 
 def main() -> int:
     found: dict[tuple[Case, str, str], str] = {}
-    with net() as hosts:
-        for host in (hosts.a, hosts.b):
-            with host:
-                Blackhole().ensure()
+    with net_for_cells() as hosts:
         for cell in CELLS:
             try:
                 found[cell] = run(hosts, *cell)

@@ -2,17 +2,12 @@
 
 import pytest
 
-from tcpstate.freeze import Blackhole
-from tests.cells import CELLS, name_of, run
-from tests.tscnet import net
+from tests.cells import CELLS, name_of, net_for_cells, run
 
 
 @pytest.fixture(scope="module")
 def hosts():
-    with net() as made:
-        for host in (made.a, made.b):
-            with host:
-                Blackhole().ensure()
+    with net_for_cells() as made:
         yield made
 
 

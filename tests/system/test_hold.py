@@ -19,12 +19,15 @@ import pytest
 
 from tests.hosts import Host, ThreeHosts, three_hosts
 from tests.hosts.process import HostProcess
+from tests.hosts.shared import at_home, hosts
 from tests.hosts.tcpmig import TCPMIG, from_host
 from tests.hosts.warm import tcpmig
 from tests.packets import Watcher
 from tests.system.test_cli_bad_input import assert_told, connected
 from tests.workloads import scenes
 from tests.workloads.hold import groups_left, held, left_behind
+
+__all__ = ["at_home", "hosts"]
 
 PORT = 7012
 # echoes on every connection, in one thread: what it has counted it remembers
@@ -127,26 +130,6 @@ class Service:
 
     def resets(self) -> int:
         return len(self.watcher.mark().rsts)
-
-
-@pytest.fixture(scope="module")
-def hosts() -> Iterator[ThreeHosts]:
-    """The same for all tests of a module."""
-    with three_hosts() as three:
-        yield three
-
-
-@pytest.fixture(autouse=True)
-def at_home(hosts: ThreeHosts) -> Iterator[None]:
-    """Whatever moved away in a test is back for the next one."""
-    yield
-    services = (hosts.net.service4, hosts.net.service6)
-    away = [address for address in hosts.target.addresses() if address.partition("/")[0] in services]
-    if away:
-        hosts.target.ip(*(f"addr del {address} dev eth0" for address in away))
-        for address in away:
-            hosts.source.add_address(address)
-        hosts.client.sh("ip neigh flush all; ip -6 neigh flush all")
 
 
 @pytest.fixture

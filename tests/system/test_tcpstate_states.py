@@ -8,9 +8,7 @@ import itertools
 
 import pytest
 
-from tcpstate.freeze import Blackhole
-from tests.cells import CELLS, FAMILIES, Case, name_of, run
-from tests.tscnet import net
+from tests.cells import CELLS, FAMILIES, Case, name_of, net_for_cells, run
 
 
 def _sample():
@@ -32,10 +30,7 @@ def test_no_state_queue_or_family_is_left_out():
 
 @pytest.fixture(scope="module")
 def hosts():
-    with net() as made:
-        for host in (made.a, made.b):
-            with host:
-                Blackhole().ensure()
+    with net_for_cells() as made:
         yield made
 
 
