@@ -34,18 +34,20 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from checkpoint import preflight, procfs
 from checkpoint.described import manifest, process_records
-from checkpoint.errors import FileNotShared, NoSuchProcess, Refused, TreeChanged
+from checkpoint.errors import NoSuchProcess, Refused, TreeChanged
 from checkpoint.files.base import OpenFile
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.identity import Evidence
 from checkpoint.files.policy import NO_POLICY, AcceptQueues, Policy
 from checkpoint.files.regular import RegularFile
+from checkpoint.files.shipped import refuse_new
 from checkpoint.files.table import FileTable, TreeFiles
 from checkpoint.files.tcp import TcpGroup
 from checkpoint.holdoff import Holdoff, LastSegments
 from checkpoint.image.format import PageRun
 from checkpoint.image.frames import Kind, Runs, Space
 from checkpoint.inject import Injection
+from checkpoint.ipc import table as ipc
 from checkpoint.live import LiveCopy, Remaining
 from checkpoint.live import foresee as foresee_tracked
 from checkpoint.memory import layout, pages
@@ -115,6 +117,7 @@ class Dump:
         self._files: TreeFiles | None = None
         self._layouts: dict[int, MemoryLayout] = {}
         self._states: dict[int, ProcessState] = {}
+        self._ipc = ipc.Objects()
         self._last = LastSegments(())
         self._collecting = gc.isenabled()
         self._secured = False
@@ -140,6 +143,7 @@ class Dump:
         refused = preflight.first_refusal(self.check())
         if refused is not None:
             raise refused
+        self._ipc.look(preflight.pids(self.roots))
         for pid in preflight.pids(self.roots):
             try:
                 # the flags of mappings take milliseconds per gigabyte: in the stop only changes are read
@@ -289,25 +293,18 @@ class Dump:
                 self._states[process.pid] = table.capture(process, injection, calls)
             self._table.add_process(process)
             self._layouts[process.pid] = layout.capture(process, self._table, brk=brk.value)
+        self._ipc.capture(self.pids)
         self._group = TcpGroup(self._table, self._blackhole)
         if (sockets := peeked(self._table.entries)).sockets:
             write(self.note, Trace.PEEKED, sockets)
         try:
             self._files = self._table.records()
             self._group.find_peers(self._local)
-            self._refuse_new_files(self._files)
+            refuse_new(self._files.files, self._policy)
         except Refused as error:
             raise TreeChanged(f"{error.message} [{error.code}]", object=error.object) from error
         self.warnings += self._table.warnings
         self.connections = self._group.connections
-
-    def _refuse_new_files(self, found: TreeFiles) -> None:
-        """Files that were opened for writing since the target was asked, where it shares nothing with us."""
-        if self._policy.shared is None:
-            return
-        for file in found.files:
-            if isinstance(file, RegularFile) and file.written and self._policy.stays_behind(file.path):
-                raise FileNotShared("opened for writing since the target was asked", object=file.path)
 
     # -- what is sent ---------------------------------------------------------------------------------------------
 
@@ -318,7 +315,7 @@ class Dump:
         records = process_records(tree, self._states)
         plan([r.task for r in records])  # refuses what cannot be grown again
         # read after every timer: none that goes on with the time that was left is early on these clocks
-        yield Kind.TREE, TreeRecord(processes=tuple(records), clocks=clocks.read(self.roots[0]))
+        yield Kind.TREE, TreeRecord(processes=tuple(records), clocks=clocks.read(self.roots[0]), ipc=self._ipc.records)
         yield Kind.FILES, self._files
         drops: list[Runs] = []
         if self._live is not None and self._files is not None and self._live.takes(records, self._layouts):
@@ -482,6 +479,7 @@ class Dump:
         tree, self.tree = self.tree, None
         if tree is not None:
             tree.kill()
+        self._ipc.remove()
         self.close()
 
     def close(self) -> None:

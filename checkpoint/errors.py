@@ -45,6 +45,9 @@ __all__ = [
     "InjectionRefused",
     "InjectionTimeout",
     "InterfaceMissing",
+    "IpcNotMade",
+    "IpcShared",
+    "IpcTaken",
     "KernelThread",
     "KernelWorkers",
     "LeaderExited",
@@ -695,6 +698,30 @@ class SegmentTaken(Refused):
 
     code = "TM-0392"
     fix = "See `ipcs -m`; end the program that has the segment, or remove it with `ipcrm -m ID`."
+
+
+class IpcShared(Refused):
+    """A System V semaphore set or message queue that the tree uses is used by a living process outside of it, too. It
+    exists once on a host, and would be torn in two."""
+
+    code = "TM-0560"
+    fix = "Move all processes that use it together (`ipcs -ps`, `ipcs -pq`), or end the other one."
+
+
+class IpcTaken(Refused):
+    """A System V semaphore set or message queue would be made here under the ID and key that it had; one of them is in
+    use. Who uses one knows it by its ID, and who looks for it by its key."""
+
+    code = "TM-0561"
+    fix = "End the program that has it, or remove it with `ipcrm`."
+
+
+class IpcNotMade(TcpmigError):
+    """A System V semaphore set or message queue could not be made here, or not with what was in it: a limit is lower
+    here (kernel.sem, kernel.msgmni, kernel.msgmax, kernel.msgmnb)."""
+
+    code = "TM-0562"
+    fix = "Compare `sysctl kernel.sem kernel.msgmni kernel.msgmax kernel.msgmnb` of the two hosts."
 
 
 class SealedMapping(Refused):

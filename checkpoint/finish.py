@@ -25,10 +25,11 @@ from checkpoint.errors import FileRebuildFailed, NoSuchProcess
 from checkpoint.files.peers import StandIn, stand_in
 from checkpoint.files.queues import Queues
 from checkpoint.files.rebuild import Rebuilder
-from checkpoint.files.sysv import remove_noted
+from checkpoint.files.sysv import remove_noted as remove_segment
 from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.image.frames import PageRun
+from checkpoint.ipc.table import remove_noted as remove_object
 from checkpoint.records import FilesDelta
 from checkpoint.traces import Made, Stubs, Traced, alive
 from checkpoint.undo import taken
@@ -162,10 +163,11 @@ class Finish:
 
 
 def remove_made(made: Made) -> bool:
-    """Take away a file or directory, or a shared memory segment, that was not to stay. Whether there was one."""
-    segment = remove_noted(made.path)
-    if segment is not None:
-        return segment
+    """Take away a file or directory, or a System V object, that was not to stay. Whether there was one."""
+    for remove in (remove_segment, remove_object):
+        found = remove(made.path)
+        if found is not None:
+            return found
     if os.path.isdir(made.path) and not os.path.islink(made.path):
         shutil.rmtree(made.path, ignore_errors=True)
         return True

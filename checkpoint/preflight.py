@@ -18,6 +18,7 @@ from checkpoint.files.outside import holders_text
 from checkpoint.files.peers import Place, place_of
 from checkpoint.files.policy import NO_POLICY, LocalPeers, Policy
 from checkpoint.files.table import FileTable
+from checkpoint.ipc import table as ipc
 from checkpoint.memory import segments
 from checkpoint.memory import verdicts as memory
 from checkpoint.state import preflight as state
@@ -83,6 +84,7 @@ def check(roots: Sequence[int], policy: Policy = NO_POLICY) -> list[Verdict]:
         if procfs.lives(pid):
             found += judged
     found += segments.verdicts(members)
+    found += ipc.verdicts(members)
     found += files.verdicts(members, policy)
     found += [_judge(one, policy) for one in connections(members)]
     return found

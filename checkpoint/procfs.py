@@ -187,6 +187,11 @@ def threads(pid: int) -> list[int]:
     return sorted((int(name) for name in _list(pid, "task")), key=lambda tid: (tid != pid, tid))
 
 
+def exists_in(pid: int, tid: int) -> bool:
+    """Whether the process has this thread."""
+    return os.path.exists(f"/proc/{pid}/task/{tid}")
+
+
 def children(pid: int) -> list[int]:
     """The children of all threads of a process, zombies too (CONFIG_PROC_CHILDREN). Exact only while it is stopped."""
     found: list[int] = []

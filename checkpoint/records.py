@@ -14,6 +14,7 @@ from checkpoint.files.base import OpenFile
 from checkpoint.files.regular import RegularFile
 from checkpoint.files.table import TreeFiles
 from checkpoint.image.frames import End
+from checkpoint.ipc.base import SystemV
 from checkpoint.kernel import restart_block
 from checkpoint.memory.delta import same_process
 from checkpoint.memory.layout import MemoryLayout
@@ -95,15 +96,21 @@ class ProcessRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeRecord:
-    """The processes, parents before children, and the clocks that they saw at the stop."""
+    """The processes, parents before children, and the clocks that they saw at the stop.
+
+    ipc  System V semaphores and message queues that they use
+    """
 
     processes: tuple[ProcessRecord, ...]
     clocks: Clocks
+    ipc: tuple[SystemV, ...] = ()
 
     def __post_init__(self) -> None:
         pids = [p.task.pid for p in self.processes]
         if not pids or len(set(pids)) != len(pids):
             raise ValueError("no process, or one twice")
+        if len({(type(one), one.number) for one in self.ipc}) != len(self.ipc):
+            raise ValueError("a semaphore set or message queue twice")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

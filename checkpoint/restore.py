@@ -30,12 +30,15 @@ from checkpoint import procfs
 from checkpoint.errors import ImageIncomplete, NoSuchProcess, RebuildDiffers
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.install import install
+from checkpoint.files.pidfd import PidFd
 from checkpoint.files.policy import External
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.ground import Ground
 from checkpoint.image.frames import Frame, Kind, PageRun, Runs, Space
+from checkpoint.ipc import table as ipc
+from checkpoint.ipc.base import SystemV
 from checkpoint.memory import layout
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.records import FilesDelta, LiveTree, Manifest, MapsDelta, ProcessRecord, TreeRecord
@@ -96,6 +99,7 @@ class Restore:
         self._processes_complete = False
         self._ground = Ground(self.stubs, path, self._warn)
         self._clocks_go_on = False
+        self._ipc: list[SystemV] = []
 
     def _keep_warning(self, text: str) -> None:
         self.warnings.append(text)
@@ -208,9 +212,12 @@ class Restore:
         if self._check:
             for warning in self._rebuilder.check():
                 self._warn(warning)
+        ipc.check(self._tree.ipc)
         goes_on = self._ground.takes(self._tree.processes, self._layouts)
         if not goes_on:
             self._ground.grow_anew(self._tree.processes, taken)
+        ipc.make(self._tree.ipc, lambda path: write(self.note, Trace.MADE, Made(path=path)), self._ipc.append)
+        self._bear_named_threads(self._files)
         self._rebuilder.rebuild()
         for pid, one in self._layouts.items():
             if goes_on:
@@ -220,6 +227,14 @@ class Restore:
                 self._ground.is_now(one)
         for record in self._living():
             install(self._rebuilder, record.task.pid, self.stubs[record.task.pid])
+
+    def _bear_named_threads(self, files: TreeFiles) -> None:
+        """Threads that an open file refers to must be there before it."""
+        named = {file.thread for file in files.files if isinstance(file, PidFd)} - {0}
+        for record in self._living() if named else ():
+            state = record.state
+            if state is not None and named & {thread.tid for thread in state.threads[1:]}:
+                table.bear_threads(self.stubs[record.task.pid], state, self._warn)
 
     def _write(self, run: PageRun) -> bool:
         """Put the bytes where they belong; whether their memory is needed from now on."""
@@ -253,6 +268,7 @@ class Restore:
         be done to files is done in our own process."""
         if self._rebuilder is None or self._processes_complete:
             raise ImageIncomplete("the end of the copy came where it is not expected")
+        ipc.used(self._ipc, self.stubs)  # while they still may
         for record in self._living():
             self._give_state(record)
         for record in self._living():
@@ -356,6 +372,8 @@ class Restore:
         if self._rebuilder is not None:
             self._rebuilder.abort()
             self._rebuilder = None
+        ipc.remove(self._ipc)
+        self._ipc.clear()
         self._ground.close()
         self._blackhole.remove()
         gc.enable()

@@ -180,6 +180,7 @@ class Magic(enum.IntEnum):
     """``f_type`` of statfs(2) for file systems whose files have no content of their own (linux/magic.h)."""
 
     PROC = 0x9FA0
+    MQUEUE = 0x19800202  # ipc/mqueue.c
     SYSFS = 0x62656572
     CGROUP = 0x27E0EB
     CGROUP2 = 0x63677270

@@ -1,7 +1,7 @@
 """pidfd: a descriptor that names a process.
 
 Source: kernel/pid.c, fs/pidfs.c; fdinfo line ``Pid`` (-1: the process has ended and was reaped). Flag O_EXCL: it names
-a thread (PIDFD_THREAD, since 6.9).
+a thread (PIDFD_THREAD, since 6.9), which is born before the files are made then.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from checkpoint import procfs
-from checkpoint.errors import FileRebuildFailed, NoSuchProcess, PeerOutsideTree, UnsupportedFile
+from checkpoint.errors import FileRebuildFailed, NoSuchProcess, PeerOutsideTree
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _REAPED: Final = -1
 class PidFd(OpenFile):
     """One pidfd.
 
-    pid     the process, one of the tree; -1: it is no more
+    pid     the process or thread, one of the tree; -1: it is no more
     """
 
     pid: int
@@ -47,27 +47,35 @@ class PidFd(OpenFile):
         return cls(pid=_named(view), **view.common())
 
     def rebuild(self, host: Rebuilder) -> int:
-        fd = _of_nobody() if self.pid == _REAPED else self._of_tree(host)
+        fd = _of_nobody(self.flags & _THREAD) if self.pid == _REAPED else self._of_tree(host)
         set_flags(fd, self.flags)
         return fd
+
+    @property
+    def thread(self) -> int:
+        """The number of the thread that it names; 0: it names a process, or nobody."""
+        return self.pid if self.flags & _THREAD and self.pid != _REAPED else 0
 
     def _of_tree(self, host: Rebuilder) -> int:
         try:
             return os.pidfd_open(self.pid, self.flags & _THREAD)
         except ProcessLookupError:
             raise FileRebuildFailed("it names a process that is not there", object=f"pid {self.pid}") from None
+        except OSError as error:
+            text = f"a pidfd of a thread (PIDFD_THREAD) cannot be had here: {error.strerror}"
+            raise FileRebuildFailed(text, object=f"pid {self.pid}") from error
 
 
 def _named(view: FdView) -> int:
-    """The process; PeerOutsideTree if it is none of the tree."""
+    """The process or thread; PeerOutsideTree if it is none of the tree."""
     pid = view.number("Pid")
     if pid <= 0:
         return _REAPED
     pids = view.table.pids
     if pid in pids:
         return pid
-    if view.flags & _THREAD:
-        raise UnsupportedFile(f"pidfd of the thread {pid} (PIDFD_THREAD)", object=view.object)
+    if view.flags & _THREAD and any(procfs.exists_in(each, pid) for each in pids):
+        return pid
     try:
         stat = procfs.read_stat(pid)
     except NoSuchProcess:
@@ -77,12 +85,12 @@ def _named(view: FdView) -> int:
     raise PeerOutsideTree(f"pidfd of process {pid} ({stat.comm}), which is outside of the tree", object=view.object)
 
 
-def _of_nobody() -> int:
+def _of_nobody(flags: int) -> int:
     """A pidfd whose process has ended and is reaped."""
     pid = os.fork()
     if pid == 0:
         os._exit(0)
     try:
-        return os.pidfd_open(pid)
+        return os.pidfd_open(pid, flags)
     finally:
         os.waitpid(pid, 0)

@@ -23,7 +23,7 @@ from checkpoint.files.inet import Endpoint
 from checkpoint.files.listener import bind
 from checkpoint.files.multicast import Membership
 from checkpoint.files.sockopts import SocketOptions, before_bind, give_late, give_own_filter, save
-from checkpoint.files.unix import held_outside
+from checkpoint.files.udp import examine_datagrams
 from tcpstate.filters import give_filter
 from tcpstate.kernel import bpf
 
@@ -87,10 +87,7 @@ class RawFile(OpenFile):
 
     @classmethod
     def examine(cls, view: FdView) -> str:
-        held_outside(view)
-        save(view.socket, view.object)
-        multicast.of_socket(view.socket, view.object)
-        return ""
+        return examine_datagrams(view)
 
     @classmethod
     def capture(cls, view: FdView) -> Self:

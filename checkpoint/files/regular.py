@@ -19,6 +19,7 @@ from checkpoint.errors import (
     FileUnreachable,
     UnsupportedFile,
 )
+from checkpoint.files import links
 from checkpoint.files.abi import REOPEN_FLAGS, FileFlag, Magic, filesystem_magic
 from checkpoint.files.base import FdView, OpenFile, register
 from checkpoint.files.content import DELETED, ContentKind, reopened
@@ -39,6 +40,12 @@ def volatile(view: FdView) -> bool:
     """Whether the file is made up when it is read: nothing that is written stays."""
     # Asking every file for its file system would cost a system call each; files of sysfs have the size of a page.
     return view.stat.st_size in (0, 4096) and view.dup >= 0 and filesystem_magic(view.dup) in _VOLATILE
+
+
+def is_message_queue(view: FdView) -> bool:
+    """Whether it is a POSIX message queue: a regular file, as far as its type says."""
+    # asked only of files of the one size that all queues have (FILENT_SIZE of ipc/mqueue.c)
+    return view.stat.st_size == 80 and view.dup >= 0 and filesystem_magic(view.dup) == Magic.MQUEUE
 
 
 class Marks(NamedTuple):
@@ -66,17 +73,12 @@ def path_of(view: FdView, *, follow: bool = True) -> str:
     if _same(view.link, view.stat, follow=follow):
         return view.link
     if view.link.endswith(DELETED):
-        # The name is gone, but not the file: a hard link, most often beside it (a rotated log).
+        # The name is gone, but not the file: it has another hard link.
         gone = view.link[: -len(DELETED)]
-        folder = os.path.dirname(gone)
-        try:
-            names = [entry.path for entry in os.scandir(folder) if entry.inode() == view.stat.st_ino]
-        except OSError:
-            names = []
-        for name in sorted(names):
-            if _same(name, view.stat, follow=follow):
-                return name
-        raise FileUnreachable(f"{gone} was deleted, and its other hard link is not beside it", object=view.object)
+        name = links.find(gone, view.stat) if view.stat.st_nlink else ""
+        if name:
+            return name
+        raise FileUnreachable(f"{gone} was deleted, and its other hard link is not found", object=view.object)
     raise FileUnreachable(f"{view.link} is not the file that is open", object=view.object)
 
 
@@ -174,7 +176,9 @@ class SharedMemory(OpenFile):
     link=rf"/.*{DELETED.replace('(', '[(]').replace(')', '[)]')}",
     mode=stat.S_IFREG,
     match=lambda view: (
-        view.stat.st_nlink == 0 and not view.link.startswith(("/memfd:", "/SYSV", "/[aio]", "/anon_hug"))
+        view.stat.st_nlink == 0
+        and not view.link.startswith(("/memfd:", "/SYSV", "/[aio]", "/anon_hug"))
+        and not is_message_queue(view)
     ),
 )
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +210,10 @@ class DeletedFile(OpenFile):
 
 
 @register(
-    "file", link=r"/.*", mode=stat.S_IFREG, match=lambda view: not view.link.startswith(("/memfd:", "/SYSV", "/[aio]"))
+    "file",
+    link=r"/.*",
+    mode=stat.S_IFREG,
+    match=lambda view: not view.link.startswith(("/memfd:", "/SYSV", "/[aio]")) and not is_message_queue(view),
 )
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegularFile(OpenFile):

@@ -15,19 +15,21 @@ import errno
 import logging
 import os
 import stat
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
-from checkpoint.errors import FileMissing, FileRebuildFailed, ShipWouldOverwrite
+from checkpoint.errors import FileMissing, FileNotShared, FileRebuildFailed, ShipWouldOverwrite
 from checkpoint.files.base import FdView, OpenFile, register
 from checkpoint.files.content import ContentKind
 from checkpoint.files.identity import shown
-from checkpoint.files.regular import path_of, volatile
+from checkpoint.files.policy import Policy
+from checkpoint.files.regular import RegularFile, path_of, volatile
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
 
-__all__ = ["Shipment", "ShippedFile", "judge_place"]
+__all__ = ["Shipment", "ShippedFile", "judge_place", "refuse_new"]
 
 _log = logging.getLogger(__name__)
 
@@ -220,3 +222,13 @@ def _attributes(magic: str) -> dict[str, bytes]:
         except OSError as error:
             _log.debug("attribute %s of %s: %s", name, magic, error)
     return found
+
+
+def refuse_new(files: Iterable[OpenFile], policy: Policy) -> None:
+    """FileNotShared for a file that was opened for writing since the target was asked, where it shares nothing with
+    us."""
+    if policy.shared is None:
+        return
+    for file in files:
+        if isinstance(file, RegularFile) and file.written and policy.stays_behind(file.path):
+            raise FileNotShared("opened for writing since the target was asked", object=file.path)

@@ -30,7 +30,7 @@ from tcpstate.kernel.sockets import SO, Level
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
 
-__all__ = ["Datagram", "UdpFile"]
+__all__ = ["Datagram", "UdpFile", "examine_datagrams"]
 
 _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 IP_PKTINFO: Final = 8
@@ -57,6 +57,14 @@ class Datagram:
         Endpoint(address=self.to, port=0)
         if len(self.data) >= _LONGEST:
             raise ValueError("a datagram is too long")
+
+
+def examine_datagrams(view: FdView) -> str:
+    """:meth:`OpenFile.examine` of a UDP, raw or ICMP socket."""
+    held_outside(view)
+    save(view.socket, view.object)
+    multicast.of_socket(view.socket, view.object)
+    return ""
 
 
 def _is_udp(view: FdView) -> bool:
@@ -95,10 +103,7 @@ class UdpFile(OpenFile):
 
     @classmethod
     def examine(cls, view: FdView) -> str:
-        held_outside(view)
-        save(view.socket, view.object)
-        multicast.of_socket(view.socket, view.object)
-        return ""
+        return examine_datagrams(view)
 
     @classmethod
     def capture(cls, view: FdView) -> Self:

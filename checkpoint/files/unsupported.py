@@ -14,6 +14,7 @@ from typing import Final, Self
 from checkpoint.errors import UnsupportedFile, UnsupportedProtocol
 from checkpoint.files.base import FdView, OpenFile, register
 from checkpoint.files.external import is_terminal
+from checkpoint.files.regular import is_message_queue
 from checkpoint.files.sockopts import IPPROTO_MPTCP
 from tcpstate.errors import TcpmigError
 
@@ -36,7 +37,6 @@ _LINKS: Final = (
     (r"/\[aio\].*", "asynchronous I/O context"),
     (r"/anon_hugepage.*", "huge pages"),
     (r"/dev/fuse", "FUSE connection"),
-    (r"mqueue:.*|/dev/mqueue/.*", "POSIX message queue"),
 )
 
 #: address families (linux/socket.h)
@@ -54,6 +54,8 @@ def why(view: FdView) -> TcpmigError:
     """The refusal of a file without a kind."""
     if stat.S_ISSOCK(view.stat.st_mode):
         return _socket(view)
+    if is_message_queue(view):
+        return UnsupportedFile(f"POSIX message queue ({view.link})", object=view.object)
     for pattern, name in _LINKS:
         if re.fullmatch(pattern, view.link, re.DOTALL):
             return UnsupportedFile(f"{name} ({view.link})", object=view.object)

@@ -20,6 +20,7 @@ from checkpoint.errors import (
     KernelWorkers,
     NoSuchProcess,
     Refused,
+    SeccompInTheWay,
     SeccompUnreadable,
     SharedBetweenProcesses,
     UnsharedThread,
@@ -162,7 +163,11 @@ def _threads(pid: int) -> Iterator[Verdict]:
 
 
 def _seccomp(name: str, status: dict[str, str]) -> Iterator[Verdict]:
-    if int(status["Seccomp"]) != Mode.FILTER:
+    mode = int(status["Seccomp"])
+    if mode == Mode.STRICT:
+        # what injected code does when the tool is killed is not read, write, exit or sigreturn
+        yield _refuse(SeccompInTheWay("it is in seccomp's strict mode", object=name), "seccomp")
+    if mode != Mode.FILTER:
         return
     own = procfs.read_status(os.getpid())
     if int(own["Seccomp"]) != Mode.DISABLED:

@@ -62,6 +62,7 @@ __all__ = [
     "THREAD_STATES",
     "ProcessState",
     "ThreadState",
+    "bear_threads",
     "build",
     "capture",
     "install",
@@ -273,12 +274,8 @@ def build(
     StateRefused if the kernel refuses a call, PidTaken, SpawnFailed, TimerOutOfReach, MachineForeign.
     """
     birth = procfs.read_status(stub.pid)
-    first = TaskBuilder(pid=stub.pid, tid=stub.pid, warn=warn, elapsed=elapsed, birth=birth, path=path)
-    rebuild_first(state, first)
-    _run(stub, [first])
-    others = state.threads[1:]
-    apart = [thread.get(ThreadDirectories).cwd is not None for thread in others]
-    stub.clone_threads([thread.tid for thread in others], apart)
+    if len(stub.threads) == 1:  # else an open file needed them before
+        bear_threads(stub, state, warn)
     tasks = [
         TaskBuilder(pid=stub.pid, tid=thread.tid, warn=warn, elapsed=elapsed, birth=birth, path=path)
         for thread in stub.threads
@@ -289,6 +286,17 @@ def build(
     _run(stub, tasks)
     for sleeper, each in zip(stub.threads, state.threads, strict=True):
         registers.fall_asleep(stub, sleeper, each.get(Registers), elapsed)
+
+
+def bear_threads(stub: Stub, state: ProcessState, warn: Callable[[str], None]) -> None:
+    """Give a stub its threads, with their numbers and nothing else: :func:`build` does it, if nobody needs them
+    before. StateRefused, PidTaken, SpawnFailed."""
+    first = TaskBuilder(pid=stub.pid, tid=stub.pid, warn=warn)
+    rebuild_first(state, first)
+    _run(stub, [first])
+    others = state.threads[1:]
+    apart = [thread.get(ThreadDirectories).cwd is not None for thread in others]
+    stub.clone_threads([thread.tid for thread in others], apart)
 
 
 def _run(stub: Stub, tasks: Sequence[TaskBuilder]) -> None:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from tests.campaign.run import STATE
-from tests.campaign.states import go_on
+from tests.campaign.states import go_on, only_known
 from tests.system.state.case import load_all
 from tests.system.state.suite import Bench
 from tests.system.state.without import modules
@@ -60,6 +60,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("names", nargs="*", help="modules, as tests/system/state/without.py calls them")
     given = parser.parse_args()
+    only_known(parser, given.names, modules())
     found = run(given.names, seed=given.seed)
     print(table(found))
     return 0 if all(cases and all(cases.values()) for cases in found.values()) else 1

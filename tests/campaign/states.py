@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from tests.hosts import three_hosts
 from tests.system.state.case import load_all
 from tests.system.state.suite import Bench, bench
 
-__all__ = ["go_on", "main", "run"]
+__all__ = ["go_on", "main", "only_known", "run"]
 
 #: so many are done in one host
 LEG = 20
@@ -58,12 +58,20 @@ def run(names: Sequence[str] = (), *, seed: int = 1) -> dict[str, list[str]]:
     return go_on(STATE / f"states-{seed}.json", names or sorted(cases), alone, whole=True)
 
 
+def only_known(parser: argparse.ArgumentParser, names: Sequence[str], known: Collection[str]) -> None:
+    """Usage error for names that are not there."""
+    unknown = sorted({*names} - {*known})
+    if unknown:
+        parser.error(f"there is no {', '.join(unknown)}; there are: {' '.join(sorted(known))}")
+
+
 def main() -> int:
     """0 if nothing was wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaign.states")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("names", nargs="*")
     given = parser.parse_args()
+    only_known(parser, given.names, load_all())
     found = run(given.names, seed=given.seed)
     bad = sorted(name for name, problems in found.items() if problems)
     print(f"{len(found)} cases, {len(bad)} with problems: {' '.join(bad)}")

@@ -17,6 +17,8 @@ from typing import Any
 from checkpoint.files import install, kinds, rebuild, regular
 from checkpoint.files import table as files_table
 from checkpoint.files.base import OpenFile, kind_name
+from checkpoint.ipc.base import SystemV
+from checkpoint.ipc.table import KINDS as IPC_KINDS
 from checkpoint.memory import layout
 from checkpoint.memory.pages import PageWriter
 from checkpoint.state import pending, registers, table
@@ -51,6 +53,17 @@ def _state(kind: type[State]) -> Switch:
             registers.install = _nothing
         if kind.__name__.startswith("Pending"):
             pending.late = lambda signals: []
+
+    return switch
+
+
+def _ipc(kind: type[SystemV]) -> Switch:
+    """Nothing is made."""
+
+    def switch() -> None:
+        kind.create = lambda self: True  # type: ignore[method-assign]
+        kind.fill = _nothing  # type: ignore[method-assign]
+        kind.used = _nothing  # type: ignore[method-assign]
 
     return switch
 
@@ -141,7 +154,8 @@ def modules() -> dict[str, Switch]:
     }
     states = {f"state/{_dashed(kind_of(kind))}": _state(kind) for kind in (*table.PROCESS_STATES, *table.THREAD_STATES)}
     files["files/file"] = _plain_file
-    return files | states | _memory() | _aspects()
+    objects = {f"ipc/{_dashed(kind_of(kind))}": _ipc(kind) for kind in IPC_KINDS}
+    return files | states | objects | _memory() | _aspects()
 
 
 def apply(names: list[str]) -> None:

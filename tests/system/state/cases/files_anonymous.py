@@ -318,6 +318,22 @@ def name_gone_but_linked_beside(here: Here) -> Iterator[None]:
     assert not os.path.exists(path)
 
 
+@case("files/file", differs=(r"/here/log \(deleted\)'",))  # by the link that is left
+def name_gone_but_linked_elsewhere(here: Here) -> Iterator[None]:
+    for name in ("here", "there", "there/deep"):
+        os.mkdir(here.path(name))
+    fd = os.open(here.path("here/log"), os.O_CREAT | os.O_RDWR)
+    os.write(fd, b"first")
+    os.link(here.path("here/log"), here.path("there/deep/kept"))
+    os.unlink(here.path("here/log"))
+    os.rmdir(here.path("here"))
+    yield
+    os.write(fd, b" second")
+    with open(here.path("there/deep/kept"), "rb") as file:
+        assert file.read() == b"first second"
+    assert os.fstat(fd).st_nlink == 1
+
+
 @case("files/file")
 def flags_of_a_file(here: Here) -> Iterator[None]:
     path = here.path("flags")

@@ -8,7 +8,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from tests.system.state.case import Here, case
 
@@ -58,6 +58,27 @@ def free(path: str, how: int) -> bool:
     return True
 
 
+def waiter(here: Here, path: str, take: Callable[[int, int], object]) -> None:
+    """A child that waits for the whole file, and makes a file ``got`` when it has it."""
+    pid = os.fork()
+    if pid == 0:
+        other = os.open(path, os.O_RDWR)
+        take(other, fcntl.LOCK_EX)
+        os.close(os.open(here.path("got"), os.O_CREAT | os.O_WRONLY))
+        while True:
+            time.sleep(1)
+    while not any("->" in line and f" {pid} " in line for line in open("/proc/locks")):
+        time.sleep(0.001)
+
+
+def comes(path: str) -> None:
+    """Until the file is there."""
+    end = time.monotonic() + 20
+    while not os.path.exists(path):
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
 @case("aspect/locks")
 def flock_exclusive(here: Here) -> Iterator[None]:
     fd, path = opened(here)
@@ -105,43 +126,22 @@ def record_locks_of_a_process(here: Here) -> Iterator[None]:
 def record_lock_that_somebody_waits_for(here: Here) -> Iterator[None]:
     fd, path = opened(here)
     fcntl.lockf(fd, fcntl.LOCK_EX)
-    waiter = os.fork()
-    if waiter == 0:
-        other = os.open(path, os.O_RDWR)
-        fcntl.lockf(other, fcntl.LOCK_EX)
-        os.close(os.open(here.path("got"), os.O_CREAT | os.O_WRONLY))
-        while True:
-            time.sleep(1)
-    while "->" not in open("/proc/locks").read():
-        time.sleep(0.001)
+    waiter(here, path, fcntl.lockf)
     yield
     assert not os.path.exists(here.path("got"))
     fcntl.lockf(fd, fcntl.LOCK_UN)
-    end = time.monotonic() + 20
-    while not os.path.exists(here.path("got")):
-        assert time.monotonic() < end
-        time.sleep(0.002)
+    comes(here.path("got"))
 
 
 @case("aspect/locks")
 def flock_that_somebody_waits_for(here: Here) -> Iterator[None]:
     fd, path = opened(here)
     fcntl.flock(fd, fcntl.LOCK_EX)
-    waiter = os.fork()
-    if waiter == 0:
-        other = os.open(path, os.O_RDWR)
-        fcntl.flock(other, fcntl.LOCK_EX)
-        os.close(os.open(here.path("got"), os.O_CREAT | os.O_WRONLY))
-        while True:
-            time.sleep(1)
-    time.sleep(0.01)
+    waiter(here, path, fcntl.flock)
     yield
     assert not os.path.exists(here.path("got"))
     fcntl.flock(fd, fcntl.LOCK_UN)
-    end = time.monotonic() + 20
-    while not os.path.exists(here.path("got")):
-        assert time.monotonic() < end
-        time.sleep(0.002)
+    comes(here.path("got"))
 
 
 def ofd(fd: int, command: int, kind: int, start: int, length: int) -> int:

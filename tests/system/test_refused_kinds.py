@@ -1,0 +1,116 @@
+"""What cannot be moved is refused by name, before anything is stopped: one program for each."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from state_moves import running
+
+from checkpoint import preflight
+from checkpoint.verdict import Status
+
+HEAD = """
+import ctypes, mmap, os, signal, struct, sys, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
+def call(number, *args):
+    given = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
+    result = libc.syscall(ctypes.c_long(number), *given)
+    if result < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return result
+def pages(count=1, prot=3, flags=0x22, fd=-1):
+    return call(9, 0, count * 4096, prot, flags, fd, 0)
+"""
+WAIT = "\nos.write(1, b'ready\\n')\nwhile True: time.sleep(100)\n"
+
+USERFAULTFD = """
+fd = call(323, 0o2000000 | 1)
+call(16, fd, 0xC018AA3F, ctypes.create_string_buffer(struct.pack("<QQQ", 0xAA, 0, 0), 24))
+"""
+#: prctl, write and read without a lock of Python's between them: futex would be its end
+STRICT = """
+r, w = os.pipe()
+lib, room = ctypes.PyDLL(None), ctypes.create_string_buffer(1)
+prctl, write, read = lib.prctl, lib.write, lib.read
+prctl(22, 1), write(1, b"ready\\n", 6), read(r, room, 1)
+"""
+#: (what it is, code, a word of the verdict's text, the program)
+KINDS = (
+    ("io_uring", "TM-0340", "io_uring", "call(425, 4, ctypes.create_string_buffer(120))"),
+    ("userfaultfd", "TM-0340", "userfaultfd", USERFAULTFD),
+    (
+        "memory registered with userfaultfd",
+        "TM-0374",
+        "registered",
+        USERFAULTFD
+        + "call(16, fd, 0xC020AA00, ctypes.create_string_buffer(struct.pack('<QQQQ', pages(), 4096, 1, 0), 32))",
+    ),
+    ("sealed memory", "TM-0377", "sealed", "call(462, pages(), 4096, 0)"),
+    (
+        "a perf event",
+        "TM-0340",
+        "perf event",
+        "call(298, struct.pack('<IIQ', 1, 128, 0).ljust(128, b'\\0'), 0, -1, -1, 0)",
+    ),
+    ("a BPF map", "TM-0340", "BPF", "call(321, 0, struct.pack('<IIII', 2, 4, 4, 1).ljust(72, b'\\0'), 72)"),
+    ("a namespace", "TM-0340", "namespace", "os.open('/proc/self/ns/net', os.O_RDONLY)"),
+    ("a device", "TM-0340", "device", "os.open('/dev/kmsg', os.O_RDONLY | os.O_NONBLOCK)"),
+    (
+        "a POSIX message queue",
+        "TM-0340",
+        "message queue",
+        "call(240, b'tcpmig-refused', 0o102, 0o600, 0); call(241, b'tcpmig-refused')",
+    ),
+    (
+        "strict seccomp",
+        "TM-0310",
+        "strict",
+        STRICT,
+    ),
+)
+
+
+def python(source: str) -> tuple[object, ...]:
+    return (sys.executable, "-ISc", HEAD + source + WAIT)
+
+
+def told(pid: int) -> list[tuple[str, str]]:
+    bad = [verdict for verdict in preflight.check([pid]) if verdict.status is Status.REFUSE]
+    assert all(verdict.fix for verdict in bad)
+    return [(verdict.code, verdict.text) for verdict in bad]
+
+
+@pytest.mark.parametrize(("code", "word", "program"), [kind[1:] for kind in KINDS], ids=[kind[0] for kind in KINDS])
+def test_refused(code: str, word: str, program: str) -> None:
+    with running(*python(program)) as pid:
+        found = told(pid)
+    assert [each for each, text in found if word in text] == [code], found
+
+
+@pytest.fixture
+def traced() -> Iterator[int]:
+    """A process that another one of ours traces, as a debugger would."""
+    with running(*python("")) as pid:
+        debugger = subprocess.Popen(
+            [sys.executable, "-ISc", HEAD + f"call(101, 0x4206, {pid}, 0, 0)" + WAIT], stdout=subprocess.PIPE
+        )
+        assert debugger.stdout is not None
+        assert debugger.stdout.readline() == b"ready\n"
+        try:
+            yield pid
+        finally:
+            os.kill(debugger.pid, signal.SIGKILL)
+            debugger.wait()
+            debugger.stdout.close()
+
+
+def test_a_debugger_is_attached(traced: int) -> None:
+    ((code, text),) = told(traced)
+    assert code == "TM-0306"
+    assert "traced" in text
