@@ -337,9 +337,9 @@ class Restore:
         """The addresses are local: connections send and answer again, listeners listen."""
         self._files_rebuilder.release()
 
-    def awaits(self, segment: Segment) -> bool:
-        """Whether a segment is for a connection whose handshake is half done."""
-        return segment.conn_id in self._files_rebuilder.half_open
+    def replay(self, arrived: Sequence[Segment]) -> None:
+        """After the release: the connections, and handshakes half done, get what was captured for them. OSError."""
+        self._files_rebuilder.replay(arrived)
 
     @property
     def lost(self) -> list[tuple[str, str]]:

@@ -22,7 +22,7 @@ from migrate.messages import Comparison, Difference, Lost, Needs
 from migrate.parts import Arrived
 from migrate.warm import warm
 from tcpstate import codec, softstate
-from tcpstate.capture import Capture, replay
+from tcpstate.capture import Capture
 from tcpstate.kernel.route import is_local
 from tcpstate.kernel.sockets import is_v6
 from tcpstate.record import ConnectionRecord
@@ -139,7 +139,7 @@ class IncomingTrees:
             self._capture.stop()
         if first:
             self._restore.connect(arrived)
-        replay(arrived, self._connections, unknown=self._restore.awaits)
+        self._restore.replay(arrived)
         if first:
             # The addresses are announced by now.  Earlier, a peer that had waited for room would send all it has to
             # where they were.

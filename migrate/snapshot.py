@@ -43,7 +43,7 @@ from migrate.outgoing import OutgoingTrees
 from migrate.rtnetlink import Netlink
 from migrate.takeover import AddressPlan, AddressPolicy, Arrival, plan, prefix_lengths, select
 from migrate.unithook import HookFacts, UnitHook
-from tcpstate.capture import Capture, replay
+from tcpstate.capture import Capture
 from tcpstate.errors import Outcome
 from tcpstate.segment import Segment
 
@@ -314,7 +314,7 @@ def restore(
         with logged("sockets that were connecting"):
             rebuilt.connect()
         if capture is not None:
-            replay(segments + capture.segments(), connections)
+            rebuilt.replay(segments + capture.segments())
         with logged("telling windows"):
             rebuilt.tell_windows()
         pids = rebuilt.run()

@@ -22,6 +22,7 @@ import errno
 import logging
 import socket
 import struct
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from types import TracebackType
 from typing import Self
@@ -33,9 +34,10 @@ from tcpstate.kernel.interfaces import interface_of
 from tcpstate.kernel.packet import ARPHRD_LOOPBACK, ETH_P_ALL, PACKET_OUTGOING, SOL_PACKET, Packet, bind_packet
 from tcpstate.kernel.sockets import SO, Level, is_v6
 from tcpstate.record import ConnectionRecord
+from tcpstate.room import overhead, room_for
 from tcpstate.segment import SEQ_MASK, Flag, Segment, before, build, parse, split
 
-__all__ = ["Capture", "Injector", "replay", "unanswered", "unknown"]
+__all__ = ["Capture", "Injector", "replay", "segment_size", "unanswered", "unknown"]
 
 log = logging.getLogger(__name__)
 
@@ -253,30 +255,45 @@ def replay(
     segments: Iterable[Segment],
     records: Iterable[ConnectionRecord],
     *,
+    socks: Iterable[socket.socket] = (),
     unknown: Callable[[Segment], bool] | None = None,
 ) -> int:
     """Inject segments into the local stack as if they had just arrived; returns how many packets that were.
+
+    socks  the connections of the first records, which get room for it (:mod:`tcpstate.room`)
 
     What a connection of ``records`` knows already is left out, and what belongs to no such connection, too (the stack
     would answer with a RST): but for SYNs, which begin connections, and what ``unknown`` says yes to.  Merged segments
     are split again.  The addresses must be local.  OSError.
     """
+    records = list(records)
     known = {record.conn_id: record for record in records}
+    worth: list[tuple[Segment, ConnectionRecord | None]] = []
+    arriving: Counter[ConnId] = Counter()
     seen: set[object] = set()
+    for segment in segments:
+        record = _bare(known, segment.conn_id)
+        if record is not None and not (segment.flags & Flag.SYN):
+            if not _worth(segment, record):
+                continue
+        elif not (segment.flags & (Flag.SYN | Flag.ACK) == Flag.SYN or (unknown is not None and unknown(segment))):
+            continue
+        # a bridge and its port both bring a packet, and so do a bond and its members
+        if segment in seen:
+            continue
+        seen.add(segment)
+        worth.append((segment, record))
+        if record is not None:
+            arriving[record.conn_id] += len(segment.payload)
+    more = [
+        (sock, overhead(arriving[record.conn_id], segment_size(record)))
+        for sock, record in zip(socks, records, strict=False)
+        if arriving[record.conn_id]
+    ]
     count = 0
-    with Injector() as injector:
-        for segment in segments:
-            record = _bare(known, segment.conn_id)
-            if record is not None and not (segment.flags & Flag.SYN):
-                if not _worth(segment, record):
-                    continue
-            elif not (segment.flags & (Flag.SYN | Flag.ACK) == Flag.SYN or (unknown is not None and unknown(segment))):
-                continue
-            # a bridge and its port both bring a packet, and so do a bond and its members
-            if segment in seen:
-                continue
-            seen.add(segment)
-            for part in split(segment, _segment_size(record)):
+    with room_for(more), Injector() as injector:
+        for segment, record in worth:
+            for part in split(segment, segment_size(record)):
                 count += injector.arrive(part) if record is None else injector.deliver(part, record)
     return count
 
@@ -296,9 +313,12 @@ class Injector:
     """Sends segments into the local stack as if they had just arrived, through the loopback interface.
 
     A context manager.
+
+    mark  their SO_MARK
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mark: int = 0) -> None:
+        self._mark = mark
         self._socks: dict[tuple[int, str], socket.socket] = {}
         self._places: dict[str, str] = {}
 
@@ -328,6 +348,8 @@ class Injector:
         if (family, device) not in self._socks:
             made = socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW)
             self._socks[family, device] = made
+            if self._mark:
+                made.setsockopt(Level.SOCKET, SO.MARK, self._mark)
             if device:
                 name = device.encode("utf-8", "surrogateescape")
                 made.setsockopt(Level.SOCKET, SO.BINDTODEVICE, name)
@@ -352,8 +374,8 @@ class Injector:
         self._socks.clear()
 
 
-def _segment_size(record: ConnectionRecord | None) -> int:
-    """What the peer may send in one segment: what we once told it."""
+def segment_size(record: ConnectionRecord | None) -> int:
+    """Bytes that the peer may send in one segment: what we once told it."""
     learned = None if record is None or record.soft is None else record.soft.advertised_mss
     return learned or _SEGMENT_DEFAULT
 

@@ -31,6 +31,7 @@ from tcpstate import giving, opening, softstate
 from tcpstate.comparison import Difference, compare, differences, read_back
 from tcpstate.errors import ConnectionCallFailed, UnknownHardState, UnsupportedState
 from tcpstate.export import later
+from tcpstate.firstdata import put_first
 from tcpstate.freeze import MARK, shut
 from tcpstate.inward import MARK as INWARD
 from tcpstate.kernel import bpf
@@ -340,7 +341,7 @@ def _fill(
     """Put the bytes back that had arrived, and those that must count as sent."""
     small = [i for i, r in enumerate(records) if not heads[i] and 0 < len(r.receive_queue) <= SMALL]
     counts = put_small([socks[i] for i in small], [records[i].receive_queue for i in small])
-    taken = dict(zip(small, counts, strict=True))
+    taken = dict(zip(small, counts, strict=True)) | put_first(socks, records, heads)
     filled = {i for i, count in taken.items() if count == len(records[i].receive_queue)}
     for i, (sock, record, head) in enumerate(zip(socks, records, heads, strict=True)):
         if (i in filled or not (head or record.receive_queue)) and not record.sent:
@@ -348,8 +349,9 @@ def _fill(
         if i not in filled and (head or record.receive_queue):
             sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.RECEIVE)
             done = taken.get(i, 0)
-            for piece in (*head, memoryview(record.receive_queue)[done:]):
-                put(sock, piece, record)
+            for piece in (*head, memoryview(record.receive_queue)):
+                put(sock, piece[done:], record)
+                done = max(0, done - len(piece))
         if record.sent and not (record.sent <= softstate.room(sock, record) and record.state is not State.CLOSING):
             sock.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.SEND)
             put_sent(sock, record, 0, record.sent)

@@ -16,6 +16,8 @@ INTERESTING = (
     "TcpExtTCPSpuriousRTOs",
     "TcpExtTCPLostRetransmit",
     "TcpExtTCPFastRetrans",
+    "TcpExtTCPSACKReneging",  # what was told by SACK as arrived was forgotten: the peer ends its recovery by a time-out
+    "TcpExtTCPOFOQueue",
     "TcpExtTCPSynRetrans",
     "TcpExtTCPAbortOnTimeout",
     "TcpExtTCPAbortOnData",

@@ -418,6 +418,10 @@ class Rebuilder:
         """The addresses are announced: sockets that were connecting go on. ``arrived``: what was captured."""
         self._connections.connect(arrived)
 
+    def replay(self, arrived: Sequence[Segment]) -> None:
+        """The connections, and handshakes that are half done, get what was captured for them. OSError."""
+        self._connections.replay(arrived, unknown=lambda segment: segment.conn_id in self.half_open)
+
     def tell_windows(self) -> None:
         """The addresses are announced: peers that wait for room hear that there is some. OSError."""
         self._connections.tell_windows()

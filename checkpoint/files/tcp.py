@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import logging
 import socket
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -25,6 +25,7 @@ from checkpoint.files.tcpfile import TcpFile, is_cut
 from checkpoint.image.frames import PageRun, Space
 from tcpstate import acceptqueue, halfopen, options
 from tcpstate.acceptqueue import Queue, keeps
+from tcpstate.capture import replay
 from tcpstate.connid import ConnId
 from tcpstate.discard import discard_connections
 from tcpstate.early import Early, read_early
@@ -461,6 +462,12 @@ class RebuiltTcp:
         # those that were held have gone on connecting by themselves
         made = len(self._socks) - len(self._stand_ins)
         open_connections(self._socks[:made], self._records[:made], arrived)
+
+    def replay(self, arrived: Iterable[Segment], *, unknown: Callable[[Segment], bool]) -> None:
+        """After the release: the connections get what was captured for them; ``unknown`` as in
+        :func:`tcpstate.capture.replay`. OSError."""
+        socks = self._socks[: len(self._socks) - len(self._stand_ins)] + [sock for sock, _ in self._held]
+        replay(arrived, self.records, socks=socks, unknown=unknown)
 
     def tell_windows(self) -> None:
         """After the release, once the addresses are announced: peers that wait for room hear that there is some."""
