@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import socket
-import struct
 import time
 from pathlib import Path
 
@@ -149,13 +148,9 @@ def _streaming(family):
 def test_a_buffer_is_not_overrated(family):
     """After a move in full flow the kernel reckons with overhead, though the first packets are nearly all data."""
 
-    def fixed(record, _):
-        # else the kernel changes the buffer, and the clamp with it, when its owner reads
-        return dataclasses.replace(record, buffers=dataclasses.replace(record.buffers, receive_locked=True))
-
     with _streaming(family) as (hosts, served, client):
         _fill(client)
-        steps = _move(hosts, served, family, change=fixed)
+        steps = _move(hosts, served, family, change=lambda record, _: record)
         next(steps)
         made, record, _ = next(steps)
         left = len(record.receive_queue)
@@ -163,12 +158,11 @@ def test_a_buffer_is_not_overrated(family):
         while left:
             left -= len(made.recv(min(left, 1 << 20)))
         next(steps, None)
-        # whenever the kernel judges anew how much of a packet is data, it sets the clamp
-        clamp = made.getsockopt(Level.TCP, socket.TCP_WINDOW_CLAMP)
         made.settimeout(5)
         assert made.recv(1 << 20)
         _fill(client)
-        assert made.getsockopt(Level.TCP, socket.TCP_WINDOW_CLAMP) == clamp
+        # what the kernel thinks is data, if all of the buffer is used; a connection's first packets make it 0.89
+        assert made.getsockopt(Level.TCP, socket.TCP_WINDOW_CLAMP) < 0.95 * made.getsockopt(Level.SOCKET, SO.RCVBUF)
         made.close()
 
 
