@@ -22,6 +22,7 @@ import errno
 import logging
 import socket
 import struct
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from types import TracebackType
@@ -31,11 +32,20 @@ from tcpstate.connid import PORT_MAX, ConnId
 from tcpstate.kernel import bpf
 from tcpstate.kernel.bpf import Ancillary, Instruction, Op
 from tcpstate.kernel.interfaces import interface_of
-from tcpstate.kernel.packet import ARPHRD_LOOPBACK, ETH_P_ALL, PACKET_OUTGOING, SOL_PACKET, Packet, bind_packet
+from tcpstate.kernel.packet import (
+    ARPHRD_LOOPBACK,
+    AUXDATA_SPACE,
+    ETH_P_ALL,
+    PACKET_OUTGOING,
+    SOL_PACKET,
+    Packet,
+    PacketStatus,
+    bind_packet,
+)
 from tcpstate.kernel.sockets import SO, Level, is_v6
 from tcpstate.record import ConnectionRecord
 from tcpstate.room import overhead, room_for
-from tcpstate.segment import SEQ_MASK, Flag, Segment, before, build, parse, split
+from tcpstate.segment import SEQ_MASK, Flag, Segment, before, build, intact, parse, split
 
 __all__ = ["Capture", "Injector", "replay", "segment_size", "unanswered", "unknown"]
 
@@ -160,6 +170,7 @@ class Capture:
                 self._socks.append(sock)
                 bpf.attach(sock, self._filter)
                 sock.setsockopt(Level.SOCKET, SO.RCVBUFFORCE, _BUFFER)
+                sock.setsockopt(SOL_PACKET, Packet.AUXDATA, 1)
                 # ETH_P_IP would see a packet only after the bridge or bond above its interface took it
                 bind_packet(sock, ETH_P_ALL, 0 if name is None else socket.if_nametoindex(name))
         except OSError:
@@ -174,7 +185,7 @@ class Capture:
         for sock in self._socks:
             while True:
                 try:
-                    size = sock.recv_into(buffer)
+                    size, told, _, _ = sock.recvmsg_into([buffer], AUXDATA_SPACE)
                 except BlockingIOError:
                     break
                 except OSError as error:
@@ -183,7 +194,10 @@ class Capture:
                         raise
                     continue
                 segment = parse(view[:size])
-                if segment is not None and (matching is None or matching(segment)):
+                # What was altered on its way the kernel would drop; our replay has a checksum of its own.
+                if segment is None or not (_is_checked(told) or intact(view[:size])):
+                    continue
+                if matching is None or matching(segment):
                     found.append(segment)
         return found
 
@@ -219,6 +233,15 @@ class Capture:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _is_checked(told: list[tuple[int, int, bytes]]) -> bool:
+    """Whether the checksum is known to be right, or there is none to look at."""
+    known = PacketStatus.CSUM_NOT_READY | PacketStatus.CSUM_VALID
+    return any(
+        level == SOL_PACKET and kind == Packet.AUXDATA and int.from_bytes(data[:4], sys.byteorder) & known
+        for level, kind, data in told
+    )
 
 
 def unanswered(segments: Iterable[Segment]) -> list[Segment]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from tcpstate.connid import PORT_MAX, ConnId, canonical_address
 from tcpstate.kernel.sockets import is_v6
 
-__all__ = ["Flag", "OptionKind", "Segment", "build", "parse", "split", "timestamp_option"]
+__all__ = ["Flag", "OptionKind", "Segment", "build", "intact", "parse", "split", "timestamp_option"]
 
 SEQ_MASK = 0xFFFFFFFF
 _V4_HEADER = 20
@@ -251,6 +251,20 @@ def parse(packet: bytes | memoryview) -> Segment | None:
     except ValueError:
         # for example one mapped and one plain IPv6 address: no stack of ours would have such a connection
         return None
+
+
+def intact(packet: bytes | memoryview) -> bool:
+    """Whether the TCP checksum of a packet that :func:`parse` takes is right (RFC 9293 3.1)."""
+    if packet[0] >> 4 == 4:
+        at, ends = (packet[0] & 15) * 4, packet[12:20]
+        (total,) = struct.unpack_from("!H", packet, 2)
+        end = total or len(packet)
+    else:
+        at, ends = _skip_extensions(packet) or len(packet), packet[8:40]
+        (payload_length,) = struct.unpack_from("!H", packet, 4)
+        end = _V6_HEADER + payload_length if payload_length else len(packet)
+    pseudo = bytes(ends) + struct.pack("!II", end - at, _PROTOCOL_TCP)
+    return checksum(pseudo + packet[at:end]) == 0
 
 
 def split(segment: Segment, size: int) -> list[Segment]:

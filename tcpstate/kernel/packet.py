@@ -10,7 +10,16 @@ import struct
 from tcpstate.kernel import batch
 from tcpstate.kernel.machine import SYS
 
-__all__ = ["ARPHRD_LOOPBACK", "ETH_P_ALL", "PACKET_OUTGOING", "SOL_PACKET", "Packet", "bind_packet"]
+__all__ = [
+    "ARPHRD_LOOPBACK",
+    "AUXDATA_SPACE",
+    "ETH_P_ALL",
+    "PACKET_OUTGOING",
+    "SOL_PACKET",
+    "Packet",
+    "PacketStatus",
+    "bind_packet",
+]
 
 SOL_PACKET = 263
 
@@ -24,6 +33,18 @@ class Packet(enum.IntEnum):
     """Options of level SOL_PACKET."""
 
     STATISTICS = 6
+    AUXDATA = 8
+
+
+class PacketStatus(enum.IntFlag):
+    """tp_status of struct tpacket_auxdata, its first u32."""
+
+    CSUM_NOT_READY = 1 << 3  # nobody has computed it: it never was on a wire, or the interface checked and merged
+    CSUM_VALID = 1 << 7
+
+
+#: what a control message with struct tpacket_auxdata takes
+AUXDATA_SPACE = socket.CMSG_SPACE(20)
 
 
 def bind_packet(sock: socket.socket, protocol: int, interface: int) -> None:

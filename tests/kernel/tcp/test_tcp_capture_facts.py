@@ -12,7 +12,7 @@ from tcpstate.filters import drop_syns, undo_drop_syns
 from tcpstate.freeze import quiet, thaw
 from tcpstate.kernel import bpf
 from tcpstate.kernel.sockets import Ioctl, ioctl_int
-from tcpstate.segment import Flag, build
+from tcpstate.segment import SEQ_MASK, Flag, Segment, build, timestamp_option
 from tcpstate.silence import Blackhole
 from tests.tscnet import Watcher, net, pair, sh, wait_until
 
@@ -70,6 +70,37 @@ def test_what_arrived_during_the_freeze_is_there_at_once_after_the_replay(hosts,
     got = receive(served, 10_000)
     assert time.monotonic() - begun < 0.1, "it came by retransmission"
     assert got + receive(served, 60_000 - len(got)) == text
+
+
+def test_what_was_altered_on_its_way_is_not_replayed(hosts, ends):
+    served, client = ends
+    family = V6 if ":" in client.getsockname()[0] else V4
+
+    def one_good_one_bad():
+        client.send(b"good")
+        with hosts.c:
+            raw = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
+        (record,) = known
+        made = Segment(
+            source=record.conn_id.peer, source_port=record.conn_id.peer_port, destination=record.conn_id.local,
+            destination_port=record.conn_id.local_port, seq=(record.rcv_nxt + 4) & SEQ_MASK, ack=record.snd_una,
+            flags=Flag.ACK | Flag.PSH, window=1000, options=timestamp_option(0, 0), payload=b"sent right",
+        )  # fmt: skip
+        with raw:
+            for packet in (build(made), build(made).replace(b"right", b"wrong")):
+                raw.sendto(packet, (record.conn_id.local, 0))
+
+    port = served.getsockname()[1]
+    with hosts.a, Capture(ports={port}) as capture:
+        states = quiet([served])
+        known = export_connections([served], states)
+        one_good_one_bad()
+        time.sleep(0.05)
+        thaw([served], states)
+        data = [segment.payload for segment in capture.segments()]
+    assert b"good" in data
+    assert b"sent right" in data
+    assert b"sent wrong" not in data
 
 
 def test_merged_segments_are_split_for_the_injection(hosts, ends):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tcpstate import codec
 from tcpstate.errors import BadRecord
-from tcpstate.segment import Flag, Segment, before, build, checksum, parse, split, timestamp_option
+from tcpstate.segment import Flag, Segment, before, build, checksum, intact, parse, split, timestamp_option
 
 U16, U32 = st.integers(0, 0xFFFF), st.integers(0, 0xFFFFFFFF)
 ENDS = st.sampled_from([("10.0.0.9", "10.0.0.5"), ("fd00::9", "fd00::5")])
@@ -71,6 +71,17 @@ def test_a_truncated_or_flipped_packet_never_raises(segment, data):
     parse(bytes(packet[: data.draw(st.integers(0, len(packet)))]))
     packet[data.draw(st.integers(0, len(packet) - 1))] ^= data.draw(st.integers(1, 255))
     parse(bytes(packet))
+
+
+@given(segments(), st.data())
+def test_an_altered_packet_is_not_intact(segment, data):
+    packet = bytearray(build(segment))
+    assert intact(bytes(packet))
+    assert intact(memoryview(bytes(packet) + bytes(6)))  # Ethernet pads short packets
+    start = len(packet) - 20 - len(segment.options) - len(segment.payload)
+    at = data.draw(st.integers(start, len(packet) - 1).filter(lambda at: at != start + 12))  # not the header's length
+    packet[at] ^= data.draw(st.integers(1, 255))
+    assert parse(bytes(packet)) is None or not intact(bytes(packet))
 
 
 def test_fragments_and_other_protocols_are_not_ours():
