@@ -645,8 +645,8 @@ class UnsupportedMemory(Refused):
 
 
 class HugePageMapping(Refused):
-    """The process has memory from the pool of huge pages (hugetlbfs, MAP_HUGETLB, SHM_HUGETLB). Transparent huge pages
-    are no problem; these are."""
+    """The process has mapped a file of hugetlbfs, or a System V segment of huge pages (SHM_HUGETLB): memory of this
+    host that others may have as well. Anonymous memory and memfds of huge pages move, and transparent ones anyway."""
 
     code = "TM-0371"
     fix = "Restart the program with its use of huge pages switched off (often an option of the program)."

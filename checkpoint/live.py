@@ -265,7 +265,8 @@ class LiveCopy:
                 fresh.append(mapping)
         for mapping in fresh:
             try:
-                if not track.add(mapping.start, mapping.end):
+                # huge pages are told and protected as wholes, but written and given back in parts
+                if mapping.huge or not track.add(mapping.start, mapping.end):
                     raise Untracked
                 found.full += track.protect(mapping.start, mapping.end, anonymous=mapping.anonymous).full
             except Untracked:

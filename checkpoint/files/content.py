@@ -23,8 +23,9 @@ from typing import Final
 from checkpoint.errors import FileMissing, FileRebuildFailed
 from checkpoint.files.abi import Fcntl, Seal
 from checkpoint.files.identity import BEACON
+from tcpstate.errors import KernelFeatureMissing
 
-__all__ = ["Content", "ContentKind", "data_runs"]
+__all__ = ["Content", "ContentKind", "data_runs", "nonzero_runs"]
 
 #: the suffix that the kernel puts behind the name of a file without links
 DELETED: Final = " (deleted)"
@@ -32,6 +33,12 @@ _NAME_MAX: Final = 255
 _MFD_ALLOW_SEALING: Final = os.MFD_ALLOW_SEALING
 #: asm-generic/mman-common.h; Python has it from 3.13 on
 _MAP_NORESERVE: Final = 0x4000
+#: linux/memfd.h, asm-generic/mman.h; the size of the pages stands in the bits from 26 on, as its logarithm
+_MFD_HUGETLB: Final = 0x4
+_MAP_HUGETLB: Final = 0x40000
+_HUGE_SHIFT: Final = 26
+_LARGEST_PAGE: Final = 30
+_POOL: Final = "/sys/kernel/mm/hugepages/hugepages-{}kB"
 
 
 class ContentKind(enum.Enum):
@@ -54,6 +61,7 @@ class Content:
     uid    owner
     gid    group
     seals  of a memfd
+    huge   its pages are out of the pool of huge pages: the logarithm of their size; 0: they are not
     """
 
     kind: ContentKind
@@ -63,17 +71,27 @@ class Content:
     uid: int
     gid: int
     seals: int = 0
+    huge: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.size < 1 << 62 or not 0 <= self.mode <= 0o7777 or not 0 <= self.seals < 64:
             raise ValueError("size, mode or seals out of range")
+        page = 1 << self.huge
+        if self.huge and (
+            self.kind not in (ContentKind.MEMFD, ContentKind.SHARED)
+            or not mmap.PAGESIZE < page <= 1 << _LARGEST_PAGE
+            or self.size % page
+        ):
+            raise ValueError("huge pages of no such size, or of no such file")
         if "\0" in self.name:
             raise ValueError("a name holds a zero byte")
         if self.kind in (ContentKind.DELETED, ContentKind.SHIPPED) and not self.name.startswith("/"):
             raise ValueError("the path of a file is not absolute")
 
     def check(self, path: Callable[[str], str]) -> None:
-        """FileMissing if the directory of a deleted file is not here."""
+        """FileMissing if the directory of a deleted file is not here, KernelFeatureMissing if huge pages are not."""
+        if self.huge and not os.path.isdir(_POOL.format((1 << self.huge) >> 10)):
+            raise KernelFeatureMissing(f"huge pages of {1 << self.huge} bytes", object=self.name)
         if self.kind is ContentKind.DELETED:
             folder = os.path.dirname(path(self.name))
             if not os.path.isdir(folder):
@@ -107,14 +125,16 @@ class Content:
     def _memfd(self) -> int:
         # F_SEAL_SEAL without any other seal is what a memfd has that did not ask for sealing
         sealing = 0 if self.seals == Seal.SEAL else _MFD_ALLOW_SEALING
-        return os.memfd_create(self.name, os.MFD_CLOEXEC | sealing)
+        huge = _MFD_HUGETLB | self.huge << _HUGE_SHIFT if self.huge else 0
+        return os.memfd_create(self.name, os.MFD_CLOEXEC | sealing | huge)
 
     def _shared(self) -> int:
         # Memory that is mapped shared and anonymous is a file of the kernel's own ("/dev/zero (deleted)"). Made the
         # same way and reopened through map_files it stays one, also in the maps of the rebuilt process.
         if self.size == 0:
             raise FileRebuildFailed("shared anonymous memory of no size", object=self.name)
-        with mmap.mmap(-1, self.size, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_NORESERVE) as area:
+        huge = _MAP_HUGETLB | self.huge << _HUGE_SHIFT if self.huge else 0
+        with mmap.mmap(-1, self.size, mmap.MAP_SHARED | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | huge) as area:
             return os.open(_map_file(area), os.O_RDWR | os.O_CLOEXEC)
 
     def _deleted(self, path: str) -> int:
@@ -130,6 +150,15 @@ class Content:
             return fd
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
 
+    def write(self, fd: int, offset: int, data: memoryview) -> None:
+        """Put bytes in their place. OSError."""
+        if self.huge:
+            _write_mapped(fd, offset, data, 1 << self.huge)
+            return
+        while data:
+            written = os.pwrite(fd, data, offset)
+            data, offset = data[written:], offset + written
+
     def seal(self, fd: int) -> None:
         """Put the seals on, once the bytes are there and the mappings are made."""
         wanted = self.seals & ~fcntl.fcntl(fd, Fcntl.GET_SEALS) if self.kind is ContentKind.MEMFD else 0
@@ -138,6 +167,25 @@ class Content:
                 fcntl.fcntl(fd, Fcntl.ADD_SEALS, wanted)
             except OSError as error:
                 raise FileRebuildFailed(f"seals {wanted:#x}: {error.strerror}", object=self.name) from error
+
+
+def _write_mapped(fd: int, offset: int, data: memoryview, page: int) -> None:
+    """As pwrite(2), which files of huge pages do not have."""
+    while data:
+        start = offset - offset % page
+        with mmap.mmap(fd, page, mmap.MAP_SHARED | _MAP_NORESERVE, mmap.PROT_WRITE, offset=start) as area:
+            count = min(len(data), start + page - offset)
+            area[offset - start : offset - start + count] = data[:count]
+        data, offset = data[count:], offset + count
+
+
+def nonzero_runs(fd: int, page: int) -> Iterator[tuple[int, int]]:
+    """As :func:`data_runs`, of a file whose holes the kernel does not tell: pages of zeros count as such."""
+    offset, zeros = 0, bytes(page)
+    while data := os.pread(fd, page, offset):
+        if data != zeros[: len(data)]:
+            yield offset, len(data)
+        offset += len(data)
 
 
 def _staged(path: str, note: Callable[[str], None] | None) -> int:

@@ -12,6 +12,7 @@ from checkpoint.files.device import Device
 from checkpoint.files.epoll import Epoll
 from checkpoint.files.eventfd import EventFd
 from checkpoint.files.external import External
+from checkpoint.files.fanotify import Fanotify
 from checkpoint.files.fifo import Fifo
 from checkpoint.files.inotify import Inotify
 from checkpoint.files.listener import Listener
@@ -22,7 +23,7 @@ from checkpoint.files.pidfd import PidFd
 from checkpoint.files.pipe import Pipe
 from checkpoint.files.pty import PtyMaster, PtySlave
 from checkpoint.files.raw import RawFile
-from checkpoint.files.regular import DeletedFile, Directory, PathOnly, RegularFile, SharedMemory
+from checkpoint.files.regular import DeletedFile, Directory, PathOnly, RegularFile, SharedHugePages, SharedMemory
 from checkpoint.files.shipped import ShippedFile
 from checkpoint.files.signalfd import SignalFd
 from checkpoint.files.sysv import SysvSegment
@@ -45,6 +46,7 @@ KINDS: Final[tuple[type[OpenFile], ...]] = (
     Fifo,
     Memfd,
     SharedMemory,
+    SharedHugePages,
     SysvSegment,
     DeletedFile,
     ShippedFile,
@@ -55,6 +57,7 @@ KINDS: Final[tuple[type[OpenFile], ...]] = (
     SignalFd,
     Epoll,
     Inotify,
+    Fanotify,
     PidFd,
     Listener,
     TcpFile,

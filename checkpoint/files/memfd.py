@@ -1,6 +1,7 @@
 """memfd: a file in memory that has no path, perhaps sealed.
 
 Source: mm/memfd.c; the link reads ``/memfd:NAME (deleted)``. Descriptions and mappings of one memfd share one content.
+Its pages may be out of the pool of huge pages (MFD_HUGETLB).
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from checkpoint.errors import UnsupportedFile
 from checkpoint.files.abi import Magic, filesystem_magic
 from checkpoint.files.base import FdView, OpenFile, register
 from checkpoint.files.content import DELETED, ContentKind, reopened
@@ -35,17 +35,12 @@ class Memfd(OpenFile):
     content: int
 
     @classmethod
-    def examine(cls, view: FdView) -> str:
-        with reopened(view.magic) as fd:
-            if filesystem_magic(fd) == Magic.HUGETLBFS:
-                raise UnsupportedFile("memfd of huge pages (MFD_HUGETLB)", object=view.object)
-        return ""
-
-    @classmethod
     def capture(cls, view: FdView) -> Self:
-        cls.examine(view)
         name = view.link[len(_PREFIX) :].removesuffix(DELETED)
-        return cls(content=view.table.content(view, ContentKind.MEMFD, name), **view.common())
+        with reopened(view.magic) as fd:
+            # the block is as large as the page; but also where tmpfs has transparent huge pages
+            huge = view.stat.st_blksize.bit_length() - 1 if filesystem_magic(fd) == Magic.HUGETLBFS else 0
+        return cls(content=view.table.content(view, ContentKind.MEMFD, name, huge), **view.common())
 
     def rebuild(self, host: Rebuilder) -> int:
         fd = host.reopen(host.content(self.content), self.flags)

@@ -323,14 +323,10 @@ class Rebuilder:
             if offset < 0 or length < 0 or offset + length > size or length > len(view):
                 raise BadFileRecord(f"{length} bytes at {offset} do not fit {size}", object=f"content {index}")
             part, view = view[:length], view[length:]
-            while part:
-                try:
-                    written = os.pwrite(fd, part, offset)
-                except OSError as error:
-                    raise FileRebuildFailed(
-                        f"writing a content: {error.strerror}", object=f"content {index}"
-                    ) from error
-                part, offset = part[written:], offset + written
+            try:
+                self.records.contents[index].write(fd, offset, part)
+            except OSError as error:
+                raise FileRebuildFailed(f"writing a content: {error.strerror}", object=f"content {index}") from error
         if view:
             raise BadFileRecord(f"{len(view)} bytes too many", object=f"content {index}")
 

@@ -28,12 +28,16 @@ from checkpoint.files.identity import Evidence, build_id, digest, evidence_of, s
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
 
-__all__ = ["DeletedFile", "Directory", "PathOnly", "RegularFile", "SharedMemory"]
+__all__ = ["DeletedFile", "Directory", "PathOnly", "RegularFile", "SharedHugePages", "SharedMemory"]
 
 #: file systems whose files are made up by the kernel when they are read: size and times say nothing
 _VOLATILE: Final = frozenset(
     {Magic.PROC, Magic.SYSFS, Magic.CGROUP, Magic.CGROUP2, Magic.DEBUGFS, Magic.TRACEFS, Magic.SECURITYFS}
 )
+
+
+#: bytes; the block of hugetlbfs is a page
+_SMALLEST_HUGE_PAGE: Final = 1 << 16
 
 
 def volatile(view: FdView) -> bool:
@@ -46,6 +50,15 @@ def is_message_queue(view: FdView) -> bool:
     """Whether it is a POSIX message queue: a regular file, as far as its type says."""
     # asked only of files of the one size that all queues have (FILENT_SIZE of ipc/mqueue.c)
     return view.stat.st_size == 80 and view.dup >= 0 and filesystem_magic(view.dup) == Magic.MQUEUE
+
+
+def _not_of_huge_pages(view: FdView) -> None:
+    """UnsupportedFile for a file of hugetlbfs: it is memory of this host."""
+    if view.stat.st_blksize < _SMALLEST_HUGE_PAGE:
+        return
+    with reopened(view.magic) as fd:
+        if filesystem_magic(fd) == Magic.HUGETLBFS:
+            raise UnsupportedFile("file of huge pages (hugetlbfs)", object=view.object)
 
 
 class Marks(NamedTuple):
@@ -171,6 +184,27 @@ class SharedMemory(OpenFile):
         return host.reopen(host.content(self.content), self.flags)
 
 
+@register("shared huge pages", link=r"/anon_hugepage \(deleted\)", mode=stat.S_IFREG)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedHugePages(OpenFile):
+    """Shared anonymous memory out of the pool of huge pages (MAP_HUGETLB), behind a mapping.
+
+    content  index of its bytes
+    """
+
+    mappable: ClassVar[bool] = True
+
+    content: int
+
+    @classmethod
+    def capture(cls, view: FdView) -> Self:
+        huge = view.stat.st_blksize.bit_length() - 1
+        return cls(content=view.table.content(view, ContentKind.SHARED, view.link, huge), **view.common())
+
+    def rebuild(self, host: Rebuilder) -> int:
+        return host.reopen(host.content(self.content), self.flags)
+
+
 @register(
     "deleted file",
     link=rf"/.*{DELETED.replace('(', '[(]').replace(')', '[)]')}",
@@ -194,6 +228,7 @@ class DeletedFile(OpenFile):
 
     @classmethod
     def examine(cls, view: FdView) -> str:
+        _not_of_huge_pages(view)
         return "" if view.stat.st_size < 1 << 30 else f"deleted file of {view.stat.st_size} bytes travels along"
 
     @classmethod
@@ -252,6 +287,7 @@ class RegularFile(OpenFile):
 
     @classmethod
     def examine(cls, view: FdView) -> str:
+        _not_of_huge_pages(view)
         path_of(view)
         return ""
 
@@ -259,8 +295,6 @@ class RegularFile(OpenFile):
     def capture(cls, view: FdView) -> Self:
         path = path_of(view)
         made_up = volatile(view)
-        if view.dup >= 0 and not made_up and view.stat.st_blocks == 0 and filesystem_magic(view.dup) == Magic.HUGETLBFS:
-            raise UnsupportedFile("file of huge pages", object=view.object)
         return cls(
             path=path,
             size=view.stat.st_size,

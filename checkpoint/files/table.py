@@ -24,7 +24,7 @@ from checkpoint.errors import FileCaptureFailed, LockTaken, SharedDescriptors, T
 from checkpoint.files import abi, locks
 from checkpoint.files.abi import CAPTURED_FLAGS, AccessMode, FileFlag, Kcmp
 from checkpoint.files.base import FdView, FileLock, OpenFile, PosixLock, kind_name, locks_of, parse_info, read_info
-from checkpoint.files.content import Content, ContentKind, data_runs
+from checkpoint.files.content import Content, ContentKind, data_runs, nonzero_runs
 from checkpoint.files.identity import Evidence
 from checkpoint.files.kinds import kind_for
 from checkpoint.files.outside import Outside
@@ -336,7 +336,7 @@ class FileTable:
 
     # ---- contents
 
-    def content(self, view: FdView, kind: ContentKind, name: str) -> int:
+    def content(self, view: FdView, kind: ContentKind, name: str, huge: int = 0) -> int:
         """The index of the content of a file, recorded when it is first asked for."""
         key = (view.stat.st_dev, view.stat.st_ino)
         index = self._content_of.get(key)
@@ -355,6 +355,7 @@ class FileTable:
                 uid=found.st_uid,
                 gid=found.st_gid,
                 seals=seals,
+                huge=huge,
             )
         )
         self._content_source.append(view.magic)
@@ -368,7 +369,8 @@ class FileTable:
 
     def content_runs(self, index: int) -> Iterator[tuple[int, int]]:
         """(offset, length) of the data of a content, in ascending order, holes left out."""
-        return data_runs(self._content(index))
+        huge = self.contents[index].huge
+        return nonzero_runs(self._content(index), 1 << huge) if huge else data_runs(self._content(index))
 
     def read_content(self, index: int, offset: int, length: int) -> bytes:
         """Bytes of a content; short at its end only."""

@@ -11,10 +11,11 @@ import contextlib
 import errno
 import socket
 import stat
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
-from checkpoint.errors import FileCaptureFailed, FileRebuildFailed
+from checkpoint.errors import FileCaptureFailed, FileRebuildFailed, UnsupportedFile
 from checkpoint.files import multicast
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
 from checkpoint.files.inet import Endpoint
@@ -25,7 +26,7 @@ from checkpoint.files.udpsend import deliver
 from checkpoint.files.unix import held_outside
 from tcpstate.filters import give_filter
 from tcpstate.kernel import bpf
-from tcpstate.kernel.sockets import SO, Level
+from tcpstate.kernel.sockets import SO, Ioctl, Level, ioctl_int
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
@@ -37,6 +38,9 @@ IP_PKTINFO: Final = 8
 IPV6_RECVPKTINFO: Final = 49
 _IPV6_PKTINFO: Final = 50
 _LONGEST: Final = 1 << 16
+#: seconds in which what was sent leaves the host
+_SENT: Final = 0.05
+_PAUSE: Final = 0.001
 _PEEK: Final = socket.MSG_PEEK | socket.MSG_DONTWAIT
 _UNREACHABLE: Final = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EINVAL)
 
@@ -64,7 +68,18 @@ def examine_datagrams(view: FdView) -> str:
     held_outside(view)
     save(view.socket, view.object)
     multicast.of_socket(view.socket, view.object)
+    _nothing_corked(view)
     return ""
+
+
+def _nothing_corked(view: FdView) -> None:
+    """UnsupportedFile if a datagram is being put together (UDP_CORK, MSG_MORE): no call shows what is in it so far."""
+    end = time.monotonic() + _SENT
+    # what was sent, and waits for the interface for a moment, counts as well
+    while ioctl_int(view.socket.fileno(), Ioctl.SIOCOUTQ):
+        if time.monotonic() > end:
+            raise UnsupportedFile("a datagram is not finished (UDP_CORK or MSG_MORE)", object=view.object)
+        time.sleep(_PAUSE)
 
 
 def _is_udp(view: FdView) -> bool:
@@ -107,6 +122,7 @@ class UdpFile(OpenFile):
 
     @classmethod
     def capture(cls, view: FdView) -> Self:
+        _nothing_corked(view)
         sock = view.socket
         name = Endpoint.of(sock.getsockname())
         peer = None

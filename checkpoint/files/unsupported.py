@@ -26,7 +26,6 @@ _LINKS: Final = (
     (r"anon_inode:\[userfaultfd\]", "userfaultfd"),
     (r"anon_inode:\[perf_event\]", "perf event"),
     (r"anon_inode:\[?bpf.*", "BPF program, map or link"),
-    (r"anon_inode:\[?fanotify.*", "fanotify"),
     (r"anon_inode:\[?kvm.*", "virtual machine (KVM)"),
     (r"anon_inode:seccomp notify", "seccomp notifier"),
     (r"anon_inode:\[?landlock.*", "landlock ruleset"),

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from checkpoint.memory import scan
+from checkpoint.memory.huge import is_private_huge
 from checkpoint.memory.layout import KEPT_FLAGS
 from checkpoint.memory.vma import PAGE, VSYSCALL, Vma, read_smaps
 
@@ -121,7 +122,7 @@ def _region(mem: int, pagemap: int, group: list[Vma], skip: list[tuple[int, int]
         start=first.start,
         end=group[-1].end,
         permissions=first.permissions,
-        offset=0 if first.anonymous else first.offset,
+        offset=0 if first.anonymous or is_private_huge(first) else first.offset,
         name=first.name,
         flags=_flags(first),
         pkey=first.pkey,

@@ -30,7 +30,8 @@ from checkpoint.kernel.mman import (
     Remap,
 )
 from checkpoint.memory import scan, segments, vdso, verdicts
-from checkpoint.memory.vma import PAGE, SPECIAL_NAMES, VDSO, VSYSCALL, Vma, with_flags
+from checkpoint.memory.huge import map_flags, page_shift
+from checkpoint.memory.vma import PAGE, SPECIAL_NAMES, VDSO, VSYSCALL, Vma, with_flags, without
 from tcpstate.kernel.calls import CallError, CallTable, Result
 from tcpstate.kernel.machine import SYS
 
@@ -53,7 +54,7 @@ __all__ = [
 ]
 
 #: flags of smaps that a rebuilt mapping is given again
-KEPT_FLAGS = frozenset({"nr", "gd", "dp", "dc", "dd", "wf", "hg", "nh", "mg", "sr", "rr", "lo", "lf"})
+KEPT_FLAGS = frozenset({"nr", "gd", "dp", "dc", "dd", "wf", "hg", "nh", "mg", "sr", "rr", "lo", "lf", "ht"})
 #: flags that are made by madvise, and whether the kernel may do without (what it cannot follow changes no result)
 _ADVICE = {
     "dc": (Advice.DONTFORK, False),
@@ -87,6 +88,7 @@ class Mapping:
     offset      in the file
     name        as maps tells it: for people, and for ``[anon:..]`` names and the kernel's own mappings
     flags       those of KEPT_FLAGS that it has, sorted
+    huge        private anonymous memory of huge pages: the logarithm of their size, else 0
     """
 
     start: int
@@ -97,6 +99,7 @@ class Mapping:
     offset: int = 0
     name: str = ""
     flags: tuple[str, ...] = ()
+    huge: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.start < self.end <= USER_END or (self.start | self.end | self.offset) % PAGE:
@@ -107,6 +110,10 @@ class Mapping:
             raise ValueError(f"{self.start:#x}: flags {self.flags}")
         if (self.file is None and self.shared) or (self.file is not None and (self.file < 0 or self.special)):
             raise ValueError(f"{self.start:#x}: file {self.file}")
+        if self.huge and (
+            self.file is not None or not 12 < self.huge < 32 or (self.start | self.end) % (1 << self.huge)
+        ):
+            raise ValueError(f"{self.start:#x}: pages of 2**{self.huge} bytes")
 
     @property
     def size(self) -> int:
@@ -257,11 +264,11 @@ def capture(
     Refused for a mapping that cannot be moved.
     """
     ranges = sorted(ours)
-    maps = _without([vma for vma in process.maps if vma.name != VSYSCALL], ranges)
+    maps = without([vma for vma in process.maps if vma.name != VSYSCALL], ranges)
     known = [vma for vma in before if vma.name != VSYSCALL]
     vmas = with_flags(process.pid, maps, known)
     if vmas is not maps:
-        vmas = _without([vma for vma in vmas if vma.name != VSYSCALL], ranges)
+        vmas = without([vma for vma in vmas if vma.name != VSYSCALL], ranges)
     if process.tracked:
         vmas = [vma._replace(flags=vma.flags - TRACKING_FLAGS) for vma in vmas]
     for vma in vmas:
@@ -269,10 +276,11 @@ def capture(
     exe = os.readlink(f"/proc/{process.pid}/exe")
     mappings, exe_file = [], None
     for vma in vmas:
-        file = None if vma.anonymous else files.add_mapped(process, vma)
+        shift = page_shift(process.pid, vma) if "ht" in vma.flags else 0
+        file = None if vma.anonymous or shift else files.add_mapped(process, vma)
         if exe_file is None and vma.name == verdicts.escaped(exe):
             exe_file = file
-        mappings.append(_mapping(vma, file))
+        mappings.append(_mapping(vma, file, shift))
     if exe_file is None:
         raise verdicts.unmapped_exe(process.pid, exe)
     code = next((process.read(vma.start, vma.size) for vma in vmas if vma.name == VDSO), b"")
@@ -290,21 +298,7 @@ def capture(
     )
 
 
-def _without(vmas: list[Vma], ranges: list[tuple[int, int]]) -> list[Vma]:
-    """``vmas`` without the memory in ``ranges``; it may have been merged with a neighbour of the same sort."""
-    for low, high in ranges:
-        found: list[Vma] = []
-        for vma in vmas:
-            if vma.end <= low or vma.start >= high:
-                found.append(vma)
-                continue
-            found += [vma._replace(end=low)] if vma.start < low else []
-            found += [vma._replace(start=high)] if vma.end > high else []
-        vmas = found
-    return vmas
-
-
-def _mapping(vma: Vma, file: int | None) -> Mapping:
+def _mapping(vma: Vma, file: int | None, huge: int) -> Mapping:
     return Mapping(
         start=vma.start,
         end=vma.end,
@@ -314,6 +308,7 @@ def _mapping(vma: Vma, file: int | None) -> Mapping:
         offset=0 if file is None else vma.offset,
         name=vma.name,
         flags=() if vma.special else _kept(vma.flags),
+        huge=huge,
     )
 
 
@@ -454,7 +449,7 @@ def _map_files(layout: MemoryLayout, stub: Stub, calls: CallTable, descriptor_of
 
 
 def _map(calls: CallTable, mapping: Mapping, fd: int | Result) -> None:
-    flags = Map.FIXED_NOREPLACE | (Map.SHARED if mapping.shared else Map.PRIVATE)
+    flags = map_flags(mapping.huge) | Map.FIXED_NOREPLACE | (Map.SHARED if mapping.shared else Map.PRIVATE)
     if mapping.anonymous:
         flags |= Map.ANONYMOUS
     if "dp" in mapping.flags:

@@ -49,6 +49,9 @@ _RULES = (
     _Rule(UnsupportedMemory, "a shadow stack", flags=frozenset({"ss"})),
 )
 _SEALED = "sl"
+_HUGE = frozenset({"ht"})
+#: huge pages that are no file's of hugetlbfs, nor a System V segment's
+_KEPT_HUGE = ("/anon_hugepage", "/memfd:")
 #: most mappings have none of these: a process may have thousands of mappings, and is stopped meanwhile
 _NAMES = tuple(name for rule in _RULES for name in rule.names)
 _FLAGS = frozenset[str]().union(*(rule.flags for rule in _RULES))
@@ -63,6 +66,8 @@ def check(pid: int, vma: Vma) -> None:
         raise SealedMapping(f"a sealed mapping {vma.name}".rstrip(), object=where)
     if vma.special:
         return
+    if vma.name.startswith(_KEPT_HUGE):
+        vma = vma._replace(flags=vma.flags - _HUGE)
     suspect = vma.flags & _FLAGS or vma.name.startswith(_NAMES)
     for rule in _RULES if suspect else ():
         if vma.name.startswith(rule.names) or vma.flags & rule.flags:

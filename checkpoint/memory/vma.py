@@ -29,6 +29,7 @@ __all__ = [
     "read_maps",
     "read_smaps",
     "with_flags",
+    "without",
 ]
 
 #: bytes of a page
@@ -193,3 +194,17 @@ def with_flags(pid: int, maps: Sequence[Vma], before: Iterable[Vma] = ()) -> Seq
     if len(known) == len(maps) and all(a.key == b.key for a, b in zip(known, maps, strict=True)):
         return known
     return read_smaps(pid)
+
+
+def without(vmas: list[Vma], ranges: list[tuple[int, int]]) -> list[Vma]:
+    """``vmas`` without the memory in ``ranges``; it may have been merged with a neighbour of the same sort."""
+    for low, high in ranges:
+        found: list[Vma] = []
+        for vma in vmas:
+            if vma.end <= low or vma.start >= high:
+                found.append(vma)
+                continue
+            found += [vma._replace(end=low)] if vma.start < low else []
+            found += [vma._replace(start=high)] if vma.end > high else []
+        vmas = found
+    return vmas

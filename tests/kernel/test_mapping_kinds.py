@@ -48,7 +48,10 @@ def area():
 
 KINDS: dict[str, tuple[type[Refused], str]] = {
     "secret memory": (SecretMemory, "fd = call(447, 0); os.ftruncate(fd, 4096); mapped(flags=1, fd=fd)"),
-    "hugetlb": (HugePageMapping, "mapped(2 << 20, flags=0x22 | 0x40000 | 0x4000)"),
+    "hugetlb": (
+        HugePageMapping,
+        "n = call(29, 0, 2 << 20, 0o1000 | 0o4000 | 0o10000 | 0o600); libc.shmat(n, None, 0); libc.shmctl(n, 0, None)",
+    ),
     "aio": (AioRing, "context = ctypes.c_ulong(0); call(206, 8, ctypes.byref(context))"),
     "userfaultfd": (
         UserfaultMapping,

@@ -59,6 +59,18 @@ KINDS = (
         "call(298, struct.pack('<IIQ', 1, 128, 0).ljust(128, b'\\0'), 0, -1, -1, 0)",
     ),
     ("a BPF map", "TM-0340", "BPF", "call(321, 0, struct.pack('<IIII', 2, 4, 4, 1).ljust(72, b'\\0'), 72)"),
+    (
+        "a datagram that is not finished",
+        "TM-0340",
+        "not finished",
+        "import socket; s = socket.socket(2, 2); s.connect(('127.0.0.1', 9)); s.send(b'half', socket.MSG_MORE)",
+    ),
+    (
+        "fanotify that is asked for permission",
+        "TM-0340",
+        "permission",
+        "call(300, 4, 0)",
+    ),
     ("a namespace", "TM-0340", "namespace", "os.open('/proc/self/ns/net', os.O_RDONLY)"),
     ("a device", "TM-0340", "device", "os.open('/dev/kmsg', os.O_RDONLY | os.O_NONBLOCK)"),
     (

@@ -33,6 +33,9 @@ LONGEST_RUN = 0.03
 _STOP_BIT = 1 << 18
 _PENDING = re.compile(r".*/status/(SigPnd|ShdPnd): '(\w+)' -> '(\w+)'")
 _TIMEOUT = 60.0
+#: so many huge pages of 2 MiB may be taken out of free memory while cases run
+_OVERCOMMIT = Path("/proc/sys/vm/nr_overcommit_hugepages")
+_HUGE_PAGES = 64
 _PROGRAMS = Path(__file__).parent / "programs"
 
 
@@ -60,6 +63,8 @@ class Bench:
         self.host = host
         self.folder = folder
         self.programs = build(ROOT / "build" / "state")
+        self._pool = _OVERCOMMIT.read_text()
+        _OVERCOMMIT.write_text(str(_HUGE_PAGES))
         # terminals of its own: those of the machine are numbered by everybody
         host.sh("mount -t devpts -o newinstance,ptmxmode=666,mode=620 none /dev/pts")
         command = [sys.executable, "-m", "tests.system.state.cycler"]
@@ -70,6 +75,7 @@ class Bench:
 
     def close(self) -> None:
         self._cycler.close()
+        _OVERCOMMIT.write_text(self._pool)
         self._log.close()
 
     def cycle(self, pid: int, without: Sequence[str] = ()) -> dict[str, Any]:

@@ -97,7 +97,8 @@ def _layout(change: Callable[[Any], Any]) -> Switch:
 
 def _without_flag(flag: str) -> Switch:
     def change(one: Any) -> Any:
-        mappings = tuple(_replaced(m, flags=tuple(f for f in m.flags if f != flag)) for m in one.mappings)
+        changes: dict[str, Any] = {"huge": 0} if flag == "ht" else {}
+        mappings = tuple(_replaced(m, flags=tuple(f for f in m.flags if f != flag), **changes) for m in one.mappings)
         return _replaced(one, mappings=mappings)
 
     return _layout(change)

@@ -19,6 +19,7 @@ from checkpoint.files.device import Device
 from checkpoint.files.epoll import Epoll, EpollWatch
 from checkpoint.files.eventfd import EventFd
 from checkpoint.files.external import External
+from checkpoint.files.fanotify import Fanotify, Mark, Of
 from checkpoint.files.fifo import Fifo
 from checkpoint.files.identity import Evidence
 from checkpoint.files.inet import Endpoint
@@ -33,7 +34,7 @@ from checkpoint.files.pidfd import PidFd
 from checkpoint.files.pipe import Pipe, PipeQueue
 from checkpoint.files.pty import PtyMaster, PtySlave
 from checkpoint.files.raw import RawFile
-from checkpoint.files.regular import DeletedFile, Directory, PathOnly, RegularFile, SharedMemory
+from checkpoint.files.regular import DeletedFile, Directory, PathOnly, RegularFile, SharedHugePages, SharedMemory
 from checkpoint.files.shipped import ShippedFile
 from checkpoint.files.signalfd import SignalFd
 from checkpoint.files.sockopts import SocketOptions
@@ -69,6 +70,7 @@ RECORDS: list[OpenFile] = [
     Fifo(flags=1, path="/run/fifo", size=4096, queue=None),
     Memfd(flags=2, pos=5, content=0),
     SharedMemory(flags=2, content=1),
+    SharedHugePages(flags=2, content=4),
     SysvSegment(flags=2, number=7, key=-5, mode=0o1640, uid=1, gid=2, content=0),
     DeletedFile(flags=1, content=2, locks=(FileLock(whole=False, type=LockType.READ, start=3, length=0),)),
     RegularFile(flags=0, path="/etc/\udcff", size=1, mtime_ns=2, inode=3, volatile=False),
@@ -78,7 +80,13 @@ RECORDS: list[OpenFile] = [
     TimerFd(flags=2, clock=1, ticks=1, settime=0, left=5, interval=6, deadline=7),
     SignalFd(flags=2, mask=2**64 - 1, owner=AsyncOwner(type=OwnerType.GROUP, pid=4, signal=40)),
     Epoll(flags=2, watches=(EpollWatch(number=5, pid=1, file=2, events=1 << 31 | 1, data=2**64 - 1),)),
-    Inotify(flags=0, watches=(Watch(number=1, path="/tmp", mask=0x100),)),
+    Inotify(flags=0, watches=(Watch(number=1, path="/tmp", mask=0x100),), unread=True),
+    Fanotify(
+        flags=2,
+        group=0x203,
+        events=0x8000,
+        marks=(Mark(of=Of.MOUNT, path="/", flags=0x40, mask=1 << 31, ignored=0x20),),
+    ),
     Listener(flags=2, family=socket.AF_INET, name=HERE, backlog=511, options=OPTIONS),
     TcpFile(flags=2, family=socket.AF_INET, conn_id="tcp:10.0.0.1:80-10.0.0.2:99"),
     UdpFile(
@@ -157,6 +165,17 @@ RECORDS: list[OpenFile] = [
 
 def test_every_kind_is_here() -> None:
     assert {type(record) for record in RECORDS} | {Unsupported} == set(KINDS) == set(codec.members(OpenFile).values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"huge": 11}, {"huge": 31}, {"size": 4096}, {"kind": ContentKind.DELETED, "name": "/x"}],
+)
+def test_huge_pages_that_cannot_be(change: dict[str, object]) -> None:
+    known = {"kind": ContentKind.MEMFD, "name": "m", "size": 4 << 20, "mode": 0o777, "uid": 0, "gid": 0, "huge": 21}
+    Content(**known)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="huge pages"):
+        Content(**(known | change))  # type: ignore[arg-type]
 
 
 def test_round_trip_through_the_codec() -> None:

@@ -189,6 +189,47 @@ def inotify_of_a_directory_and_a_file(here: Here) -> Iterator[None]:
     assert (last, 0x2, b"") in seen
 
 
+@case("files/inotify")
+def inotify_with_unread_events(here: Here) -> Iterator[None]:
+    fd = libc.inotify_init1(os.O_NONBLOCK)
+    watch = libc.inotify_add_watch(fd, os.fsencode(here.folder), 0x100)  # IN_CREATE
+    os.mkdir(here.path("before"))
+    os.mkdir(here.path("before too"))
+    yield
+    # it cannot be told what there was, but that there was something; and only this
+    assert os.read(fd, 9999) == struct.pack("iIII", -1, 0x4000, 0, 0)  # IN_Q_OVERFLOW
+    os.mkdir(here.path("new"))
+    number, mask, _, length = struct.unpack_from("iIII", os.read(fd, 9999))
+    assert (number, mask, length) == (watch, 0x40000100, 16)
+
+
+@case("files/fanotify")
+def fanotify_of_a_file_a_directory_and_a_mount(here: Here) -> Iterator[None]:
+    fd = libc.fanotify_init(0x2 | 0x200, os.O_RDONLY)  # FAN_NONBLOCK, FAN_REPORT_FID
+
+    def mark(flags: int, mask: int, path: str) -> None:
+        assert libc.fanotify_mark(fd, 1 | flags, ctypes.c_ulong(mask), -100, os.fsencode(path)) == 0
+
+    with open(here.path("file"), "wb"):
+        pass
+    os.mkdir(here.path("folder"))
+    mark(0, 0x2, here.path("file"))  # FAN_MODIFY
+    mark(0x20 | 0x40, 0x20, here.path("file"))  # but not FAN_OPEN, also after it was changed
+    mark(0, 0x20 | 0x40000000 | 0x8000000, here.path("folder"))
+    mark(0x10, 0x8, "/run")  # FAN_CLOSE_WRITE on a whole mount
+    with open(f"/proc/self/fdinfo/{fd}") as file:
+        before = [line for line in file if line.startswith("fanotify")]
+    yield
+    with open(f"/proc/self/fdinfo/{fd}") as file:
+        assert sorted(line for line in file if line.startswith("fanotify")) == sorted(before)
+    with open(here.path("file"), "wb") as changed:
+        changed.write(b"x")
+    length, _, _, _, mask, _, _ = struct.unpack_from("IBBHQii", os.read(fd, 9999))
+    assert (length, mask) == (24 + 28, 0x2)
+    os.listdir(here.path("folder"))
+    assert struct.unpack_from("IBBHQii", os.read(fd, 9999))[4] == 0x20 | 0x40000000
+
+
 @case("files/memfd")
 def memfd_sealed(here: Here) -> Iterator[None]:
     fd = os.memfd_create("name of it", os.MFD_ALLOW_SEALING)
