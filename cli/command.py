@@ -18,7 +18,7 @@ from cli.errors import Interrupted
 from cli.log import SayHandler, attached, file_handler
 from cli.session import Result, Session
 
-__all__ = ["command"]
+__all__ = ["command", "signals_interrupt", "spoken"]
 
 _log = logging.getLogger("cli")
 
@@ -54,7 +54,7 @@ def command(
 
 def _run(function: Callable[..., Result | None], session: Session, log_name: str, arguments: dict[str, Any]) -> int:
     try:
-        with _signals_interrupt(), _spoken(session, log_name):
+        with signals_interrupt(), spoken(session, log_name):
             try:
                 result = function(session, **arguments)
                 return session.emit(result) if result is not None else 0
@@ -78,7 +78,8 @@ def _failed(session: Session, error: Exception) -> int:
 
 
 @contextmanager
-def _spoken(session: Session, log_name: str) -> Iterator[None]:
+def spoken(session: Session, log_name: str) -> Iterator[None]:
+    """What the rooms log goes to the user and, with ``log_name``, into the log of this run."""
     # With --json the caller is a program: it gets the object, and warnings on stderr.
     level = logging.DEBUG if session.verbose else logging.WARNING if session.json else logging.INFO
     handlers: list[logging.Handler] = [SayHandler(session.say, level)]
@@ -91,7 +92,7 @@ def _spoken(session: Session, log_name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _signals_interrupt() -> Iterator[None]:
+def signals_interrupt() -> Iterator[None]:
     """SIGTERM and SIGHUP end a command as Ctrl-C does: by an exception, so that what was begun is undone."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:

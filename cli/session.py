@@ -54,11 +54,13 @@ class Session:
     json      the result is one JSON object
     verbose   detail on stderr, and the traceback of a failure
     log_path  the log of this run, once it is open
+    prefix    of its lines on stderr, where several runs share it
     """
 
     json: bool = False
     verbose: bool = False
     log_path: Path | None = None
+    prefix: str = ""
 
     @classmethod
     def of(cls, arguments: Sequence[str]) -> Session:
@@ -73,7 +75,7 @@ class Session:
 
     def say(self, text: str) -> None:
         """One line of progress or warning on stderr."""
-        print(_printable(text), file=sys.stderr, flush=True)
+        print(self.prefix + _printable(text), file=sys.stderr, flush=True)
 
     def emit(self, result: Result) -> int:
         """Write a result and return the exit status that belongs to it."""
@@ -86,7 +88,7 @@ class Session:
 
     def fail(self, error: BaseException) -> int:
         """Tell what went wrong, and return the exit status."""
-        told = error if isinstance(error, TcpmigError) else self._unexpected(error)
+        told = self.known(error)
         if self.json:
             self._write(_one_line({"outcome": _name(told.outcome), **told.as_dict()}))
         print(_printable(" ".join(str(told).split())), file=sys.stderr, flush=True)
@@ -94,7 +96,10 @@ class Session:
             self._detail(error)
         return int(told.outcome)
 
-    def _unexpected(self, error: BaseException) -> TcpmigError:
+    def known(self, error: BaseException) -> TcpmigError:
+        """The error as the user is told of it."""
+        if isinstance(error, TcpmigError):
+            return error
         proof = f"the log {self.log_path}" if self.log_path else "the output of -v"
         return TcpmigError(f"unexpected {type(error).__name__}: {error}".rstrip(". "), fix=f"Report it with {proof}.")
 

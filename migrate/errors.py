@@ -34,11 +34,13 @@ __all__ = [
     "KeptFramesLost",
     "LinkLost",
     "LinkSilent",
+    "MoveDied",
     "NoInterfaceForAddress",
     "NoSuchHold",
     "NotHeld",
     "NotInDoubt",
     "NotTcpmig",
+    "NothingMatches",
     "NothingToRecover",
     "PreparedDiffers",
     "ProtocolError",
@@ -510,3 +512,21 @@ class WritesTooFast(TcpmigError):
 
     code = "TM-0650"
     fix = "Allow a longer stop with --max-downtime or --if-busy stop, or move it at a quieter time."
+
+
+class NothingMatches(TcpmigError):
+    """No process of this PID namespace has a command line that a pattern of --all-matching is found in; init, kernel
+    threads, and the programs that started tcpmig do not count. Nothing was done."""
+
+    code = "TM-0651"
+    outcome = Outcome.REFUSED
+    fix = "Look at the command lines with `pgrep -af PATTERN`."
+
+
+class MoveDied(TcpmigError):
+    """One of several moves ended without a word: its program was killed, or broke. What became of its processes is in
+    its journal."""
+
+    code = "TM-0652"
+    outcome = Outcome.IN_DOUBT
+    fix = "Run `tcpmig recover` on both hosts."

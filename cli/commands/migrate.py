@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import time
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -21,10 +24,26 @@ from migrate.transport import DEFAULT_REMOTE_COMMAND, DEFAULT_RSH
 
 __all__ = ["migrate"]
 
+#: moves at a time: each takes a processor while it copies
+AT_ONCE = 2
+
 
 @command("migrate")
-@click.argument("pids", metavar="PID...", nargs=-1, required=True, type=click.IntRange(1))
+@click.argument("pids", metavar="[PID]...", nargs=-1, type=click.IntRange(1))
 @click.argument("host")
+@click.option(
+    "--all-matching",
+    metavar="PATTERN",
+    multiple=True,
+    help="All trees whose command line has this regular expression in it, each for itself. May be repeated.",
+)
+@click.option(
+    "--at-once",
+    metavar="N",
+    type=click.IntRange(1),
+    default=AT_ONCE,
+    help=f"How many of them move at a time.  [default: {AT_ONCE}]",
+)
 @click.option("--rsh", metavar="CMD", default=DEFAULT_RSH, help=f"The remote shell.  [default: {DEFAULT_RSH}]")
 @click.option(
     "--remote-command",
@@ -61,6 +80,8 @@ def migrate(
     session: Session,
     pids: tuple[int, ...],
     host: str,
+    all_matching: tuple[str, ...],
+    at_once: int,
     rsh: str,
     remote_command: str,
     address: str,
@@ -72,7 +93,8 @@ def migrate(
     dry_run: bool,
     **files: Any,
 ) -> Result:
-    """Move the process trees PID to HOST, with their connections and addresses.
+    """Move the process trees PID to HOST, with their connections and addresses; those of --all-matching at the same
+    time, but each for itself.
 
     Nobody who is connected to them is disconnected. Whatever goes wrong before the very last step leaves everything as
     it was.
@@ -93,11 +115,45 @@ def migrate(
     decided = policy_of(**files)
     if any(rule.inherit for rule in decided.external):
         raise UsageMistake("--external FD=inherit is for checkpoint and restore: HOST has nothing to be inherited from")
+    if all_matching:
+        from migrate.matching import find, together
+
+        if pids:
+            raise UsageMistake("--all-matching finds the processes: name no PID beside it")
+        chosen = together(find(_patterns(all_matching)), address=address)
+    elif pids:
+        chosen = [pids]
+    else:
+        raise UsageMistake("which processes? Name a PID, or --all-matching PATTERN")
     if dry_run:
-        checked = check_with(pids, host, rsh=rsh, remote_command=remote_command, options=options, policy=decided)
-        return report([*checked.here, *checked.there], every=session.verbose)
+        found = [
+            verdict
+            for one in chosen
+            for checked in [
+                check_with(one, host, rsh=rsh, remote_command=remote_command, options=options, policy=decided)
+            ]
+            for verdict in (*checked.here, *checked.there)
+        ]
+        return report(found, every=session.verbose)
+    if all_matching:
+        from cli.several import Move, all_of, gathered
+
+        moves = [
+            Move(pids=one, host=host, rsh=rsh, remote_command=remote_command, options=options, policy=decided)
+            for one in chosen
+        ]
+        begun = time.monotonic()
+        moved = all_of(moves, at_once=at_once, verbose=session.verbose)
+        return gathered(moved, seconds=time.monotonic() - begun)
     summary = move(pids, host, rsh=rsh, remote_command=remote_command, options=options, policy=decided)
     return Result(data=fields(summary), body=list(_lines(summary, host)), outcome=summary.status)
+
+
+def _patterns(texts: Sequence[str]) -> list[re.Pattern[str]]:
+    try:
+        return [re.compile(text) for text in texts]
+    except re.error as error:
+        raise UsageMistake(f"not a regular expression: {error}", object=str(error.pattern)) from None
 
 
 def _lines(summary: Summary, host: str) -> list[str]:

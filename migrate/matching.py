@@ -1,0 +1,108 @@
+"""Which process trees a pattern means, and which of them can only move together.
+
+Trees that use the same address move in one go, as it can be on one host only; so do trees that have a connection to
+each other.  All others are moved for themselves: what befalls one does not concern the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+from migrate.errors import NothingMatches
+from migrate.takeover import select
+from tcpstate.kernel import diag
+from tcpstate.kernel.route import is_local
+from tcpstate.kernel.tcp import TcpState
+from tcpstate.locate import owners_of
+
+__all__ = ["Root", "find", "groups", "together"]
+
+_INIT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Root:
+    """A process tree that was found.
+
+    pid      its root
+    command  its command line
+    members  the PIDs of all its processes
+    """
+
+    pid: int
+    command: str
+    members: tuple[int, ...]
+
+
+def find(patterns: Sequence[re.Pattern[str]]) -> list[Root]:
+    """The trees whose root's command line one of the patterns is found in, by PID.
+
+    Of processes that match and descend from each other the eldest is the root. Left out are init, the kernel's threads,
+    those of other PID namespaces, and ourselves with all that started us. NothingMatches.
+    """
+    import psutil
+
+    own = os.readlink("/proc/self/ns/pid")
+    mine = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    found: dict[int, str] = {}
+    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+        pid, command = process.info["pid"], " ".join(process.info["cmdline"] or ())
+        if pid == _INIT or pid in mine or not command or process.info["status"] == psutil.STATUS_ZOMBIE:
+            continue
+        if any(pattern.search(command) for pattern in patterns) and _namespace(pid) == own:
+            found[pid] = command
+    roots = []
+    for pid in sorted(found):
+        try:
+            process = psutil.Process(pid)
+            if any(parent.pid in found for parent in process.parents()):
+                continue
+            members = [pid, *(child.pid for child in process.children(recursive=True))]
+        except psutil.NoSuchProcess:
+            continue  # it ended meanwhile
+        roots.append(Root(pid=pid, command=found[pid], members=tuple(members)))
+    if not roots:
+        raise NothingMatches("no process has such a command line", object=" ".join(p.pattern for p in patterns))
+    return roots
+
+
+def _namespace(pid: int) -> str:
+    try:
+        return os.readlink(f"/proc/{pid}/ns/pid")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return ""  # it ended, or is hidden from us: then it cannot be moved either
+
+
+def together(roots: Sequence[Root], *, address: str) -> list[tuple[int, ...]]:
+    """The roots that each move takes, by PID.
+
+    address  ``--address``: with ``none`` no address moves, and none holds trees together
+    """
+    whose = {member: root.pid for root in roots for member in root.members}
+    owners = owners_of(pids=whose)
+    ties: dict[int, set[Hashable]] = {root.pid: set() for root in roots}
+    for sock in diag.dump(diag.ALL_STATES):
+        if sock.inode not in owners:
+            continue
+        common: set[Hashable] = set()
+        if sock.state is not TcpState.LISTEN and is_local(sock.peer):
+            common.add(frozenset([(sock.local, sock.local_port), (sock.peer, sock.peer_port)]))
+        if address != "none":
+            common.update(select("auto", [sock.local]))
+        for owner in owners[sock.inode]:
+            ties[whose[owner.pid]] |= common
+    return groups(ties)
+
+
+def groups(ties: Mapping[int, Collection[Hashable]]) -> list[tuple[int, ...]]:
+    """Trees that have a tie in common, or each with a third, are one group; by PID."""
+    found: list[tuple[list[int], set[Hashable]]] = []
+    for pid in sorted(ties):
+        mine = set(ties[pid])
+        same = [group for group in found if group[1] & mine]
+        found = [group for group in found if group not in same]
+        found.append(([n for pids, _ in same for n in pids] + [pid], mine.union(*(t for _, t in same))))
+    return sorted(tuple(sorted(pids)) for pids, _ in found)
