@@ -25,6 +25,8 @@ from tests.workloads.move import Stage
 
 __all__ = ["breaks_of_line", "deaths_at_steps", "main", "run"]
 
+#: cases with one server and its clients
+LEG = 40
 #: messages at which a stalled line is tried: each costs the time limit of the line
 STALLS = ("source:image:1", "target:prepared:1", "source:commit:1", "target:started:1", "target:running:1")
 #: the same of `restore --from`, whose cases are called so
@@ -69,7 +71,7 @@ def run(names: list[str], file: Path, *, until: float = float("inf")) -> dict[st
     left = [name for name in names if name not in state["cases"]]
     while left and time.monotonic() < until:
         with three_hosts() as hosts, tempfile.TemporaryDirectory(dir=hosts.net.directory) as name:
-            for case, found in _leg(hosts, Path(name), left[:10], until):
+            for case, found in _leg(hosts, Path(name), left[:LEG], until):
                 state["cases"][case] = found
                 print(f"{case}: {found}", flush=True)
                 fresh = file.with_suffix(".new")

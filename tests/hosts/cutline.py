@@ -1,10 +1,10 @@
 """A remote shell whose line breaks at a chosen message: ``tcpmig migrate --rsh "python .../cutline.py OPTIONS"``.
 
-    cutline.py --at WAY:NAME:COUNT --do cut|stall|hold [--after] --marker FILE HOST COMMAND...
+    cutline.py [--warm] --at WAY:NAME:COUNT --do cut|stall|hold [--after] --marker FILE HOST COMMAND...
 
 WAY is ``source`` (messages of the source) or ``target``, NAME a message as it is on the wire or ``image``, COUNT which
 one of them.  There, before the message is passed on or after it, the line is cut, stalls for ever, or holds until there
-is a FILE.go.  FILE is made at that moment; a line that finds it made from the beginning passes everything on.
+is a FILE.go.  FILE is made at that moment; a line that finds it made from the beginning passes everything on.  --warm: as rsh.py's.
 """
 
 from __future__ import annotations
@@ -97,13 +97,13 @@ def main() -> int:
     parser.add_argument("--at", required=True)
     parser.add_argument("--do", required=True, choices=["cut", "stall", "hold"])
     parser.add_argument("--after", action="store_true")
+    parser.add_argument("--warm", action="store_true")
     parser.add_argument("--marker", required=True)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     given = parser.parse_args()
     line = Line(given)
-    child = subprocess.Popen(
-        [sys.executable, "-IS", str(RSH), *given.command], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    rsh = [sys.executable, "-IS", str(RSH), *["--warm"] * given.warm]
+    child = subprocess.Popen([*rsh, *given.command], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdin is not None
     assert child.stdout is not None
     threading.Thread(target=line.pump, args=("source", 0, child.stdin.fileno()), daemon=True).start()

@@ -201,19 +201,23 @@ class Init:
         moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, ABOVE_ALL_TARGETS) for fd in received]
         try:
             os.chdir(cwd)  # posix_spawn has no working directory of its own; nothing else runs here meanwhile
-            return os.posix_spawnp(
-                argv[0],
-                argv,
-                environment,
-                file_actions=[(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in zip(moved, targets, strict=True)],
-                setsid=True,
-                setsigmask=[],
-                setsigdef=DEFAULT_SIGNALS,
-            )
+            return self._start(argv, environment, dict(zip(targets, moved, strict=True)))
         finally:
             os.chdir("/")
             for descriptor in moved:
                 os.close(descriptor)
+
+    def _start(self, argv: list[str], environment: dict[str, str], descriptors: dict[int, int]) -> int:
+        """The PID of the command, whose descriptors are those of ours that the values name."""
+        return os.posix_spawnp(
+            argv[0],
+            argv,
+            environment,
+            file_actions=[(os.POSIX_SPAWN_DUP2, fd, to) for to, fd in descriptors.items()],
+            setsid=True,
+            setsigmask=[],
+            setsigdef=DEFAULT_SIGNALS,
+        )
 
     def _reap(self) -> None:
         while True:

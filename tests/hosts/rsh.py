@@ -1,11 +1,12 @@
 """Run a command in another test host, as rsh and ssh do: ``tcpmig migrate --rsh "python -IS .../rsh.py" PID target``.
 
-    rsh.py [--relay] HOST COMMAND...
+    rsh.py [--relay] [--warm] HOST COMMAND...
 
 Run inside a host.  The init of HOST starts the command with our stdin, stdout and stderr (passed as descriptors, so
 that nothing stands in the way of the bytes) and tells its exit status, which becomes ours; 255 as with ssh if that host
 is not there.  With --relay the bytes go through this process, as they do through ssh: when it is killed, the line is
-cut and the command reads an end of file.
+cut and the command reads an end of file.  With --warm the command, `python -m MODULE ...`, is forked from the host's
+warm Python (tests.hosts.warm) instead.
 
 Only modules that are built in or imported at start anyway: it must be there within a few milliseconds.
 """
@@ -25,19 +26,20 @@ SHELL, STARTED, EXIT, FAILED, MAX_MESSAGE = b"S", b"pid ", b"exit ", b"error ", 
 
 def main(arguments: list[str]) -> int:
     """The command's exit status."""
-    relay = arguments[:1] == ["--relay"]
-    if relay:
-        arguments = arguments[1:]
+    options = []
+    while arguments[:1] in (["--relay"], ["--warm"]):
+        options.append(arguments.pop(0))
+    relay = "--relay" in options
     if len(arguments) < 2:
-        print("usage: rsh.py [--relay] HOST COMMAND...", file=sys.stderr)
+        print("usage: rsh.py [--relay] [--warm] HOST COMMAND...", file=sys.stderr)
         return 2
     host = arguments[0].rpartition("@")[2]
-    directory = os.environ.get("TMH_DIR", "")
+    path = f"{os.environ.get('TMH_DIR', '')}/{host}{'.warm' * ('--warm' in options)}.sock"
     connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     try:
-        connection.connect(f"{directory}/{host}.sock")
+        connection.connect(path)
     except OSError as error:
-        print(f"rsh: {host} cannot be reached: {error.strerror} ({directory}/{host}.sock)", file=sys.stderr)
+        print(f"rsh: {host} cannot be reached: {error.strerror} ({path})", file=sys.stderr)
         return UNREACHABLE
     ends = [0, 1, 2]
     if relay:

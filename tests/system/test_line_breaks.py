@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts import three_hosts
+from tests.hosts import three_hosts, warm
 from tests.workloads import breaks, deaths, scenes
 from tests.workloads.breaks import Break
 from tests.workloads.move import Stage
@@ -51,10 +51,9 @@ def test_a_host_that_is_gone_leaves_the_doubt_until_a_person_decides(stage: Stag
     here = stage.here
     told, summary, _ = breaks.migrate(stage, tmp_path, Break("source:commit:1", "cut"))
     assert (told, summary["code"]) == (IN_DOUBT, "TM-0611")
-    (tmp_path / "gone").mkdir()
     # the other host's name leads nowhere
-    socket = stage.hosts.net.directory / f"{stage.there.name}.sock"
-    socket.rename(tmp_path / "gone/sock")
+    socket = Path(warm.ready(stage.there))
+    socket.rename(tmp_path / "gone")
     try:
         status, items = deaths.settle(here)
         assert status == IN_DOUBT
@@ -63,7 +62,7 @@ def test_a_host_that_is_gone_leaves_the_doubt_until_a_person_decides(stage: Stag
         status, items = deaths.settle(here, items[0]["id"], "--assume", "here")
         assert (status, items[0]["settled"]) == (DONE, True)
     finally:
-        (tmp_path / "gone/sock").rename(socket)
+        (tmp_path / "gone").rename(socket)
     assert deaths.revive(stage, tmp_path) == []
     assert deaths.judge(stage) == []
     assert stage.here is here

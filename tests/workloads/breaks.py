@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.hosts import Host
+from tests.hosts import Host, warm
 from tests.hosts.host import ROOT
 from tests.hosts.tcpmig import TCPMIG, from_host
 from tests.hosts.warm import tcpmig
@@ -72,6 +72,7 @@ class Break:
 def migrate(stage: Stage, folder: Path, where: Break) -> tuple[int, dict[str, Any], bool]:
     """Exit status, JSON object, and whether the place was reached."""
     receive = shlex.join([*TCPMIG, "receive"])
+    warm.ready(stage.there)
     command = [*TCPMIG, "migrate", stage.pid, stage.there.name, "--remote-command", receive]
     return _broken(stage.here, command, receiver(stage.there), folder, where)
 
@@ -85,6 +86,7 @@ def hold(stage: Stage, folder: Path) -> None:
 
 def restore(stage: Stage, folder: Path, where: Break) -> tuple[int, dict[str, Any], bool]:
     """The same of a restore on the other host, after :func:`hold`."""
+    warm.ready(stage.here)
     command = [*TCPMIG, "restore", folder / "image", "--from", stage.here.name, "--remote-command", HAND_OVER]
     return _broken(stage.there, command, receiver(stage.here, b"handover"), folder, where)
 
@@ -99,7 +101,7 @@ def _broken(
 ) -> tuple[int, dict[str, Any], bool]:
     marker = folder / f"{time.monotonic_ns()}.marker"
     do = "hold" if where.do == "kill" else where.do
-    options = ["--at", where.at, "--do", do, *(["--after"] if where.after else []), "--marker", str(marker)]
+    options = ["--warm", "--at", where.at, "--do", do, *(["--after"] if where.after else []), "--marker", str(marker)]
     rsh = shlex.join([sys.executable, CUTLINE, *options])
     log = folder / "tool.log"
     log.unlink(missing_ok=True)

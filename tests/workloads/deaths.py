@@ -67,15 +67,16 @@ class Death:
 
 def migrate_command(target: Host, pid: int, *options: object) -> list[object]:
     """The command line of a migration."""
-    rsh = shlex.join(RSH)
+    warm.ready(target)
+    rsh = shlex.join([*RSH, "--warm"])
     receive = shlex.join([*TCPMIG, "receive"])
     return [*TCPMIG, "migrate", pid, target.name, "--rsh", rsh, "--remote-command", receive, "--json", *options]
 
 
 def start(host: Host, command: list[object], log: Path) -> HostProcess:
-    """Run a command; what it prints goes to a file."""
+    """Run a command of ours (TCPMIG...); what it prints goes to a file."""
     with log.open("ab") as out:
-        return host.popen(command, stdout=out, stderr=out)
+        return warm.popen(host, *command[2:], stdout=out, stderr=out)
 
 
 def traced(pid: int, *, frozen: bool = False) -> Callable[[], str]:
@@ -121,11 +122,13 @@ def stub_born(host: Host, pid: int) -> Callable[[], str]:
 def receiver(host: Host, command: bytes = b"receive") -> Callable[[], int]:
     """Tells the harness's number of `tcpmig receive` (or another command) in a host, 0 if it does not run."""
 
+    warm_name = warm.name_of(command.decode())
+
     def look() -> int:
-        for pid in host.processes():
+        for pid, name in host.processes().items():
             try:
                 words = host.path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-                if command in words:
+                if command in words or name == warm_name:
                     return outer_pid(host, pid)
             except (FileNotFoundError, ProcessLookupError):
                 continue  # it has ended meanwhile
@@ -280,11 +283,9 @@ def judge(stage: Stage) -> list[str]:
     problems += [f"RST: {packet}" for packet in stage.watcher.mark().rsts]
     for host in (hosts.source, hosts.target):
         problems += left_behind(host, *([stage.pid] if host in running else []))
-    service = {hosts.net.service4, hosts.net.service6}
-    for address in service:
-        having = [
-            h.name for h in (hosts.source, hosts.target) if any(a.startswith(address + "/") for a in h.addresses())
-        ]
+    addresses = {host.name: host.addresses() for host in (hosts.source, hosts.target)}
+    for address in (hosts.net.service4, hosts.net.service6):
+        having = [name for name, has in addresses.items() if any(a.startswith(address + "/") for a in has)]
         if running and having != [running[0].name]:
             problems.append(f"{address} is on {having}, the process on {running[0].name}")
     return problems
@@ -303,5 +304,5 @@ def _not_going_on(stage: Stage) -> list[str]:
                 waiting.append(load.name)
         if not waiting:
             return []
-        time.sleep(0.05)
+        time.sleep(0.005)
     return waiting

@@ -79,7 +79,8 @@ def run(stage: Stage, folder: Path, name: str, number: int) -> tuple[int, int]:
     if place.command in ("migrate", "receive"):
         dies = place.command == "receive"
         receive = shlex.join([*map(str, [*KILLED_AT, *at] if dies else TCPMIG), "receive"])
-        line = ["--rsh", shlex.join(RSH), "--remote-command", receive, "--json"]
+        warm.ready(stage.there)
+        line = ["--rsh", shlex.join([*RSH, "--warm"]), "--remote-command", receive, "--json"]
         migrate = [*(["cli.main"] if dies else [KILLED_AT[-1], *at]), "migrate"]
         status, out, err = warm.run(host, *migrate, stage.pid, stage.there.name, *line)
     else:
