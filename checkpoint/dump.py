@@ -41,6 +41,7 @@ from checkpoint.files.identity import Evidence
 from checkpoint.files.policy import NO_POLICY, AcceptQueues, Policy
 from checkpoint.files.regular import RegularFile
 from checkpoint.files.shipped import refuse_new
+from checkpoint.files.sysv import SysvSegment
 from checkpoint.files.table import FileTable, TreeFiles
 from checkpoint.files.tcp import TcpGroup
 from checkpoint.holdoff import Holdoff, LastSegments
@@ -59,7 +60,6 @@ from checkpoint.state.table import ProcessState
 from checkpoint.tracee import Tree
 from checkpoint.traces import (
     FrozenTree,
-    GivenUpLock,
     HeldListener,
     HeldListeners,
     NoteWriter,
@@ -67,6 +67,7 @@ from checkpoint.traces import (
     Rules,
     Trace,
     Traced,
+    given_up_locks,
     listener_name,
     peeked,
     write,
@@ -371,15 +372,11 @@ class Dump:
         :meth:`early_queues`; nothing is injected after this."""
         if self.note is not None:
             records = [] if self._files is None else self._files.files
-            locks = [
-                GivenUpLock(places=view.places, lock=lock)
-                for view, record in zip(self._files_table.entries, records, strict=True)
-                for lock in record.locks
-            ]
             tree = FrozenTree(
                 processes=[Traced.of(process) for process in self._tree.processes],
                 connections=self._connections.originals(),
-                locks=locks,
+                locks=given_up_locks(self._files_table.entries, records),
+                segments=[record.number for record in records if isinstance(record, SysvSegment)],
             )
             write(self.note, Trace.TREE, tree)
         self._tree.queue_sigstops()

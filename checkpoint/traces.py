@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from checkpoint import procfs
 from checkpoint.errors import NoSuchProcess
-from checkpoint.files.base import FdView, FileLock
+from checkpoint.files.base import FdView, FileLock, OpenFile
 from checkpoint.files.listener import is_tcp
 from checkpoint.files.tcp import Original
 from checkpoint.files.udp import IP_PKTINFO, IPV6_RECVPKTINFO
@@ -51,6 +51,7 @@ __all__ = [
     "Trace",
     "Traced",
     "alive",
+    "given_up_locks",
     "listener_name",
     "peeked",
     "write",
@@ -143,11 +144,15 @@ class GivenUpLock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrozenTree:
-    """Processes that will stay stopped if the tool dies, parents before children; connections as they were; locks."""
+    """Processes that will stay stopped if the tool dies, parents before children; connections as they were; locks.
+
+    segments  IDs of System V shared memory that only they have attached: it goes with them when the copy runs
+    """
 
     processes: list[Traced]
     connections: list[Original]
     locks: list[GivenUpLock]
+    segments: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +191,12 @@ def write(note: NoteWriter | None, trace: Trace, record: object) -> None:
     """Keep a note; nothing if there is nobody to keep it (a rehearsal, a test)."""
     if note is not None:
         note(trace, codec.pack(record))
+
+
+def given_up_locks(entries: Iterable[FdView], records: Iterable[OpenFile]) -> list[GivenUpLock]:
+    """The locks of open files; ``records`` in the order of ``entries``."""
+    pairs = zip(entries, records, strict=True)
+    return [GivenUpLock(places=view.places, lock=lock) for view, record in pairs for lock in record.locks]
 
 
 def peeked(entries: Iterable[FdView]) -> Peeked:

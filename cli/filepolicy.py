@@ -3,7 +3,7 @@ process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import click
@@ -13,7 +13,7 @@ from checkpoint.files.policy import AcceptQueues, External, LocalPeers, Policy
 from cli.errors import UsageMistake
 from migrate.fileoptions import FileOptions
 
-__all__ = ["external", "file_places", "file_policy", "places_of", "policy_of"]
+__all__ = ["external", "file_places", "file_policy", "places_of", "policy_of", "require"]
 
 _F = TypeVar("_F", bound=Callable[..., object])
 
@@ -107,6 +107,17 @@ def places_of(
         external=tuple(map(External.parse, external)),
         devices=dict(map(_pair, map_dev)),
     )
+
+
+def require(wanted: str, given: Mapping[str, object]) -> None:
+    """Options that mean nothing without another one must not be given without it: UsageMistake.
+
+    wanted  the other one, which was not given
+    given   the options: name to whether, or what, was given
+    """
+    names = [name for name, value in given.items() if value]
+    if names:
+        raise UsageMistake(f"{' and '.join(names)} {'want' if len(names) > 1 else 'wants'} {wanted} as well")
 
 
 def _pair(text: str) -> tuple[str, str]:

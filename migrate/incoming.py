@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from checkpoint import hostcheck
-from checkpoint.errors import FileMissing, PairWithoutAddress, PidTaken
+from checkpoint.errors import FileMissing, InterfaceMissing, PairWithoutAddress, PidTaken
 from checkpoint.files.verdicts import judge_here
 from checkpoint.image.format import FrameReader
 from checkpoint.restore import Restore, first_user
@@ -93,6 +94,7 @@ class IncomingTrees:
             devices=devices,
         )
         found += [_judge_directory(told.path(path)) for path in needs.directories]
+        found += [_judge_device(name, devices.get(name, name)) for name in needs.devices]
         moving = {record.address for record in needs.addresses}
         return found + [_judge_pair(address) for address in needs.paired if address not in moving]
 
@@ -191,6 +193,16 @@ def _judge_pair(address: str) -> Verdict:
         error = PairWithoutAddress("both ends of a connection use it; it neither moves nor is here", object=address)
         return Verdict.refuse(error, "address")
     return Verdict(subject=address, kind="address", text="is here as well: connections with both ends on it go on")
+
+
+def _judge_device(there: str, here: str) -> Verdict:
+    """On an interface that connections are bound to: its name at the source, and the one that it would have here."""
+    try:
+        socket.if_nametoindex(here)
+    except OSError:
+        error = InterfaceMissing(f"connections are bound to interface {here}, which is not here", object=there)
+        return Verdict.refuse(error, "interface")
+    return Verdict(subject=there, kind="interface", text=f"connections are bound to {here}")
 
 
 def _judge_directory(path: str) -> Verdict:

@@ -127,6 +127,7 @@ class Needs:
     memory          bytes that will be resident
     features        names of kernel features without which the state cannot be rebuilt
     units           services at the source that the processes are in; for the hook there
+    devices         interfaces, by their names at the source, that connections are bound to
     """
 
     trees: tuple[TreeNeed, ...]
@@ -145,6 +146,7 @@ class Needs:
     features: frozenset[str] = frozenset()
     units: tuple[HookUnit, ...] = ()
     cpu: CpuState | None = None
+    devices: tuple[str, ...] = ()
 
     @property
     def written(self) -> list[str]:

@@ -95,7 +95,7 @@ class OutgoingTrees:
             group = TcpGroup(files)
             names = [sock.getsockname() for sock in group.listeners]
             bound = {_bare(name[0]) for name in names}
-            local = group.local_addresses
+            local, devices = group.local_addresses, group.devices
         connections = preflight.connections(members)
         peers = {_bare(one.connection.conn_id.peer) for one in connections if one.away}
         paired = {_bare(one.connection.conn_id.local) for one in connections if not one.away}
@@ -119,6 +119,7 @@ class OutgoingTrees:
             paired=tuple(sorted(address for address in paired if not is_loopback(address))),
             memory=sum(map(_resident, members)),
             units=tuple(_hook_unit(one) for one in supervisors.supervised(members)),
+            devices=tuple(sorted(devices)),
         )
 
     def share(self, shared: Sequence[str], apart: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from checkpoint import preflight, undo
 from checkpoint.errors import NoSuchProcess
+from checkpoint.files.sysv import remove_deserted
 from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcp import TcpGroup
 from checkpoint.finish import Finish, remove_made, running
@@ -149,6 +150,8 @@ def discard_original(view: JournalView, journal: Journal) -> None:
             # Not if it fails: a process that ends with living connections resets them.  Those of a checkpoint are held.
             undo.discard(tree)
         steps.make("ending the original", lambda: undo.end(tree.processes))
+        # what somebody has attached meanwhile stays
+        steps.make("removing shared memory", lambda: remove_deserted(set(tree.segments)))
     _clear(traces, steps)
     running = view.step(StepKind.RUNNING)
     there = {} if running is None else running.pids or {}

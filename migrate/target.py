@@ -175,7 +175,9 @@ class Target:
         for first in refusals(verdicts):
             failure = Failure(code=first.code, message=first.text, object=first.subject, fix=first.fix)
             self._say(Refused(migration=check.migration, failure=failure, items=tuple(verdicts)))
-            raise refused(remote_error(failure, TargetRefused, where=""))
+            error = refused(remote_error(failure, TargetRefused, where=""))
+            error.told = True
+            raise error
         arrival.prepare(needs.peers)
         if self._hook is not None:
             self._hook.facts = replace(
@@ -218,7 +220,7 @@ class Target:
                     if self._journal is None:
                         _log.info("the source gave up: %s", failure.message)
                         return False
-                    raise remote_error(failure, SourceAborted, where="source")
+                    raise _given_up(failure)
                 case Prepare():
                     prepare = heard
         exported_ns = prepare.exported_ns
@@ -359,6 +361,8 @@ class Target:
                 self._hook.aborted()
         if self._machine.may_abort:
             self._tell(Abort(migration=self._machine.migration, failure=failure_of(error)))
+            if isinstance(error, TcpmigError):
+                error.told = not self._cut
 
     def _stuck(self, error: BaseException) -> None:
         _log.error("held: %s", error)
@@ -394,7 +398,7 @@ class Target:
             if isinstance(message, kinds):
                 return message
             if isinstance(message, Abort):
-                raise remote_error(message.failure, SourceAborted, where="source")
+                raise _given_up(message.failure)
             if not isinstance(message, Keepalive):
                 raise ProtocolError(f"{type(message).__name__} came instead of {kinds[0].__name__}")
 
@@ -409,6 +413,13 @@ class Target:
         if self._journal is None:
             raise RuntimeError("nothing was received")
         return self._journal
+
+
+def _given_up(failure: Failure) -> TcpmigError:
+    """Why the source gave up: its user knows."""
+    error = remote_error(failure, SourceAborted, where="source")
+    error.told = True
+    return error
 
 
 def _message(found: object) -> Message:

@@ -80,11 +80,13 @@ class TcpmigError(Exception):
     message  what happened, one sentence without a full stop
     object   to which object it happened: ``pid 12``, ``pid 12 fd 5``, a conn-ID, a path
     fix      what the user can do, in place of the class's general advice
+    told     the program that asked for it has been told, and tells its user
     """
 
     code: ClassVar[str] = "TM-0100"
     outcome: ClassVar[Outcome] = Outcome.FAILED
     fix: str = "Read the detail with -v; if it is not clear, report it with the log."
+    told: bool = False
 
     def __init__(self, message: str, *, object: str = "", fix: str | None = None) -> None:
         super().__init__(message)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-__all__ = ["Endpoint"]
+from tcpstate.kernel.sockets import SO, Level
+
+__all__ = ["Endpoint", "bound_devices"]
+
+#: IFNAMSIZ
+_NAME_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,3 +70,14 @@ class Endpoint:
     def wildcard(self) -> bool:
         """Whether it stands for all addresses."""
         return self.address in ("0.0.0.0", "::")
+
+
+def bound_devices(sock: socket.socket) -> set[str]:
+    """The interfaces that a socket is bound to, by SO_BINDTODEVICE or by a link-local address."""
+    found = set()
+    # one that has gone here as well is not looked for elsewhere
+    with contextlib.suppress(OSError):
+        found.add(sock.getsockopt(Level.SOCKET, SO.BINDTODEVICE, _NAME_SIZE).rstrip(b"\0").decode(errors="replace"))
+    with contextlib.suppress(OSError):
+        found.add(Endpoint.of(sock.getsockname()).scope)
+    return found - {""}

@@ -132,6 +132,8 @@ class Rebuilder:
         self._at_end: list[Callable[[], None]] = []
         self._on_abort: list[Callable[[], None]] = []
         self._locks = Locks()
+        #: a release of them may have been cut short
+        self.adopted = False
         self._tcp: RebuiltTcp | None = None
         self._exported = time.monotonic()
         self._vouching: list[Vouching] = []
@@ -385,6 +387,7 @@ class Rebuilder:
             self._descriptors[index] = fd
             self._locks.take(fd, self.files[index].locks, self.name(index))
         self.shared["unix", 0] = Builder.released(self)
+        self.adopted = True
 
     def release_files(self) -> None:
         """The release of all but the connections. FileRebuildFailed."""

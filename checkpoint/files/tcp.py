@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from checkpoint.errors import BadFileRecord, LocalPeer
 from checkpoint.files.base import FdView, OpenFile
 from checkpoint.files.held import HeldFile, HeldSocket
+from checkpoint.files.inet import bound_devices
 from checkpoint.files.listener import Listener, has_ended, is_closed, is_open, is_tcp, listens
 from checkpoint.files.peers import RESETTING, Place, StandIn, alone, place_of, stand_in
 from checkpoint.files.policy import AcceptQueues, LocalPeers
@@ -184,6 +185,11 @@ class TcpGroup:
     def local_addresses(self) -> set[str]:
         """The addresses of this host that the connections use; what has ended can do without."""
         return {_local(view.socket) for _, view in self._views if not has_ended(view.socket)} - {""}
+
+    @property
+    def devices(self) -> set[str]:
+        """The interfaces that connections are bound to, by SO_BINDTODEVICE or by a link-local address."""
+        return {name for sock in self.established for name in bound_devices(sock)}
 
     def early_runs(self) -> Iterator[PageRun]:
         """What large receive queues hold already, while the sockets still live; the owners are stopped. What else can

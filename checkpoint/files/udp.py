@@ -12,6 +12,7 @@ import errno
 import socket
 import stat
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
@@ -31,7 +32,7 @@ from tcpstate.kernel.sockets import SO, Ioctl, Level, ioctl_int
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
 
-__all__ = ["Datagram", "UdpFile", "examine_datagrams"]
+__all__ = ["Datagram", "UdpFile", "delivered", "examine_datagrams"]
 
 _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
 IP_PKTINFO: Final = 8
@@ -61,6 +62,11 @@ class Datagram:
         Endpoint(address=self.to, port=0)
         if len(self.data) >= _LONGEST:
             raise ValueError("a datagram is too long")
+
+    def same_as(self, other: Datagram) -> bool:
+        """Whether one may have been delivered as the other: that comes through the loopback device, whatever it was."""
+        ours, theirs = self.sender, other.sender
+        return (self.data, self.to, ours.address, ours.port) == (other.data, other.to, theirs.address, theirs.port)
 
 
 def examine_datagrams(view: FdView) -> str:
@@ -179,10 +185,25 @@ class UdpFile(OpenFile):
             multicast.join(sock, self.memberships, host.warn)
             give_filter(sock, ())
             if self.name is not None:
-                for datagram in self.queue:
+                for datagram in self.queue[self._delivered(host, sock) :]:
                     deliver(datagram.data, datagram.sender, datagram.to, self.name.port, host.warn)
             give_own_filter(sock, self.options)
             sock.setsockopt(Level.SOCKET, SO.PEEK_OFF, self.peek_off)
+
+    def _delivered(self, host: Rebuilder, sock: socket.socket) -> int:
+        """How many of the datagrams are in the socket's queue already. Its owner has not run, so none was taken."""
+        if not (host.adopted and self.queue):
+            return 0
+        return delivered(self.queue, _queue(sock, Endpoint.of(sock.getsockname()), str(self.name)))
+
+
+def delivered(queue: Sequence[Datagram], there: Iterable[Datagram]) -> int:
+    """How many of ``queue`` a release that was cut short has put where these are, in their order; others may have come
+    in between."""
+    count = 0
+    for one in there:
+        count += count < len(queue) and one.same_as(queue[count])
+    return count
 
 
 def _queue(sock: socket.socket, name: Endpoint, object: str) -> tuple[Datagram, ...]:

@@ -15,7 +15,7 @@ from checkpoint.verdict import Status, Verdict, refusals
 from cli.about import about, table
 from cli.command import command
 from cli.errors import UsageMistake
-from cli.filepolicy import file_places, file_policy, places_of, policy_of
+from cli.filepolicy import file_places, file_policy, places_of, policy_of, require
 from cli.session import Result, Session, Table
 from migrate.summary import SourceOptions
 from tcpstate.errors import Outcome
@@ -50,6 +50,12 @@ def check(
     """
     if host is not None and not pids:
         raise UsageMistake("--to wants the PID of what would move")
+    if host is None:
+        of_there = {"--rsh": rsh, "--remote-command": remote_command, "--address": address != "auto"}
+        of_there |= {"--map": files["path_map"], "--map-dev": files["map_dev"], "--overwrite": files["overwrite"]}
+        require("--to HOST", of_there)
+    if not files["ship"]:
+        require("--ship", {"--overwrite": files["overwrite"]})
     found = hostcheck.check()
     policy = policy_of(**files)
     places = places_of(**files)

@@ -13,7 +13,7 @@ from cli.command import command
 from cli.commands.check import report
 from cli.errors import UsageMistake
 from cli.fields import fields
-from cli.filepolicy import file_places, file_policy, places_of, policy_of
+from cli.filepolicy import file_places, file_policy, places_of, policy_of, require
 from cli.session import Result, Session
 from migrate.rounds import IfBusy
 from migrate.run import check as check_with
@@ -99,6 +99,8 @@ def migrate(
     Nobody who is connected to them is disconnected. Whatever goes wrong before the very last step leaves everything as
     it was.
     """
+    if not files["ship"]:
+        require("--ship", {"--overwrite": files["overwrite"]})
     places = places_of(**files)
     options = SourceOptions(
         address=address,

@@ -13,7 +13,7 @@ from cli.command import command
 from cli.errors import PidFileNotWritten
 from cli.fields import fields
 from cli.filepolicy import external as with_external
-from cli.filepolicy import file_places, places_of
+from cli.filepolicy import file_places, places_of, require
 from cli.session import Result, Session
 from migrate.handover import DEFAULT_REMOTE_COMMAND, Origin
 from migrate.snapshot import restore as build
@@ -66,6 +66,9 @@ def restore(
     The image is verified whole before anything is built. Connections that this host holds are taken back; those that
     another host holds it gives up, with the addresses, if --from names it. Prints the root's PID.
     """
+    if origin is None:
+        of_there = {"--rsh": rsh != DEFAULT_RSH, "--remote-command": remote_command != DEFAULT_REMOTE_COMMAND}
+        require("--from HOST", of_there | {"--address-policy": address_policy != AddressPolicy.REFUSE.value})
     places = places_of(path_map=path_map, overwrite=overwrite, map_dev=map_dev, external=external)
     with contextlib.ExitStack() as ends:
         out = ends.enter_context(_pid_file(pid_file))

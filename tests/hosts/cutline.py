@@ -4,7 +4,8 @@
 
 WAY is ``source`` (messages of the source) or ``target``, NAME a message as it is on the wire or ``image``, COUNT which
 one of them.  There, before the message is passed on or after it, the line is cut, stalls for ever, or holds until there
-is a FILE.go.  FILE is made at that moment; a line that finds it made from the beginning passes everything on.  --warm: as rsh.py's.
+is a FILE.go.  FILE is made at that moment; a line that finds it made from the beginning passes everything on.  With
+--warm the command is forked, as rsh.py says.
 """
 
 from __future__ import annotations

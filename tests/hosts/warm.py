@@ -123,9 +123,9 @@ def _be(words: list[str], environment: dict[str, str], descriptors: dict[int, in
             os.dup2(descriptor, to)
         os.closerange(max(descriptors) + 1, 1024)
         # they remember whether their descriptors can seek
-        sys.stdin = open(0, closefd=False)
-        sys.stdout = open(1, "w", closefd=False)
-        sys.stderr = open(2, "w", closefd=False, errors="backslashreplace", buffering=1)
+        sys.stdin = os.fdopen(0, closefd=False)
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+        sys.stderr = os.fdopen(2, "w", closefd=False, errors="backslashreplace", buffering=1)
         os.environ.clear()
         os.environ.update(environment)
         command = next((word for word in words if word in COMMANDS), words[0])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from checkpoint.files.abi import pidfd_getfd
 from tests.hosts import Host, Net, ThreeHosts
 from tests.hosts.process import HostProcess
 from tests.hosts.tcpmig import RSH, TCPMIG, tcpmig
@@ -50,6 +53,11 @@ class Service:
 
     def assert_untouched(self, before: tuple[set[str], set[str], set[int]]) -> None:
         assert self.picture() == before
+        self.assert_still_there(before[0])
+
+    def assert_still_there(self, addresses: set[str]) -> None:
+        """It runs, with these addresses, and answers."""
+        assert self.hosts.source.addresses() == addresses
         assert self.hosts.source.state(self.server.pid) in ("S", "R")
         status = self.hosts.source.path(f"/proc/{self.server.pid}/status").read_text()
         assert "TracerPid:\t0\n" in status
@@ -255,6 +263,40 @@ def test_an_address_that_somebody_has_at_the_target(service: Service, net: Net) 
     assert net.service4 in found["object"]
     assert service.picture() == before
     service.hosts.target.remove_address(f"{net.service4}/24")
+
+
+def test_a_connection_on_an_interface_that_the_target_has_not(service: Service) -> None:
+    server = service.server.outer_pid
+    pidfd = os.pidfd_open(server)
+    (fd,) = (int(fd) for fd in os.listdir(f"/proc/{server}/fd") if is_connected(pidfd, int(fd)))
+    with socket.socket(fileno=pidfd_getfd(pidfd, fd)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+    os.close(pidfd)
+    service.hosts.target.ip("link set eth0 name lan9")
+    before = service.hosts.source.addresses()
+    found = assert_told(service.migrate(), REFUSED, "TM-0593")
+    assert found["object"] == "eth0"
+    service.assert_still_there(before)
+    status, found, _ = service.migrate("--dry-run", "--map-dev", "eth0=lan9", *rsh_options())
+    assert status == 0, found
+
+
+def is_connected(pidfd: int, fd: int) -> bool:
+    duplicate = pidfd_getfd(pidfd, fd)
+    if not stat.S_ISSOCK(os.fstat(duplicate).st_mode):
+        os.close(duplicate)
+        return False
+    with socket.socket(fileno=duplicate) as sock, contextlib.suppress(OSError):
+        return bool(sock.getpeername())
+    return False
+
+
+def test_a_refusal_of_the_target_is_printed_once(service: Service) -> None:
+    service.hosts.target.add_address(f"{service.hosts.net.service4}/24")
+    argv = [*TCPMIG, "migrate", service.server.pid, "target", *rsh_options()]
+    done = service.hosts.source.run(argv, check=False)
+    assert done.returncode == REFUSED
+    assert done.stderr.count("TM-0704") == 1, done.stderr
 
 
 def test_an_address_that_is_not_here(service: Service, net: Net) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.hosts import ThreeHosts
+from tests.hosts import Host, ThreeHosts
 from tests.hosts.tcpmig import RSH, TCPMIG, from_host, tcpmig
 from tests.system.test_cli_bad_input import connected
 from tests.workloads.deaths import left_behind
@@ -23,12 +23,14 @@ from tests.workloads.deaths import left_behind
 PORT = 7400
 FOLDER, MOVED = "/var/lib/service", "/var/moved/service"
 GROUP = "239.1.2.3"
+KEY = 0x7E57
+LETTERS = [b"one", b"", b"two", b"two"]
 KILLED_IN = [sys.executable, "-m", "tests.workloads.killed_in"]
 
-# Has a file and a local socket of its own, a group on lan0, and a pipe and a connection to a process that stays; on a
-# line from the service address it evaluates an expression.
+# Has a file, a local socket and shared memory of its own, unread datagrams, a group on lan0, a pipe and a connection
+# to a process that stays; a line from the service address is evaluated.
 PROGRAM = f"""
-import errno, os, signal, socket, struct, sys
+import ctypes, errno, os, signal, socket, struct, sys
 def told(call):
     try:
         return call()
@@ -41,6 +43,9 @@ log.write(b"at the source\\n")
 local = socket.socket(socket.AF_UNIX)
 local.bind({FOLDER!r} + "/socket")
 local.listen()
+mail = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+mail.bind((sys.argv[1], {PORT} + 2))
+mail.setblocking(False)
 group = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 group.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lan0")
 group.bind(("", {PORT}))
@@ -56,7 +61,7 @@ ready, to_us = os.pipe()
 if os.fork() == 0:
     if os.fork() == 0:
         os.setsid()
-        for fd in (log, local, group, listener, client, end, 0, 1, 2):
+        for fd in (log, local, mail, group, listener, client, end, 0, 1, 2):
             os.close(fd if isinstance(fd, int) else fd.fileno())
         for fd in (out, ready, to_us):
             os.close(fd)
@@ -68,6 +73,10 @@ assert os.read(ready, 1) == b""
 os.close(ready)
 os.close(their_out)
 theirs.close()
+libc = ctypes.CDLL(None)
+libc.shmat.restype = ctypes.c_void_p
+libc.shmat.argtypes = ctypes.c_int, ctypes.c_void_p, ctypes.c_int
+assert libc.shmat(libc.shmget({KEY}, 4096, 0o1600), None, 0)
 for line in client.makefile():
     client.sendall((repr(told(lambda: eval(line))) + "\\n").encode())
 """
@@ -90,6 +99,18 @@ class Service:
     def say(self, expression: str) -> Any:
         self.sock.sendall(expression.encode() + b"\n")
         return eval(self.sock.makefile().readline())
+
+    def post(self) -> None:
+        """Datagrams that nobody reads before it moves."""
+        with self.hosts.client.netns_entered():
+            mail = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with mail:
+            for letter in LETTERS:
+                mail.sendto(letter, (self.hosts.net.service4, PORT + 2))
+
+    def read_post(self) -> list[bytes | str]:
+        """All of them, and what comes when there is none."""
+        return [self.say("mail.recv(100)") for _ in range(len(LETTERS) + 1)]
 
     def command(self, receive: list[str], *options: object) -> list[object]:
         """`migrate` with a hook on either side."""
@@ -139,6 +160,7 @@ def settled(service: Service, state: str) -> None:
 def test_what_was_chosen_holds(service: Service, moment: str) -> None:
     source, target, pid = service.hosts.source, service.hosts.target, service.pid
     out = service.say("out")
+    service.post()
     options = ["--ship", "--map", f"{FOLDER}={MOVED}", "--map-dev", "lan0=lan7"]
     options += ["--external", f"{out}=/var/moved/out", "--local-peer", "reset"]
     command = service.command([*KILLED_IN, moment, "receive"], *options)
@@ -163,6 +185,7 @@ def test_what_was_chosen_holds(service: Service, moment: str) -> None:
     assert target.path("/var/moved/out").read_bytes() == b"said"
     assert service.say("end.recv(100)") == b"unread"
     assert service.say("end.recv(100)") == "ECONNRESET"
+    assert service.read_post() == [*LETTERS, "EAGAIN"]
     assert left_behind(source) == []
     assert left_behind(target, pid) == []
 
@@ -196,3 +219,21 @@ def test_a_source_that_dies_tells_both_hooks(service: Service) -> None:
     assert status == 0, (told, said)
     assert service.say("group.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, 16)") == b"lan7\0"
     assert service.say("end.recv(100)") == b""
+
+
+def test_shared_memory_goes_with_the_original(service: Service) -> None:
+    """The source dies when the copy runs and the original is still there."""
+    source, target = service.hosts.source, service.hosts.target
+    options = ["--ship", "--map", f"{FOLDER}={MOVED}", "--map-dev", "lan0=lan7", "--local-peer", "close"]
+    command = service.command([*TCPMIG, "receive"], *options)
+    done = source.run([*KILLED_IN, "checkpoint.dump:Dump.discard", *command], check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert segments(source) == segments(target) == [KEY]
+    settled(service, "gone")
+    assert (segments(source), segments(target)) == ([], [KEY])
+    assert service.say("end.recv(100)") == b"unread"
+
+
+def segments(host: Host) -> list[int]:
+    """The keys of the shared memory of a host."""
+    return [int(line.split()[0]) for line in host.run(["cat", "/proc/sysvipc/shm"]).stdout.splitlines()[1:]]

@@ -65,7 +65,8 @@ def outer_pid(host: Host, pid: int) -> int:
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                with open(f"/proc/{entry}/status") as lines:
+                # a process may call itself by any bytes
+                with open(f"/proc/{entry}/status", errors="replace") as lines:
                     mine = any(line.startswith("NSpid:") and line.endswith(inside) for line in lines)
                 if mine and os.readlink(f"/proc/{entry}/ns/pid") == namespace:
                     return int(entry)

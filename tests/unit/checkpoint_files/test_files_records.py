@@ -43,7 +43,7 @@ from checkpoint.files.table import LocksOfFile, TreeFiles
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.files.terminal import Terminal, Termios
 from checkpoint.files.timerfd import TimerFd
-from checkpoint.files.udp import Datagram, UdpFile
+from checkpoint.files.udp import Datagram, UdpFile, delivered
 from checkpoint.files.unix import UnixFile
 from checkpoint.files.unixname import UnixName
 from checkpoint.files.unixqueue import Message
@@ -316,3 +316,18 @@ def test_access_modes() -> None:
     import os
 
     assert not abi.REOPEN_FLAGS & (os.O_CREAT | os.O_TRUNC | os.O_EXCL | os.O_TMPFILE & ~os.O_DIRECTORY)
+
+
+@pytest.mark.parametrize(
+    ("there", "count"),
+    [("", 0), ("ab", 2), ("abb", 3), ("xaxbxb", 3), ("axbb", 3), ("b", 0), ("abbb", 3)],
+)
+def test_datagrams_that_a_release_has_delivered_are_told_from_others(there: str, count: int) -> None:
+    """Those of the record come in their order; new ones (x, or the like of an old one) may be between them."""
+    through_loopback = [datagram(letter, scope="lo") for letter in there]
+    assert delivered([datagram(letter, scope="eth0") for letter in "abb"], through_loopback) == count
+
+
+def datagram(text: str, scope: str) -> Datagram:
+    sender = Endpoint(address="fe80::1", port=53, scope=scope)
+    return Datagram(data=text.encode(), sender=sender, to="fe80::2")

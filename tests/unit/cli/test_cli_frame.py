@@ -136,6 +136,25 @@ def test_a_usage_mistake_exits_2(run: Run, arguments: tuple[str, ...]) -> None:
     assert result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        (("check", "--map", "/a=/b"), "--map wants --to HOST"),
+        (("check", "1", "--map-dev", "a=b", "--overwrite"), "--map-dev and --overwrite want --to HOST"),
+        (("check", "1", "--address", "none"), "--address wants --to HOST"),
+        (("check", "1", "--to", "there", "--overwrite"), "--overwrite wants --ship"),
+        (("migrate", "1", "there", "--overwrite"), "--overwrite wants --ship"),
+        (("restore", "file", "--rsh", "rsh"), "--rsh wants --from HOST"),
+    ],
+)
+def test_an_option_without_what_it_is_about_is_a_usage_mistake(
+    run: Run, arguments: tuple[str, ...], missing: str
+) -> None:
+    result = run(*arguments)
+    assert result.exit_code == Outcome.USAGE
+    assert result.stderr.startswith(f"TM-0110: {missing} as well")
+
+
 def test_a_usage_mistake_is_told_in_json(run: Run) -> None:
     result = run("explain", "--json", "--nosuch")
     assert result.exit_code == Outcome.USAGE
