@@ -15,10 +15,12 @@ from migrate.errors import AnotherMachine
 from migrate.messages import CpuState, HostFacts, Needs
 from tcpstate import acceptqueue
 
-__all__ = ["ACCEPT_QUEUE", "features", "host_facts", "judge_host", "namespace", "state_directory"]
+__all__ = ["ACCEPT_QUEUE", "PROBE", "features", "host_facts", "judge_host", "namespace", "state_directory"]
 
 #: of :func:`features`: connections can be put into a listener's accept queue
 ACCEPT_QUEUE: Final = "accept-queue"
+#: the same: this program answers Probe
+PROBE: Final = "probe"
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _DEFAULT_STATE = "/var/lib/tcpmig"
@@ -37,9 +39,9 @@ def host_facts() -> HostFacts:
 
 
 def features() -> frozenset[str]:
-    """What the kernel can do here that another host may want to know before anything is stopped. The first time takes
-    up to a second (the kernel's BTF is read)."""
-    return frozenset() if acceptqueue.missing() else frozenset({ACCEPT_QUEUE})
+    """What the kernel and this program can do here that another host may want to know before anything is stopped. The
+    first time takes up to a second (the kernel's BTF is read)."""
+    return frozenset({PROBE}) if acceptqueue.missing() else frozenset({PROBE, ACCEPT_QUEUE})
 
 
 def namespace(kind: str) -> int:

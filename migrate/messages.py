@@ -264,6 +264,20 @@ class Measured(Message):
     clock_ns: int
 
 
+@member(Message, "probe")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe(Message):
+    """Source: bytes that mean nothing, to see how fast the line is (:mod:`migrate.forecast`)."""
+
+    data: bytes
+
+
+@member(Message, "probed")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed(Message):
+    """Target: a Probe has arrived."""
+
+
 @member(Message, "prepare")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepare(Message):

@@ -25,6 +25,8 @@ the source holds and will ask.
                         <-----            VERDICTS | REFUSED
     MEASURE             ----->            any number of times, as long as the original runs or is stopped
                         <-----            MEASURED
+    PROBE               ----->            any number of times before the image: how fast is the line?
+                        <-----            PROBED
     image ...           ----->
     PREPARE             ----->
                         <-----            PREPARED            (everything stands, in repair)
@@ -71,6 +73,8 @@ from migrate.messages import (
     Message,
     Prepare,
     Prepared,
+    Probe,
+    Probed,
     Refused,
     Running,
     Started,
@@ -138,6 +142,7 @@ _SOURCE_SENDS: dict[tuple[SourceState, _What], SourceState] = {
     (_S.AGREED, Check): _S.CHECKING,
     (_S.AGREED, Ask): _S.ASKING,
     (_S.CHECKED, Measure): _S.CHECKED,
+    (_S.CHECKED, Probe): _S.CHECKED,
     (_S.CHECKED, Image): _S.SENDING,
     (_S.SENDING, Measure): _S.SENDING,
     (_S.SENDING, Image): _S.SENDING,
@@ -155,6 +160,7 @@ _SOURCE_RECEIVES: dict[tuple[SourceState, _What], SourceState] = {
     (_S.ASKING, Told): _S.ANSWERED,
     (_S.CHECKING, Refused): _S.REFUSED,
     (_S.CHECKED, Measured): _S.CHECKED,
+    (_S.CHECKED, Probed): _S.CHECKED,
     (_S.SENDING, Measured): _S.SENDING,
     (_S.PREPARING, Measured): _S.PREPARING,
     (_S.PREPARING, Prepared): _S.PREPARED,
@@ -173,6 +179,7 @@ _TARGET_SENDS: dict[tuple[TargetState, _What], TargetState] = {
     (_T.ASKED, Told): _T.ANSWERED,
     (_T.CHECKING, Refused): _T.REFUSED,
     (_T.READY, Measured): _T.READY,
+    (_T.READY, Probed): _T.READY,
     (_T.RECEIVING, Measured): _T.RECEIVING,
     (_T.PREPARING, Prepared): _T.PREPARED,
     (_T.COMMITTED, Started): _T.STARTED,
@@ -198,6 +205,7 @@ _TARGET_RECEIVES: dict[tuple[TargetState, _What], TargetState] = {
     (_T.AGREED, Check): _T.CHECKING,
     (_T.AGREED, Ask): _T.ASKED,
     (_T.READY, Measure): _T.READY,
+    (_T.READY, Probe): _T.READY,
     (_T.READY, Image): _T.RECEIVING,
     (_T.RECEIVING, Measure): _T.RECEIVING,
     (_T.RECEIVING, Image): _T.RECEIVING,

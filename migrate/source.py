@@ -36,7 +36,8 @@ from migrate.errors import (
     undone,
 )
 from migrate.fileoptions import shared_and_apart
-from migrate.hostfacts import host_facts
+from migrate.forecast import Forecast, foresee, line_rate
+from migrate.hostfacts import PROBE, host_facts
 from migrate.journal import AddressesLeave, End, Journal, Place, Role, Step, StepKind
 from migrate.messages import (
     HIGHEST_VERSION,
@@ -114,6 +115,7 @@ class Source:
         self._began = monotonic_ns()
         self._stopped_ns = 0
         self._copying = False
+        self._offered: frozenset[str] = frozenset()
 
     # --- the steps
 
@@ -122,6 +124,7 @@ class Source:
         with Netlink() as netlink:
             try:
                 checked, _ = self._check(netlink)
+                checked = replace(checked, forecast=self._foresee(checked))
                 self._say(Abort(migration=self.migration, failure=Failure(code="", message="only a check")))
                 return checked
             except TcpmigError as error:
@@ -160,7 +163,8 @@ class Source:
             theirs = self._machine.receive(self._remote.first())
             self._there = Place.of(theirs.host) if isinstance(theirs, Hello) else None
             if isinstance(theirs, Hello):
-                self._outgoing.meet(theirs.host.features)
+                self._offered = theirs.host.features
+                self._outgoing.meet(self._offered)
             needs = self._outgoing.needs()
             control = control_addresses(netlink, self._remote.pid, self._remote.host)
             pids = {pid for tree in needs.trees for pid in tree.pids}
@@ -191,6 +195,12 @@ class Source:
                 " ".join(map(str, needs.addresses)) or "none",
             )
             return Checked(needs=needs, here=addresses.verdicts, there=answer.items), addresses
+
+    def _foresee(self, checked: Checked) -> Forecast | None:
+        if PROBE not in self._offered:
+            return None
+        rate = line_rate(self._say, self._hear)
+        return foresee(checked.needs, checked.there, rate, self._options.max_downtime_ms, self._options.precopy)
 
     def _move(
         self, netlink: Netlink, checked: Checked, addresses: AddressPlan, signals: contextlib.ExitStack

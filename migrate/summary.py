@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpoint.verdict import Verdict
+from migrate.forecast import Forecast
 from migrate.messages import Lost, Needs
 from migrate.rounds import IfBusy, Round
 from migrate.takeover import AddressPolicy
@@ -80,8 +81,12 @@ class Summary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
-    """What both sides say before anything is stopped: all verdicts. None refuses, unless it was only a check."""
+    """What both sides say before anything is stopped: all verdicts. None refuses, unless it was only a check.
+
+    forecast  what it would take; None: it was refused, it was no dry run, or the target cannot be asked
+    """
 
     needs: Needs
     here: tuple[Verdict, ...]
     there: tuple[Verdict, ...]
+    forecast: Forecast | None = None

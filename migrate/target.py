@@ -48,6 +48,8 @@ from migrate.messages import (
     Message,
     Prepare,
     Prepared,
+    Probe,
+    Probed,
     Refused,
     Running,
     Started,
@@ -216,6 +218,8 @@ class Target:
                     self._open_journal()
                     # at once: half of what passes until the answer arrives is the error of the measurement
                     self._say(Measured(number=number, clock_ns=monotonic_ns()))
+                case Probe():
+                    self._say(Probed())
                 case Abort(failure=failure):
                     if self._journal is None:
                         _log.info("the source gave up: %s", failure.message)

@@ -17,7 +17,8 @@ from cli.command import command
 from cli.errors import UsageMistake
 from cli.filepolicy import file_places, file_policy, places_of, policy_of, require
 from cli.session import Result, Session, Table
-from migrate.summary import SourceOptions
+from migrate.forecast import Forecast
+from migrate.summary import Checked, SourceOptions
 from tcpstate.errors import Outcome
 
 __all__ = ["check", "report"]
@@ -57,6 +58,7 @@ def check(
     if not files["ship"]:
         require("--ship", {"--overwrite": files["overwrite"]})
     found = hostcheck.check()
+    predicted: list[Forecast] = []
     policy = policy_of(**files)
     places = places_of(**files)
     options = SourceOptions(address=address, map_dev=places.devices, unit_hook=unit_hook, forwarded=places.texts())
@@ -65,8 +67,10 @@ def check(
         if not refusals(found):
             found += supervisors.verdicts(pids, preflight.pids(pids), hook=bool(unit_hook))
     if host is not None and not refusals(found):
-        found += _of_target(pids, host, rsh, remote_command, options, policy)
-    result = report(found, every=session.verbose)
+        checked = _of_target(pids, host, rsh, remote_command, options, policy)
+        found += [*checked.here, *checked.there]
+        predicted = [checked.forecast] if checked.forecast is not None else []
+    result = report(found, predicted, every=session.verbose)
     processes = about(pids)
     if not processes:
         return result
@@ -80,12 +84,12 @@ def _of_target(
     remote_command: str | None,
     options: SourceOptions,
     policy: Policy,
-) -> list[Verdict]:
+) -> Checked:
     """What the addresses and the target have to say; raises the first refusal."""
     from migrate.run import check as ask
     from migrate.transport import DEFAULT_REMOTE_COMMAND, DEFAULT_RSH
 
-    checked = ask(
+    return ask(
         pids,
         host,
         rsh=rsh or DEFAULT_RSH,
@@ -93,17 +97,19 @@ def _of_target(
         options=options,
         policy=policy,
     )
-    return [*checked.here, *checked.there]
 
 
-def report(found: Sequence[Verdict], *, every: bool) -> Result:
-    """The verdicts as the result of a command; ``every``: those that are fine, too."""
+def report(found: Sequence[Verdict], predicted: Sequence[Forecast] = (), *, every: bool) -> Result:
+    """The verdicts, and what each migration would take, as the result of a command; ``every``: those that are fine,
+    too."""
     refused = refusals(found)
     data: dict[str, object] = {"verdicts": list(found)}
     if refused:
         # what a caller finds in any failure
         first = refused[0]
         data |= {"code": first.code, "message": first.text, "object": first.subject, "fix": first.fix}
+    if predicted:
+        data["predicted"] = list(predicted)
     count = Counter(verdict.status for verdict in found)
     summary = f"{count[Status.OK]} ok, {count[Status.WARN]} with a warning, {count[Status.REFUSE]} refused"
     shown = [verdict for verdict in found if every or verdict.status is not Status.OK]
@@ -111,6 +117,15 @@ def report(found: Sequence[Verdict], *, every: bool) -> Result:
     table = Table(columns=["verdict", "what", "kind", "code", ""], rows=rows, styles=_STYLES)
     return Result(
         data=data,
-        body=[table, summary] if rows else [summary],
+        body=[*([table] if rows else []), summary, *map(_in_words, predicted)],
         outcome=Outcome.REFUSED if refused else Outcome.DONE,
     )
+
+
+def _in_words(predicted: Forecast) -> str:
+    rounds, last = predicted.rounds[:-1], predicted.rounds[-1]
+    before = f"{len(rounds)} rounds with {sum(one.bytes for one in rounds) / 1e6:.1f} MB, then " if rounds else ""
+    busy = ", for they write too fast" if predicted.busy else ""
+    stop = f"{before}{last.bytes / 1e6:.1f} MB in a stop of {predicted.stop_ms:.0f} ms{busy}"
+    rates = f"the line carries {predicted.line_rate / 1e6:.0f} MB/s, they write {predicted.write_rate / 1e6:.1f}"
+    return f"about: {stop}; {predicted.total_ms:.0f} ms in all ({rates})"

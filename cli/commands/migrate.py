@@ -75,7 +75,7 @@ AT_ONCE = 2
     help="What if the process writes too fast for that: stop and copy the rest, or leave it.  [default: stop]",
 )
 @click.option("--stop-and-copy", is_flag=True, help="No rounds: all memory is copied while the processes stand still.")
-@click.option("--dry-run", is_flag=True, help="Only ask both hosts whether it can be done.")
+@click.option("--dry-run", is_flag=True, help="Only ask both hosts whether it can be done, and foretell what it takes.")
 def migrate(
     session: Session,
     pids: tuple[int, ...],
@@ -128,15 +128,12 @@ def migrate(
     else:
         raise UsageMistake("which processes? Name a PID, or --all-matching PATTERN")
     if dry_run:
-        found = [
-            verdict
+        checked = [
+            check_with(one, host, rsh=rsh, remote_command=remote_command, options=options, policy=decided)
             for one in chosen
-            for checked in [
-                check_with(one, host, rsh=rsh, remote_command=remote_command, options=options, policy=decided)
-            ]
-            for verdict in (*checked.here, *checked.there)
         ]
-        return report(found, every=session.verbose)
+        found = [verdict for one in checked for verdict in (*one.here, *one.there)]
+        return report(found, [one.forecast for one in checked if one.forecast], every=session.verbose)
     if all_matching:
         from cli.several import Move, all_of, gathered
 

@@ -318,6 +318,21 @@ def test_a_dry_run_changes_nothing(service: Service) -> None:
     service.assert_untouched(before)
 
 
+def test_a_dry_run_foretells_what_a_migration_takes(service: Service) -> None:
+    _, found, _ = service.migrate("--dry-run", *rsh_options())
+    status, done, said = service.migrate()
+    assert status == 0, said
+    (predicted,) = found["predicted"]
+    # it waits for its client, and writes nothing: one round, and little for the stop
+    assert len(predicted["rounds"]) == len(done["rounds"]) == 2
+    assert 0.7 < predicted["rounds"][0]["bytes"] / done["rounds"][0]["bytes"] < 1.4
+    assert predicted["rounds"][-1]["bytes"] < 1 << 20
+    assert predicted["bytes_sent"] == sum(one["bytes"] for one in predicted["rounds"])
+    assert predicted["line_rate"] > 1e6
+    assert predicted["stop_ms"] > 0
+    assert not predicted["busy"]
+
+
 def test_ctrl_c_before_the_end_leaves_everything_as_it_was(service: Service) -> None:
     before = service.picture()
     # a target that never answers: the remote command reads to the end of file and says nothing before

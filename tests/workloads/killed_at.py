@@ -28,6 +28,7 @@ class Step(enum.Enum):
 
     CALL = "a system call of a batch on sockets of ours"
     ENTRY = "an entry of a table that runs inside the process that is moved, or rebuilt"
+    START = "a thread is about to be sent into code of ours, or just was"
     PYTHON = "a call of any function, written in Python or C"
 
 
@@ -39,6 +40,7 @@ MOMENTS = {
     "release": (Step.CALL, "checkpoint.files.tcp:RebuiltTcp.release"),
     "settle": (Step.CALL, "migrate.recover:_settle"),
     "inject": (Step.ENTRY, ""),
+    "start": (Step.START, ""),
     "recover": (Step.PYTHON, "migrate.recover:_settle"),
 }
 
@@ -84,6 +86,19 @@ class Counter:
             run(injection, tables, **named)
 
         inject.Injection.run = counted
+
+    def count_starts(self) -> None:
+        """All that is injected begins so: single calls, and tables."""
+        excursions = importlib.import_module("checkpoint.excursion").Excursions
+        start = excursions.start
+
+        @functools.wraps(start)
+        def counted(*arguments: Any) -> None:
+            self.step()
+            start(*arguments)
+            self.step()
+
+        excursions.start = counted
 
     def count_python(self) -> None:
         """Calls of functions from the moment on at which this is called."""
@@ -136,6 +151,8 @@ def main() -> None:
             counter.count_calls()
         case Step.ENTRY:
             counter.count_entries()
+        case Step.START:
+            counter.count_starts()
         case Step.PYTHON:
             begin = counter.count_python
     if place:

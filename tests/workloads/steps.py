@@ -57,6 +57,8 @@ PLACES = {
     "rebuild": Place("rebuild", "receive"),
     "release": Place("release", "receive"),
     "stubs": Place("inject", "receive"),
+    "starts": Place("start", "migrate"),
+    "stub-starts": Place("start", "receive"),
     "thaw": Place("thaw", "checkpoint -R"),
     "hold": Place("freeze", "checkpoint"),
     "back": Place("rebuild", "restore", breaks.hold),

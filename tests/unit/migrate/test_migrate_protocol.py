@@ -31,6 +31,8 @@ from migrate.messages import (
     Needs,
     Prepare,
     Prepared,
+    Probe,
+    Probed,
     Refused,
     Running,
     Standing,
@@ -69,6 +71,7 @@ SOURCE_SAYS: list[Message] = [
     Abort(migration=NAME, failure=FAILURE),
     Done(migration=NAME),
     Ask(migration=NAME),
+    Probe(data=b"x"),
     Keepalive(),
 ]
 TARGET_SAYS: list[Message] = [
@@ -82,6 +85,7 @@ TARGET_SAYS: list[Message] = [
     Stuck(migration=NAME, token=TOKEN, failure=FAILURE),
     Abort(migration=NAME, failure=FAILURE),
     Told(migration=NAME, standing=Standing.RUNS),
+    Probed(),
     Keepalive(),
 ]
 
