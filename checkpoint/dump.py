@@ -376,7 +376,7 @@ class Dump:
                 processes=[Traced.of(process) for process in self._tree.processes],
                 connections=self._connections.originals(),
                 locks=given_up_locks(self._files_table.entries, records),
-                segments=[record.number for record in records if isinstance(record, SysvSegment)],
+                objects=[record.note for record in records if isinstance(record, SysvSegment)] + self._ipc.notes,
             )
             write(self.note, Trace.TREE, tree)
         self._tree.queue_sigstops()

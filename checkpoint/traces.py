@@ -146,13 +146,14 @@ class GivenUpLock:
 class FrozenTree:
     """Processes that will stay stopped if the tool dies, parents before children; connections as they were; locks.
 
-    segments  IDs of System V shared memory that only they have attached: it goes with them when the copy runs
+    objects  System V objects that only they use, as notes of what was made name them (:class:`Made`): they go with the
+             processes when the copy runs
     """
 
     processes: list[Traced]
     connections: list[Original]
     locks: list[GivenUpLock]
-    segments: list[int] = field(default_factory=list)
+    objects: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

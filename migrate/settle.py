@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from checkpoint import preflight, undo
 from checkpoint.errors import NoSuchProcess
-from checkpoint.files.sysv import remove_deserted
 from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcp import TcpGroup
 from checkpoint.finish import Finish, remove_made, running
 from checkpoint.image.frames import Kind, PageRun, Runs
 from checkpoint.records import FilesDelta
-from checkpoint.traces import Stubs, Traced, alive
+from checkpoint.traces import Made, Stubs, Traced, alive
 from checkpoint.verdict import refusals
 from migrate import handover, holdstore
 from migrate.addresses import read_configuration
@@ -150,8 +149,8 @@ def discard_original(view: JournalView, journal: Journal) -> None:
             # Not if it fails: a process that ends with living connections resets them.  Those of a checkpoint are held.
             undo.discard(tree)
         steps.make("ending the original", lambda: undo.end(tree.processes))
-        # what somebody has attached meanwhile stays
-        steps.make("removing shared memory", lambda: remove_deserted(set(tree.segments)))
+        for path in tree.objects:
+            steps.make("removing System V objects", functools.partial(remove_made, Made(path=path)))
     _clear(traces, steps)
     running = view.step(StepKind.RUNNING)
     there = {} if running is None else running.pids or {}

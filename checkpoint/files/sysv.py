@@ -87,6 +87,11 @@ class SysvSegment(OpenFile):
     def _name(self) -> str:
         return f"shared memory segment {self.number}, key {self.key & 0xFFFFFFFF:#010x}"
 
+    @property
+    def note(self) -> str:
+        """What :func:`remove_noted` knows it by."""
+        return f"{_NOTE}{self.number}"
+
     def rebuild(self, host: Rebuilder) -> int:
         known = host.shared.get(("sysv shm", self.number))
         if known is None:
@@ -98,7 +103,7 @@ class SysvSegment(OpenFile):
     def _make(self, host: Rebuilder) -> int:
         size = host.records.contents[self.content].size
         if host.note_path is not None:
-            host.note_path(f"{_NOTE}{self.number}")
+            host.note_path(self.note)
         try:
             if not sysv.create(self.number, self.key, size, self.mode):
                 raise SegmentTaken(f"there is a segment with the ID {self.number} here", object=self._name)
@@ -138,7 +143,7 @@ def remove_deserted(numbers: set[int]) -> None:
 
 
 def remove_noted(path: str) -> bool | None:
-    """Undo what a note of :meth:`SysvSegment.rebuild` tells, if nobody has attached it; whether there was anything.
+    """Remove what a :attr:`SysvSegment.note` names, if nobody has attached it; whether there was anything.
 
     None if the path is not such a note.
     """

@@ -42,7 +42,7 @@ KINDS: Final[tuple[type[SystemV], ...]] = (SemaphoreSet, MessageQueue)
 #: objects of a tree, as they were told before its stop: (what, ID)
 _Known = frozenset[tuple[str, int]]
 
-#: a note of what was made: this, the kind, its ID
+#: a note of what was made, or is to go: this, the kind, its ID
 _NOTE: Final = "/proc/sysvipc/"
 
 
@@ -128,10 +128,19 @@ class Objects:
                 raise StateUnreadable(f"it cannot be read: {error.strerror}", object=name) from error
         self.records = tuple(found)
 
+    @property
+    def notes(self) -> list[str]:
+        """What :func:`remove_noted` knows them by."""
+        return [_note(one) for one in self.records]
+
     def remove(self) -> None:
         """The processes are gone, and their copies are elsewhere or in an image. May be repeated."""
         remove(self.records)
         self.records = ()
+
+
+def _note(one: SystemV) -> str:
+    return f"{_NOTE}{one.option}/{one.number}"
 
 
 def check(objects: Iterable[SystemV]) -> None:
@@ -161,7 +170,7 @@ def make(objects: Iterable[SystemV], note: Callable[[str], None] | None, undo: C
     """
     for one in objects:
         if note is not None:
-            note(f"{_NOTE}{one.option}/{one.number}")
+            note(_note(one))
         try:
             if not one.create():
                 raise _taken(one, "its ID")
@@ -200,7 +209,7 @@ def _remove(kind: type[SystemV], number: int) -> bool:
 
 
 def remove_noted(path: str) -> bool | None:
-    """Undo what a note of :func:`make` tells; whether there was anything. None if the path is not such a note."""
+    """Remove what such a note names; whether there was anything. None if the path is not such a note."""
     for kind in KINDS:
         start = f"{_NOTE}{kind.option}/"
         if path.startswith(start):

@@ -27,7 +27,7 @@ KEY = 0x7E57
 LETTERS = [b"one", b"", b"two", b"two"]
 KILLED_IN = [sys.executable, "-m", "tests.workloads.killed_in"]
 
-# Has a file, a local socket and shared memory of its own, unread datagrams, a group on lan0, a pipe and a connection
+# Has a file, a local socket and System V objects of its own, unread datagrams, a group on lan0, a pipe and a connection
 # to a process that stays; a line from the service address is evaluated.
 PROGRAM = f"""
 import ctypes, errno, os, signal, socket, struct, sys
@@ -77,6 +77,10 @@ libc = ctypes.CDLL(None)
 libc.shmat.restype = ctypes.c_void_p
 libc.shmat.argtypes = ctypes.c_int, ctypes.c_void_p, ctypes.c_int
 assert libc.shmat(libc.shmget({KEY}, 4096, 0o1600), None, 0)
+semaphores = libc.semget({KEY}, 1, 0o1600)
+assert semaphores >= 0
+raised = (ctypes.c_short * 3)(0, 1, 0o10000)
+assert libc.semop(semaphores, raised, 1) == 0
 for line in client.makefile():
     client.sendall((repr(told(lambda: eval(line))) + "\\n").encode())
 """
@@ -221,19 +225,20 @@ def test_a_source_that_dies_tells_both_hooks(service: Service) -> None:
     assert service.say("end.recv(100)") == b""
 
 
-def test_shared_memory_goes_with_the_original(service: Service) -> None:
+def test_system_v_objects_go_with_the_original(service: Service) -> None:
     """The source dies when the copy runs and the original is still there."""
     source, target = service.hosts.source, service.hosts.target
     options = ["--ship", "--map", f"{FOLDER}={MOVED}", "--map-dev", "lan0=lan7", "--local-peer", "close"]
     command = service.command([*TCPMIG, "receive"], *options)
     done = source.run([*KILLED_IN, "checkpoint.dump:Dump.discard", *command], check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert segments(source) == segments(target) == [KEY]
+    assert objects(source) == objects(target) == [KEY, KEY]
     settled(service, "gone")
-    assert (segments(source), segments(target)) == ([], [KEY])
+    assert (objects(source), objects(target)) == ([], [KEY, KEY])
     assert service.say("end.recv(100)") == b"unread"
 
 
-def segments(host: Host) -> list[int]:
-    """The keys of the shared memory of a host."""
-    return [int(line.split()[0]) for line in host.run(["cat", "/proc/sysvipc/shm"]).stdout.splitlines()[1:]]
+def objects(host: Host) -> list[int]:
+    """The keys of the System V shared memory and semaphores of a host."""
+    lines = host.run(["cat", "/proc/sysvipc/shm", "/proc/sysvipc/sem"]).stdout.splitlines()
+    return [int(line.split()[0]) for line in lines if not line.split()[0].isalpha()]
