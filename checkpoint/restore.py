@@ -208,6 +208,7 @@ class Restore:
             overwrite=self._overwrite,
             devices=self._devices,
             external=self._external,
+            stubs=self.stubs,
         )
         if self._check:
             for warning in self._rebuilder.check():

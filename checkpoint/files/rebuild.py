@@ -35,6 +35,7 @@ from checkpoint.files.external import External
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.listener import Listener
 from checkpoint.files.locks import Locks
+from checkpoint.files.peercred import Stub
 from checkpoint.files.peers import StandIn
 from checkpoint.files.policy import External as ExternalRule
 from checkpoint.files.policy import rule_for
@@ -84,6 +85,7 @@ class Rebuilder:
                of the source are known here (files/identity.py), None: the source is not there to tell
     held     sockets that were kept on this host, by index: they are taken instead of being made, and ours from then on
 
+    stubs      the new processes, by the PIDs of the source: what is to be theirs from the beginning is made in them
     terminals  pseudo terminals that are somebody's controlling terminal already, by number; they stay the caller's
 
     Kinds use: ``files`` (all records), ``descriptor``, ``content``, ``shared`` (things that several descriptions have
@@ -105,7 +107,9 @@ class Rebuilder:
         held: Mapping[int, HeldSocket] | None = None,
         terminals: Mapping[int, Pair] | None = None,
         devices: Mapping[str, str] | None = None,
+        stubs: Mapping[int, Stub] | None = None,
     ) -> None:
+        self.stubs: Mapping[int, Stub] = {} if stubs is None else stubs
         self.held = dict(held or {})
         # filled in while the tree grows
         self.terminals: Mapping[int, Pair] = {} if terminals is None else terminals

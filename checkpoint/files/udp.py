@@ -74,7 +74,6 @@ def examine_datagrams(view: FdView) -> str:
     held_outside(view)
     save(view.socket, view.object)
     multicast.of_socket(view.socket, view.object)
-    _nothing_corked(view)
     return ""
 
 
@@ -124,6 +123,7 @@ class UdpFile(OpenFile):
 
     @classmethod
     def examine(cls, view: FdView) -> str:
+        _nothing_corked(view)
         return examine_datagrams(view)
 
     @classmethod

@@ -3,9 +3,9 @@
 The record of a socket holds its own receive queue, and names its peer by the peer's inode number at the source; at the
 target :mod:`checkpoint.files.unixbuild` makes all sockets of the tree together.
 
-Source: net/unix/af_unix.c, net/unix/diag.c. Not kept: SO_PEERCRED (it shows who made the pair:
-tcpmig), the pending error of a socket whose peer closed with unread data, and, if a capture of the same queue came
-before (``checkpoint -R``), datagrams of no bytes that were unread then already: the kernel does not show them twice.
+Source: net/unix/af_unix.c, net/unix/diag.c. Not kept: the pending error of a socket whose peer closed with unread
+data, and, if a capture of the same queue came before (``checkpoint -R``), datagrams of no bytes that were unread then
+already: the kernel does not show them twice.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from checkpoint.errors import (
 from checkpoint.files import unixqueue
 from checkpoint.files.base import FdView, OpenFile, register
 from checkpoint.files.outside import holders_text
+from checkpoint.files.peercred import PeerCredentials
 from checkpoint.files.policy import LocalPeers
 from checkpoint.files.sockopts import SocketOptions, save
 from checkpoint.files.unixdiag import SocketState, UnixSocket
@@ -80,6 +81,8 @@ class UnixFile(OpenFile):
     queue     unread messages
     reset     peer is 0 since its process stays behind, and reading tells ECONNRESET
     peek_off  SO_PEEK_OFF, -1: off
+    shows     SO_PEERCRED; of a listener: what those who connect are shown
+    from_     of one that is not accepted yet: what its other end will show
     """
 
     socket: int
@@ -95,6 +98,8 @@ class UnixFile(OpenFile):
     options: SocketOptions
     peek_off: int
     reset: bool = False
+    shows: PeerCredentials | None = None
+    from_: PeerCredentials | None = None
 
     def validate(self) -> None:
         if self.type not in _TYPES or not 0 <= self.shutdown <= 3 or len(self.remote) > 108:
@@ -159,6 +164,8 @@ class UnixFile(OpenFile):
             options=save(sock, view.object),
             peek_off=sock.getsockopt(Level.SOCKET, SO.PEEK_OFF),
             reset=peer == GONE and view.table.policy.local_peer is LocalPeers.RESET and _is_cut(view, state),
+            shows=PeerCredentials.of(sock),
+            from_=None if waits_at is None or not view.places else PeerCredentials.of_process(view.places[0][0]),
             **view.common(),
         )
 

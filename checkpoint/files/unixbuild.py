@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 from checkpoint.errors import BadFileRecord, FileRebuildFailed
 from checkpoint.files import unixqueue
 from checkpoint.files.base import set_flags
+from checkpoint.files.peercred import Actors
 from checkpoint.files.sockopts import before_bind, give_late, give_own_filter, set_buffers
 from checkpoint.files.unix import GONE, UnixFile
 from checkpoint.files.unixname import BoundName, Stage, UnixName
@@ -54,7 +55,8 @@ class Builder:
         self._sockets: dict[int, socket.socket] = {}
         self._bound: dict[int, BoundName] = {}
         self._gone: dict[int, socket.socket] = {}  # the closed peer of a socket, kept until its queue is filled
-        self._passing: dict[tuple[int, bytes], tuple[socket.socket, bytes]] = {}
+        self._passing: dict[tuple[int, bytes], tuple[socket.socket, BoundName]] = {}
+        self._actors = Actors(host.stubs)
         self._stage = Stage(note=host.note_path)
         self._completed = False
         self._released = False
@@ -102,7 +104,7 @@ class Builder:
             if record.name is not None and not record.accepted and number not in self._bound:
                 self._bind(sock, record)
             if record.backlog is not None:
-                sock.listen(record.backlog)
+                self._actors.listen(sock, record.backlog, record.shows, self._holder(record))
 
     def _bind(self, sock: socket.socket, record: UnixFile) -> None:
         if record.name is not None:
@@ -111,7 +113,7 @@ class Builder:
 
     def _socketpair(self, record: UnixFile) -> tuple[socket.socket, socket.socket]:
         try:
-            return socket.socketpair(socket.AF_UNIX, record.type)
+            return self._actors.socketpair(record.type, record.shows, self._holder(record))
         except OSError as error:
             raise FileRebuildFailed(f"socketpair: {error.strerror}", object=f"socket {record.socket}") from error
 
@@ -130,23 +132,29 @@ class Builder:
         """(connector, accepted): a connection made through a listener that has the accepted socket's name."""
         if accepted.name is None:
             raise BadFileRecord("an accepted local socket without a name", object=f"socket {accepted.socket}")
-        listener, address = self._listener(accepted.type, accepted.name)
+        listener, bound = self._listener(accepted.type, accepted.name)
+        shown = None if connector is None else connector.shows
+        # whoever listened is shown to the one, whoever connects to the other
+        self._actors.listen(listener, 1, shown, self._holder(accepted))
         sock = socket.socket(socket.AF_UNIX, accepted.type)
         if connector is not None and connector.name is not None:
             self._bind(sock, connector)
-        sock.connect(address)
+        self._actors.connect(sock, *bound.way, accepted.shows, self._holder(connector or accepted))
         made, _ = listener.accept()
         return sock, made
 
-    def _listener(self, type: int, name: UnixName) -> tuple[socket.socket, bytes]:
+    def _holder(self, record: UnixFile) -> int:
+        """A process of the source that has the socket; 0: it is in flight."""
+        return next((pid for pid, _ in self._host.places(record)), 0)
+
+    def _listener(self, type: int, name: UnixName) -> tuple[socket.socket, BoundName]:
         known = self._passing.get((type, name.address))
         if known is None:
             listener = socket.socket(socket.AF_UNIX, type)
             # its file is only passing as well: it stays in the stage and vanishes with it
             nowhere = UnixName(address=name.address, mode=0o600, uid=os.geteuid(), gid=os.getegid())
             bound = self._stage.bind_for_now(listener, nowhere)
-            listener.listen(1)
-            known = self._passing[type, name.address] = (listener, bound.address)
+            known = self._passing[type, name.address] = (listener, bound)
         return known
 
     # ---- completing
@@ -175,7 +183,7 @@ class Builder:
         sock = self._sockets[number]
         to = b""
         if record.waits_at is not None:
-            to = self._address_of(record.waits_at)
+            self._wait_at(sock, record, record.waits_at)
         elif record.remote:
             to = record.remote
             if not to.startswith(b"\0"):
@@ -191,6 +199,16 @@ class Builder:
             sock.connect(to)
         except OSError as error:
             raise FileRebuildFailed(f"connect: {error.strerror}", object=os.fsdecode(to)) from error
+
+    def _wait_at(self, sock: socket.socket, record: UnixFile, listener: int) -> None:
+        """Connect to a listener that will accept it later."""
+        address = self._address_of(listener)
+        bound = self._bound.get(listener)
+        way = (address, -1) if bound is None else bound.way
+        try:
+            self._actors.connect(sock, *way, record.from_, self._holder(record))
+        except OSError as error:
+            raise FileRebuildFailed(f"connect: {error.strerror}", object=os.fsdecode(address)) from error
 
     def _address_of(self, number: int) -> bytes:
         record = self._records.get(number)

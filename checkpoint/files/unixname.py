@@ -106,6 +106,14 @@ class BoundName:
     folder: int = -1  # descriptor of the directory that the staged file is in
 
     @property
+    def way(self) -> tuple[bytes, int]:
+        """(address, descriptor of the directory that it starts from, -1: of none): who else connects has not our
+        /proc/self."""
+        if self.staged and self.folder >= 0:
+            return os.fsencode(os.path.basename(self.staged)), self.folder
+        return self.name.address, -1
+
+    @property
     def address(self) -> bytes:
         """What connect() can be given, wherever the file is now; paths to stages are too long."""
         if self.staged and self.folder >= 0:

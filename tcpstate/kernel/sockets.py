@@ -62,6 +62,7 @@ class SO(enum.IntEnum):
     LINGER = 13
     REUSEPORT = 15
     PASSCRED = 16
+    PEERCRED = 17
     RCVLOWAT = 18
     RCVTIMEO_OLD = 20
     SNDTIMEO_OLD = 21
@@ -90,6 +91,7 @@ class SO(enum.IntEnum):
     ATTACH_BPF = 50
     MEMINFO = 55
     COOKIE = 57
+    PEERGROUPS = 59
     ZEROCOPY = 60
     TXTIME = 61
     BINDTOIFINDEX = 62

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from checkpoint.errors import FileMissing, LockTaken, PeerOutsideTree, Refused
+from checkpoint.files import links
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.table import TreeFiles
 from checkpoint.files.verdicts import verdicts
@@ -157,7 +158,8 @@ keep['a'] = a
     assert any(getattr(f, "path", "") == other for f in outcome.records.files)
 
 
-def test_unknown_hard_link_is_refused(tmp_path: Path) -> None:
+def test_hard_link_that_is_too_far_away_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "_MOST", 1)
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(Refused, match="TM-0344"):
         round_trip(

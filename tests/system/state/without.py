@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from checkpoint.files import install, kinds, rebuild, regular
+from checkpoint.files import install, kinds, peercred, rebuild, regular
 from checkpoint.files import table as files_table
 from checkpoint.files.base import OpenFile, kind_name
 from checkpoint.ipc.base import SystemV
@@ -139,6 +139,7 @@ def _no_posix(self: Any) -> dict[int, list[Any]]:
 
 def _aspects() -> dict[str, Switch]:
     return {
+        "aspect/peer-credentials": _patch(peercred.Actors, "_stub", lambda self, who, holder: None),
         "aspect/owner": _patch(rebuild.Rebuilder, "_own"),
         "aspect/locks": _patch(rebuild.Locks, "take"),
         "aspect/record-locks": _patch(files_table.FileTable, "_posix_locks", _no_posix),

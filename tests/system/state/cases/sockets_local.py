@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import os
 import select
+import signal
 import socket
 import struct
 import time
@@ -278,3 +279,96 @@ def listener_of_tcp(here: Here) -> Iterator[None]:
     client.send(b"in")
     served, _ = listener.accept()
     assert served.recv(9) == b"in"
+
+
+def peer(sock: socket.socket) -> tuple[int, int, int, tuple[int, ...]]:
+    """SO_PEERCRED and SO_PEERGROUPS: pid, uid, gid, groups."""
+    pid, uid, gid = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    groups = sock.getsockopt(socket.SOL_SOCKET, 59, 256)
+    return pid, uid, gid, struct.unpack(f"={len(groups) // 4}I", groups)
+
+
+def become(uid: int, gid: int, *groups: int) -> None:
+    os.setgroups(groups)
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+
+
+@case("aspect/peer-credentials")
+def who_made_a_pair(here: Here) -> Iterator[None]:
+    os.seteuid(2001)
+    a, b = socket.socketpair()
+    os.seteuid(0)
+    told, tells = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        become(2002, 2003, 7, 9)
+        c, d = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        socket.send_fds(tells, [b"x"], [c.fileno(), d.fileno()])
+        while True:
+            signal.pause()
+    _, (first, second), _, _ = socket.recv_fds(told, 1, 2)
+    c, d = socket.socket(fileno=first), socket.socket(fileno=second)
+    before = [peer(sock) for sock in (a, b, c, d)]
+    assert before[0][:2] == (os.getpid(), 2001)
+    assert before[2] == (child, 2002, 2003, (7, 9))
+    yield
+    assert [peer(sock) for sock in (a, b, c, d)] == before
+    a.send(b"on")
+    assert b.recv(9) == b"on"
+    d.send(b"goes")
+    assert c.recv(9) == b"goes"
+
+
+@case("aspect/peer-credentials")
+def who_listens_and_who_connects(here: Here) -> Iterator[None]:
+    path = here.path("service")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(path)
+    os.chmod(path, 0o666)
+    os.chmod(here.folder, 0o755)
+    for folder in list(here.folder.parents)[:-2]:
+        os.chmod(folder, 0o755)
+    server.listen(5)
+    told, tells = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        become(2004, 2005, 11)
+        accepted, waits = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+        accepted.connect(path)
+        waits.connect(path)
+        socket.send_fds(tells, [b"x"], [accepted.fileno()])
+        while True:
+            signal.pause()
+    _, (first,), _, _ = socket.recv_fds(told, 1, 1)
+    accepted = socket.socket(fileno=first)
+    served, _ = server.accept()
+    assert peer(served) == (child, 2004, 2005, (11,))
+    assert peer(accepted)[:3] == (os.getpid(), 0, 0)
+    before = [peer(sock) for sock in (server, served, accepted)]
+    yield
+    assert [peer(sock) for sock in (server, served, accepted)] == before
+    later, _ = server.accept()
+    assert peer(later) == (child, 2004, 2005, (11,))
+    fresh = socket.socket(socket.AF_UNIX)
+    fresh.connect(path)
+    assert peer(fresh)[:3] == (os.getpid(), 0, 0)
+    accepted.send(b"still")
+    assert served.recv(9) == b"still"
+
+
+@case("aspect/peer-credentials")
+def who_made_it_has_ended(here: Here) -> Iterator[None]:
+    told, tells = socket.socketpair()
+    child = os.fork()
+    if child == 0:
+        become(2006, 2007)
+        a, b = socket.socketpair()
+        socket.send_fds(tells, [b"x"], [a.fileno(), b.fileno()])
+        os._exit(0)
+    _, fds, _, _ = socket.recv_fds(told, 1, 2)
+    os.waitpid(child, 0)
+    ends = [socket.socket(fileno=fd) for fd in fds]
+    yield
+    # its number is nobody's any more; user and group are what is asked for
+    assert [peer(sock)[1:3] for sock in ends] == [(2006, 2007)] * 2
