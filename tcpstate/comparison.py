@@ -138,9 +138,9 @@ def differences(
             or name(told.congestion) != record.congestion
             or told.outq not in (0, record.sent)
             or address(told.local_family, told.local_rest) != conn.local.partition("%")[0]
-            or told.local_port != conn.local_port.to_bytes(2, "big")
+            or told.local_port != socket.htons(conn.local_port)
             or address(told.peer_family, told.peer_rest) != conn.peer.partition("%")[0]
-            or told.peer_port != conn.peer_port.to_bytes(2, "big")
+            or told.peer_port != socket.htons(conn.peer_port)
         ):
             suspects.add(i)
     suspects |= _other_bytes(socks, records, found, heads)

@@ -43,6 +43,7 @@ from tcpstate.filters import (
 from tcpstate.kernel import bpf
 from tcpstate.kernel.bpf import Instruction
 from tcpstate.kernel.columns import Column, Field, Reusable, RowResult, Rows, numbers_of
+from tcpstate.kernel.lanes import in_portions
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import IP, IPV6, SO, Ioctl, Level
 from tcpstate.kernel.tcp import TCP, USER_TIMEOUT_MAX, Repair, RepairQueue
@@ -131,13 +132,17 @@ _originals = Reusable(_build_originals)
 
 def read_originals(socks: Sequence[socket.socket]) -> list[QuietState]:
     """What :func:`quiet` is going to change, to be written down before it does. ForeignFilter, ConnectionCallFailed."""
-    filters = [own_filter(f) for f in read_filters(socks)]
+    # most connections of a server have the same
+    known: dict[tuple[object, ...], QuietState] = {}
+    return in_portions(len(socks), lambda part: _read_originals(socks[part], known))
+
+
+def _read_originals(socks: Sequence[socket.socket], states: dict[tuple[object, ...], QuietState]) -> list[QuietState]:
+    filters = [own_filter(f) if f else f for f in read_filters(socks)]
     rows, (fd, fields) = _originals.of(len(socks))
     fd.set(numbers_of(socks))
     with failures(socks):
         rows.run()
-    # most connections of a server have the same
-    states: dict[tuple[object, ...], QuietState] = {}
     found = []
     for parts in zip(filters, *(f.u32() for f in fields), strict=True):
         state = states.get(parts)
@@ -187,16 +192,22 @@ def quiet(socks: Sequence[socket.socket], originals: Sequence[QuietState] | None
         return []
     states = read_originals(socks) if originals is None else list(originals)
     try:
-        shut([s for s, state in zip(socks, states, strict=True) if state.gate is Gate.FILTER])
-        _gate_ttl([s for s, state in zip(socks, states, strict=True) if state.gate is Gate.TTL])
-        rows, fd = _silencing.of(len(socks))
-        fd.set(numbers_of(socks))
-        with failures(socks):
-            rows.run()
+        in_portions(len(socks), lambda part: _quiet(socks[part], states[part]))
     except BaseException:
         thaw(socks, states)
         raise
     return states
+
+
+def _quiet(socks: Sequence[socket.socket], states: Sequence[QuietState]) -> tuple[()]:
+    locked = [s for s, state in zip(socks, states, strict=True) if state.gate is Gate.TTL]
+    shut([s for s in socks if s not in locked] if locked else socks)
+    _gate_ttl(locked)
+    rows, fd = _silencing.of(len(socks))
+    fd.set(numbers_of(socks))
+    with failures(socks):
+        rows.run()
+    return ()
 
 
 def _build_attaching(rows: Rows) -> tuple[Column, Field, RowResult]:

@@ -8,11 +8,14 @@ Source: Documentation/networking/tproxy.rst; include/uapi/linux/fib_rules.h, rtn
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import enum
 import errno
+import os
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from typing import Final
 
@@ -74,34 +77,48 @@ def _route(family: int) -> bytes:
     return head + _u32(_Route.TABLE, _TABLE) + _u32(_Route.OIF, socket.if_nametoindex("lo"))
 
 
+#: who is in the block of :func:`inward` in this process, by network namespace and family
+_users: collections.Counter[tuple[int, int]] = collections.Counter()
+_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def inward(families: frozenset[int]) -> Iterator[None]:
     """The way in, in the calling thread's network namespace, as long as the block lasts. OSError.
 
-    What a killed tool left of it is no hindrance, and harms nobody.  Two users at a time: the first that ends takes it
-    away, and the other's packets are then as if lost; who injects looks whether they arrived.
+    Threads, and blocks in one another, may use it at the same time.  What a killed tool left of it is no hindrance, and
+    harms nobody.  Of two processes the first that ends takes it away, and the other's packets are then as if lost; who
+    injects looks whether they arrived.
     """
     fresh = Request.CREATE | Request.EXCLUSIVE
+    space = os.stat("/proc/thread-self/ns/net").st_ino
     with Netlink() as netlink:
-        begin = [
-            change
-            for family in sorted(families)
-            for change in ((_Message.NEWROUTE, fresh, _route(family)), (_Message.NEWRULE, fresh, _rule(family)))
-        ]
-        try:
-            for error in netlink.change(begin):
-                if error is not None and error.errno != errno.EEXIST:
-                    raise error
-            yield
-        finally:
-            end = [
+        with _lock:
+            begin = [
                 change
                 for family in sorted(families)
-                for change in (
-                    (_Message.DELRULE, Request.REQUEST, _rule(family)),
-                    (_Message.DELROUTE, Request.REQUEST, _route(family)),
-                )
+                if not _users[space, family]
+                for change in ((_Message.NEWROUTE, fresh, _route(family)), (_Message.NEWRULE, fresh, _rule(family)))
             ]
-            for error in netlink.change(end):
+            _users.update((space, family) for family in families)
+            failed = [e for e in netlink.change(begin) if e is not None and e.errno != errno.EEXIST] if begin else []
+        try:
+            if failed:
+                raise failed[0]
+            yield
+        finally:
+            with _lock:
+                _users.subtract((space, family) for family in families)
+                end = [
+                    change
+                    for family in sorted(families)
+                    if not _users[space, family]
+                    for change in (
+                        (_Message.DELRULE, Request.REQUEST, _rule(family)),
+                        (_Message.DELROUTE, Request.REQUEST, _route(family)),
+                    )
+                ]
+                ended = netlink.change(end) if end else []
+            for error in ended:
                 if error is not None and error.errno not in _GONE:
                     raise error

@@ -314,16 +314,13 @@ class _Reading:
         rows, (fd, fields) = self.table.of(len(socks))
         fd.set(numbers_of(socks))
         rows.run()
-        size = rows.record_size
-        memory = bytes(rows.memory)
         # connections of one server are mostly alike: each combination of values is looked at once
-        known: dict[bytes, Saved] = {}
+        known: dict[tuple[bytes, ...], Saved] = {}
         saved = []
-        for row, sock in enumerate(socks):
-            record = memory[row * size : (row + 1) * size]
+        for row, record in enumerate(struct.iter_unpack(f"{rows.record_size}s", rows.memory)):
             same = known.get(record)
             if same is None:
-                same = known[record] = self._look(fields, row, sock)
+                same = known[record] = self._look(fields, row, socks[row])
             saved.append(same)
         return saved
 
@@ -374,11 +371,15 @@ def refresh(socks: Sequence[socket.socket], saved: Sequence[Saved]) -> list[Save
     """What :func:`save` gave, as it is now, if the sockets' owners have been stopped since."""
     fresh = _by_family(socks, volatile=True)
     known: dict[tuple[int, int], Saved] = {}
+    found = []
     for new, old in zip(fresh, saved, strict=True):
-        if (id(new), id(old)) not in known:
+        key = id(new), id(old)
+        both = known.get(key)
+        if both is None:
             steady = {k: v for k, v in old.numbers.items() if k not in VOLATILE}
-            known[id(new), id(old)] = Saved(steady | new.numbers, old.data)
-    return [known[id(new), id(old)] for new, old in zip(fresh, saved, strict=True)]
+            both = known[key] = Saved(steady | new.numbers, old.data)
+        found.append(both)
+    return found
 
 
 def _by_family(socks: Sequence[socket.socket], *, volatile: bool) -> list[Saved]:

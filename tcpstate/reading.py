@@ -16,10 +16,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import itertools
 import operator
 import socket
 import struct
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -50,7 +52,7 @@ _MOVING = ("bytes_acked", "bytes_received", "segments_in", "unsent")
 class Numbers(NamedTuple):
     """What one connection's calls gave, in the order of :func:`_build_reading`. TCP_INFO is read before all else.
 
-    The ends are cut in three, so that all but the ports is the same for many connections.
+    The ends are cut in three, so that all but the ports is the same for many connections; ports are in network order.
     """
 
     number: int
@@ -89,13 +91,15 @@ class Numbers(NamedTuple):
     write_seq: int
     rcv_nxt: int
     local_family: bytes
-    local_port: bytes
+    local_port: int
     local_rest: bytes
     peer_family: bytes
-    peer_port: bytes
+    peer_port: int
     peer_rest: bytes
 
 
+#: a Numbers of a tuple: its _make() without a look at the length, which the reader's format fixes
+_numbers: Final = functools.partial(tuple.__new__, Numbers)
 #: of TCP_INFO: what changes if anything arrives, is acknowledged, or is sent for the first time
 _position_of: Final = operator.itemgetter(0, *map(Numbers._fields.index, _MOVING))
 
@@ -146,9 +150,8 @@ def read_all(socks: Sequence[socket.socket], saved: Sequence[options.Saved], ear
         for _ in range(_TRIES):
             _see_marks([i for i in todo if raw[i].inq or raw[i].told.at_mark], socks, raw, inlined)
             read_queues(todo, socks, raw, early)
-            again = _positions([socks[i] for i in todo])
-            before = map(_position_of, [raw[i].told for i in todo])
-            todo = [i for i, old, new in zip(todo, before, again, strict=True) if old != new]
+            again = _positions(socks if len(todo) == len(socks) else [socks[i] for i in todo])
+            todo = [i for i, new in zip(todo, again, strict=True) if _position_of(raw[i].told) != new]
             if not todo:
                 return raw
             for i, fresh in zip(todo, read_numbers([socks[i] for i in todo]), strict=True):
@@ -270,7 +273,7 @@ def _build_reading(rows: Rows) -> tuple[Column, struct.Struct]:
         (window, "5I"),
         (congestion, f"{CONGESTION_NAME_SIZE}s"),
         *numbers,
-        *((name, "2s2s24s") for name in names),
+        *((name, "2sH24s") for name in names),
     )
 
 
@@ -292,7 +295,7 @@ def read_numbers(socks: Sequence[socket.socket]) -> list[Raw]:
     fd.set(numbers_of(socks))
     with failures(socks):
         rows.run()
-    found = list(map(Raw, map(Numbers._make, reader.iter_unpack(rows.memory))))
+    found = list(map(Raw, map(_numbers, reader.iter_unpack(rows.memory))))
     for sock, raw in zip(socks, found, strict=True):
         if raw.told.number == _ESTABLISHED:
             continue
@@ -333,7 +336,11 @@ def read_queues(
     for i in indices:
         one, known = raw[i], early[i]
         outq = one.told.outq
-        if one.told.number == _ESTABLISHED and known is None and not outq and not one.inq:
+        if one.told.number == _ESTABLISHED and known is None and one.urgent is None and max(outq, one.inq) <= SMALL:
+            if outq:
+                small[RepairQueue.SEND].append((i, outq))
+            if one.inq:
+                small[RepairQueue.RECEIVE].append((i, one.inq))
             continue
         sock = socks[i]
         out = 0 if one.state in NOT_CONNECTED else outq - (1 if _sent_fin(one) and outq else 0)
@@ -434,6 +441,26 @@ def _build_peeking(rows: Rows) -> tuple[Column, Field, Column, Column, RowResult
 _peeking = Reusable(_build_peeking)
 
 
+class _Memory(threading.local):
+    """Where each thread reads queues to; kept, because the kernel zeroes every page of new memory."""
+
+    def __init__(self) -> None:
+        self._memory = ctypes.create_string_buffer(1)
+
+    def of(self, size: int) -> ctypes.Array[ctypes.c_char]:
+        """So many bytes of it, or more. Those that were handed out before are to be used no more."""
+        if size > _KEPT:
+            return ctypes.create_string_buffer(size)
+        if size > len(self._memory):
+            self._memory = ctypes.create_string_buffer(size)
+        return self._memory
+
+
+#: bytes of it at most
+_KEPT: Final = 2 << 20
+_memory = _Memory()
+
+
 def _peek_small(socks: Sequence[socket.socket], sizes: Sequence[tuple[int, int]], queue: RepairQueue) -> list[bytes]:
     found: list[bytes] = []
     for part in portions([size for _, size in sizes]):
@@ -443,7 +470,7 @@ def _peek_small(socks: Sequence[socket.socket], sizes: Sequence[tuple[int, int]]
 
 def _peek_portion(socks: Sequence[socket.socket], lengths: Sequence[int], queue: RepairQueue) -> list[bytes]:
     starts = list(itertools.accumulate(lengths, initial=0))
-    memory = ctypes.create_string_buffer(starts[-1])
+    memory = _memory.of(starts[-1])
     base = ctypes.addressof(memory)
     rows, (fd, which, at, size, got) = _peeking.of(len(socks))
     fd.set(numbers_of(socks))

@@ -20,22 +20,25 @@ and their timers send nothing, as long as there is a :func:`tcpstate.freeze.blac
 from __future__ import annotations
 
 import functools
+import itertools
 import socket
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Self
+from socket import htons
+from typing import ClassVar, Final, Self
 
 from tcpstate import giving, opening, softstate
 from tcpstate.comparison import Difference, compare, differences, read_back
 from tcpstate.errors import ConnectionCallFailed, UnknownHardState, UnsupportedState
-from tcpstate.export import later
+from tcpstate.export import Passed
 from tcpstate.firstdata import put_first
 from tcpstate.freeze import MARK, shut
 from tcpstate.inward import MARK as INWARD
 from tcpstate.kernel import bpf
 from tcpstate.kernel.columns import Column, Field, Reusable, RowResult, Rows, numbers_of
+from tcpstate.kernel.lanes import in_portions
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import IP, IPV6, SO, Level, pack_address
 from tcpstate.kernel.tcp import (
@@ -46,15 +49,15 @@ from tcpstate.kernel.tcp import (
     WINDOW_SIZE,
     Repair,
     RepairQueue,
-    pack_window,
 )
 from tcpstate.kernel.tcp import repair_options as pack_repair_options
 from tcpstate.md5keys import give_keys
 from tcpstate.options import Stage, number
 from tcpstate.preflight import supported
-from tcpstate.record import ConnectionRecord, Family, Negotiated, State, Windows
+from tcpstate.record import ConnectionRecord, Family, State
 from tcpstate.refill import SMALL, put, put_sent, put_small
 from tcpstate.release import release_connections
+from tcpstate.roundtrip import Teachers
 from tcpstate.rows import Names, failures
 from tcpstate.segment import SEQ_MASK
 from tcpstate.urgent import held_back
@@ -135,36 +138,60 @@ def rebuild_connections(
         return []
     begun = time.monotonic()
     # what stands behind an urgent mark follows at the release
-    records = [held_back(record) for record in records]
+    records = [record if record.urgent_in is None else held_back(record) for record in records]
     made = _fresh(records) if socks is None else list(socks)
     heads = [early.get(i, ()) for i in range(len(records))] if early else [()] * len(records)
-    opened = [i for i, record in enumerate(records) if not record.unopened]
+    known = softstate.means(records) if soft else softstate.NO_MEANS
+
+    def rebuild(part: slice) -> tuple[()]:
+        plans = softstate.plan(records[part], known) if soft else [softstate.NOTHING] * len(records[part])
+        later = elapsed + time.monotonic() - begun
+        _rebuild(made[part], records[part], heads[part], plans, teachers, bound=bound, elapsed=later)
+        return ()
+
     try:
-        plans = softstate.plan(records) if soft else [softstate.NOTHING] * len(records)
-        if len(opened) < len(records):
-            _prepare(made, records, elapsed)
-        families = {record_family(records[i]) for i in opened}
-        for family in families:
-            mine = [i for i in opened if record_family(records[i]) == family]
-            groups = _connect(
-                [made[i] for i in mine],
-                [records[i] for i in mine],
-                [heads[i] for i in mine],
-                [plans[i] for i in mine],
-                family,
-                bound,
-            )
-        ready = [made[i] for i in opened], [records[i] for i in opened]
-        _fill(*ready, [heads[i] for i in opened])
-        if len(families) != 1:
-            groups = giving.alike(ready[1])
-        _finish(*ready, groups, elapsed + time.monotonic() - begun)
+        with softstate.way_in(known) as teachers:
+            in_portions(len(records), rebuild)
     except BaseException:
         if socks is None:
             # in repair closing sends nothing
             _close(made)
         raise
     return made
+
+
+def _rebuild(
+    socks: Sequence[socket.socket],
+    records: Sequence[ConnectionRecord],
+    heads: Sequence[Sequence[memoryview]],
+    plans: Sequence[softstate.Plan],
+    teachers: Teachers,
+    *,
+    bound: bool,
+    elapsed: float,
+) -> None:
+    """Some of them; ``elapsed``: seconds since the export at the call."""
+    begun = time.monotonic()
+    opened = [i for i, r in enumerate(records) if r.state is State.ESTABLISHED or not r.unopened]
+    if len(opened) < len(records):
+        _prepare(socks, records, elapsed)
+    families = {record_family(records[i]) for i in opened}
+    for family in families:
+        mine = [i for i in opened if record_family(records[i]) == family]
+        groups = _connect(
+            [socks[i] for i in mine],
+            [records[i] for i in mine],
+            [heads[i] for i in mine],
+            [plans[i] for i in mine],
+            teachers,
+            family,
+            bound,
+        )
+    ready = [socks[i] for i in opened], [records[i] for i in opened]
+    _fill(*ready, [heads[i] for i in opened])
+    if len(families) != 1:
+        groups = giving.alike(ready[1])
+    _finish(*ready, groups, elapsed + time.monotonic() - begun)
 
 
 def _prepare(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord], elapsed: float) -> None:
@@ -179,17 +206,20 @@ def _prepare(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]
 
 @dataclass(slots=True)
 class _Opening:
-    """Calls before the options that must be set before bind: fresh sockets enter repair mode."""
+    """Calls before the options that must be set before bind: fresh sockets enter repair mode.
+
+    row  a line of :data:`ROW`
+    """
+
+    ROW: ClassVar = struct.Struct("=IIi")
 
     fd: Column
-    send: Field
-    receive: Field
-    program: Field
+    row: Field
     shut: RowResult | None
 
     @classmethod
     def build(cls, rows: Rows, family: int, *, shut: bool) -> Self:
-        fd, send, receive, program = rows.column(), rows.room(4), rows.room(4), rows.room(4)
+        fd, row = rows.column(), rows.room(cls.ROW.size)
         # Before bind: else the kernel finds the port taken by the listener.
         rows.setsockopt(fd, Level.TCP, TCP.REPAIR, Repair.ON, label="entering repair mode")
         # Bind and connect work before the address is here (IP_FREEBIND would not do for connect).
@@ -197,31 +227,33 @@ class _Opening:
             rows.setsockopt(fd, Level.IPV6, IPV6.TRANSPARENT, 1)
         else:
             rows.setsockopt(fd, Level.IP, IP.TRANSPARENT, 1)
-        rows.setsockopt(fd, Level.SOCKET, SO.SNDBUFFORCE, send)
-        rows.setsockopt(fd, Level.SOCKET, SO.RCVBUFFORCE, receive)
-        done = rows.setsockopt(fd, Level.SOCKET, SO.ATTACH_BPF, program, ignore=True) if shut else None
-        return cls(fd, send, receive, program, done)
+        rows.setsockopt(fd, Level.SOCKET, SO.SNDBUFFORCE, row.part(0, 4))
+        rows.setsockopt(fd, Level.SOCKET, SO.RCVBUFFORCE, row.part(4, 4))
+        done = rows.setsockopt(fd, Level.SOCKET, SO.ATTACH_BPF, row.part(8, 4), ignore=True) if shut else None
+        return cls(fd, row, done)
 
 
 @dataclass(slots=True)
 class _Connecting:
-    """Calls up to the queues."""
+    """Calls up to the queues.
 
+    row              a line of :attr:`form`: mark; starts of the send and the receive queue; local and peer address,
+                     each family, port, rest; what was negotiated
+    negotiated_size  how much of that last is used
+    """
+
+    form: struct.Struct
     fd: Column
-    mark: Field
-    send_start: Field
-    receive_start: Field
-    local: Field
-    peer: Field
-    negotiated: Field
+    row: Field
     negotiated_size: Column
 
     @classmethod
     def build(cls, rows: Rows, family: int, *, bind: bool, marked: bool) -> Self:
         size = len(pack_address("::1" if family == socket.AF_INET6 else "127.0.0.1", 0, family=family))
-        fd, negotiated_size = rows.column(), rows.column()
-        mark, send_start, receive_start = (rows.room(4) for _ in range(3))
-        local, peer, negotiated = rows.room(size), rows.room(size), rows.room(REPAIR_OPTIONS_SIZE)
+        form = struct.Struct(f"=III{2 * f'HH{size - 4}s'}{REPAIR_OPTIONS_SIZE}s")
+        fd, negotiated_size, row = rows.column(), rows.column(), rows.room(form.size)
+        mark, send_start, receive_start = (row.part(at, 4) for at in (0, 4, 8))
+        local, peer = row.part(12, size), row.part(12 + size, size)
         if marked:
             # The route is chosen at connect, and the application's mark may choose it.
             rows.setsockopt(fd, Level.SOCKET, SO.MARK, mark)
@@ -232,6 +264,7 @@ class _Connecting:
         if bind:
             rows.call(SYS.bind, fd, local, size, label="bind")
         rows.call(SYS.connect, fd, peer, size, label="connect")
+        negotiated = row.part(12 + 2 * size, REPAIR_OPTIONS_SIZE)
         rows.setsockopt(fd, Level.TCP, TCP.REPAIR_OPTIONS, negotiated, size=negotiated_size)
         # Whatever the options: setting them computes the MSS anew, which connect() in repair left at 524 bytes for
         # good.
@@ -241,7 +274,7 @@ class _Connecting:
         # From here on its timers must not be heard, nor end it.
         rows.setsockopt(fd, Level.SOCKET, SO.MARK, rows.shared(struct.pack("I", MARK)), label="setting the mark")
         rows.setsockopt(fd, Level.TCP, TCP.USER_TIMEOUT, USER_TIMEOUT_MAX)
-        return cls(fd, mark, send_start, receive_start, local, peer, negotiated, negotiated_size)
+        return cls(form, fd, row, negotiated_size)
 
 
 _FAMILIES: Final[tuple[int, ...]] = (socket.AF_INET, socket.AF_INET6)
@@ -262,6 +295,7 @@ def _connect(
     records: Sequence[ConnectionRecord],
     heads: Sequence[Sequence[memoryview]],
     plans: Sequence[softstate.Plan],
+    teachers: Teachers,
     family: int,
     bound: bool,
 ) -> list[giving.Alike]:
@@ -273,11 +307,15 @@ def _connect(
     program = bpf.drop_program() if but is None else bpf.mark_program(but)
     rows, opening = _opening[family, program is not None].of(len(socks))
     opening.fd.set(fds)
-    opening.send.set([_buffer(r.buffers.send, len(r.send_queue)) for r in records])
-    unread = [len(r.receive_queue) + n for r, n in zip(records, ahead, strict=True)]
-    opening.receive.set([_buffer(r.buffers.receive, n) for r, n in zip(records, unread, strict=True)])
-    if program is not None:
-        opening.program.set([program] * len(socks))
+    pack, attached, size = _Opening.ROW.pack, -1 if program is None else program, functools.cache(_buffer)
+    opening.row.set_bytes(
+        [
+            pack(
+                size(r.buffers.send, len(r.send_queue)), size(r.buffers.receive, len(r.receive_queue) + n), attached
+            )
+            for r, n in zip(records, ahead, strict=True)
+        ]
+    )  # fmt: skip
     with failures(socks, names):
         rows.run()
         if opening.shut is None or any(opening.shut.values()):
@@ -289,32 +327,47 @@ def _connect(
         if record.signing_keys and record.state is not State.CLOSED:
             give_keys(sock, record.signing_keys, str(record.conn_id))
 
-    marks = [number(r, "so.mark") for r in records]
+    marks = [number(r, "so.mark") for r in records] if any("so.mark" in numbers for _, numbers, _ in groups) else ()
     rows, table = _connecting[family, not bound, any(marks)].of(len(socks))
     table.fd.set(fds)
-    table.mark.set(marks)
-    starts = [(r.copied_seq - n) & SEQ_MASK for r, n in zip(records, ahead, strict=True)]
-    table.send_start.set([(r.snd_una - len(p.samples)) & SEQ_MASK for r, p in zip(records, plans, strict=True)])
-    table.receive_start.set(starts)
-    ends = functools.cache(functools.partial(_around_port, family))
-    scopes = [socket.if_nametoindex(r.scope) if r.scope else 0 for r in records]
-    local, peer = [], []
-    for r, scope in zip(records, scopes, strict=True):
-        conn = r.conn_id
-        before, behind = ends(conn.local, 0, scope)
-        local.append(before + conn.local_port.to_bytes(2, "big") + behind)
-        before, behind = ends(conn.peer, r.flow_info, scope)
-        peer.append(before + conn.peer_port.to_bytes(2, "big") + behind)
-    table.local.set_bytes(local)
-    table.peer.set_bytes(peer)
-    agreed = functools.cache(_repair_options)
-    negotiated = [agreed(r.negotiated) for r in records]
-    table.negotiated.set_bytes(negotiated)
-    table.negotiated_size.set(list(map(len, negotiated)))
+    starts = [(r.rcv_nxt - len(r.receive_queue) - n) & SEQ_MASK for r, n in zip(records, ahead, strict=True)]
+    lines, sizes = _lines(table.form, family, records, plans, starts, marks or itertools.repeat(0))
+    table.row.set_bytes(lines)
+    table.negotiated_size.set(sizes)
     with failures(socks, names):
         rows.run()
-        softstate.give(socks, records, plans, starts)
+        softstate.give(socks, records, plans, starts, teachers)
     return groups
+
+
+def _lines(
+    form: struct.Struct,
+    family: int,
+    records: Sequence[ConnectionRecord],
+    plans: Sequence[softstate.Plan],
+    starts: Sequence[int],
+    marks: Iterable[int],
+) -> tuple[list[bytes], list[int]]:
+    """Lines of the :class:`_Connecting` table, and how much each negotiated."""
+    pack, ends, options = (
+        form.pack,
+        functools.cache(functools.partial(_behind_port, family)),
+        functools.cache(_repair_options),
+    )
+    lines, sizes = [], []
+    for r, plan, start, mark in zip(records, plans, starts, marks, strict=False):
+        conn, n, scope = r.conn_id, r.negotiated, socket.if_nametoindex(r.scope) if r.scope else 0
+        agreed, size = options(n.mss, n.snd_wscale, n.rcv_wscale, n.sack, n.timestamps)
+        lines.append(
+            pack(
+                mark, (r.snd_una - len(plan.samples)) & SEQ_MASK, start,
+                family, htons(conn.local_port), ends(conn.local, 0, scope),
+                family, htons(conn.peer_port), ends(conn.peer, r.flow_info, scope),
+                agreed,
+            )
+        )  # fmt: skip
+        sizes.append(size)
+    return lines, sizes
 
 
 def _buffer(reported: int, queue: int) -> int:
@@ -322,17 +375,18 @@ def _buffer(reported: int, queue: int) -> int:
     return min(_BUFFER_MAX, max(reported // 2, 2 * queue + _BUFFER_SLACK))
 
 
-def _around_port(family: int, address: str, flow_info: int, scope: int) -> tuple[bytes, bytes]:
-    """What stands before and behind the port in the struct sockaddr of an address."""
-    data = pack_address(address.partition("%")[0], 0, family=family, flow_info=flow_info, scope=scope)
-    return data[:2], data[4:]
+def _behind_port(family: int, address: str, flow_info: int, scope: int) -> bytes:
+    """What stands behind the port in the struct sockaddr of an address."""
+    return pack_address(address.partition("%")[0], 0, family=family, flow_info=flow_info, scope=scope)[4:]
 
 
-def _repair_options(agreed: Negotiated) -> bytes:
-    scales = None
-    if agreed.snd_wscale is not None and agreed.rcv_wscale is not None:
-        scales = agreed.snd_wscale, agreed.rcv_wscale
-    return pack_repair_options(agreed.mss, wscale=scales, sack=agreed.sack, timestamps=agreed.timestamps)
+def _repair_options(
+    mss: int, snd_wscale: int | None, rcv_wscale: int | None, sack: bool, timestamps: bool
+) -> tuple[bytes, int]:
+    """What TCP_REPAIR_OPTIONS takes, and its size."""
+    scales = None if snd_wscale is None or rcv_wscale is None else (snd_wscale, rcv_wscale)
+    data = pack_repair_options(mss, wscale=scales, sack=sack, timestamps=timestamps)
+    return data, len(data)
 
 
 def _fill(
@@ -361,19 +415,23 @@ def _fill(
 
 @dataclass(slots=True)
 class _Finishing:
-    """Calls once the queues are in."""
+    """Calls once the queues are in.
+
+    row   a line of :attr:`ROW`: receive buffer; the windows; the clock; the congestion control
+    size  of that last one's name
+    """
+
+    ROW: ClassVar = struct.Struct(f"=I5II{CONGESTION_NAME_SIZE}s")
 
     fd: Column
-    receive: Field
-    windows: Field
-    congestion: Field
-    congestion_size: Column
-    clock: Field
+    row: Field
+    size: Column
 
     @classmethod
     def build(cls, rows: Rows) -> Self:
-        fd, size = rows.column(), rows.column()
-        receive, windows, name, clock = (rows.room(n) for n in (4, WINDOW_SIZE, CONGESTION_NAME_SIZE, 4))
+        fd, size, row = rows.column(), rows.column(), rows.room(cls.ROW.size)
+        receive, windows, clock = row.part(0, 4), row.part(4, WINDOW_SIZE), row.part(4 + WINDOW_SIZE, 4)
+        name = row.part(8 + WINDOW_SIZE, CONGESTION_NAME_SIZE)
         # The buffer has its own size again before any window is computed.  One that was offered cannot be taken back,
         # and what does not fit the real buffer would be dropped, and come again after a time-out.
         rows.setsockopt(fd, Level.SOCKET, SO.RCVBUFFORCE, receive)
@@ -381,7 +439,7 @@ class _Finishing:
         # Its own; ours was there to set its congestion window.
         rows.setsockopt(fd, Level.TCP, TCP.CONGESTION, name, size=size, label="setting the congestion control")
         rows.setsockopt(fd, Level.TCP, TCP.TIMESTAMP, clock)
-        return cls(fd, receive, windows, name, size, clock)
+        return cls(fd, row, size)
 
 
 _finishing = Reusable(_Finishing.build)
@@ -393,16 +451,20 @@ def _finish(
     """Windows, congestion control and what else can be set before the address is here."""
     rows, table = _finishing.of(len(socks))
     table.fd.set(numbers_of(socks))
-    table.receive.set([r.buffers.receive // 2 for r in records])
-    table.windows.set_bytes([_window(r.windows) for r in records])
-    table.congestion.set_bytes([r.congestion.encode("ascii") for r in records])
-    table.congestion_size.set([len(r.congestion) for r in records])
-    clocks = [r.timestamps for r in records]
-    table.clock.set([later(t.value, t.microseconds, elapsed) if t is not None else 0 for t in clocks])
+    pack, passed, lines, sizes = _Finishing.ROW.pack, Passed(elapsed), [], []
+    for r in records:
+        w, t, name = r.windows, r.timestamps, r.congestion.encode("ascii")
+        lines.append(
+            pack(
+                r.buffers.receive // 2,
+                w.snd_wl1, w.snd_wnd, w.max_window, w.rcv_wnd, w.rcv_wup,
+                0 if t is None else passed.later(t.value, t.microseconds),
+                name,
+            )
+        )  # fmt: skip
+        sizes.append(len(name))
+    table.row.set_bytes(lines)
+    table.size.set(sizes)
     with failures(socks, Names(records)):
         rows.run()
         giving.give(socks, groups, Stage.REPAIRED)
-
-
-def _window(w: Windows) -> bytes:
-    return pack_window(w.snd_wl1, w.snd_wnd, w.max_window, w.rcv_wnd, w.rcv_wup)

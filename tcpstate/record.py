@@ -328,8 +328,9 @@ class ConnectionRecord:
     @property
     def unopened(self) -> bool:
         """Whether the peer has never answered: it is connecting, or that failed."""
-        nothing = not self.rcv_nxt and not self.windows.max_window
-        return self.state is State.SYN_SENT or (self.state is State.CLOSED and nothing)
+        if self.state is State.CLOSED:
+            return not self.rcv_nxt and not self.windows.max_window
+        return self.state is State.SYN_SENT
 
     @property
     def peer_fin(self) -> bool:

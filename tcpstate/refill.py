@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import itertools
 import socket
+from array import array
 from collections.abc import Sequence
 
 from tcpstate.errors import QueueNotRestored
@@ -81,12 +81,11 @@ def put_small(socks: Sequence[socket.socket], queues: Sequence[bytes]) -> list[i
 
 
 def _put_portion(socks: Sequence[socket.socket], queues: Sequence[bytes]) -> list[int]:
-    lengths = list(map(len, queues))
-    data = bytearray().join(queues)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(data))
+    # pointers to the bytes where they are
+    addresses = (ctypes.c_char_p * len(queues))(*queues)
     rows, (fd, at, size, put_in) = _filling.of(len(socks))
     fd.set(numbers_of(socks))
-    at.set([base + start for start in itertools.accumulate(lengths[:-1], initial=0)])
-    size.set(lengths)
+    at.set(array("Q", bytes(addresses)))
+    size.set(list(map(len, queues)))
     rows.run()
     return [max(0, count) for count in put_in.values()]

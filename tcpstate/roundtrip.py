@@ -19,12 +19,13 @@ only timestamps measure it).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Self
 
@@ -32,14 +33,14 @@ from tcpstate.connid import ConnId
 from tcpstate.errors import SoftStateNotRestored
 from tcpstate.inward import MARK as INWARD
 from tcpstate.inward import inward
-from tcpstate.kernel.columns import Column, Field, Reusable, Rows
+from tcpstate.kernel.columns import Column, Field, Reusable, Rows, numbers_of
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import SO, Ioctl, Level, pack_address
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, InfoOption, RepairQueue, TcpInfo
 from tcpstate.rows import Names, failures
 from tcpstate.segment import SEQ_MASK, Flag, Segment, build, timestamp_option
 
-__all__ = ["SAMPLES_MAX", "Lesson", "samples", "teach"]
+__all__ = ["SAMPLES_MAX", "Lesson", "Teachers", "samples", "teach", "teaching"]
 
 #: samples that one connection is given at most
 SAMPLES_MAX: Final = 5
@@ -152,25 +153,34 @@ def _destination(address: str) -> bytes:
     return pack_address(address.partition("%")[0], 0, family=family)
 
 
-def teach(socks: Sequence[socket.socket], lessons: Sequence[Lesson]) -> None:
+#: raw sockets to inject through, by family
+Teachers = Mapping[int, socket.socket]
+
+
+@contextlib.contextmanager
+def teaching(families: frozenset[int]) -> Iterator[Teachers]:
+    """What :func:`teach` injects through, in the calling thread's network namespace; threads may share it. OSError."""
+    with contextlib.ExitStack() as stack:
+        if families:
+            stack.enter_context(inward(families))
+        yield {family: stack.enter_context(_raw(family)) for family in families}
+
+
+def teach(socks: Sequence[socket.socket], lessons: Sequence[Lesson], teachers: Teachers) -> None:
     """Give each socket its samples. Their send queues are empty afterwards; their clocks are still to be set.
 
     SoftStateNotRestored if an ACK does not arrive: the socket is of no use then. ConnectionCallFailed, OSError.
     """
-    if not socks:
-        return
     for count in {len(one.samples) for one in lessons}:
         mine = [i for i, one in enumerate(lessons) if len(one.samples) == count]
         rows, sending = _sending[count].of(len(mine))
-        sending.fd.set([socks[i].fileno() for i in mine])
+        sending.fd.set(numbers_of([socks[i] for i in mine]))
         with failures(socks, Names([lessons[i] for i in mine])):
             rows.run()
     todo = list(zip(socks, lessons, strict=True))
-    families = {one.conn_id.v6 for one in lessons}
-    with inward(frozenset(socket.AF_INET6 if v6 else socket.AF_INET for v6 in families)):
-        for v6 in families:
-            with _raw(socket.AF_INET6 if v6 else socket.AF_INET) as raw:
-                _acknowledge(raw, [pair for pair in todo if pair[1].conn_id.v6 is v6])
+    for v6 in {one.conn_id.v6 for one in lessons}:
+        raw = teachers[socket.AF_INET6 if v6 else socket.AF_INET]
+        _acknowledge(raw, [pair for pair in todo if pair[1].conn_id.v6 is v6])
 
 
 def _raw(family: int) -> socket.socket:
@@ -189,7 +199,7 @@ def _acknowledge(raw: socket.socket, todo: Sequence[tuple[socket.socket, Lesson]
     info = TcpInfo.unpack(first.getsockopt(Level.TCP, TCP.INFO, INFO_SIZE))
     unit = 1 if info.options & InfoOption.USEC_TS else 1000
     for number in range(max(len(one.samples) for _, one in todo)):
-        left = [pair for pair in todo if len(pair[1].samples) > number]
+        left = [pair for pair in todo if len(pair[1].samples) > number] if number else todo
         for attempt in range(_TRIES):
             left = _one_round(raw, left, number, unit)
             if not left:
@@ -206,15 +216,18 @@ def _one_round(
     """Inject ACK ``number`` of each; those that have not taken it."""
     packets = [_packet(one, number, unit) for _, one in todo]
     rows, acking = _acking[socket.AF_INET6 if todo[0][1].conn_id.v6 else socket.AF_INET].of(len(todo))
-    acking.fd.set([s.fileno() for s, _ in todo])
+    acking.fd.set(numbers_of([s for s, _ in todo]))
     acking.raw.set([raw.fileno()] * len(todo))
     acking.packet.set_bytes(packets)
     acking.length.set(list(map(len, packets)))
     acking.address.set_bytes([_destination(one.conn_id.local) for _, one in todo])
     with failures([], Names([one for _, one in todo])):
         rows.run()
+    lefts = acking.left.u32()
+    if not any(lefts):
+        return []
     waiting = [len(one.samples) - number - 1 for _, one in todo]
-    return [pair for pair, unacked, rest in zip(todo, acking.left.u32(), waiting, strict=True) if unacked > rest]
+    return [pair for pair, unacked, rest in zip(todo, lefts, waiting, strict=True) if unacked > rest]
 
 
 def _packet(one: Lesson, number: int, unit: int) -> bytes:

@@ -24,13 +24,14 @@ import dataclasses
 import logging
 import socket
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from tcpstate.connid import ConnId
 from tcpstate.errors import KernelFeatureMissing, TcpmigError
 from tcpstate.kernel.bpf import windows
-from tcpstate.kernel.bpf.windows import SLOTS, Slot
+from tcpstate.kernel.bpf.windows import SLOTS
 from tcpstate.kernel.columns import Column, Field, Reusable, Rows, numbers_of
 from tcpstate.kernel.sockets import IP, IPV6, SO, Level, is_v6
 from tcpstate.kernel.tcp import (
@@ -44,11 +45,25 @@ from tcpstate.kernel.tcp import (
 )
 from tcpstate.options import number
 from tcpstate.record import DEVICE_OPTION, ConnectionRecord, Family, SoftState, State
-from tcpstate.roundtrip import Lesson, samples, teach
+from tcpstate.roundtrip import Lesson, Teachers, samples, teach, teaching
 from tcpstate.rows import Names, failures
 from tcpstate.silence import MARK
 
-__all__ = ["NOTHING", "Plan", "clamp", "foresee", "give", "missing", "plan", "room", "wide_open"]
+__all__ = [
+    "NOTHING",
+    "NO_MEANS",
+    "Means",
+    "Plan",
+    "clamp",
+    "foresee",
+    "give",
+    "means",
+    "missing",
+    "plan",
+    "room",
+    "way_in",
+    "wide_open",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -107,48 +122,93 @@ class Plan(NamedTuple):
     """What one rebuilt connection is given.
 
     samples  round-trip times; its send queue is to begin so many bytes early
-    slot     windows; None: none
+    slot     windows (:func:`tcpstate.kernel.bpf.windows.slot`); None: none
     """
 
     samples: tuple[int, ...] = ()
-    slot: Slot | None = None
+    slot: bytes | None = None
 
 
 NOTHING: Final = Plan()
 
 
-def plan(records: Sequence[ConnectionRecord]) -> list[Plan]:
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What can be given here, found out once for all connections that are rebuilt together.
+
+    windows  congestion windows and what goes with them
+    exact    the deviation of round-trip times, too, where no time-out depends on it
+    taught   round-trip times, by the kind of socket
+    """
+
+    windows: bool
+    exact: bool
+    taught: Mapping[Family, bool]
+
+
+#: for connections that begin anew
+NO_MEANS: Final = Means(False, False, {})
+
+
+def means(records: Sequence[ConnectionRecord]) -> Means:
     """What can be given here to the connections of ``records``. Logs one warning for each thing that cannot."""
     lack = missing() if any(r.soft is not None for r in records) else None
     if lack is not None:
         _log.warning("congestion windows are lost, the connections begin with slow start: %s", lack.message)
-    exact = len(records) < _MANY
     taught: dict[Family, bool] = {}
-    tried = {r.conn_id.v6 for r in records if (r.conn_id.local, r.conn_id.peer) in _taught}
+    tried = {r.conn_id.v6 for r in records if (r.conn_id.local, r.conn_id.peer) in _taught} if _taught else set()
+    for record in records:
+        if record.family not in taught and _teachable(record) and record.soft is not None and record.soft.srtt > 0:
+            taught[record.family] = record.conn_id.v6 in tried or _can_teach(record)
+    return Means(lack is None, len(records) < _MANY, taught)
+
+
+def _receptive(record: ConnectionRecord) -> bool:
+    """What has ended needs nothing.  The ACKs that teach are not signed, and they come over loopback: a socket of an
+    interface hears only that."""
+    return not (
+        record.soft is None
+        or record.state is State.CLOSED
+        or record.signing_keys
+        or DEVICE_OPTION in record.option_data
+    )
+
+
+def _teachable(record: ConnectionRecord) -> bool:
+    return _receptive(record) and record.timestamps is not None and not record.scope
+
+
+def plan(records: Sequence[ConnectionRecord], known: Means | None = None) -> list[Plan]:
+    """What is given to the connections of ``records``. ``known``: what :func:`means` said of them and others."""
+    known = means(records) if known is None else known
+    taught, windowed, exact = known.taught, known.windows, known.exact
     plans = []
     for record in records:
         soft = record.soft
-        # What has ended needs none.  The ACKs that teach are not signed, and they come over loopback: a socket of an
-        # interface hears only that.
-        if soft is None or record.state is State.CLOSED or record.signing_keys or DEVICE_OPTION in record.option_data:
+        if soft is None or not _receptive(record):
             plans.append(NOTHING)
             continue
         lessons: tuple[int, ...] = ()
-        if record.timestamps is not None and not record.scope:
+        if record.timestamps is not None and not record.scope and taught.get(record.family):
             lessons = samples(soft.srtt, soft.rttvar, exact=exact)
-            if lack is not None:
+            if not windowed:
                 # each ACK counts as one segment in slow start, and nothing sets the window afterwards
                 lessons = (soft.srtt,)[: len(lessons)]
-        if lessons and record.family not in taught:
-            taught[record.family] = record.conn_id.v6 in tried or _can_teach(record)
-        plans.append(Plan(lessons if lessons and taught[record.family] else (), None if lack else _slot(record, soft)))
+        plans.append(Plan(lessons, _slot(record, soft) if windowed else None))
     return plans
 
 
-def _slot(record: ConnectionRecord, soft: SoftState) -> Slot:
-    return Slot(
-        min(soft.cwnd, _SEGMENTS_MAX), soft.ssthresh, soft.pacing_rate or 0, int(record.negotiated.ecn)
-    )  # fmt: skip
+def _slot(record: ConnectionRecord, soft: SoftState) -> bytes:
+    cwnd = soft.cwnd if soft.cwnd < _SEGMENTS_MAX else _SEGMENTS_MAX
+    return windows.slot(cwnd, soft.ssthresh, soft.pacing_rate or 0, int(record.negotiated.ecn))
+
+
+@contextlib.contextmanager
+def way_in(known: Means) -> Iterator[Teachers]:
+    """What :func:`give` teaches through; for all threads of the block. OSError."""
+    v6 = {family is Family.IPV6 for family, can in known.taught.items() if can}
+    with teaching(frozenset(socket.AF_INET6 if one else socket.AF_INET for one in v6)) as teachers:
+        yield teachers
 
 
 #: (local, peer) between which injected ACKs have arrived, as foresee() found for the move that comes
@@ -199,7 +259,8 @@ def _try(local: str, peer: str, mss: int) -> None:
         sock.setsockopt(Level.SOCKET, SO.MARK, struct.pack("I", MARK))
         sock.setsockopt(Level.TCP, TCP.REPAIR_OPTIONS, repair_options(mss, wscale=None, sack=False, timestamps=True))
         name = ConnId.tcp(local, sock.getsockname()[1], peer, 1)
-        teach([sock], [Lesson(name, snd_una=2, rcv_nxt=1, samples=(1000,))])
+        with teaching(frozenset([socket.AF_INET6 if v6 else socket.AF_INET])) as teachers:
+            teach([sock], [Lesson(name, snd_una=2, rcv_nxt=1, samples=(1000,))], teachers)
 
 
 def give(
@@ -207,22 +268,24 @@ def give(
     records: Sequence[ConnectionRecord],
     plans: Sequence[Plan],
     received: Sequence[int],
+    teachers: Teachers,
 ) -> None:
     """Give connected sockets in repair, whose queues are empty yet, what was planned. Their clocks, and their
     congestion controls, are still to be set then.
 
     received  the sequence number that each expects next, as it is now
+    teachers  of :func:`way_in`
 
     SoftStateNotRestored, ConnectionCallFailed.
     """
     pupils = [i for i, p in enumerate(plans) if p.samples]
-    lessons = [Lesson(records[i].conn_id, records[i].snd_una, received[i], plans[i].samples) for i in pupils]
-    teach([socks[i] for i in pupils], lessons)
+    if pupils:
+        lessons = [Lesson(records[i].conn_id, records[i].snd_una, received[i], plans[i].samples) for i in pupils]
+        teach([socks[i] for i in pupils], lessons, teachers)
     wanted = [i for i, p in enumerate(plans) if p.slot is not None]
-    for start in range(0, len(wanted), SLOTS):
-        part = wanted[start : start + SLOTS]
-        slots = [slot for i in part if (slot := plans[i].slot) is not None]
-        _windows([socks[i] for i in part], [records[i] for i in part], slots)
+    if wanted:
+        slots = [slot for p in plans if (slot := p.slot) is not None]
+        _windows([socks[i] for i in wanted], [records[i] for i in wanted], slots)
 
 
 def _build_ours(rows: Rows) -> tuple[Column, Field, Field, Field]:
@@ -245,17 +308,19 @@ _ours = Reusable(_build_ours)
 _own = Reusable(_build_own)
 
 
-def _windows(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord], slots: Sequence[Slot]) -> None:
+def _windows(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord], slots: Sequence[bytes]) -> None:
     """Their windows; ours is their congestion control then."""
     setter = windows.setter()
-    setter.fill(slots)
-    rows, (fd, slot, ours, priority) = _ours.of(len(socks))
-    fd.set(numbers_of(socks))
-    slot.set(range(len(socks)))
-    ours.set_bytes([setter.name.encode()] * len(socks))
-    priority.set([number(r, "so.priority") for r in records])
-    with failures(socks, Names(records)):
-        rows.run()
+    for start in range(0, len(socks), SLOTS):
+        part = slice(start, start + SLOTS)
+        with setter.lent(slots[part]) as numbers:
+            rows, (fd, slot, ours, priority) = _ours.of(len(numbers))
+            fd.set(numbers_of(socks[part]))
+            slot.set(numbers)
+            ours.set_bytes([setter.name.encode()] * len(numbers))
+            priority.set([number(r, "so.priority") for r in records[part]])
+            with failures(socks[part], Names(records[part])):
+                rows.run()
 
 
 def _go_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
@@ -290,10 +355,9 @@ def wide_open(
     for i, (record, count) in enumerate(zip(records, counts, strict=True)):
         if record.soft is not None and count > _SURE * record.negotiated.mss and missing() is None:
             held.append(i)
-    for start in range(0, len(held), SLOTS):
-        part = held[start : start + SLOTS]
-        slots = [_slot(records[i], soft) for i in part if (soft := records[i].soft) is not None]
-        _windows([socks[i] for i in part], [records[i] for i in part], slots)
+    if held:
+        slots = [_slot(records[i], soft) for i in held if (soft := records[i].soft) is not None]
+        _windows([socks[i] for i in held], [records[i] for i in held], slots)
     try:
         yield
     finally:

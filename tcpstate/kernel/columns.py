@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import functools
 import os
 import struct
 import sys
@@ -45,9 +44,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from tcpstate.kernel import batch
 from tcpstate.kernel.calls import ENTRY_SIZE, IGNORE_ERROR, RET_OFFSET, indirect
+from tcpstate.kernel.lanes import WIDE, both, processors
 from tcpstate.kernel.machine import SYS
 
-__all__ = ["WIDE", "Column", "Field", "Reusable", "RowError", "RowResult", "Rows", "Shared", "make_all", "numbers_of"]
+__all__ = ["Column", "Field", "Reusable", "RowError", "RowResult", "Rows", "Shared", "make_all", "numbers_of"]
 
 T = TypeVar("T")
 
@@ -58,8 +58,6 @@ _FLAGS_WORD = _WORDS - 1
 _MASK = (1 << 64) - 1
 #: rows of a slab
 _SLAB = 128
-#: rows from which on a table runs on two threads
-WIDE = 1024
 
 
 class RowError(OSError):
@@ -137,6 +135,12 @@ class Field:
     _same: bytes = b""
     _each: array[int] | None = field(default=None)
     _width: int = 1  # words of _each per row
+
+    def part(self, offset: int, size: int) -> Field:
+        """A place inside this one, for calls to point to."""
+        if offset + size > self.size:
+            raise ValueError(f"bytes {offset} to {offset + size} of a field of {self.size}")
+        return Field(self.rows, self.offset + offset, size)
 
     def u32(self, at: int = 0) -> list[int]:
         """The unsigned 32-bit number at byte ``at`` of each row."""
@@ -341,7 +345,7 @@ class Rows:
             self.place(self.count)
         self.memory = bytearray(self.count * self.record_size)
         self.returned = array("q", bytes(self.count * self.calls * _WORD))
-        if self.count < WIDE or _processors() < 2:
+        if self.count < WIDE or processors() < 2:
             self._run_lane(self._lanes[0], range(0, self.count, self._slab), self.count, [])
             return
         if len(self._lanes) == 1:
@@ -350,26 +354,17 @@ class Rows:
         self._run_both(self._lanes[0], self._lanes[1])
 
     def _run_both(self, mine: _Lane, theirs: _Lane) -> None:
-        """Every other slab on another thread, which is a child of this one: in the same namespaces."""
+        """Every other slab on another thread."""
         failed: list[BaseException] = []
 
-        def run(lane: _Lane, first: int) -> None:
+        def run(number: int) -> None:
+            lane, first = (mine, theirs)[number], number * self._slab
             try:
                 self._run_lane(lane, range(first, self.count, 2 * self._slab), self.count, failed)
             except BaseException as error:
                 failed.append(error)
 
-        other = threading.Thread(target=run, args=(theirs, self._slab), name="tcpmig-rows")
-        try:
-            other.start()
-        except RuntimeError:
-            # no room for a thread (pids.max of a cgroup): one after the other, then
-            run(theirs, self._slab)
-        try:
-            run(mine, 0)
-        finally:
-            if other.ident is not None:
-                other.join()
+        both(run)
         if failed:
             # the failure of a call tells more than what came after it
             rows = [error for error in failed if isinstance(error, RowError)]
@@ -455,12 +450,6 @@ class _Lane:
     records: bytearray
     entries: array[int]
     inputs: list[tuple[int, Column]]
-
-
-@functools.cache
-def _processors() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 class Reusable(Generic[T]):

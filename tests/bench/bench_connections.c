@@ -72,7 +72,7 @@ struct one {
     unsigned size, v6, send, receive, window[5], unread, packet_size, taught;
     const char *data;
 };
-void rebuild(int *fd, int count, struct one *c, int program, int mark, int raw, const char *windows) {
+void rebuild(int *fd, int count, struct one *c, int program, int mark, int raw, const char *windows, int first) {
     static const int agreed[] = {4, 0, 3, 7 | 7 << 16, 8, 0, 2, 1460};
     for (int i = 0; i < count; i++, c++) {
         int f = fd[i], n;
@@ -92,7 +92,7 @@ void rebuild(int *fd, int count, struct one *c, int program, int mark, int raw, 
             sendto(raw, c->packet, c->packet_size, 0, (void *)c->loopback, c->size);
             ioctl(f, 0x5411, &n);
         }
-        if (windows) { set(f, 1, 12, i); setsockopt(f, 6, 13, windows, strlen(windows)); set(f, 1, 12, 0); }
+        if (windows) { set(f, 1, 12, first + i); setsockopt(f, 6, 13, windows, strlen(windows)); set(f, 1, 12, 0); }
         if (c->unread) {
             set(f, 6, 20, 1);
             send(f, c->data, c->unread, MSG_DONTWAIT | MSG_NOSIGNAL);

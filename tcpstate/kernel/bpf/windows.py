@@ -17,13 +17,15 @@ Kernel 6.4 (struct_ops links).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 import os
+import queue
 import secrets
 import struct
-from collections.abc import Sequence
-from typing import Final, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 from tcpstate.errors import KernelFeatureMissing
 from tcpstate.kernel.bpf import call
@@ -32,28 +34,26 @@ from tcpstate.kernel.bpf.btf import BadBtf, Kind, minimal
 from tcpstate.kernel.bpf.layout import Layout, layout
 from tcpstate.kernel.tcp import CONGESTION_NAME_SIZE
 
-__all__ = ["SLOTS", "Slot", "WindowSetter", "setter"]
+__all__ = ["SLOTS", "WindowSetter", "setter", "slot"]
 
-#: sockets that are served at a time; a power of two
-SLOTS: Final = 4096
+#: sockets that are served at a time by one thread, and how many threads; powers of two
+SLOTS: Final = 1024
+_THREADS: Final = 4
+_ALL: Final = _THREADS * SLOTS
 _SLOT: Final = struct.Struct("=IIQI4x")
 _OPS: Final = "tcp_congestion_ops"
 _VALUE: Final = "bpf_struct_ops_tcp_congestion_ops"
 _SOCK: Final = "inet_conn.icsk_inet.sk."
 
 
-class Slot(NamedTuple):
+def slot(cwnd: int, ssthresh: int, pacing_rate: int, ecn: int) -> bytes:
     """What one socket gets; 0 leaves as it is.
 
     cwnd, ssthresh  segments
     pacing_rate     bytes per second
     ecn             1: explicit congestion notification was negotiated (TCP_ECN_OK)
     """
-
-    cwnd: int
-    ssthresh: int
-    pacing_rate: int
-    ecn: int
+    return _SLOT.pack(cwnd, ssthresh, pacing_rate, ecn)
 
 
 class WindowSetter:
@@ -62,11 +62,14 @@ class WindowSetter:
     def __init__(self, known: Layout) -> None:
         self.name = f"tcpmig{secrets.token_hex(4)}"
         self._fds: list[int] = []
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for block in range(_THREADS):
+            self._free.put(block)
         try:
             slots = self._keep(
-                call.create_map(call.MapType.ARRAY, 4, _SLOT.size, SLOTS, flags=call.MapFlag.MMAPABLE, name="tcpmig_cc")
+                call.create_map(call.MapType.ARRAY, 4, _SLOT.size, _ALL, flags=call.MapFlag.MMAPABLE, name="tcpmig_cc")
             )
-            self._memory = call.map_memory(slots, -(-SLOTS * _SLOT.size // mmap.PAGESIZE) * mmap.PAGESIZE)
+            self._memory = call.map_memory(slots, -(-_ALL * _SLOT.size // mmap.PAGESIZE) * mmap.PAGESIZE)
             self._register(known, slots)
         except BaseException:
             for fd in self._fds:
@@ -83,8 +86,9 @@ class WindowSetter:
         target = known.id(Kind.STRUCT, _OPS)
         for member, asm in _programs(known, slots).items():
             program = call.load(
-                call.ProgramType.STRUCT_OPS, asm.code(), attach=known.index(_OPS, member), target=target, name=member
-            )
+                call.ProgramType.STRUCT_OPS, asm.code(), attach=known.index(_OPS, member), target=target, name=member,
+                gpl=True,
+            )  # fmt: skip
             struct.pack_into("=Q", value, data + known.offset(_OPS, member), self._keep(program))
         name = self.name.encode()
         at = data + known.offset(_OPS, "name")
@@ -102,18 +106,27 @@ class WindowSetter:
         call.update(table, bytes(4), bytes(value))
         self._keep(call.link(table, 0, call.Attach.STRUCT_OPS))
 
-    def fill(self, slots: Sequence[Slot]) -> None:
-        """What the sockets with priorities 0, 1, ... get. ValueError for more than there are."""
+    @contextlib.contextmanager
+    def lent(self, slots: Sequence[bytes]) -> Iterator[range]:
+        """In the block the sockets with these priorities get these ``slots``. Waits while other threads have them all.
+        ValueError for more than :data:`SLOTS`."""
         if len(slots) > SLOTS:
             raise ValueError(f"{len(slots)} sockets, {SLOTS} slots")
-        self._memory[: len(slots) * _SLOT.size] = b"".join([_SLOT.pack(*slot) for slot in slots])
+        block = self._free.get()
+        try:
+            first = block * SLOTS
+            data = b"".join(slots)
+            self._memory[first * _SLOT.size : first * _SLOT.size + len(data)] = data
+            yield range(first, first + len(slots))
+        finally:
+            self._free.put(block)
 
 
 def _programs(known: Layout, slots: int) -> dict[str, Asm]:
     """The members that a congestion control must have, and init()."""
     tcp = functools.partial(known.offset, "tcp_sock")
     cwnd, ssthresh = tcp("snd_cwnd"), tcp("snd_ssthresh")
-    init = Asm().load(8, 6, 1, 0).load(4, 2, 6, tcp(_SOCK + "sk_priority")).mask(2, SLOTS - 1).store(4, FRAME, -4, 2)
+    init = Asm().load(8, 6, 1, 0).load(4, 2, 6, tcp(_SOCK + "sk_priority")).mask(2, _ALL - 1).store(4, FRAME, -4, 2)
     init.map(1, slots).frame(2, -4).call(Helper.MAP_LOOKUP).jump_if(Jump.EQUAL, 0, 0, "out").mov(7, 0)
     for size, at, offset, name in (
         (4, 0, cwnd, "cwnd"),

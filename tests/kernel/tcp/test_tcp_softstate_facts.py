@@ -15,7 +15,7 @@ from tcpstate.errors import KernelFeatureMissing, SoftStateNotRestored
 from tcpstate.export import export_connections
 from tcpstate.freeze import quiet
 from tcpstate.kernel.bpf import windows
-from tcpstate.kernel.bpf.windows import SLOTS, Slot
+from tcpstate.kernel.bpf.windows import SLOTS, slot
 from tcpstate.kernel.sockets import SO, Ioctl, Level, ioctl_int
 from tcpstate.kernel.tcp import TCP, InfoOption, RepairQueue, TcpInfo
 from tcpstate.rebuild import differences, rebuild_connections, release_connections
@@ -136,8 +136,8 @@ def test_more_sockets_than_slots(hosts, monkeypatch):
         socks = rebuild_connections(told)
     assert [info(s).snd_cwnd for s in socks] == list(range(20, 30))
     assert [(info(s).rtt + 1) // 1000 >= i + 1 for i, s in enumerate(socks)] == [True] * 10
-    with pytest.raises(ValueError, match="slots"):
-        windows.setter().fill([Slot(1, 1, 1, 0)] * (SLOTS + 1))
+    with pytest.raises(ValueError, match="slots"), windows.setter().lent([slot(1, 1, 1, 0)] * (SLOTS + 1)):
+        pass
     for sock in (*socks, *client):
         sock.close()
 
@@ -202,8 +202,10 @@ def test_what_was_in_flight_goes_out_at_once_because_the_window_is_its_own_again
         while got < len(data):
             got += len(client.recv(1 << 20))
     wait_until(lambda: info(served).unacked == 0)
-    windows.setter().fill([Slot(200, 100, 0, 0)])
-    served.setsockopt(Level.TCP, TCP.CONGESTION, windows.setter().name.encode())
+    with windows.setter().lent([slot(200, 100, 0, 0)]) as (number,):
+        served.setsockopt(Level.SOCKET, SO.PRIORITY, number)
+        served.setsockopt(Level.TCP, TCP.CONGESTION, windows.setter().name.encode())
+        served.setsockopt(Level.SOCKET, SO.PRIORITY, 0)
     hook = "input" if lost else "output"
     hosts.c.sh("nft add table inet dark")
     hosts.c.sh(f"nft add chain inet dark {hook} '{{ type filter hook {hook} priority 0; }}'")

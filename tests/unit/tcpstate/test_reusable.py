@@ -84,7 +84,7 @@ def test_each_thread_has_its_own():
 @pytest.fixture
 def two_lanes(monkeypatch):
     monkeypatch.setattr(columns, "WIDE", 300)
-    monkeypatch.setattr(columns, "_processors", lambda: 2)
+    monkeypatch.setattr(columns, "processors", lambda: 2)
 
 
 def counting():
