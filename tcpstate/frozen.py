@@ -37,18 +37,21 @@ from tcpstate.errors import (
     BadRecord,
     NoSuchConnection,
     NotFrozen,
+    OwnerNotStill,
     UnsupportedSocket,
 )
-from tcpstate.freeze import QuietState, quiet, read_originals, thaw
+from tcpstate.freeze import QuietState, enter_repair, leave_repair, quiet, read_originals, thaw
 from tcpstate.holder import Holder, starting
+from tcpstate.kernel.bpf import tcpsock
 from tcpstate.kernel.route import is_local
-from tcpstate.kernel.sockets import SO, Level
-from tcpstate.kick import kick
+from tcpstate.kernel.sockets import SO, Ioctl, Level, ioctl_int
+from tcpstate.kick import doublings, kick
 from tcpstate.locate import Owner, find, take
 from tcpstate.record import ConnectionRecord
-from tcpstate.release import release_connections
-from tcpstate.segment import Segment
+from tcpstate.release import release_connections, write_ends
+from tcpstate.segment import SEQ_MASK, Segment
 from tcpstate.silence import MARK, Blackhole
+from tcpstate.standstill import standstill
 from tcpstate.tuplefilter import arriving
 
 __all__ = [
@@ -230,18 +233,38 @@ def _let_live(directory: Path, entry: FrozenConnection, sock: socket.socket) -> 
 
         recover(sock, entry)
     known = _collect(directory, entry)
+    oldest = None
     if entry.record:
         if not is_local(entry.conn_id.local):
             raise AddressNotMoved("its address is not an address of this host", object=str(entry.conn_id))
         release_connections([sock], [ConnectionRecord.from_bytes(entry.record)])
     else:
+        oldest = _oldest(sock, entry)
         thaw([sock], [entry.state])
     with contextlib.closing(capture):
         capture.stop()
         # nobody knows which of it is new, but the kernel, which looks at each as at any other segment
         replay([*known, *capture.segments()], (), unknown=_any)
     # what has arrived may have acknowledged all; else what was sent into the silence is due
-    kick(sock, entry.conn_id)
+    kick(sock, entry.conn_id, oldest)
+
+
+def _oldest(sock: socket.socket, entry: FrozenConnection) -> int | None:
+    """The sequence number of the oldest byte on the way, where BPF cannot be asked for it later: read in repair mode,
+    while the owners stand still. None: not needed, or they do not."""
+    if not doublings(sock) or tcpsock.available() is None:
+        return None
+    try:
+        with standstill(owner.pid for owner in entry.other_owners):
+            enter_repair([sock])
+            try:
+                (end,) = write_ends([sock])
+                return (end - ioctl_int(sock.fileno(), Ioctl.SIOCOUTQ)) & SEQ_MASK
+            finally:
+                leave_repair([sock], [entry.state.reuse_address], probe=False)
+    except OwnerNotStill as error:
+        _log.warning("what was sent before the freeze waits for its timeout: %s", error)
+        return None
 
 
 def _any(segment: Segment) -> bool:

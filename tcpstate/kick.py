@@ -28,7 +28,7 @@ from tcpstate.kernel.tcp import INFO_SIZE, TCP
 from tcpstate.kernel.tcpinfo import unpack_fields
 from tcpstate.segment import Flag, Segment, build, checksum
 
-__all__ = ["kick", "unreachable"]
+__all__ = ["doublings", "kick", "unreachable"]
 
 log = logging.getLogger(__name__)
 
@@ -42,41 +42,51 @@ _ICMPV6_NO_ROUTE: Final = 0
 _HOPS: Final = 255
 
 
-def kick(sock: socket.socket, conn_id: ConnId) -> None:
-    """Let what waits in the send queue of a connection leave, which lives again and whose address is local. OSError."""
+def kick(sock: socket.socket, conn_id: ConnId, oldest: int | None = None) -> None:
+    """Let what waits in the send queue of a connection leave, which lives again and whose address is local. OSError.
+
+    oldest  the sequence number of its oldest byte on the way, where it was read; None: BPF tells
+    """
     if ioctl_int(sock.fileno(), Ioctl.SIOCOUTQNSD) and not sock.getsockopt(Level.TCP, TCP.CORK):
         delay_off = sock.getsockopt(Level.TCP, TCP.NODELAY)
         sock.setsockopt(Level.TCP, TCP.NODELAY, 1)
         sock.setsockopt(Level.TCP, TCP.NODELAY, delay_off)
-    _take_back(sock, conn_id)
+    _take_back(sock, conn_id, oldest)
 
 
-def _take_back(sock: socket.socket, conn_id: ConnId) -> int:
+def doublings(sock: socket.socket) -> int:
+    """How often the retransmission timeout has doubled."""
+    info = unpack_fields(sock.getsockopt(Level.TCP, TCP.INFO, INFO_SIZE))
+    return info.get("backoff", 0) if info.get("retransmits") else 0
+
+
+def _take_back(sock: socket.socket, conn_id: ConnId, oldest: int | None) -> int:
     """Take back the doublings of the retransmission timeout; how many messages that took.
 
-    Nothing is done if the owner wants to hear of such messages itself (IP_RECVERR), or where this host does not tell
-    sequence numbers: then it waits for its timeout.
+    Nothing is done if the owner wants to hear of such messages itself (IP_RECVERR): then it waits for its timeout.  An
+    ACK that has come since ``oldest`` was read has taken them all back.
     """
-    info = unpack_fields(sock.getsockopt(Level.TCP, TCP.INFO, INFO_SIZE))
-    doublings = info.get("backoff", 0) if info.get("retransmits") else 0
+    count = doublings(sock)
     level, option = (Level.IPV6, IPV6.RECVERR) if conn_id.v6 else (Level.IP, IP.RECVERR)
-    if not doublings or sock.getsockopt(level, option):
+    if not count or sock.getsockopt(level, option):
         return 0
-    try:
-        told = tcpsock.read({"snd_una"}, wanted=conn_id.__eq__)
-    except KernelFeatureMissing as error:
-        log.debug("%s waits for its timeout: %s", conn_id, error)
-        return 0
-    if conn_id not in told:
-        return 0
-    message = unreachable(conn_id, told[conn_id].values["snd_una"])
+    if oldest is None:
+        try:
+            told = tcpsock.read({"snd_una"}, wanted=conn_id.__eq__)
+        except KernelFeatureMissing as error:
+            log.debug("%s waits for its timeout: %s", conn_id, error)
+            return 0
+        if conn_id not in told:
+            return 0
+        oldest = told[conn_id].values["snd_una"]
+    message = unreachable(conn_id, oldest)
     family = socket.AF_INET6 if conn_id.v6 else socket.AF_INET
     local, _, scope = conn_id.local.partition("%")
     to = (local, 0, 0, socket.if_nametoindex(scope) if scope else 0) if conn_id.v6 else (local, 0)
     with socket.socket(family, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.IPPROTO_RAW) as out:
-        for _ in range(doublings):
+        for _ in range(count):
             out.sendto(message, to)
-    return doublings
+    return count
 
 
 def unreachable(conn_id: ConnId, seq: int) -> bytes:

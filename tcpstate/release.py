@@ -25,7 +25,7 @@ from tcpstate.rows import Names, failures
 from tcpstate.segment import SEQ_MASK, Segment
 from tcpstate.urgent import put_marks
 
-__all__ = ["finish_release", "open_connections", "release_connections"]
+__all__ = ["finish_release", "open_connections", "release_connections", "write_ends"]
 
 #: what release gives back itself, so that the generic table must not
 _OWN_HANDS = frozenset({"ip.transparent", "ipv6.transparent"})
@@ -154,6 +154,16 @@ def _let_live(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord
     _give_back(socks, records)
 
 
+def write_ends(socks: Sequence[socket.socket], names: Sequence[str] | None = None) -> list[int]:
+    """The sequence numbers behind what their owners have written, and their FINs. They are in repair mode, and their
+    owners stopped. ConnectionCallFailed; ``names``: what they are called in it."""
+    rows, (fd, end) = _ends.of(len(socks))
+    fd.set(numbers_of(socks))
+    with failures(socks, names):
+        rows.run()
+    return end.u32()
+
+
 def _to_send_again(
     socks: Sequence[socket.socket], records: Sequence[ConnectionRecord], names: Sequence[str]
 ) -> list[int]:
@@ -161,11 +171,8 @@ def _to_send_again(
 
     The end of the send queue tells. No ACK changes it; since the address is here, ACKs may have arrived already.
     """
-    rows, (fd, end) = _ends.of(len(socks))
-    fd.set(numbers_of(socks))
-    with failures(socks, names):
-        rows.run()
-    missing = [(record.snd_nxt - write_seq) & SEQ_MASK for record, write_seq in zip(records, end.u32(), strict=True)]
+    ends = write_ends(socks, names)
+    missing = [(record.snd_nxt - write_seq) & SEQ_MASK for record, write_seq in zip(records, ends, strict=True)]
     # more than it has: its own FIN is in the queue already, of a release that was cut short
     return [n if n <= len(record.send_queue) else 0 for n, record in zip(missing, records, strict=True)]
 
@@ -184,11 +191,7 @@ def finish_release(socks: Sequence[socket.socket], records: Sequence[ConnectionR
     # the end of the queue can only be read in repair; nobody else writes to it
     enter_repair(rest)
     try:
-        rows, (fd, end) = _ends.of(len(rest))
-        fd.set(numbers_of(rest))
-        with failures(rest, Names(told)):
-            rows.run()
-        ends = end.u32()
+        ends = write_ends(rest, Names(told))
     finally:
         leave_repair(rest, [r.reuse_address for r in told], probe=False)
     for sock, record, write_seq in zip(rest, told, ends, strict=True):

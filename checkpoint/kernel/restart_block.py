@@ -88,6 +88,7 @@ def _reader() -> _Reader | None:
             attach=call.Attach.TRACE_ITER,
             target=known.id(Kind.FUNCTION, "bpf_iter_task"),
             name="tcpmig_sleep",
+            gpl=True,
         )
     except (OSError, BadBtf) as error:
         _log.info("the time that is left of interrupted sleeps cannot be read: %s", error)

@@ -76,6 +76,7 @@ def _reader() -> _Reader | None:
             attach=call.Attach.TRACE_ITER,
             target=known.id(Kind.FUNCTION, "bpf_iter_task"),
             name="tcpmig_undo",
+            gpl=True,
         )
     except (OSError, BadBtf) as error:
         _log.info("what is to be undone of semaphore operations cannot be read: %s", error)

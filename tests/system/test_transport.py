@@ -34,6 +34,7 @@ from tcpstate.errors import (
     UnsupportedSocket,
 )
 from tcpstate.kernel import bpf, route
+from tcpstate.kernel.bpf import tcpsock
 from tcpstate.kernel.sockets import SO, Ioctl, Level, ioctl_int
 from tcpstate.kernel.tcp import TCP
 from tcpstate.record import ConnectionRecord
@@ -412,9 +413,16 @@ def test_what_arrives_while_frozen_needs_no_retransmission(ends):
     talk(served, client)
 
 
+@pytest.mark.parametrize("with_bpf", [True, False], ids=["BPF", "no BPF"])
 @pytest.mark.parametrize("when", ["before", "while frozen"])
-def test_what_could_not_leave_goes_out_at_once(ends, when):
+def test_what_could_not_leave_goes_out_at_once(ends, when, with_bpf, monkeypatch):
     """The timeout has doubled four times, to more than three seconds, and the last try was just now."""
+    if not with_bpf:
+
+        def refuse():
+            raise KernelFeatureMissing("no BPF iterator over TCP sockets: not today", object="BPF")
+
+        monkeypatch.setattr(tcpsock, "_reader", refuse)
     served, client = ends
     if when == "before":
         bpf.attach(client, bpf.DROP_ALL)

@@ -10,8 +10,8 @@
 ``drop``      a socket filter that drops all
 
 No structure of the kernel has an offset in our code: each is asked for by name.  The programs are our own; the kernel
-lends some helpers only to programs that are offered under the GPL as well, so these few instructions are
-(``call.LICENCE``).
+lends some of what they use only to programs that are offered under the GPL as well, so these few instructions are
+(``call.load(.., gpl=True)``).
 """
 
 from __future__ import annotations

@@ -18,7 +18,6 @@ from tcpstate.kernel import batch
 from tcpstate.kernel.machine import SYS
 
 __all__ = [
-    "LICENCE",
     "Attach",
     "MapFlag",
     "MapType",
@@ -36,8 +35,11 @@ __all__ = [
     "update",
 ]
 
-#: our programs are offered under it as well, else the kernel keeps some helpers for itself (license_is_gpl_compatible)
-LICENCE: Final = b"Dual MIT/GPL"
+#: what a program says of its licence: the project's own
+_LICENCE: Final = b"Apache-2.0"
+#: or that these instructions are offered under the GPL as well (license_is_gpl_compatible): to others the kernel lends
+#: neither its own functions nor struct_ops, nor the reading of its memory
+_GPL_TOO: Final = b"Dual MIT/GPL"
 _ATTR_SIZE: Final = 152
 _LOG_SIZE: Final = 1 << 18
 _NAME_SIZE: Final = 16
@@ -157,15 +159,23 @@ def map_memory(fd: int, size: int) -> mmap.mmap:
 
 
 def load(
-    kind: ProgramType, code: bytes, *, attach: Attach | int = 0, target: int = 0, flags: int = 0, name: str = "tcpmig"
+    kind: ProgramType,
+    code: bytes,
+    *,
+    attach: Attach | int = 0,
+    target: int = 0,
+    flags: int = 0,
+    name: str = "tcpmig",
+    gpl: bool = False,
 ) -> int:
     """Load a program. Refused, with what the verifier said.
 
     attach  expected attach type; of a STRUCT_OPS program the index of the member that it is for
     target  BTF id of what it attaches to
+    gpl     offered under the GPL as well, because the kernel refuses it otherwise
     """
     instructions = ctypes.create_string_buffer(code, len(code))
-    licence = ctypes.create_string_buffer(LICENCE)
+    licence = ctypes.create_string_buffer(_GPL_TOO if gpl else _LICENCE)
     log = ctypes.create_string_buffer(0)
 
     def attr(level: int) -> bytes:

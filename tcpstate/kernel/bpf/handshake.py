@@ -87,6 +87,7 @@ class Vouching:
                 _program(known, self._map, self._attrs.size),
                 attach=call.Attach.TCX_INGRESS,
                 name="tcpmig_vouch",
+                gpl=True,
             )
             self._keep(program)
             for device in devices:

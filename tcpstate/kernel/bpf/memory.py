@@ -32,7 +32,7 @@ class KernelMemory:
         try:
             self._memory = call.map_memory(self._map, _SIZE)
             self._program = call.load(
-                call.ProgramType.SYSCALL, _program(self._map), flags=call.SLEEPABLE, name="tcpmig_read"
+                call.ProgramType.SYSCALL, _program(self._map), flags=call.SLEEPABLE, name="tcpmig_read", gpl=True
             )
         except BaseException:
             os.close(self._map)

@@ -51,6 +51,7 @@ def _link() -> int:
             attach=call.Attach.TRACE_ITER,
             target=target,
             name="tcpmig_sk_err",
+            gpl=True,
         )
         try:
             made = call.link(program, 0, call.Attach.TRACE_ITER)

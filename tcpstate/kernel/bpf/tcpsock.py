@@ -234,7 +234,7 @@ def iterator_program(code: bytes, known: Layout) -> int:
     """Load a program of the TCP iterator and attach it; the link's descriptor. Refused, BadBtf."""
     target = known.id(Kind.FUNCTION, "bpf_iter_tcp")
     program = call.load(
-        call.ProgramType.TRACING, code, attach=call.Attach.TRACE_ITER, target=target, name="tcpmig_iter"
+        call.ProgramType.TRACING, code, attach=call.Attach.TRACE_ITER, target=target, name="tcpmig_iter", gpl=True
     )
     try:
         return call.link(program, 0, call.Attach.TRACE_ITER)
