@@ -9,6 +9,7 @@ Registers and interrupted system calls:
 ``going_on``           what a thread that was stopped here goes on with
 ``for_restore``        what a rebuilt thread gets
 ``restarted_call``     which call a thread is in that was stopped in it before; from ``CODE_BEFORE`` bytes of code
+``known_again``        the same, from what the kernel has noted
 ``interrupted_in``     whether a signal handler will return into given code
 ``sleep_of``           the ``Sleep`` for a relative time that a thread is in, with the ``Note`` that the kernel has
 ``beginning``          registers that begin a call at ``CALL_AT`` in an engine
@@ -60,7 +61,17 @@ if _MACHINE == "x86_64":
         require_native,
         restarted_call,
     )
-    from checkpoint.arch.x86_64.sleep import BLOCK, CALL_AT, POLLFD_SIZE, Note, Sleep, asleep, beginning, sleep_of
+    from checkpoint.arch.x86_64.sleep import (
+        BLOCK,
+        CALL_AT,
+        POLLFD_SIZE,
+        Note,
+        Sleep,
+        asleep,
+        beginning,
+        known_again,
+        sleep_of,
+    )
     from checkpoint.arch.x86_64.stub import SPAWN, USER_END, stub_elf
     from checkpoint.arch.x86_64.xstate import Component, convert_xstate, xstate_layout
 else:
@@ -102,6 +113,7 @@ __all__ = [
     "frame_of",
     "going_on",
     "interrupted_in",
+    "known_again",
     "require_native",
     "restarted_call",
     "sleep_of",

@@ -22,7 +22,7 @@ from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
 from tcpstate.kernel.bpf.btf import BadBtf, Kind
 from tcpstate.kernel.bpf.layout import Layout, layout
 
-__all__ = ["left", "prepare"]
+__all__ = ["left", "noted", "prepare"]
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +52,12 @@ _MEMBERS: Final = {
     # later kernels have one struct timespec64
     "seconds": ("poll.tv_sec", "poll.end_time.tv_sec"),
     "nanoseconds": ("poll.tv_nsec", "poll.end_time.tv_nsec"),
+    # by what a call is known again: its arguments
+    "uaddr": ("futex.uaddr",),
+    "val": ("futex.val",),
+    "ufds": ("poll.ufds",),
+    "nfds": ("poll.nfds",),
+    "rmtp": ("nanosleep.rmtp",),
 }
 
 
@@ -103,11 +109,8 @@ def prepare() -> None:
     _reader()
 
 
-def left(tid: int, note: Note) -> int | None:
-    """Nanoseconds until the sleep that a stopped thread was interrupted in would end, below 0 if it is over.
-
-    None if it has no end by a clock that this is known of, or the kernel does not tell.
-    """
+def _look(tid: int) -> tuple[int, int, dict[str, int]] | None:
+    """(monotonic, boottime, members of the block) of a thread; None if the kernel does not tell."""
     reader = _reader()
     if reader is None:
         return None
@@ -126,16 +129,34 @@ def left(tid: int, note: Note) -> int | None:
     monotonic, boottime = (int(each) for each in _CLOCKS.unpack_from(data))
     block = data[_CLOCKS.size :]
 
-    def member(name: str) -> int:
-        offset, size = reader.places[name]
-        return int.from_bytes(block[offset : offset + size], "little")
+    members = {
+        name: int.from_bytes(block[offset : offset + size], "little") for name, (offset, size) in reader.places.items()
+    }
+    return monotonic, boottime, members
 
+
+def noted(tid: int) -> dict[str, int]:
+    """What the kernel has noted of the sleep that a stopped thread was interrupted in: members of its restart block, of
+    which those mean something that belong to the call. Empty if it does not tell."""
+    found = _look(tid)
+    return {} if found is None else found[2]
+
+
+def left(tid: int, note: Note) -> int | None:
+    """Nanoseconds until the sleep that a stopped thread was interrupted in would end, below 0 if it is over.
+
+    None if it has no end by a clock that this is known of, or the kernel does not tell.
+    """
+    found = _look(tid)
+    if found is None:
+        return None
+    monotonic, boottime, members = found
     match note:
         case Note.NANOSLEEP:
-            now: int | None = {_CLOCK_MONOTONIC: monotonic, _CLOCK_BOOTTIME: boottime}.get(member("clock"))
-            return None if now is None else member("expires") - now
+            now: int | None = {_CLOCK_MONOTONIC: monotonic, _CLOCK_BOOTTIME: boottime}.get(members["clock"])
+            return None if now is None else members["expires"] - now
         case Note.POLL:
-            end = member("seconds") * _SECOND + member("nanoseconds")
-            return end - monotonic if member("bounded") else None
+            end = members["seconds"] * _SECOND + members["nanoseconds"]
+            return end - monotonic if members["bounded"] else None
         case _:
-            return member("time") - monotonic  # a relative time-out is by this clock
+            return members["time"] - monotonic  # a relative time-out is by this clock

@@ -67,6 +67,8 @@ class Registers(State):
     @classmethod
     def capture(cls, task: TaskView) -> Self:
         registers, call = task.thread.registers, task.thread.call
+        if call is None and registers.call is not None:
+            call = arch.known_again(registers, restart_block.noted(task.tid))
         sleep = arch.sleep_of(registers, call)
         left = None if sleep is None else restart_block.left(task.tid, sleep.note)
         known = sleep is not None and left is not None

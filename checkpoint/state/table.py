@@ -36,6 +36,7 @@ from checkpoint.state.filesystem import Filesystem, ThreadDirectories
 from checkpoint.state.hardening import MachineCheckPolicy, SpeculationControls, TimeStampCounter
 from checkpoint.state.itimers import IntervalTimers
 from checkpoint.state.kernel_files import CoredumpFilter, OomScoreAdjustment
+from checkpoint.state.keyring import SessionKeyring
 from checkpoint.state.lasting import Dumpable, ParentDeathSignal
 from checkpoint.state.limits import ResourceLimits
 from checkpoint.state.membarrier import Membarrier
@@ -76,6 +77,7 @@ S = TypeVar("S", bound=State)
 #: of a process, rebuilt while it has one thread only
 FIRST_STATES: Final[tuple[type[State], ...]] = (
     Membarrier,  # with several threads each registration takes an RCU grace period, 2 to 15 ms
+    SessionKeyring,  # each thread has the keyring that it was born with
 )
 
 #: of a process, rebuilt in its first thread before the states of the threads

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -19,7 +20,7 @@ from checkpoint.arch.x86_64.engine import ENGINE
 from checkpoint.arch.x86_64.registers import Registers, Restart
 from tcpstate.kernel.machine import SYS
 
-__all__ = ["BLOCK", "CALL_AT", "POLLFD_SIZE", "Note", "Sleep", "asleep", "beginning", "sleep_of"]
+__all__ = ["BLOCK", "CALL_AT", "POLLFD_SIZE", "Note", "Sleep", "asleep", "beginning", "known_again", "sleep_of"]
 
 #: what an interrupted call returns of which the kernel has a note
 BLOCK: Final = int(Restart.BLOCK)
@@ -98,6 +99,28 @@ def sleep_of(registers: Registers, call: int | None) -> Sleep | None:
         case SYS.futex if registers.rsi & ~_FUTEX_PRIVATE == _FUTEX_WAIT and registers.r10:
             return Sleep(Note.FUTEX, call, args, 3)
     return None
+
+
+def known_again(registers: Registers, noted: Mapping[str, int]) -> int | None:
+    """Which call a thread is in that was stopped in it before, so that the kernel has only ``restart_syscall``: the one
+    whose arguments, which are still in the registers, the kernel has in its note. None if it cannot be told.
+
+    noted  members of struct restart_block, by name
+    """
+    if registers.call != SYS.restart_syscall or registers.result != Restart.BLOCK or not noted:
+        return None
+    word = (1 << 32) - 1
+    found = []
+    plain_wait = registers.rsi & ~_FUTEX_PRIVATE == _FUTEX_WAIT
+    if plain_wait and (registers.rdi, registers.rdx & word) == (noted["uaddr"], noted["val"]):
+        found.append(SYS.futex)
+    if (registers.rdi, registers.rsi & word) == (noted["ufds"], noted["nfds"] & word):
+        found.append(SYS.poll)
+    if registers.rsi and registers.rsi == noted["rmtp"]:
+        found.append(SYS.nanosleep)
+    if registers.r10 and registers.r10 == noted["rmtp"] and not registers.rsi & _TIMER_ABSTIME:
+        found.append(SYS.clock_nanosleep)
+    return int(found[0]) if len(found) == 1 else None
 
 
 def beginning(registers: Registers, at: int, number: int, args: tuple[int, ...]) -> Registers:

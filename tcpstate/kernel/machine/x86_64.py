@@ -188,6 +188,7 @@ class SYS(enum.IntEnum):
     set_mempolicy = 238
     get_mempolicy = 239
     waitid = 247
+    keyctl = 250
     ioprio_set = 251
     ioprio_get = 252
     inotify_init = 253

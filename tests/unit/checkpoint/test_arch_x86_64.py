@@ -21,6 +21,7 @@ from checkpoint.arch.x86_64.registers import (
     restarted_call,
 )
 from checkpoint.arch.x86_64.registers import require_native as native
+from checkpoint.arch.x86_64.sleep import known_again
 from checkpoint.errors import ForeignMode
 from tcpstate.kernel.machine import SYS
 
@@ -216,6 +217,30 @@ def test_the_call_of_a_thread_that_was_stopped_twice_is_in_its_code(code, call):
     before = bytes.fromhex(code).rjust(CODE_BEFORE, b"\x90")
     assert restarted_call(in_call(SYS.restart_syscall, Restart.BLOCK), before) == call
     assert restarted_call(in_call(SYS.poll, Restart.BLOCK), before) == SYS.poll
+
+
+NOTED = {"uaddr": 0x1000, "val": 7, "ufds": 0x1000, "nfds": 7, "rmtp": 0x2000}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "call"),
+    [
+        ({"rdi": 0x1000, "rsi": 0x80, "rdx": 7}, SYS.futex),
+        ({"rdi": 0x1000, "rsi": 0x80, "rdx": 8}, None),
+        ({"rdi": 0x1000, "rsi": 7, "rdx": 500}, SYS.poll),
+        ({"rdi": 0x5000, "rsi": 0x2000}, SYS.nanosleep),
+        ({"rdi": 1, "rsi": 0, "rdx": 0x5000, "r10": 0x2000}, SYS.clock_nanosleep),
+        ({"rdi": 1, "rsi": 1, "rdx": 0x5000, "r10": 0x2000}, None),  # until a fixed time: it has no such note
+        ({"rdi": 0x5000, "rsi": 0x2000, "r10": 0x2000}, None),  # either of two
+        ({}, None),
+    ],
+)
+def test_the_call_of_a_thread_that_was_stopped_twice_is_in_the_kernels_note(arguments, call):
+    known = {"rdi": 0, "rsi": 0, "rdx": 0, "r10": 0}
+    twice = in_call(SYS.restart_syscall, Restart.BLOCK, **(known | arguments))
+    assert known_again(twice, NOTED) == call
+    assert known_again(twice, {}) is None
+    assert known_again(in_call(SYS.futex, Restart.BLOCK, **(known | arguments)), NOTED) is None
 
 
 def test_other_notes_are_left_to_the_kernel_of_the_rebuilt_thread():

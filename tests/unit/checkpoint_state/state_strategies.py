@@ -21,6 +21,7 @@ from checkpoint.state.filesystem import Filesystem, ThreadDirectories
 from checkpoint.state.hardening import MachineCheckPolicy, SpeculationControls, TimeStampCounter
 from checkpoint.state.itimers import IntervalTimer, IntervalTimers
 from checkpoint.state.kernel_files import CoredumpFilter, OomScoreAdjustment
+from checkpoint.state.keyring import SessionKeyring
 from checkpoint.state.lasting import Dumpable, ParentDeathSignal
 from checkpoint.state.limits import Limit, ResourceLimits
 from checkpoint.state.membarrier import Membarrier, MembarrierCommand
@@ -104,6 +105,9 @@ STRATEGIES: dict[type[State], st.SearchStrategy[State]] = {
     ),
     Membarrier: st.builds(
         Membarrier, registered=st.none() | st.just(int(MembarrierCommand.REGISTER_PRIVATE_EXPEDITED)) | st.just(0)
+    ),
+    SessionKeyring: st.builds(
+        SessionKeyring, name=st.binary(max_size=15).filter(lambda name: b"\0" not in name), keys=U32
     ),
     SignalHandlers: st.builds(SignalHandlers, handlers=st.lists(HANDLER, unique_by=lambda h: h.signal).map(tuple)),
     IntervalTimers: st.builds(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import time
 from collections.abc import Iterator
 
 from tests.system.state.calls import call, libc, prctl, status, threaded
@@ -202,3 +203,52 @@ def a_personality_for_each_thread(here: Here) -> Iterator[None]:
     yield
     for each in threads:
         each.verify()
+
+
+KEYCTL, ADD_KEY = 250, 248
+SESSION = -3  # KEY_SPEC_SESSION_KEYRING
+
+
+def keyring() -> tuple[int, bytes]:
+    """ID and name of the session keyring."""
+    room = ctypes.create_string_buffer(256)
+    call(KEYCTL, 6, SESSION, room, 256)
+    return call(KEYCTL, 0, SESSION, 0), room.value.split(b";")[-1]
+
+
+@case("state/session-keyring")
+def a_keyring_of_its_own(here: Here) -> Iterator[None]:
+    name = f"tcpmig-{here.slot}".encode()
+    call(KEYCTL, 1, name)
+    call(ADD_KEY, b"user", b"a key", b"secret", 6, SESSION)
+    child = os.fork()
+    if child == 0:
+        while True:
+            time.sleep(1)
+    yield
+    # by name they have the same again
+    assert keyring()[1] == name
+    added = call(ADD_KEY, b"user", b"another", b"secret", 6, SESSION)
+    assert call(KEYCTL, 10, SESSION, b"user", b"another", 0) == added
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+
+
+@case("state/session-keyring")
+def a_keyring_without_a_name(here: Here) -> Iterator[None]:
+    asks, answers = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        call(KEYCTL, 1, None)
+        os.read(asks[0], 1)
+        os.write(answers[1], str(keyring()[0]).encode())
+        os._exit(0)
+    call(KEYCTL, 1, None)
+    assert keyring()[1] == b"_ses"
+    yield
+    number, name = keyring()
+    assert name == b"_ses"
+    os.write(asks[1], b"x")
+    # nor is it that of the tool, which would be everybody's
+    assert int(os.read(answers[0], 99)) != number
+    os.waitpid(child, 0)
