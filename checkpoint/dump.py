@@ -125,10 +125,8 @@ class Dump:
         #: whether connections that still wait to be accepted move in the queue (set it before :meth:`drain`); else the
         #: application must accept them first, unless the policy lets them be reset
         self.keep_queues = False
-        #: how many TCP connections the trees hold, once they are stopped
-        self.connections = 0
-        #: the processes, once they are stopped
-        self.pids: tuple[int, ...] = ()
+        self.connections = 0  #: how many TCP connections the trees hold, once they are stopped
+        self.pids: tuple[int, ...] = ()  #: the processes, once they are stopped
         #: CLOCK_MONOTONIC, nanoseconds: first thread stopped; connections exported
         self.stopped_ns = 0
         self.exported_ns = 0
@@ -207,18 +205,22 @@ class Dump:
 
     def drain(self) -> None:
         """Wait until the application has accepted what waited, or what is left can move. BacklogNotDrained."""
-        if self._holdoff is None:
-            return
+        off = self._off
         if not self.keep_queues and not self._lets_go:
-            self._holdoff.drain()
-        elif not self._holdoff.settle() and self.keep_queues:
-            self._holdoff.drain_neighbours(self._local)
+            off.drain()
+        elif not off.settle() and self.keep_queues:
+            off.drain_neighbours(self._local)
+            off.shelve(self.note)
 
     def _nothing_waits(self, holdoff: Holdoff) -> bool:
         """Whether nothing waits to be accepted that may not wait."""
         if self.keep_queues:
             return not holdoff.neighbours(self._local)
         return self._lets_go or holdoff.drained
+
+    @property
+    def _off(self) -> Holdoff:
+        return self._holdoff or Holdoff(())
 
     @property
     def _lets_go(self) -> bool:
@@ -389,8 +391,8 @@ class Dump:
         self._last.wait()
         self._connections.freeze()
         if self.keep_queues:
-            known = self._holdoff is not None and self._holdoff.handshakes_ended
-            self.connections += self._connections.take_queues(handshakes=not known)
+            known = self._off.handshakes_ended
+            self.connections += self._connections.take_queues(handshakes=not known, shelf=self._off.shelf)
         self._connections.export()
         self.exported_ns = time.monotonic_ns()
         return unknown(arrived, self._connections.exported)
@@ -408,13 +410,14 @@ class Dump:
 
         arrived  segments captured meanwhile: the connections get them now, and no peer waits for a retransmission
         """
-        group = self._group
+        group, off = self._group, self._off
         exported = [] if group is None else group.exported
         failed: list[Exception] = []
 
         def refill() -> None:
             if group is not None:
                 group.refill_queues((time.monotonic_ns() - self.stopped_ns) / 1e9)
+            off.unshelve()
 
         for step in (self._thaw, self._end_holdoff, refill, lambda: replay(arrived, exported), self._resume_tree):
             try:
@@ -469,6 +472,7 @@ class Dump:
         group, self._group = self._group, None
         if group is not None:
             group.discard()
+        self._off.unshelve()
         self._holdoff = None  # its listeners go with the processes
         self._kill()
 

@@ -23,11 +23,13 @@ from typing import Final
 
 from checkpoint.errors import BacklogNotDrained
 from checkpoint.files.peers import Place, place_of
+from checkpoint.traces import NoteWriter, Trace, write
 from tcpstate import locate
 from tcpstate.acceptqueue import keeps
 from tcpstate.connid import ConnId
 from tcpstate.filters import ListenerState, drop_syns, undo_drop_syns
 from tcpstate.kernel.tcp import TcpState
+from tcpstate.shelf import Shelf
 
 __all__ = ["DRAIN_TIMEOUT", "KEEPING_TIMEOUT", "Holdoff", "LastSegments"]
 
@@ -52,6 +54,19 @@ class Holdoff:
         self._listeners = list(listeners)
         self._states: list[ListenerState] | None = None
         self._quiet_looks = 0
+        #: where lies what is taken out of the listeners' queues; None: nothing will be
+        self.shelf: Shelf | None = None
+
+    def shelve(self, note: NoteWriter | None) -> None:
+        """Something will be taken out of the listeners' queues: see to it that our death does not lose it. OSError."""
+        if note is not None and self.shelf is None:
+            self.shelf = Shelf.make(lambda shelved: write(note, Trace.SHELF, shelved))
+
+    def unshelve(self) -> None:
+        """What was taken is back, or lives elsewhere. May be repeated."""
+        shelf, self.shelf = self.shelf, None
+        if shelf is not None:
+            shelf.end()
 
     def begin(self) -> None:
         """Drop SYNs from now on. ListenerFilterRefused, ForeignFilter: nothing has changed then."""

@@ -68,6 +68,7 @@ class Trace(enum.StrEnum):
     RULES = "rules"  # Rules: routing rules, added now
     LISTENERS = "listeners"  # HeldListeners: listeners that are about to drop SYNs
     PEEKED = "peeked"  # Peeked: sockets whose queues are about to be read
+    SHELF = "shelf"  # tcpstate.shelf.Shelved: where lies what will be taken out of the listeners' accept queues
     TREE = "tree"  # FrozenTree: processes about to be kept stopped, connections to be frozen, locks to be given up
     STUBS = "stubs"  # Stubs: rebuilt processes that are about to outlive the tool
     MADE = "made"  # Made: a file or directory that is about to be made, and is not to stay

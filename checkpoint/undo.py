@@ -5,6 +5,7 @@ Every function may be repeated, and may be cut short at any moment: what is righ
     wait_untraced     the kernel has let the processes go
     thaw, or discard  connections as they were (peers are asked for an ACK), or ended without a packet
     open_listeners    listeners take new connections
+    refill            what was taken out of their accept queues waits there again
     take_locks        file locks that were given up
     restore_options   of sockets whose queues were being read
     clean_memory      code and memory of ours in the processes
@@ -33,6 +34,7 @@ from checkpoint.files.tcp import Original, TcpGroup
 from checkpoint.leftovers import clean, leftovers
 from checkpoint.tracee import Tree
 from checkpoint.traces import FrozenTree, GivenUpLock, HeldListeners, Peeked, Traced, alive, listener_name
+from tcpstate import acceptqueue
 from tcpstate.discard import discard_connections
 from tcpstate.errors import ForeignFilter
 from tcpstate.filters import ListenerState, remove_syn_filter, undo_drop_syns
@@ -40,6 +42,7 @@ from tcpstate.freeze import thaw as thaw_sockets
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.kernel.tcp import TCP, TcpState
 from tcpstate.rows import describe
+from tcpstate.shelf import Shelved
 from tcpstate.silence import MARK
 
 __all__ = [
@@ -48,6 +51,7 @@ __all__ = [
     "end",
     "go_on",
     "open_listeners",
+    "refill",
     "restore_options",
     "take_locks",
     "taken",
@@ -194,6 +198,24 @@ def open_listeners(held: HeldListeners, processes: Sequence[Traced]) -> int:
             with contextlib.suppress(ForeignFilter):
                 remove_syn_filter([sock])
     return count
+
+
+def refill(shelved: Shelved, held: HeldListeners, processes: Sequence[Traced]) -> int:
+    """Connections that waited to be accepted wait again. After :func:`open_listeners`. How many there were."""
+    shelf = shelved.open()
+    if shelf is None:
+        return 0
+    with shelf, contextlib.ExitStack() as ends:
+        socks = [ends.enter_context(sock) for sock in shelf.sockets()]
+        listeners = []
+        for listener in held.listeners:
+            sock = _tcp(ends.enter_context(taken(listener.places, processes)))
+            if sock is not None:
+                listeners.append(ends.enter_context(sock))
+        for record, reason in acceptqueue.put_back(socks, listeners):
+            _log.warning("%s could not be put back into the queue of its listener: %s", record.conn_id, reason)
+    shelved.holder.end()
+    return len(socks)
 
 
 def take_locks(given_up: Sequence[GivenUpLock], processes: Sequence[Traced]) -> None:

@@ -92,6 +92,8 @@ def resume_original(view: JournalView, journal: Journal) -> None:
     held = traces.listeners
     if held is not None:
         steps.make("opening listeners", lambda: undo.open_listeners(held, _members(traces)))
+        if (shelf := traces.shelf) is not None:
+            steps.make("filling accept queues", lambda: undo.refill(shelf, held, _members(traces)))
     if tree is not None:
         steps.make("taking file locks back", lambda: undo.take_locks(tree.locks, tree.processes))
     peeked = traces.peeked
@@ -149,6 +151,9 @@ def discard_original(view: JournalView, journal: Journal) -> None:
             # Not if it fails: a process that ends with living connections resets them.  Those of a checkpoint are held.
             undo.discard(tree)
         steps.make("ending the original", lambda: undo.end(tree.processes))
+        if traces.shelf is not None:
+            # in repair mode they end without a word
+            steps.make("ending what waited to be accepted", traces.shelf.holder.end)
         for path in tree.objects:
             steps.make("removing System V objects", functools.partial(remove_made, Made(path=path)))
     _clear(traces, steps)

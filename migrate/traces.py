@@ -13,6 +13,7 @@ from migrate.errors import JournalDamaged
 from migrate.journal import JournalView
 from tcpstate import codec
 from tcpstate.errors import BadRecord
+from tcpstate.shelf import Shelved
 
 __all__ = ["Traces"]
 
@@ -26,6 +27,7 @@ class Traces:
     roots: Roots | None = None
     rules: Rules | None = None
     listeners: HeldListeners | None = None
+    shelf: Shelved | None = None
     peeked: Peeked | None = None
     tree: FrozenTree | None = None
     stubs: Stubs | None = None
@@ -45,6 +47,7 @@ class Traces:
                 roots=last(Trace.ROOTS, Roots),
                 rules=last(Trace.RULES, Rules),
                 listeners=last(Trace.LISTENERS, HeldListeners),
+                shelf=last(Trace.SHELF, Shelved),
                 peeked=last(Trace.PEEKED, Peeked),
                 tree=last(Trace.TREE, FrozenTree),
                 stubs=last(Trace.STUBS, Stubs),
@@ -71,6 +74,8 @@ class Traces:
             words.append(f"{len(self.tree.connections)} connections that may be frozen")
         if self.listeners is not None and self.listeners.listeners and living:
             words.append(f"{len(self.listeners.listeners)} listeners that may drop SYNs")
+        if self.shelf is not None and self.shelf.holder.lives:
+            words.append(f"connections that wait to be accepted, kept by process {self.shelf.holder.pid}")
         stubs = [] if self.stubs is None else alive(self.stubs.processes)
         if stubs:
             words.append("rebuilt processes " + " ".join(str(each.pid) for each in stubs))

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import ipaddress
 import logging
 import socket
 import time
@@ -36,7 +37,7 @@ from tcpstate.connid import ConnId
 from tcpstate.discard import discard_connections
 from tcpstate.errors import KernelFeatureMissing
 from tcpstate.export import export_connections, later
-from tcpstate.freeze import quiet, shut
+from tcpstate.freeze import Gate, QuietState, quiet, shut
 from tcpstate.kernel import diag
 from tcpstate.kernel.bpf.handshake import Agreed, Vouching, cookies_allowed
 from tcpstate.kernel.sockets import SO, Level
@@ -44,8 +45,9 @@ from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpInfo, TcpState
 from tcpstate.locate import accept_queues
 from tcpstate.record import ConnectionRecord
 from tcpstate.segment import SEQ_MASK, Flag, Segment, timestamp_option
+from tcpstate.shelf import Shelf
 
-__all__ = ["Policy", "Queue", "capture", "discard", "keeps", "missing", "refill"]
+__all__ = ["Policy", "Queue", "capture", "discard", "keeps", "missing", "put_back", "refill"]
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +62,11 @@ _LOOPBACK: Final = "lo"
 #: injected segments are usually processed before sendto() returns; if not, they are looked for, and sent again
 _TRIES: Final = 50
 _PAUSE: Final = 0.001
+#: what a connection is that nobody has accepted yet
+_FRESH: Final = QuietState(
+    filter=(), filter_locked=False, mark=0, user_timeout=0, keepalive=False, reuse_address=False, minimum_ttl=0,
+    minimum_hops=0, gate=Gate.FILTER,
+)  # fmt: skip
 
 
 class Policy(enum.Enum):
@@ -108,8 +115,10 @@ def keeps(listener: socket.socket) -> bool:
     return not any(listener.getsockopt(Level.SOCKET, option) for option in (SO.BINDTOIFINDEX, SO.LOCK_FILTER))
 
 
-def capture(listeners: Sequence[socket.socket]) -> list[Queue]:
+def capture(listeners: Sequence[socket.socket], shelf: Shelf | None = None) -> list[Queue]:
     """Take what waits out of the queues of listening sockets; it is in repair mode afterwards.
+
+    shelf  where it lies as well, so that our death does not lose it (:func:`put_back`)
 
     Their owners must be stopped. No segment reaches the listeners any more, until their filters are given back
     (:func:`tcpstate.filters.undo_drop_syns`).  OSError, ForeignFilter, ConnectionCallFailed and what an export raises:
@@ -123,6 +132,8 @@ def capture(listeners: Sequence[socket.socket]) -> list[Queue]:
             for _ in range(count):
                 # no more than there are: one more would wait for ever
                 sock, _ = listener.accept()
+                if shelf is not None:
+                    shelf.put(sock)
                 if _state(sock) is TcpState.CLOSE:
                     _log.debug("a connection was reset while it waited to be accepted")
                     sock.close()
@@ -144,6 +155,36 @@ def discard(queues: Sequence[Queue]) -> None:
     for queue in queues:
         queue.socks = []
     discard_connections(socks)
+
+
+def put_back(socks: Sequence[socket.socket], listeners: Sequence[socket.socket]) -> list[tuple[ConnectionRecord, str]]:
+    """Back into the queues of their listeners, which have their own filters again, what :func:`capture` of a program
+    that was killed had taken out of them; those that could not be, with the reason. Their owners are stopped.
+
+    What was given back already has ended. OSError, and what an export raises.
+    """
+    living = [sock for sock in socks if _state(sock) is not TcpState.CLOSE]
+    # quiet or not yet; they never had anything but what they have from their listeners, and have it from these again
+    begun = time.monotonic()
+    records = export_connections(living, quiet(living, [_FRESH] * len(living)))
+    left: list[tuple[ConnectionRecord, str]] = []
+    waiting = list(zip(records, living, strict=True))
+    for listener in listeners:
+        address, port = listener.getsockname()[:2]
+        mine = [one for one in waiting if _is_for(one[0].conn_id, address, port)]
+        waiting = [one for one in waiting if one not in mine]
+        originals = [sock for _, sock in mine]
+        left += refill([r for r, _ in mine], listener, elapsed=time.monotonic() - begun, originals=originals)
+    return left + [(record, "its listener is gone") for record, _ in waiting]
+
+
+def _is_for(conn: ConnId, address: str, port: int) -> bool:
+    if conn.local_port != port:
+        return False
+    bound = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(bound, ipaddress.IPv6Address) and bound.ipv4_mapped is not None:
+        bound = bound.ipv4_mapped
+    return bound.is_unspecified or bound == ipaddress.ip_address(conn.local.partition("%")[0])
 
 
 def _state(sock: socket.socket) -> TcpState:

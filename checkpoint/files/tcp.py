@@ -40,6 +40,7 @@ from tcpstate.release import open_connections, release_connections
 from tcpstate.reopen import tell_windows
 from tcpstate.rows import describe
 from tcpstate.segment import Segment
+from tcpstate.shelf import Shelf
 from tcpstate.silence import Blackhole
 from tcpstate.uses.hold import ListeningEnd
 
@@ -216,14 +217,15 @@ class TcpGroup:
             self._blackhole.remove()
             raise
 
-    def take_queues(self, *, handshakes: bool = True) -> int:
+    def take_queues(self, *, handshakes: bool = True, shelf: Shelf | None = None) -> int:
         """After :meth:`freeze`: what waits to be accepted is taken out of the listeners' queues, and is part of their
         records, as are handshakes half done; how many waited. Nothing reaches the listeners any more.
 
         handshakes  False: it is known that none is half done (a look at all sockets of the host takes milliseconds)
+        shelf       where it lies as well
         """
         kept = [(index, s) for index, s in zip(self._listener_indexes, self._listeners, strict=True) if keeps(s)]
-        queues = acceptqueue.capture([sock for _, sock in kept])
+        queues = acceptqueue.capture([sock for _, sock in kept], shelf)
         self._queues = [(sock, queue) for (_, sock), queue in zip(kept, queues, strict=True) if queue.records]
         look = handshakes and bool(kept)
         half_open = halfopen.capture({sock.getsockname()[1] for _, sock in kept}) if look else []

@@ -39,6 +39,14 @@ def left_behind(pids: list[int]) -> list[str]:
     return found
 
 
+def _last_argument(pid: int) -> bytes:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read().rstrip(b"\0").rpartition(b"\0")[2]
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
+
+
 def _of_process(pid: int, known: bool) -> list[str]:
     try:
         stat = procfs.read_stat(pid)
@@ -49,6 +57,8 @@ def _of_process(pid: int, known: bool) -> list[str]:
         found.append(f"pid {pid} is a stub")
     if stat.comm == "tcpmig-hold" and not stat.zombie:
         found.append(f"pid {pid} is a holder")
+    if not stat.zombie and _last_argument(pid) == b"accept queues":
+        found.append(f"pid {pid} keeps what waited to be accepted")
     if not known:
         return found
     if leftovers(pid) is not None:
