@@ -13,7 +13,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -24,12 +23,12 @@ import pytest
 from tests.hosts import three_hosts
 from tests.hosts.tcpmig import from_host, tcpmig
 from tests.packets import Watcher
-from tests.system.test_cli_bad_input import connected
 from tests.workloads import scenes
 from tests.workloads.hold import held
+from tests.workloads.many import PATIENCE, ask, hear, opened
 
 SECONDS = float(os.environ.get("TMH_HOLD", "20"))
-FINISH = 200.0
+FINISH = PATIENCE
 
 
 @pytest.mark.parametrize("kill", [False, True], ids=["holder lives", "holder killed"])
@@ -65,7 +64,7 @@ def test_many(count: int, where: str, tmp_path: Path) -> None:
         argv = [*raised, sys.executable, "-m", "tests.workloads.echo_server", port, address]
         server = ends.enter_context(hosts.source.popen(argv))
         with hosts.client.netns_entered():
-            clients = [ends.enter_context(connected((address, port))) for _ in range(count)]
+            clients = opened(ends, (address, port), count)
         ask(clients, b"before")
         watcher = ends.enter_context(Watcher(hosts.client, port=port, data=False))
         done: dict[str, Any] = {}
@@ -90,17 +89,3 @@ def test_many(count: int, where: str, tmp_path: Path) -> None:
         assert (seen.rsts, seen.missed) == ([], 0)
         assert (restored["connections"], restored["held"]) == (count, count if where == "source" else 0)
         to.kill(server.pid, signal.SIGKILL)
-
-
-def ask(clients: list[socket.socket], text: bytes) -> None:
-    """Each sends it, and gets it back."""
-    for client in clients:
-        client.send(text)
-    hear(clients, text)
-
-
-def hear(clients: list[socket.socket], text: bytes) -> None:
-    """Each gets exactly this."""
-    for client in clients:
-        client.settimeout(FINISH)
-        assert client.recv(len(text), socket.MSG_WAITALL) == text
