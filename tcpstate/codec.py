@@ -28,6 +28,7 @@ from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 
 import msgpack
 
+from tcpstate import trusted
 from tcpstate.errors import BadRecord
 
 __all__ = ["family", "from_plain", "member", "members", "pack", "prepare", "to_plain", "unpack"]
@@ -149,7 +150,6 @@ def prepare(*classes: Any) -> None:
         todo += _families.get(hint, {}).values()
         if isinstance(hint, type) and dataclasses.is_dataclass(hint) and hint not in _families:
             _encoder(hint)
-            _field_decoders(hint)
             todo += [inner for _, inner, _ in _fields(hint)]
 
 
@@ -296,37 +296,74 @@ def _union(options: tuple[Any, ...]) -> _Decoder:
 
 
 _ABSENT: Final = object()
+_EXACT: Final = frozenset({bool, int, float, str, bytes})
 
 
-@functools.cache
-def _field_decoders(cls: type) -> tuple[tuple[str, type | None, Callable[[Any], Any], bool], ...]:
-    """(name, exact, decode, required) of each field."""
-    return tuple((name, *_decoder(hint), required) for name, hint, required in _fields(cls))
+def _absent_or(cls: type, field: dataclasses.Field[Any], hint: Any) -> Callable[[Any], Any]:
+    """What reads a field's value if it is not of the very class that is usual: also the one that is not there."""
+    inner: Callable[[Any], Any] | None = None
+    name = field.name
+
+    def decode(value: Any) -> Any:
+        nonlocal inner
+        if value is _ABSENT:
+            if field.default is not dataclasses.MISSING:
+                return field.default
+            if field.default_factory is not dataclasses.MISSING:
+                return field.default_factory()
+            raise _Misfit(f"{name} is missing", cls.__name__)
+        if inner is None:
+            # looked up at the first use: dataclasses may refer to each other
+            inner = _decoder(hint).decode
+        try:
+            return inner(value)
+        except _Misfit as misfit:
+            raise misfit.inside(f".{name}") from None
+
+    return decode
 
 
 def _dataclass(cls: type) -> _Decoder:
-    def decode(plain: Any) -> Any:
-        if type(plain) is not dict:
-            _misfit(cls.__name__, plain)
-        values = {}
-        # looked up at the first use: dataclasses may refer to each other
-        for name, exact, inner, required in _field_decoders(cls):
-            value = plain.get(name, _ABSENT)
-            if value.__class__ is exact:
-                values[name] = value
-            elif value is not _ABSENT:
-                try:
-                    values[name] = inner(value)
-                except _Misfit as misfit:
-                    raise misfit.inside(f".{name}") from None
-            elif required:
-                raise _Misfit(f"{name} is missing", cls.__name__)
-        try:
-            return cls(**values)
-        except ValueError as error:
-            raise _Misfit(str(error), cls.__name__) from None
-
-    return _Decoder(None, decode)
+    """A function written for the class, as dataclasses write theirs: field after field, without a loop and a map of
+    values.  What was checked is put into an instance directly (:mod:`tcpstate.trusted`); rules of the class's own come
+    last."""
+    hints = typing.get_type_hints(cls)
+    fields = [field for field in dataclasses.fields(cls) if field.init]
+    names = [field.name for field in fields]
+    known: dict[str, Any] = {"absent": _ABSENT, "cls": cls, "misfit": _misfit, "Misfit": _Misfit}
+    lines = ["def decode(plain):", " if type(plain) is not dict:", "  misfit(cls.__name__, plain)", " get = plain.get"]
+    for i, field in enumerate(fields):
+        hint = hints[field.name]
+        options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        unusual = [f"v{i} is not None"] if type(None) in options else []
+        for kind in _EXACT.intersection(options):
+            known[f"kind{i}"] = kind
+            unusual.append(f"v{i}.__class__ is not kind{i}")
+        known[f"other{i}"] = _absent_or(cls, field, hint)
+        lines.append(f" v{i} = get({field.name!r}, absent)")
+        if unusual:
+            lines.append(f" if {' and '.join(unusual)}:")
+        lines.append(f"{'  ' if unusual else ' '}v{i} = other{i}(v{i})")
+    values = ", ".join(f"v{i}" for i in range(len(fields)))
+    rules = getattr(cls, "__post_init__", None)
+    try:
+        known["make"] = trusted.maker(cls, *names)
+    except TypeError:
+        # one that inherits fields, or has no slots
+        values = ", ".join(f"{name}=v{i}" for i, name in enumerate(names))
+        known["make"], rules = cls, None
+        lines += [" try:", f"  return make({values})"]
+    else:
+        lines += [f" made = make({values})"]
+        if rules is None:
+            lines += [" return made"]
+        else:
+            known["rules"] = rules
+            lines += [" try:", "  rules(made)", "  return made"]
+    if lines[-1].startswith("  "):
+        lines += [" except ValueError as error:", "  raise Misfit(str(error), cls.__name__) from None"]
+    exec("\n".join(lines), known)
+    return _Decoder(None, known["decode"])
 
 
 def _family(base: type) -> _Decoder:

@@ -25,9 +25,15 @@ def maker(cls: type[T], *fields: str) -> Callable[..., T]:
     declared = tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
     if fields != declared or "__slots__" not in cls.__dict__:
         raise TypeError(f"{cls.__name__} has slots, and fields {' '.join(declared)}")
-    twin: Any = dataclasses.make_dataclass(
-        f"_{cls.__name__}", [(name, object) for name in fields], slots=True, eq=False, repr=False
+    # Beside the class, on the same bases: only so can one's instance become the other's.  They may be frozen, too.
+    known: dict[str, Any] = {}
+    exec(
+        f"def init(self, {', '.join(fields)}):\n" + "".join(f" self.{name} = {name}\n" for name in fields) + " pass",
+        known,
     )
+    body = {"__slots__": cls.__dict__["__slots__"], "__setattr__": object.__setattr__, "__init__": known["init"]}
+    kind: Any = type(cls)
+    twin: Any = kind(f"_{cls.__name__}", cls.__bases__, body)
 
     def make(*values: Any) -> T:
         made = twin(*values)
