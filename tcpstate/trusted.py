@@ -34,6 +34,7 @@ def maker(cls: type[T], *fields: str) -> Callable[..., T]:
     body = {"__slots__": cls.__dict__["__slots__"], "__setattr__": object.__setattr__, "__init__": known["init"]}
     kind: Any = type(cls)
     twin: Any = kind(f"_{cls.__name__}", cls.__bases__, body)
+    twin.__abstractmethods__ = frozenset()  # it has none of the class's methods, and needs none
 
     def make(*values: Any) -> T:
         made = twin(*values)

@@ -1,5 +1,6 @@
 """Instances made without their checks are like any other."""
 
+import abc
 import dataclasses
 import pickle
 
@@ -32,6 +33,35 @@ def test_fields_in_another_order_or_of_another_class_are_refused():
         maker(Timestamps, "microseconds", "value")
     with pytest.raises(TypeError, match="protocol"):
         maker(ConnId, "protocol", "local")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Base(abc.ABC):
+    first: int
+
+    @abc.abstractmethod
+    def what(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Derived(Base):
+    second: int
+
+    def what(self) -> str:
+        return f"{self.first} {self.second}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Without(Base):
+    def what(self) -> str:
+        return f"{self.first}"
+
+
+def test_classes_that_inherit_fields_and_make_good_what_is_abstract():
+    made = maker(Derived, "first", "second")(1, 2)
+    assert made == Derived(1, 2)
+    assert made.what() == "1 2"
+    assert maker(Without, "first")(3).what() == "3"
 
 
 def test_a_class_without_slots_is_refused():
