@@ -15,26 +15,30 @@ from tcpstate.errors import AddressInUse, ConnectionCallFailed
 from tcpstate.kernel.columns import RowError
 from tcpstate.kernel.sockets import unpack_address
 
-__all__ = ["Names", "describe", "failures", "portions"]
+__all__ = ["Names", "conn_id_of", "describe", "failures", "portions"]
 
 #: bytes of queues that are read or written in one batch: about what stays in a processor's cache
 _PORTION = 8 << 20
 _IN_USE = (errno.EADDRNOTAVAIL, errno.EADDRINUSE)
 
 
-def describe(sock: socket.socket) -> str:
-    """The socket's conn-ID, as far as it has one, for messages."""
+def conn_id_of(sock: socket.socket) -> ConnId | None:
+    """The socket's conn-ID; None if it has none (any more)."""
     try:
         local = sock.getsockname()
         raw = peer_name(sock)
-        if raw:
-            peer, port, _, scope = unpack_address(raw)
-            suffix = f"%{socket.if_indextoname(scope)}" if scope else ""
-            return str(ConnId.tcp(local[0], local[1], peer + suffix, port))
-        return f"fd {sock.fileno()}"
+        if not raw:
+            return None
+        peer, port, _, scope = unpack_address(raw)
+        suffix = f"%{socket.if_indextoname(scope)}" if scope else ""
+        return ConnId.tcp(local[0], local[1], peer + suffix, port)
     except (OSError, ValueError):
-        # not connected (any more), or closed: its number must do
-        return f"fd {sock.fileno()}"
+        return None
+
+
+def describe(sock: socket.socket) -> str:
+    """The socket's conn-ID, as far as it has one, for messages; else its number must do."""
+    return str(conn_id_of(sock) or f"fd {sock.fileno()}")
 
 
 class HasConnId(Protocol):

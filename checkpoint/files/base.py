@@ -126,6 +126,19 @@ class FdView:
     table: FileTable
     places: list[tuple[int, int]]
     _socket: socket.socket | None = None
+    _protocol: tuple[int, int, int] | None = None
+
+    @property
+    def protocol(self) -> tuple[int, int, int]:
+        """Family, type and protocol of a socket; three times -1 of anything else."""
+        if self._protocol is None:
+            if self.dup < 0 or not stat.S_ISSOCK(self.stat.st_mode):
+                self._protocol = -1, -1, -1
+            else:
+                # asked for every kind of file there is: socket.family would make an enum each time
+                sock = self.socket
+                self._protocol = int(sock.family), int(sock.type), sock.proto
+        return self._protocol
 
     @property
     def socket(self) -> socket.socket:
@@ -269,13 +282,15 @@ class OpenFile:
     def on_devices(self, devices: Mapping[str, str]) -> Self:
         """The same with the interface names of another host, where they are in ``devices``: done to every part that
         knows interfaces (endpoints, socket options, connections, groups), also in tuples."""
+        if not devices:
+            return self
         changes: dict[str, Any] = {}
         for name, part in ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self)):
             if hasattr(part, "on_devices"):
                 changes[name] = part.on_devices(devices)
             elif isinstance(part, tuple) and any(hasattr(one, "on_devices") for one in part):
                 changes[name] = tuple(one.on_devices(devices) for one in part)
-        return dataclasses.replace(self, **changes) if changes and devices else self
+        return dataclasses.replace(self, **changes) if changes else self
 
 
 def set_flags(fd: int, flags: int) -> None:

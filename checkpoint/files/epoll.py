@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import select
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
@@ -83,6 +84,7 @@ class Epoll(OpenFile):
 
 def _watches(view: FdView) -> list[EpollWatch]:
     found: list[EpollWatch] = []
+    seen: Counter[int] = Counter()
     for line in view.lines:
         if not line.startswith("tfd:"):
             continue
@@ -90,11 +92,11 @@ def _watches(view: FdView) -> list[EpollWatch]:
         if parts is None:
             raise FileCaptureFailed(f"epoll entry not understood: {line}", object=view.object)
         number = int(parts[1])
-        nth = sum(1 for other in found if other.number == number)
         if any((pid, number) in view.table.closed for pid, _ in view.places):
             continue  # given up; the kernel takes the entry away with the last descriptor
-        pid, index = _target(view, number, nth, int(parts[4], 16), int(parts[5], 16))
+        pid, index = _target(view, number, seen[number], int(parts[4], 16), int(parts[5], 16))
         found.append(EpollWatch(number=number, pid=pid, file=index, events=int(parts[2], 16), data=int(parts[3], 16)))
+        seen[number] += 1
     return found
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Listener", "bind", "has_ended", "is_closed", "is_open", "is_tcp", "listens", "new_socket", "try_bind"]
 
 _FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+_TCP: Final = frozenset((int(f), int(socket.SOCK_STREAM), int(socket.IPPROTO_TCP)) for f in _FAMILIES)
 _TAKEN: Final = (errno.EADDRINUSE,)
 #: what a connection can be that nobody has accepted
 _WAITING: Final = (State.ESTABLISHED, State.CLOSE_WAIT)
@@ -41,10 +42,7 @@ _WAITING: Final = (State.ESTABLISHED, State.CLOSE_WAIT)
 
 def is_tcp(view: FdView) -> bool:
     """Whether the file is a TCP socket of either family."""
-    if view.dup < 0 or not stat.S_ISSOCK(view.stat.st_mode):
-        return False
-    sock = view.socket
-    return sock.family in _FAMILIES and sock.type == socket.SOCK_STREAM and sock.proto == socket.IPPROTO_TCP
+    return view.protocol in _TCP
 
 
 def is_closed(view: FdView) -> bool:
@@ -73,7 +71,7 @@ def listens(view: FdView) -> bool:
 
 
 def _is_multipath(view: FdView) -> bool:
-    return view.dup >= 0 and stat.S_ISSOCK(view.stat.st_mode) and view.socket.proto == IPPROTO_MPTCP
+    return view.protocol[2] == IPPROTO_MPTCP
 
 
 def new_socket(family: int, type: int, object: str, protocol: int = 0) -> socket.socket:

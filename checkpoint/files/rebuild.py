@@ -141,6 +141,8 @@ class Rebuilder:
         self._tcp: RebuiltTcp | None = None
         self._exported = time.monotonic()
         self._vouching: list[Vouching] = []
+        #: the first (pid, fd) of each file, once one is asked for
+        self._first: dict[int, tuple[int, int]] | None = None
         #: connections whose handshakes are half done: segments for them are to be replayed, too
         self.half_open: set[ConnId] = set()
         #: (conn-ID, reason) of connections that could not be brought back
@@ -259,10 +261,14 @@ class Rebuilder:
 
     def name(self, index: int) -> str:
         """The file in the words of errors: a process and descriptor that has it."""
-        for pid, table in self.records.tables.items():
-            for fd, (file, _) in table.items():
-                if file == index:
-                    return f"pid {pid} fd {fd}"
+        if self._first is None:
+            self._first = {}
+            for pid, table in self.records.tables.items():
+                for fd, (file, _) in table.items():
+                    self._first.setdefault(file, (pid, fd))
+        if index in self._first:
+            pid, fd = self._first[index]
+            return f"pid {pid} fd {fd}"
         return f"file {index} ({kind_name(type(self.files[index]))})"
 
     # ---- the stages

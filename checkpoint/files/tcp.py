@@ -38,7 +38,7 @@ from tcpstate.rebuild import Difference, differences, rebuild_connections
 from tcpstate.record import ConnectionRecord, State
 from tcpstate.release import open_connections, release_connections
 from tcpstate.reopen import tell_windows
-from tcpstate.rows import describe
+from tcpstate.rows import conn_id_of, describe
 from tcpstate.segment import Segment
 from tcpstate.shelf import Shelf
 from tcpstate.silence import Blackhole
@@ -133,8 +133,7 @@ class TcpGroup:
         """Look for other ends on this host; ``local`` are its addresses. LocalPeer for one that a process has which
         stays, unless the policy says what to do."""
         # what is not open has no other end yet, or any more
-        names = [describe(view.socket) if is_open(view.socket) else "" for _, view in self._views]
-        conns = [ConnId.parse(name) if name.startswith("tcp:") else None for name in names]
+        conns = [conn_id_of(view.socket) if is_open(view.socket) else None for _, view in self._views]
         tree = {conn for conn in conns if conn is not None}
         lets_go = self._table.policy.accept_queue is AcceptQueues.RESET
         listening = {sock.getsockname()[1] for sock in self._listeners}
