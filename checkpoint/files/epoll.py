@@ -10,8 +10,10 @@ the number is right, and a signalfd is watched for the right process.
 
 from __future__ import annotations
 
+import os
 import re
 import select
+import stat
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
@@ -103,13 +105,19 @@ def _watches(view: FdView) -> list[EpollWatch]:
 def _target(view: FdView, number: int, nth: int, inode: int, sdev: int) -> tuple[int, int]:
     """(process, index) of the file that an entry watches."""
     table = view.table
+    device = (sdev >> _MINOR_BITS, sdev & ((1 << _MINOR_BITS) - 1))
     # Nearly always: the same number, in a process that has the instance.
     for pid, _ in view.places:
         place = table.tables.get(pid, {}).get(number)
-        if place is not None and kcmp_epoll(pid, number, view.pid, view.fd, number, nth):
+        if place is None:
+            continue
+        # A socket has one description, so its inode tells.  The kernel would walk the instance from its beginning, for
+        # each of thousands of connections (fs/eventpoll.c ep_find_tfd).
+        entry = table.entries[place[0]]
+        same_socket = stat.S_ISSOCK(entry.stat.st_mode) and (entry.stat.st_ino, _device(entry)) == (inode, device)
+        if same_socket or kcmp_epoll(pid, number, view.pid, view.fd, number, nth):
             return pid, place[0]
     pid = view.places[0][0] if view.places else view.pid
-    device = (sdev >> _MINOR_BITS, sdev & ((1 << _MINOR_BITS) - 1))
     for index, other in enumerate(table.entries):
         if other.fd < 0 or other.stat.st_ino != inode or _device(other) != device:
             continue
@@ -121,6 +129,4 @@ def _target(view: FdView, number: int, nth: int, inode: int, sdev: int) -> tuple
 
 
 def _device(view: FdView) -> tuple[int, int]:
-    import os
-
     return os.major(view.stat.st_dev), os.minor(view.stat.st_dev)
