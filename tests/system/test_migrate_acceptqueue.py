@@ -166,3 +166,17 @@ def test_a_dump_that_is_undone_puts_them_back(waiting):
             client.sendall(message(b"and on"))
             assert receive(client, 32) == answer(b"and on")
         assert seen.resets() == []
+
+
+def test_an_image_does_not_keep_them_and_that_is_said_before_the_stop(hosts: ThreeHosts, tmp_path) -> None:
+    server = servers.late_server(hosts.source, tmp_path, [hosts.net.service4], port=PORT)
+    image = tmp_path / "image"
+    with hosts.client.netns_entered(), connect(hosts.net.service4, PORT) as client:
+        client.sendall(message(b"early"))
+        status, told, said = tcpmig.tcpmig(hosts.source, "checkpoint", server.pid, "-o", image)
+        assert (status, told["code"]) == (1, "TM-0590"), said
+        assert told["object"] == f"listener {hosts.net.service4}:{PORT}"
+        assert not image.exists()
+        assert hosts.source.state(server.pid) in RUNNING
+        hosts.source.kill(server.pid, signal.SIGUSR1)
+        assert receive(client, 32) == answer(b"early")
