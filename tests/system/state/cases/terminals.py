@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import select
 import signal
 import struct
 import termios
@@ -209,3 +211,73 @@ def a_session_with_jobs(here: Here) -> Iterator[None]:
     seen(f"behind-{int(signal.SIGTTIN)}")
     os.close(master)
     seen("hup")
+
+
+class Typist:
+    """Types into a terminal, and reads what comes back until it is what was expected."""
+
+    def __init__(self, master: int) -> None:
+        self.master = master
+        self.seen = b""
+
+    def type(self, text: str, *expected: str) -> None:
+        """``expected``: regular expressions that must come, in this order."""
+        self.seen = b""
+        os.write(self.master, text.encode())
+        for pattern in expected:
+            self._until(pattern.encode())
+
+    def in_front(self, shell: int, *, job: bool) -> None:
+        """Until a job of the shell has the terminal, or the shell itself: keys are for who is in front."""
+        end = time.monotonic() + 30
+        while (struct.unpack("i", fcntl.ioctl(self.master, termios.TIOCGPGRP, bytes(4)))[0] != shell) != job:
+            assert time.monotonic() < end
+            time.sleep(0.001)
+
+    def _until(self, pattern: bytes) -> None:
+        end = time.monotonic() + 30
+        while not (found := re.search(pattern, self.seen)):
+            assert time.monotonic() < end, (pattern, self.seen)
+            if select.select([self.master], [], [], 0.1)[0]:
+                self.seen += os.read(self.master, 4096)
+        self.seen = self.seen[found.end() :]
+
+
+@case("files/terminal-master", "files/terminal", "state/registers")
+def bash_with_jobs(here: Here) -> Iterator[None]:
+    """The real one: variables, a job behind, one that was stopped, one in front that reads."""
+    pid, master = os.forkpty()
+    if pid == 0:
+        os.chdir(here.folder)
+        os.execve("/bin/bash", ["bash", "--norc", "--noediting", "-i"], {"PATH": "/usr/bin:/bin", "PS1": "ready> "})
+    fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 91, 0, 0))
+    shell = Typist(master)
+    shell.type("", "ready> ")
+    shell.type("kept='a b'; f() { echo \"got $1\"; }\n", "ready> ")
+    shell.type("sleep 1000 &\n", r"\[1\] \d+", "ready> ")
+    shell.type("cat > typed\n", "\r\n")
+    shell.in_front(pid, job=True)
+    shell.type("first\n", "first")
+    while not os.path.exists(here.path("typed")) or os.path.getsize(here.path("typed")) < 6:
+        time.sleep(0.001)  # the key that stops it would throw away what it has not read
+    shell.type("\x1a", "Stopped", "ready> ")
+    shell.type("tr a-z A-Z\n", "\r\n")
+    shell.type("before\n", "before\r\n", "BEFORE\r\n")
+    yield
+    # the one in front goes on reading; what it has read of is in its buffer
+    shell.type("after\n", "after\r\n", "AFTER\r\n")
+    shell.type("\x04", "ready> ")
+    shell.type('f "$kept"\n', "got a b\r\n", "ready> ")
+    shell.type("jobs\n", r"\[1\]-\s+Running\s+sleep 1000 &\r\n", r"\[2\]\+\s+Stopped\s+cat > typed\r\n", "ready> ")
+    shell.type("fg\n", "cat > typed\r\n")
+    shell.in_front(pid, job=True)
+    shell.type("second\n", "second")
+    shell.type("\x04", "ready> ")
+    shell.type("cat typed; stty size\n", "first\r\nsecond\r\n33 91\r\n", "ready> ")
+    shell.type("kill %1; wait %1; echo $?\n", "143\r\n", "ready> ")
+    shell.type("sleep 500\n", "\r\n")
+    shell.in_front(pid, job=True)
+    shell.type("\x03", "ready> ")
+    shell.type("echo $?\n", "130\r\n", "ready> ")
+    os.write(master, b"exit 7\n")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
