@@ -1,6 +1,6 @@
 """The line of a migration broken at every message in every way, and tcpmig killed before single steps of its work.
 
-python -m tests.campaign.breaks [--stalls] [--calls N] [--lines | --place PLACE...] [--seconds N]
+python -m tests.campaign.breaks [--stalls] [--calls N] [--lines | --place PLACE...] [--program NAME] [--seconds N]
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from tests.workloads import breaks, deaths, scenes
 from tests.workloads import steps as small_steps
 from tests.workloads.breaks import HANDOVER, MESSAGES, Break
 from tests.workloads.move import Stage
+from tests.workloads.servers import PROGRAMS
 
 __all__ = ["breaks_of_line", "deaths_at_steps", "main", "run"]
 
@@ -48,12 +50,17 @@ def breaks_of_line(*, stalls: bool) -> Iterator[str]:
         yield from (f"{FROM}stall before {at}" for at in FROM_STALLS)
 
 
-def deaths_at_steps(places: Sequence[str], *, most: int, seed: int) -> Iterator[str]:
+def scene(program: str) -> Callable[[ThreeHosts, Path], AbstractContextManager[Stage]]:
+    """The server that is moved: the plain one (empty), or one of servers.PROGRAMS."""
+    return functools.partial(scenes.program, name=program) if program else scenes.echo
+
+
+def deaths_at_steps(places: Sequence[str], *, most: int, seed: int, program: str = "") -> Iterator[str]:
     """The same: every step of each place, or that many at random. How many there are is counted in a run to the end."""
     chance = random.Random(seed)
     for place in places:
         with three_hosts() as hosts, tempfile.TemporaryDirectory(dir=hosts.net.directory) as name:
-            with scenes.echo(hosts, Path(name)) as stage:
+            with scene(program)(hosts, Path(name)) as stage:
                 status, count = small_steps.run(stage, Path(name), place, 0)
                 if not count:
                     raise CommandFailed(f"{place}: ended with {status} and counted nothing")
@@ -62,7 +69,7 @@ def deaths_at_steps(places: Sequence[str], *, most: int, seed: int) -> Iterator[
         yield from (f"call {place} {number}" for number in numbers)
 
 
-def run(names: list[str], file: Path, *, until: float = float("inf")) -> dict[str, Any]:
+def run(names: list[str], file: Path, *, until: float = float("inf"), program: str = "") -> dict[str, Any]:
     """Do what is left of the cases; {name: what came of it}."""
     state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     if state.get("code") != code():
@@ -71,7 +78,7 @@ def run(names: list[str], file: Path, *, until: float = float("inf")) -> dict[st
     left = [name for name in names if name not in state["cases"]]
     while left and time.monotonic() < until:
         with three_hosts() as hosts, tempfile.TemporaryDirectory(dir=hosts.net.directory) as name:
-            for case, found in _leg(hosts, Path(name), left[:LEG], until):
+            for case, found in _leg(hosts, Path(name), left[:LEG], until, program):
                 state["cases"][case] = found
                 print(f"{case}: {found}", flush=True)
                 fresh = file.with_suffix(".new")
@@ -83,8 +90,10 @@ def run(names: list[str], file: Path, *, until: float = float("inf")) -> dict[st
     return state
 
 
-def _leg(hosts: ThreeHosts, folder: Path, names: list[str], until: float) -> Iterator[tuple[str, dict[str, Any]]]:
-    with scenes.echo(hosts, folder) as stage:
+def _leg(
+    hosts: ThreeHosts, folder: Path, names: list[str], until: float, program: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    with scene(program)(hosts, folder) as stage:
         for number, case in enumerate(names):
             status, reached = _one(stage, folder, case)
             alone, problems = deaths.goes_on_alone(stage)
@@ -120,6 +129,7 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=1000, help="steps of each place, at random; default: all")
     parser.add_argument("--lines", action="store_true", help="broken lines only")
     parser.add_argument("--place", action="append", choices=small_steps.PLACES, help="only these, and no broken line")
+    parser.add_argument("--program", default="", choices=["", *PROGRAMS], help="the server; default: a plain one")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so long")
     parser.add_argument("names", nargs="*", help="cases, as they are called in the output; default: all")
@@ -128,9 +138,11 @@ def main() -> int:
     if not names:
         names = [] if given.place else list(breaks_of_line(stalls=given.stalls))
         if not given.lines:
-            names += deaths_at_steps(given.place or list(small_steps.PLACES), most=given.calls, seed=given.seed)
-    file = STATE / f"breaks-{'-'.join(given.place or ['lines' if given.lines else 'all'])}-{given.seed}.json"
-    state = run(names, file, until=time.monotonic() + given.seconds)
+            places = given.place or list(small_steps.PLACES)
+            names += deaths_at_steps(places, most=given.calls, seed=given.seed, program=given.program)
+    what = [*(given.place or ["lines" if given.lines else "all"]), *filter(None, [given.program])]
+    file = STATE / f"breaks-{'-'.join(what)}-{given.seed}.json"
+    state = run(names, file, until=time.monotonic() + given.seconds, program=given.program)
     done = [found for name, found in state["cases"].items() if name in names]
     bad = sum(1 for found in done if found["problems"])
     reached, alone = (sum(found[what] for found in done) for what in ("reached", "alone"))
