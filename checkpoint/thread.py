@@ -145,6 +145,8 @@ class Thread:
             stop = self.wait(max(deadline - time.monotonic(), 0))
             if stop.event == Event.STOP:
                 return
+            # any other stop may have cleared what was asked for (kernel/signal.c, ptrace_stop); twice is once
+            self.interrupt()
             self.cont(stop.signal if stop.event == Event.SIGNAL else 0)
 
     def cont(self, signal_number: int = 0) -> None:
