@@ -25,7 +25,7 @@ from tests.hosts.warm import tcpmig
 from tests.packets import Watcher
 from tests.system.test_cli_bad_input import assert_told, connected
 from tests.workloads import scenes
-from tests.workloads.hold import groups_left, held, left_behind
+from tests.workloads.hold import groups_left, held, left_at_last, left_behind
 
 __all__ = ["at_home", "hosts"]
 
@@ -149,7 +149,7 @@ def service(hosts: ThreeHosts, tmp_path: Path) -> Iterator[Service]:
             yield found
             for client in found.clients:
                 client.close()
-    assert [left_behind(host) for host in (hosts.source, hosts.target)] == before
+    assert [left_at_last(host, was) for host, was in zip((hosts.source, hosts.target), before, strict=True)] == before
     assert [groups_left(hold) for hold in found.made] == [[]] * len(found.made)
 
 
