@@ -26,7 +26,6 @@ from tcpstate import codec, softstate
 from tcpstate.capture import Capture
 from tcpstate.kernel.route import is_local
 from tcpstate.kernel.sockets import is_v6
-from tcpstate.record import ConnectionRecord
 from tcpstate.segment import Segment
 
 __all__ = ["IncomingTrees"]
@@ -46,7 +45,6 @@ class IncomingTrees:
         self._reader = FrameReader(executor=self._executor, stream=True)
         self._capture: Capture | None = None
         self._replayed = False
-        self._connections: list[ConnectionRecord] = []
         self._connected = False
         self._pairs: list[tuple[str, str]] = []
         self._kept: KeptFrames | None = None
@@ -118,8 +116,7 @@ class IncomingTrees:
             Difference(connection=connection, item=d.what, sent=str(d.expected), found=str(d.found))
             for connection, d in self._restore.prepare(elapsed=elapsed())
         )
-        self._connections = self._restore.connections
-        return Comparison(connections=len(self._connections), differences=differences)
+        return Comparison(connections=len(self._restore.connections), differences=differences)
 
     def keep(self) -> None:
         """The processes outlive this program."""

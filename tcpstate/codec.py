@@ -102,7 +102,7 @@ def _outermost(value: Any) -> Any:
 @functools.cache
 def _encoder(cls: type) -> Callable[[Any], dict[str, Any]]:
     """What makes the map of a dataclass: names to its values, and its kind."""
-    names = tuple(name for name, _, _ in _fields(cls))
+    names = tuple(field.name for field, _ in _fields(cls))
     kind = {_KIND: _kind_of[cls]} if cls in _kind_of else {}
     if len(names) > 1:
         values = operator.attrgetter(*names)
@@ -150,18 +150,14 @@ def prepare(*classes: Any) -> None:
         todo += _families.get(hint, {}).values()
         if isinstance(hint, type) and dataclasses.is_dataclass(hint) and hint not in _families:
             _encoder(hint)
-            todo += [inner for _, inner, _ in _fields(hint)]
+            todo += [inner for _, inner in _fields(hint)]
 
 
 @functools.cache
-def _fields(cls: type) -> tuple[tuple[str, Any, bool], ...]:
-    """(name, annotation, required) of each field."""
+def _fields(cls: type) -> tuple[tuple[dataclasses.Field[Any], Any], ...]:
+    """(field, annotation) of each that is written and read."""
     hints = typing.get_type_hints(cls)
-    return tuple(
-        (f.name, hints[f.name], f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING)
-        for f in dataclasses.fields(cls)
-        if f.init
-    )
+    return tuple((field, hints[field.name]) for field in dataclasses.fields(cls) if field.init)
 
 
 class _Misfit(Exception):
@@ -327,13 +323,11 @@ def _dataclass(cls: type) -> _Decoder:
     """A function written for the class, as dataclasses write theirs: field after field, without a loop and a map of
     values.  What was checked is put into an instance directly (:mod:`tcpstate.trusted`); rules of the class's own come
     last."""
-    hints = typing.get_type_hints(cls)
-    fields = [field for field in dataclasses.fields(cls) if field.init]
-    names = [field.name for field in fields]
+    fields = _fields(cls)
+    names = [field.name for field, _ in fields]
     known: dict[str, Any] = {"absent": _ABSENT, "cls": cls, "misfit": _misfit, "Misfit": _Misfit}
     lines = ["def decode(plain):", " if type(plain) is not dict:", "  misfit(cls.__name__, plain)", " get = plain.get"]
-    for i, field in enumerate(fields):
-        hint = hints[field.name]
+    for i, (field, hint) in enumerate(fields):
         options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
         unusual = [f"v{i} is not None"] if type(None) in options else []
         for kind in _EXACT.intersection(options):

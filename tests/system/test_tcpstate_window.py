@@ -27,16 +27,8 @@ ALLOWED = 0.5
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["ipv4", "ipv6"])
 def test_a_closed_window_opens(family):
-    with net() as hosts, contextlib.ExitStack() as ends:
-        a, b, c = hosts.hosts
-        for host in (a, b):
-            with host:
-                Blackhole().ensure()
-        a.add(family)
-        with a:
-            wait_until(lambda: is_local(SERVICE[family]))
-        served, client = pair(a, c, family)
-        ends.callback(client.close)
+    with _connected(family) as (hosts, served, client), contextlib.ExitStack() as ends:
+        a, b, _ = hosts
         client.setblocking(False)
         sent = 0
         closed = time.monotonic() + CLOSED
@@ -99,7 +91,7 @@ def _fill(client, size=1 << 16):
     return sent
 
 
-def _move(hosts, served, family, *, change=lambda record: record):
+def _move(hosts, served, family, *, change):
     """From a to b: the capture, once it is frozen; (rebuilt socket, record, what was captured), once it is released."""
     a, b, _ = hosts
     with a, Capture(ports={7000}) as capture:
@@ -121,8 +113,8 @@ def _move(hosts, served, family, *, change=lambda record: record):
 
 
 @contextlib.contextmanager
-def _streaming(family):
-    """Hosts and a connection in full flow: (hosts, served, client)."""
+def _connected(family):
+    """Hosts and a connection to the first of them: (hosts, served, client)."""
     with net() as hosts, contextlib.ExitStack() as ends:
         a, b, c = hosts.hosts
         for host in (a, b):
@@ -134,6 +126,13 @@ def _streaming(family):
         served, client = pair(a, c, family)
         ends.callback(client.close)
         ends.callback(served.close)
+        yield hosts.hosts, served, client
+
+
+@contextlib.contextmanager
+def _streaming(family):
+    """The same, in full flow."""
+    with _connected(family) as (hosts, served, client):
         client.setblocking(False)
         left = TOTAL
         while left:
@@ -141,7 +140,7 @@ def _streaming(family):
                 client.send(bytes(1 << 16))
             with contextlib.suppress(BlockingIOError):
                 left -= len(served.recv(min(left, 1 << 20), socket.MSG_DONTWAIT))
-        yield hosts.hosts, served, client
+        yield hosts, served, client
 
 
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["ipv4", "ipv6"])
