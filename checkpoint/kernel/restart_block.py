@@ -11,24 +11,20 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import struct
 from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.arch import Note
-from tcpstate.kernel.bpf import call
+from checkpoint.kernel import taskiter
 from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
-from tcpstate.kernel.bpf.btf import BadBtf, Kind
+from tcpstate.kernel.bpf.btf import BadBtf
 from tcpstate.kernel.bpf.layout import Layout, layout
 
 __all__ = ["left", "noted", "prepare"]
 
 _log = logging.getLogger(__name__)
 
-#: members of struct bpf_iter__task, the program's context: pointers, laid out by the macro of include/linux/bpf.h
-_META, _TASK = 0, 8
-_LINK_INFO: Final = struct.Struct("=III4x")  # tid, pid, pid_fd
 _CLOCKS: Final = struct.Struct("=QQ")  # monotonic, boottime
 _SECOND: Final = 1_000_000_000
 #: include/uapi/linux/time.h; the clocks that relative sleeps are measured by
@@ -72,7 +68,7 @@ def _place(known: Layout, paths: tuple[str, ...]) -> tuple[int, int]:
 
 def _program(known: Layout, size: int) -> bytes:
     start = -(_CLOCKS.size + size)
-    asm = Asm().load(8, 6, 1, _META).load(8, 7, 1, _TASK).jump_if(Jump.EQUAL, 7, 0, "out")
+    asm = Asm().load(8, 6, 1, taskiter.META).load(8, 7, 1, taskiter.TASK).jump_if(Jump.EQUAL, 7, 0, "out")
     asm.call(Helper.KTIME_GET_NS).store(8, FRAME, start, 0)
     asm.call(Helper.KTIME_GET_BOOT_NS).store(8, FRAME, start + 8, 0)
     asm.frame(1, start + _CLOCKS.size).set(2, size).mov(3, 7)
@@ -88,14 +84,7 @@ def _reader() -> _Reader | None:
     try:
         places = {name: _place(known, paths) for name, paths in _MEMBERS.items()}
         size = known.size("restart_block")
-        program = call.load(
-            call.ProgramType.TRACING,
-            _program(known, size + -size % 8),
-            attach=call.Attach.TRACE_ITER,
-            target=known.id(Kind.FUNCTION, "bpf_iter_task"),
-            name="tcpmig_sleep",
-            gpl=True,
-        )
+        program = taskiter.load(known, _program(known, size + -size % 8), "tcpmig_sleep")
     except (OSError, BadBtf) as error:
         _log.info("the time that is left of interrupted sleeps cannot be read: %s", error)
         return None
@@ -115,12 +104,7 @@ def _look(tid: int) -> tuple[int, int, dict[str, int]] | None:
     if reader is None:
         return None
     try:
-        info = _LINK_INFO.pack(tid, 0, 0)
-        link = call.link(reader.program, 0, call.Attach.TRACE_ITER, info=info)
-        try:
-            data = call.iterate(link)
-        finally:
-            os.close(link)
+        data = taskiter.read(reader.program, tid)
     except OSError as error:
         _log.info("the time that is left of the sleep of thread %d cannot be read: %s", tid, error)
         return None

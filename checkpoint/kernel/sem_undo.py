@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import struct
 from dataclasses import dataclass
 from typing import Final
 
+from checkpoint.kernel import taskiter
 from tcpstate.errors import KernelFeatureMissing
-from tcpstate.kernel.bpf import call
 from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
-from tcpstate.kernel.bpf.btf import BadBtf, Kind
+from tcpstate.kernel.bpf.btf import BadBtf
 from tcpstate.kernel.bpf.layout import Layout, layout
 
 __all__ = ["LONGEST", "adjustments"]
 
 _log = logging.getLogger(__name__)
 
-#: members of struct bpf_iter__task, the program's context
-_META, _TASK = 0, 8
-_LINK_INFO: Final = struct.Struct("=III4x")  # tid, pid, pid_fd
 #: sets of one process that are told of
 _MOST_SETS: Final = 32
 #: semaphores of a set that are told of
@@ -46,7 +42,7 @@ class _Reader:
 
 
 def _program(known: Layout, size: int, link: int) -> bytes:
-    asm = Asm().load(8, 6, 1, _META).load(8, 7, 1, _TASK).jump_if(Jump.EQUAL, 7, 0, "out")
+    asm = Asm().load(8, 6, 1, taskiter.META).load(8, 7, 1, taskiter.TASK).jump_if(Jump.EQUAL, 7, 0, "out")
     asm.frame(1, -8).set(2, 8).mov(3, 7).add(3, known.offset("task_struct", "sysvsem.undo_list"))
     asm.call(Helper.PROBE_READ_KERNEL).load(8, 8, FRAME, -8).jump_if(Jump.EQUAL, 8, 0, "out")
     # the list's head, and what it points to
@@ -70,14 +66,7 @@ def _reader() -> _Reader | None:
         numbers = known.size("sem_undo") if place.size == _POINTER_SIZE else place.offset
         size = numbers + 2 * LONGEST
         size += -size % 8
-        program = call.load(
-            call.ProgramType.TRACING,
-            _program(known, size, link),
-            attach=call.Attach.TRACE_ITER,
-            target=known.id(Kind.FUNCTION, "bpf_iter_task"),
-            name="tcpmig_undo",
-            gpl=True,
-        )
+        program = taskiter.load(known, _program(known, size, link), "tcpmig_undo")
     except (OSError, BadBtf) as error:
         _log.info("what is to be undone of semaphore operations cannot be read: %s", error)
         return None
@@ -94,11 +83,7 @@ def adjustments(tid: int) -> list[tuple[int, tuple[int, ...]]]:
     reader = _reader()
     if reader is None:
         raise KernelFeatureMissing("what is to be undone of semaphore operations cannot be read", object=f"pid {tid}")
-    link = call.link(reader.program, 0, call.Attach.TRACE_ITER, info=_LINK_INFO.pack(tid, 0, 0))
-    try:
-        data = call.iterate(link)
-    finally:
-        os.close(link)
+    data = taskiter.read(reader.program, tid)
     if len(data) >= _MOST_SETS * reader.size:
         raise KernelFeatureMissing(f"it is to undo operations of {_MOST_SETS} sets or more", object=f"pid {tid}")
     found = []

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 
-__all__ = ["anonymous", "call", "flags_of", "libc", "prctl", "status", "threaded"]
+__all__ = ["anonymous", "call", "flags_of", "libc", "prctl", "status", "threaded", "told_of"]
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.syscall.restype = ctypes.c_long
@@ -43,6 +43,11 @@ def anonymous(pages: int, *, prot: int = 3, flags: int = 0x22, fd: int = -1, off
 
 def flags_of(address: int) -> list[str]:
     """VmFlags of the mapping in which an address lies."""
+    return told_of(address, "VmFlags")
+
+
+def told_of(address: int, name: str) -> list[str]:
+    """The words of a line of smaps, of the mapping in which an address lies."""
     inside = False
     with open("/proc/self/smaps") as file:
         for line in file:
@@ -50,7 +55,7 @@ def flags_of(address: int) -> list[str]:
             if "-" in first and not first.endswith(":"):
                 start, _, end = first.partition("-")
                 inside = int(start, 16) <= address < int(end, 16)
-            elif inside and line.startswith("VmFlags:"):
+            elif inside and line.startswith(f"{name}:"):
                 return line.split()[1:]
     raise LookupError(hex(address))
 

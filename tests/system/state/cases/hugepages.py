@@ -7,7 +7,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 
-from tests.system.state.calls import anonymous, call, flags_of
+from tests.system.state.calls import anonymous, call, flags_of, told_of
 from tests.system.state.case import Here, case
 
 HUGE = 2 << 20
@@ -17,16 +17,7 @@ IN_PAGES = HUGE // 4096
 
 def page_size(address: int) -> int:
     """KernelPageSize of the mapping in which an address lies, in bytes."""
-    inside = False
-    with open("/proc/self/smaps") as file:
-        for line in file:
-            first = line.split(" ")[0]
-            if "-" in first and not first.endswith(":"):
-                start, _, end = first.partition("-")
-                inside = int(start, 16) <= address < int(end, 16)
-            elif inside and line.startswith("KernelPageSize:"):
-                return int(line.split()[1]) << 10
-    raise LookupError(hex(address))
+    return int(told_of(address, "KernelPageSize")[0]) << 10
 
 
 @case("memory/ht", "memory/pages")

@@ -1,0 +1,43 @@
+"""BPF iterators over tasks, attached to one thread: what the kernel keeps of it, and no interface of its own tells.
+
+Nothing is changed.  Attaching to a single thread came with Linux 6.1.
+
+Source: kernel/bpf/task_iter.c, include/uapi/linux/bpf.h (union bpf_iter_link_info).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import Final
+
+from tcpstate.kernel.bpf import call
+from tcpstate.kernel.bpf.btf import Kind
+from tcpstate.kernel.bpf.layout import Layout
+
+__all__ = ["META", "TASK", "load", "read"]
+
+#: members of struct bpf_iter__task, the program's context: pointers, laid out by the macro of include/linux/bpf.h
+META, TASK = 0, 8
+_LINK_INFO: Final = struct.Struct("=III4x")  # tid, pid, pid_fd
+
+
+def load(known: Layout, code: bytes, name: str) -> int:
+    """A descriptor of the program. OSError, BadBtf."""
+    return call.load(
+        call.ProgramType.TRACING,
+        code,
+        attach=call.Attach.TRACE_ITER,
+        target=known.id(Kind.FUNCTION, "bpf_iter_task"),
+        name=name,
+        gpl=True,
+    )
+
+
+def read(program: int, tid: int) -> bytes:
+    """What the program writes of a thread; nothing of one that has ended. OSError."""
+    link = call.link(program, 0, call.Attach.TRACE_ITER, info=_LINK_INFO.pack(tid, 0, 0))
+    try:
+        return call.iterate(link)
+    finally:
+        os.close(link)
