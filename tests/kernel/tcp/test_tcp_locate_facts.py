@@ -13,6 +13,7 @@ from tcpstate.kernel import route
 from tcpstate.kernel.tcp import TcpState
 from tcpstate.locate import Owner, connections, find, listener_backlog, owners_of, take, take_all
 from tcpstate.record import State
+from tests.descriptors import open_descriptors
 from tests.tscnet import net, pair
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
@@ -98,10 +99,10 @@ def test_what_cannot_be_taken_is_told_apart():
 
 def test_one_failure_takes_none(hosts, ends):
     served, _ = ends
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with pytest.raises(NoSuchConnection):
         take_all([Owner(os.getpid(), served.fileno()), Owner(os.getpid(), 1 << 20)])
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_owners_by_inode(ends):

@@ -16,6 +16,7 @@ from tcpstate.chaperone.policy import Policy
 from tcpstate.chaperone.protocol import ClientProtocol, encode
 from tcpstate.chaperone.server import Server, listen
 from tcpstate.errors import ChaperoneRuns
+from tests.descriptors import open_descriptors
 
 POLICY = Policy(limits=Limits(frame=4096, rate=1.0, burst=5), clients=3, seconds=10.0, idle=100.0)
 
@@ -91,12 +92,12 @@ class Client:
 
 @pytest.fixture
 def place(tmp_path: Path) -> Iterator[Place]:
-    before = set(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     found = Place(tmp_path)
     yield found
     found.server.close()
     assert found.holding.closed
-    assert len(os.listdir("/proc/self/fd")) <= len(before) + 4, "only our clients' own ends are left"
+    assert open_descriptors() <= before + 4, "only our clients' own ends are left"
 
 
 def test_errors_are_told_with_their_code(place: Place) -> None:
@@ -166,7 +167,7 @@ def test_what_is_not_the_protocol_gets_one_answer_and_the_end(place: Place, data
 @pytest.mark.parametrize("count", [1, 9, 30])
 def test_descriptors_that_belong_to_nothing_are_closed(place: Place, count: int) -> None:
     client = place.client()
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     read, write = os.pipe()
     client.protocol._number = 1
     socket.send_fds(client.sock, [encode(Get(number=1, conn="x"))], [write] * count)
@@ -177,7 +178,7 @@ def test_descriptors_that_belong_to_nothing_are_closed(place: Place, count: int)
     assert client.answer() == ""
     assert os.read(read, 1) == b"", "nobody has the other end any more"
     os.close(read)
-    assert len(os.listdir("/proc/self/fd")) == before - 1, "and its connection is closed"
+    assert open_descriptors() == before - 1, "and its connection is closed"
 
 
 def test_a_client_cannot_write_lines_of_its_own_into_the_log(place: Place, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,6 +14,7 @@ from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.files.treefiles import TreeFiles
 from tcpstate.freeze import QuietState
+from tests.descriptors import open_descriptors
 
 NAME = "tcp:10.0.0.1:80-10.0.0.2:{}"
 
@@ -45,9 +46,9 @@ def test_a_held_socket_is_taken_as_it_is():
     quiet = object.__new__(QuietState)
     held = HeldSocket(HeldFile(index=0, conn_id=NAME.format(1), quiet=quiet), sock)
     rebuilder = Rebuilder(tree([TcpFile(flags=2, family=2, conn_id=NAME.format(1))]), held={0: held})
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     assert rebuilder.descriptor(0) == number
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
     # whoever gave it closes it no more
     sock.close()
     os.fstat(number)

@@ -23,6 +23,7 @@ from tcpstate import codec
 from tcpstate.connid import ConnId
 from tcpstate.segment import Flag, Segment
 from tcpstate.uses.hold import ListeningEnd
+from tests.descriptors import open_descriptors
 
 HOLD = "0123456789abcdef" * 2
 CONNECTION = ConnId.tcp("10.0.0.5", 80, "10.0.0.9", 1234)
@@ -213,7 +214,7 @@ def test_long_messages_arrive_whole() -> None:
 def test_descriptors_that_nobody_named_are_closed() -> None:
     tool, holder = line_pair()
     with tool, holder, socket.socketpair()[0] as sock:
-        before = len(os.listdir("/proc/self/fd"))
+        before = open_descriptors()
         tool.send(Seal(timeout=1.0), [sock.fileno()])
         with pytest.raises(HolderFailed):
             holder.expect(Seal)
@@ -222,7 +223,7 @@ def test_descriptors_that_nobody_named_are_closed() -> None:
         assert isinstance(message, Put)
         with pytest.raises(HolderFailed):
             received(message, descriptors)
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert open_descriptors() == before
 
 
 @pytest.mark.parametrize(
