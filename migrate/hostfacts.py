@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from checkpoint.verdict import Verdict
+from migrate import squeeze
 from migrate.errors import AnotherMachine
 from migrate.messages import CpuState, HostFacts, Needs
 from tcpstate import acceptqueue
@@ -41,7 +42,8 @@ def host_facts() -> HostFacts:
 def features() -> frozenset[str]:
     """What the kernel and this program can do here that another host may want to know before anything is stopped. The
     first time takes up to a second (the kernel's BTF is read)."""
-    return frozenset({PROBE}) if acceptqueue.missing() else frozenset({PROBE, ACCEPT_QUEUE})
+    ours = frozenset({PROBE, squeeze.FEATURE})
+    return ours if acceptqueue.missing() else ours | {ACCEPT_QUEUE}
 
 
 def namespace(kind: str) -> int:

@@ -67,6 +67,7 @@ from migrate.parts import Outgoing
 from migrate.protocol import SourceMachine
 from migrate.rounds import IfBusy, Pace, Round
 from migrate.rtnetlink import Netlink
+from migrate.squeeze import agreed
 from migrate.summary import Checked, SourceOptions, Summary
 from migrate.takeover import AddressPlan, Departure, consider, control_addresses
 from migrate.transport import Remote
@@ -205,7 +206,7 @@ class Source:
     def _move(
         self, netlink: Netlink, checked: Checked, addresses: AddressPlan, signals: contextlib.ExitStack
     ) -> Summary:
-        outgoing, channel = self._outgoing, self._channel
+        outgoing, options = self._outgoing, self._options
         roots = tuple(tree.root for tree in checked.needs.trees)
         moved = tuple(record.address for record in addresses.records)
         self._journal = journal = Journal.open(
@@ -213,17 +214,18 @@ class Source:
             self.migration,
             roots=roots,
             host=self._remote.host,
-            rsh=self._options.rsh,
-            remote_command=self._options.remote_command,
+            rsh=options.rsh,
+            remote_command=options.remote_command,
             there=self._there,
-            directory=self._options.state_directory,
+            directory=options.state_directory,
         )
         outgoing.begin(journal.note)
         if self._hook is not None:
             with self._phase("hook"):
                 self._call_hook(self._hook, checked.needs, moved)
-        image = ImageWriter(channel, self._machine.send_image, self._attend)
-        rounds = self._copy_live(image) if self._options.precopy else []
+        packer = agreed(options.compress, self._offered)
+        image = ImageWriter(self._channel, self._machine.send_image, self._attend, packer)
+        rounds = self._copy_live(image) if options.precopy else []
         with self._phase("prepare"):
             # with the first one the target's hook is called: before new connections are held off
             self._measure(1)
@@ -248,13 +250,8 @@ class Source:
             exported_ns = outgoing.freeze(image)
             image.flush()
         with self._phase("rebuild"):
-            self._say(
-                Prepare(
-                    migration=self.migration,
-                    exported_ns=max(0, self._offset.there(exported_ns)),
-                    image_bytes=image.written,
-                )
-            )
+            exported_ns = max(0, self._offset.there(exported_ns))
+            self._say(Prepare(migration=self.migration, exported_ns=exported_ns, image_bytes=image.written))
             # The target is busy now, and so the disk's time costs nothing.  Written before COMMIT is certain, this only
             # makes `recover` ask the target where it need not have asked.
             journal.append(AddressesLeave(departure=departure.record), Step(step=StepKind.COMMIT))
@@ -287,7 +284,7 @@ class Source:
             rounds=tuple(rounds),
             stop_ms=stop_ns / 1e6,
             total_ms=(monotonic_ns() - self._began) / 1e6,
-            bytes_sent=channel.bytes_sent,
+            bytes_sent=self._channel.bytes_sent,
             phases=self._phases,
             lost=running.lost,
         )

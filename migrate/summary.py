@@ -28,6 +28,7 @@ class SourceOptions:
     precopy         memory is copied in rounds before the stop
     max_downtime_ms  ``--max-downtime``: how long the copy that remains for the stop may take, as far as can be told
     if_busy         ``--if-busy``: what if that cannot be reached
+    compress        the line may carry compressed bytes, where that is quicker
     forwarded       options for the rebuilding side, by name
     unit_hook       ``--unit-hook``: a program for this host; empty: none
     rsh, remote_command  for the journal: how `recover` reaches the target
@@ -40,6 +41,7 @@ class SourceOptions:
     precopy: bool = True
     max_downtime_ms: float = MAX_DOWNTIME_MS
     if_busy: IfBusy = IfBusy.STOP
+    compress: bool = True
     forwarded: dict[str, str] = field(default_factory=dict)
     unit_hook: str = ""
     rsh: str = ""

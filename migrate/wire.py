@@ -3,9 +3,11 @@
 Each direction starts with eight bytes that show at once whether the other end is tcpmig and whether the line changes
 bytes (as PNG's signature does).  Then frames::
 
-    0  kind   1 message, 2 image      1..3  zero      4  length      8  crc32 (of a message; 0 for image bytes)
+    0  kind   1 message, 2 image, 3 image, compressed
+    1..3  zero      4  length      8  crc32 (of a message; 0 for image bytes)
 
-Little endian.  Image bytes carry digests of their own inside, and are neither copied nor looked at here: they go out by
+Little endian.  Compressed image bytes (zstd, a frame of its own each) come only to a side that said it reads them.
+Image bytes carry digests of their own inside, and are neither copied nor looked at here: they go out by
 writev from where they lie, and come in by readv where the reader of the image wants them.  A descriptor may be a pipe
 or a socket; both ends are set to not block, and every wait has an end.
 """
@@ -29,6 +31,7 @@ from typing import Protocol
 
 from migrate.errors import BadFrame, LinkLost, LinkSilent, NotTcpmig
 from migrate.messages import Message
+from migrate.squeeze import Squeeze, expand
 from tcpstate import codec
 from tcpstate.errors import BadRecord
 
@@ -73,6 +76,7 @@ class FrameKind(enum.IntEnum):
 
     MESSAGE = 1
     IMAGE = 2
+    SQUEEZED = 3
 
 
 class ImageSink(Protocol):
@@ -103,7 +107,7 @@ def encode(message: Message) -> bytes:
 def parse_header(data: Buffer) -> tuple[FrameKind, int, int]:
     """(kind, length, checksum); BadFrame if it cannot be a header of ours."""
     kind, zero, length, checksum = HEADER.unpack(data)
-    if kind not in (FrameKind.MESSAGE, FrameKind.IMAGE) or zero != bytes(3):
+    if kind not in set(FrameKind) or zero != bytes(3):
         raise BadFrame(f"a frame starts with {bytes(data[:4]).hex()}")
     if length > (MAX_MESSAGE if kind == FrameKind.MESSAGE else MAX_CHUNK):
         raise BadFrame(f"a frame claims {length} bytes")
@@ -118,6 +122,30 @@ def decode(payload: Buffer, checksum: int) -> Message:
         return codec.unpack(Message, bytes(payload))
     except BadRecord as error:
         raise BadFrame(f"a message cannot be read: {error.message}") from error
+
+
+class _Collected:
+    """All of one frame, in one piece."""
+
+    def __init__(self, length: int) -> None:
+        self.data = memoryview(bytearray(length))
+        self._got = 0
+
+    def buffer(self) -> memoryview:
+        return self.data[self._got :]
+
+    def received(self, count: int) -> None:
+        self._got += count
+
+
+def put(data: Buffer, sink: ImageSink) -> None:
+    """Image bytes that are here already."""
+    view = memoryview(data)
+    while view:
+        room = sink.buffer()[: len(view)]
+        room[:] = view[: len(room)]
+        sink.received(len(room))
+        view = view[len(room) :]
 
 
 class Channel:
@@ -173,12 +201,12 @@ class Channel:
         """Send messages, in one system call if the line takes them. LinkLost, LinkSilent."""
         self._write([encode(message) for message in messages])
 
-    def send_image(self, pieces: Sequence[Buffer]) -> None:
+    def send_image(self, pieces: Sequence[Buffer], kind: FrameKind = FrameKind.IMAGE) -> None:
         """Send one frame of image bytes, made of ``pieces``, which may be reused when this returns."""
         length = sum(map(len, pieces))
         if not 0 < length <= MAX_CHUNK:
             raise BadFrame(f"a piece of the image has {length} bytes")
-        self._write([HEADER.pack(FrameKind.IMAGE, bytes(3), length, 0), *pieces])
+        self._write([HEADER.pack(kind, bytes(3), length, 0), *pieces])
 
     def _write(self, pieces: Sequence[Buffer]) -> None:
         views = [memoryview(piece).cast("B") for piece in pieces if len(piece)]
@@ -260,9 +288,17 @@ class Channel:
 
     def take_image(self, sink: ImageSink) -> None:
         """Put the bytes of the frame that has begun where ``sink`` wants them, without a copy on the way."""
-        if self._frame is None or self._frame[0] is not FrameKind.IMAGE:
+        if self._frame is None or self._frame[0] is FrameKind.MESSAGE:
             raise RuntimeError("no frame of the image has begun")
-        left = self._frame[1]
+        kind, left, _ = self._frame
+        if kind is FrameKind.SQUEEZED:
+            packed = _Collected(left)
+            self._take(packed, left)
+            put(expand(packed.data, MAX_CHUNK), sink)
+        else:
+            self._take(sink, left)
+
+    def _take(self, sink: ImageSink, left: int) -> None:
         deadline = time.monotonic() + self.silence
         while left:
             room = sink.buffer()[:left]
@@ -297,7 +333,7 @@ class Channel:
             elif self._header_got == HEADER.size:
                 self._header_got = 0
                 self._frame = parse_header(self._header)
-                if self._frame[0] is FrameKind.IMAGE:
+                if self._frame[0] is not FrameKind.MESSAGE:
                     return ImageFrame(self._frame[1])
                 self._message = memoryview(bytearray(self._frame[1]))
                 continue
@@ -367,15 +403,21 @@ class Channel:
 class ImageWriter:
     """Image bytes on their way into a channel: small pieces are collected, large ones sent from where they lie.
 
-    before  called before each frame: the protocol's permission
-    after   called after each frame: what the other side said meanwhile is attended to
+    before   called before each frame: the protocol's permission
+    after    called after each frame: what the other side said meanwhile is attended to
+    squeeze  compresses where that is quicker; None: the other side does not read it, or the user does not want it
     """
 
     def __init__(
-        self, channel: Channel, before: Callable[[], None] = lambda: None, after: Callable[[], None] = lambda: None
+        self,
+        channel: Channel,
+        before: Callable[[], None] = lambda: None,
+        after: Callable[[], None] = lambda: None,
+        squeeze: Squeeze | None = None,
     ) -> None:
         self._channel = channel
         self._before, self._after = before, after
+        self._squeeze = squeeze
         self._small = bytearray()
         self.written = 0
 
@@ -402,7 +444,16 @@ class ImageWriter:
     def _frame(self, pieces: Sequence[Buffer]) -> None:
         self._small.clear()
         self._before()
-        self._channel.send_image(pieces)
+        if self._squeeze is None:
+            self._channel.send_image(pieces)
+        else:
+            packed = self._squeeze.chunk(pieces)
+            if packed is None:
+                began = time.monotonic()
+                self._channel.send_image(pieces)
+                self._squeeze.sent(sum(map(len, pieces)), time.monotonic() - began)
+            else:
+                self._channel.send_image([packed], FrameKind.SQUEEZED)
         self._after()
 
 

@@ -74,6 +74,12 @@ AT_ONCE = 2
     default=IfBusy.STOP.value,
     help="What if the process writes too fast for that: stop and copy the rest, or leave it.  [default: stop]",
 )
+@click.option(
+    "--compress",
+    type=click.Choice(["auto", "never"]),
+    default="auto",
+    help="Compress memory (zstd) where the line is so slow that it pays.  [default: auto]",
+)
 @click.option("--stop-and-copy", is_flag=True, help="No rounds: all memory is copied while the processes stand still.")
 @click.option("--dry-run", is_flag=True, help="Only ask both hosts whether it can be done, and foretell what it takes.")
 def migrate(
@@ -89,6 +95,7 @@ def migrate(
     unit_hook: str,
     max_downtime: float,
     if_busy: str,
+    compress: str,
     stop_and_copy: bool,
     dry_run: bool,
     **files: Any,
@@ -111,6 +118,7 @@ def migrate(
         precopy=not stop_and_copy,
         max_downtime_ms=max_downtime,
         if_busy=IfBusy(if_busy),
+        compress=compress == "auto",
         rsh=rsh,
         remote_command=remote_command,
     )
