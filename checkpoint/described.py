@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from checkpoint.files.pty import masters_of
 from checkpoint.files.terminal import slave_number
+from checkpoint.kernel.kcmp import KcmpType, Known
 from checkpoint.procfs import Stat
 from checkpoint.records import Manifest, ProcessRecord
 from checkpoint.state.table import ProcessState
@@ -15,7 +16,7 @@ from checkpoint.tracee import Tree
 from checkpoint.tree import Task
 from tcpstate.version import VERSION
 
-__all__ = ["manifest", "process_records", "task_of"]
+__all__ = ["Sharing", "manifest", "process_records", "task_of"]
 
 
 def manifest(tree: Tree, roots: Sequence[int]) -> Manifest:
@@ -38,9 +39,10 @@ def manifest(tree: Tree, roots: Sequence[int]) -> Manifest:
 def process_records(tree: Tree, states: Mapping[int, ProcessState]) -> list[ProcessRecord]:
     """Every process, parents before children, zombies last."""
     masters = masters_of([process.pid for process in tree.processes])
+    sharing = Sharing()
     living = [
         ProcessRecord(
-            task=task_of(process.stat, masters),
+            task=task_of(process.stat, masters, sharing),
             comm=process.stat.comm,
             exit_signal=process.stat.exit_signal,
             stop_signal=process.stop_signal,
@@ -49,13 +51,30 @@ def process_records(tree: Tree, states: Mapping[int, ProcessState]) -> list[Proc
         for process in tree.processes
     ]
     return living + [
-        ProcessRecord(task=task_of(stat, set(), stat.exit_code), comm=stat.comm, exit_signal=stat.exit_signal)
+        ProcessRecord(task=task_of(stat, set(), sharing, stat.exit_code), comm=stat.comm, exit_signal=stat.exit_signal)
         for stat in tree.zombies
     ]
 
 
-def task_of(stat: Stat, masters: set[int], wait_code: int | None = None) -> Task:
+class Sharing:
+    """Who shares what among processes that are asked for in the order of the tree."""
+
+    def __init__(self) -> None:
+        self._files = Known(KcmpType.FILES)
+        self._directories = Known(KcmpType.FS)
+
+    def of(self, pid: int) -> tuple[int, int]:
+        """(whose descriptors, whose directories) a process has; 0: none's that was asked for before."""
+        try:
+            files, directories = self._files.first(pid), self._directories.first(pid)
+        except ProcessLookupError:
+            return 0, 0  # it runs, and has just ended
+        return (0 if files == pid else files), (0 if directories == pid else directories)
+
+
+def task_of(stat: Stat, masters: set[int], sharing: Sharing, wait_code: int | None = None) -> Task:
     """The place of a process in its tree. ``masters``: the numbers of the pseudo terminals that are the tree's."""
+    files, directories = sharing.of(stat.pid) if wait_code is None else (0, 0)
     terminal = slave_number(stat.tty) if stat.sid == stat.pid and stat.tty else None
     return Task(
         pid=stat.pid,
@@ -64,6 +83,8 @@ def task_of(stat: Stat, masters: set[int], wait_code: int | None = None) -> Task
         sid=stat.sid,
         wait_code=wait_code,
         terminal=terminal if terminal is not None and terminal in masters else -1,
+        files=files,
+        directories=directories,
     )
 
 

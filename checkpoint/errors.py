@@ -101,6 +101,7 @@ __all__ = [
     "UnsupportedMemory",
     "UnsupportedProtocol",
     "UnsupportedSession",
+    "UnsupportedSharing",
     "UnsupportedTerminal",
     "UserfaultMapping",
     "VforkParent",
@@ -123,6 +124,15 @@ class UnsupportedSession(Refused):
 
     code = "TM-0380"
     fix = "Move the session leader's tree together with it, or restart the named process under its leader."
+
+
+class UnsupportedSharing(Refused):
+    """Processes share a table of descriptors, or their directories (clone with CLONE_FILES or CLONE_FS), that no order
+    of births can give them again: what two processes share must come from a process that bore both, and not lead
+    through a third one that shares others with somebody else. The parent between two of them may have ended."""
+
+    code = "TM-0775"
+    fix = "Move the tree that all of them belong to, or restart the named process under the one it shares with."
 
 
 class BacklogNotDrained(TcpmigError):
@@ -551,8 +561,7 @@ class PendingLocalConnection(Refused):
 
 
 class SharedDescriptors(Refused):
-    """Two processes share one descriptor table (CLONE_FILES), or one thread has its own (unshare). Rebuilding keeps one
-    table per process."""
+    """A thread has a descriptor table of its own (unshare(CLONE_FILES)). Rebuilt threads share their process's."""
 
     code = "TM-0349"
     fix = "There is no way around it; such programs are rare (some libraries for user-level threads)."
@@ -769,18 +778,17 @@ class MemoryUnwritable(TcpmigError):
 
 
 class SharedBetweenProcesses(Refused):
-    """Two processes that are not threads of each other share memory, descriptors, directories or signal handlers
-    (clone with CLONE_VM, CLONE_FILES, CLONE_FS or CLONE_SIGHAND but without CLONE_THREAD). A rebuilt pair would have
-    two copies instead."""
+    """Two processes that are not threads of each other share memory or signal handlers (clone with CLONE_VM or
+    CLONE_SIGHAND but without CLONE_THREAD), or share descriptors or directories (CLONE_FILES, CLONE_FS) and one of them
+    is not of the tree, or what is shared is not the first thread's. A rebuilt pair would have two copies instead."""
 
     code = "TM-0320"
-    fix = "Wait until the child has called exec (vfork, posix_spawn), or do not share between processes."
+    fix = "Wait until the child has called exec (vfork, posix_spawn), or move both processes, by a common ancestor."
 
 
 class UnsharedThread(Refused):
-    """A thread has descriptors of its own, apart from its process's (unshare(CLONE_FILES)), or shares its directories
-    with some threads but not with the first (after unshare(CLONE_FS)). Rebuilt threads share descriptors, and their
-    directories with the first thread or with nobody."""
+    """A thread has descriptors of its own, apart from its process's (unshare(CLONE_FILES)). Rebuilt threads share
+    descriptors."""
 
     code = "TM-0321"
     fix = "Configure the program not to unshare them per thread."

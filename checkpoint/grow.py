@@ -19,7 +19,7 @@ from checkpoint.errors import PidTaken
 from checkpoint.files.terminal import Pair, TtyCall, open_pair, open_slave
 from checkpoint.kernel.clone import CloneFlag
 from checkpoint.spawn import Stub, spawn_stub
-from checkpoint.tree import Death, End, Fork, SetPgid, SetSid, Spawn, TakeTerminal, Task, plan
+from checkpoint.tree import Death, End, Fork, SetPgid, SetSid, Spawn, TakeTerminal, Task, Unshare, plan
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.machine import SYS
 
@@ -57,7 +57,7 @@ def grow(
     stubs  filled in as they are born, by PID: what is to be undone if this fails
     terminals  filled in, by number: the pseudo terminals that were opened for sessions
 
-    PidTaken, SpawnFailed, UnsupportedSession.
+    PidTaken, SpawnFailed, UnsupportedSession, UnsupportedSharing.
     """
     _Grower(records, list(avoid), stubs, warn, terminals).run()
 
@@ -85,8 +85,10 @@ class _Grower:
                 match step:
                     case Spawn(pid, stand_in):
                         self._born(pid, stand_in, lambda number: spawn_stub(number, self._avoid))
-                    case Fork(creator, pid, sibling, stand_in):
-                        self._born(pid, stand_in, self._forker(creator, pid, sibling))
+                    case Fork(pid=pid, stand_in=stand_in):
+                        self._born(pid, stand_in, self._forker(step))
+                    case Unshare(pid, files, directories):
+                        self._call(self._stub(pid), SYS.unshare, _shared(files=files, directories=directories))
                     case SetSid(pid):
                         self._call(self._stub(pid), SYS.setsid)
                     case TakeTerminal(pid, number):
@@ -124,11 +126,13 @@ class _Grower:
                 f"the number {pid} of a session or group from outside the tree is taken here; it becomes {stub.pid}"
             )
 
-    def _forker(self, creator: int, pid: int, sibling: bool) -> Callable[[int | None], Stub]:
-        flags = CloneFlag.PARENT if sibling else 0
-        record = self._records.get(pid)
+    def _forker(self, birth: Fork) -> Callable[[int | None], Stub]:
+        flags = _shared(files=birth.files, directories=birth.directories)
+        if birth.sibling:
+            flags |= CloneFlag.PARENT
+        record = self._records.get(birth.pid)
         exit_signal = signal.SIGCHLD if record is None else record.exit_signal
-        return lambda number: self._stub(creator).fork(number, flags, exit_signal=exit_signal)
+        return lambda number: self._stub(birth.creator).fork(number, flags, exit_signal=exit_signal)
 
     def _take_terminal(self, stub: Stub, number: int) -> None:
         master = open_pair(number, self._warn)
@@ -170,6 +174,11 @@ class _Grower:
             calls = CallTable()
             _take_sigchld(calls)
             self._stubs[parent].run(calls)
+
+
+def _shared(*, files: bool, directories: bool) -> int:
+    """What clone shares and unshare parts."""
+    return (CloneFlag.FILES if files else 0) | (CloneFlag.FS if directories else 0)
 
 
 def _take_sigchld(calls: CallTable) -> None:

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from checkpoint import preflight, procfs
-from checkpoint.described import task_of
+from checkpoint.described import Sharing, task_of
 from checkpoint.errors import NoSuchProcess, TrackingImpossible, TreeUnsteady
 from checkpoint.files.abi import pidfd_getfd
 from checkpoint.files.policy import NO_POLICY, Policy
@@ -216,13 +216,14 @@ class LiveCopy:
         dead: list[tuple[Task, int]] = []
         pids = preflight.pids(self._roots)
         masters = masters_of(pids)
+        sharing = Sharing()
         for pid in pids:
             try:
                 stat = procfs.read_stat(pid)
             except NoSuchProcess:
                 continue
             code = stat.exit_code if stat.zombie else None
-            task = task_of(stat, masters if code is None else set(), code)
+            task = task_of(stat, masters if code is None else set(), sharing, code)
             (living if code is None else dead).append((task, stat.exit_signal))
         return living + dead
 

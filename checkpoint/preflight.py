@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from checkpoint import procfs, refuse
+from checkpoint.described import Sharing, task_of
 from checkpoint.errors import LocalPeer, NoSuchProcess, Refused
 from checkpoint.files import verdicts as files
 from checkpoint.files.outside import holders_text
@@ -22,6 +23,7 @@ from checkpoint.ipc import table as ipc
 from checkpoint.memory import segments
 from checkpoint.memory import verdicts as memory
 from checkpoint.state import preflight as state
+from checkpoint.tree import plan
 from checkpoint.verdict import Status, Verdict, refusals
 from tcpstate import locate
 from tcpstate.errors import NoSuchConnection, Outcome, TcpmigError, catalogue
@@ -31,6 +33,7 @@ from tcpstate.locate import Located
 __all__ = ["Peered", "check", "connections", "first_refusal", "live_files", "pids"]
 
 _CONNECTION = "tcp connection"
+_LOOKS = 3
 
 
 def pids(roots: Sequence[int]) -> list[int]:
@@ -75,7 +78,7 @@ def check(roots: Sequence[int], policy: Policy = NO_POLICY) -> list[Verdict]:
     members = pids(roots)
     for pid in members:
         try:
-            judged = [*state.verdicts(pid), *memory.verdicts(pid)]
+            judged = [*state.verdicts(pid, members=members), *memory.verdicts(pid)]
         except (NoSuchProcess, FileNotFoundError, ProcessLookupError):
             if procfs.lives(pid):
                 raise
@@ -83,11 +86,32 @@ def check(roots: Sequence[int], policy: Policy = NO_POLICY) -> list[Verdict]:
         # what was read of a descendant while it ended is not true of anything
         if procfs.lives(pid):
             found += judged
+    found += _births(members)
     found += segments.verdicts(members)
     found += ipc.verdicts(members)
     found += files.verdicts(members, policy)
     found += [_judge(one, policy) for one in connections(members)]
     return found
+
+
+def _births(members: Sequence[int]) -> list[Verdict]:
+    """Whether the processes can be grown again, with the sessions, groups, descriptors and directories that they have
+    in common. They run: what is refused was so at each of several looks."""
+    refused: TcpmigError | None = None
+    for _ in range(_LOOKS):
+        sharing = Sharing()
+        tasks = []
+        for pid in members:
+            with contextlib.suppress(NoSuchProcess):
+                stat = procfs.read_stat(pid)
+                tasks.append(task_of(stat, set(), sharing, stat.exit_code if stat.zombie else None))
+        try:
+            plan(tasks)
+        except Refused as error:
+            refused = error
+        else:
+            return []
+    return [] if refused is None else [Verdict.refuse(refused, "process")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ The same function serves ``tcpmig check`` (as verdicts) and the stop itself (as 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -24,7 +25,7 @@ from checkpoint.errors import (
 )
 from checkpoint.verdict import Status, Verdict
 
-__all__ = ["refuse_process", "refuse_root", "verdicts"]
+__all__ = ["refuse_process", "refuse_root", "refuse_traced", "verdicts"]
 
 _log = logging.getLogger(__name__)
 
@@ -63,9 +64,7 @@ def refuse_process(pid: int) -> None:
     stat = procfs.read_stat(pid)
     if stat.zombie and len(procfs.threads(pid)) > 1:
         raise LeaderExited(f"the main thread of {stat.comm} has ended, others run on", object=f"pid {pid}")
-    tracer = int(procfs.read_status(pid)["TracerPid"])
-    if tracer not in (0, os.getpid()):
-        raise AlreadyTraced(f"{stat.comm} is traced by process {tracer}", object=f"pid {pid}")
+    refuse_traced(pid, pid)
     if stat.zombie:
         return
     try:
@@ -77,6 +76,23 @@ def refuse_process(pid: int) -> None:
         raise NoSuchProcess("the process has just ended", object=f"pid {pid}") from error
     if (cgroup := _frozen_cgroup(pid)) is not None:
         raise CgroupFrozen(f"{stat.comm} is in the frozen cgroup {cgroup}", object=f"pid {pid}")
+
+
+def refuse_traced(pid: int, tid: int) -> None:
+    """AlreadyTraced if another process traces this thread."""
+    status = procfs.read_status(pid, tid)
+    tracer = int(status["TracerPid"])
+    if tracer not in (0, os.getpid()):
+        name = f"pid {pid}" if tid == pid else f"pid {pid} thread {tid}"
+        raise AlreadyTraced(f"{status['Name']} is traced by process {tracer}", object=name)
+
+
+def _refuse_traced_threads(pid: int) -> None:
+    """A debugger may have attached to a thread that is not the first."""
+    for tid in procfs.threads(pid)[1:]:
+        # it has just ended
+        with contextlib.suppress(NoSuchProcess):
+            refuse_traced(pid, tid)
 
 
 @functools.cache
@@ -121,6 +137,7 @@ def verdicts(pid: int) -> list[Verdict]:
     for each in procfs.tree(pid):
         try:
             refuse_process(each)
+            _refuse_traced_threads(each)
             stat = procfs.read_stat(each)
         except NoSuchProcess:
             continue  # a descendant that ended while we looked

@@ -226,8 +226,10 @@ class Restore:
             else:
                 layout.build(one, self.stubs[pid], self._rebuilder.descriptor)
                 self._ground.is_now(one)
-        for record in self._living():
-            install(self._rebuilder, record.task.pid, self.stubs[record.task.pid])
+        # last those whose tables others share: the descriptor by which files are taken is closed with them
+        for record in sorted(self._living(), key=lambda record: not record.task.files):
+            pid = record.task.pid
+            install(self._rebuilder, pid, self.stubs[pid], shared=bool(record.task.files))
 
     def _bear_named_threads(self, files: TreeFiles) -> None:
         """Threads that an open file refers to must be there before it."""
@@ -271,6 +273,10 @@ class Restore:
             raise ImageIncomplete("the end of the copy came where it is not expected")
         ipc.used(self._ipc, self.stubs)  # while they still may
         for record in self._living():
+            if record.task.directories and record.state is not None:
+                # threads with directories of their own begin in the tool's, not in those that others are given
+                table.bear_threads(self.stubs[record.task.pid], record.state, self._warn)
+        for record in self._living():
             self._give_state(record)
         for record in self._living():
             stub = self.stubs[record.task.pid]
@@ -312,7 +318,14 @@ class Restore:
         if state is None:
             return
         elapsed = time.monotonic_ns() - self._arrived_ns
-        table.build(self.stubs[record.task.pid], state, warn=self._warn, elapsed=elapsed, path=self._path)
+        table.build(
+            self.stubs[record.task.pid],
+            state,
+            warn=self._warn,
+            elapsed=elapsed,
+            path=self._path,
+            placed=bool(record.task.directories),
+        )
 
     def survive(self) -> None:
         """The processes outlive the tool from now on."""

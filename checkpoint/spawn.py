@@ -223,23 +223,35 @@ class Stub(Process):
         child._injection = self._injection.inherited(child)
         return child
 
-    def clone_threads(self, tids: Sequence[int | None], apart: Sequence[bool] = ()) -> None:
+    def clone_threads(self, tids: Sequence[int | None], lenders: Sequence[int | None] = ()) -> None:
         """More threads, with these numbers in the stub's PID namespace (None: any), added to ``threads`` in this order.
 
-        apart  for each of them, whether it does not share directories and umask with the others
+        lenders  for each of them, the thread whose directories and umask it shares: the first one, or one of ``tids``
+                 that comes before it; None: nobody's.  Not given: all share those of the first.
 
         PidTaken, SpawnFailed.
         """
         if not tids:
             return
-        flags = [THREAD & ~CloneFlag.FS if alone else THREAD for alone in apart or [False] * len(tids)]
-        self._clone(tids, flags, 0)
-        born = [self._newborn(self.pid, tid) for tid in self._injection.born]
-        self._injection.born.clear()
-        self._adopt(born)
-        self._injection._arrived(born)
+        first = self.leader.tid
+        whose = list(lenders) or [first] * len(tids)
+        creators = {n: first if lender is None or lender not in tids else lender for n, lender in enumerate(whose)}
+        made: dict[int, Thread] = {}
+        for creator in dict.fromkeys(creators.values()):
+            places = [n for n, by in creators.items() if by == creator]
+            parent = first if creator == first else made[tids.index(creator)].tid
+            flags = [THREAD & ~CloneFlag.FS if whose[n] is None else THREAD for n in places]
+            self._clone([tids[n] for n in places], flags, 0, parent)
+            born = [self._newborn(self.pid, tid) for tid in self._injection.born]
+            self._injection.born.clear()
+            self._adopt(born)
+            self._injection._arrived(born)
+            made.update(zip(places, born, strict=True))
+        self.threads[-len(tids) :] = [made[n] for n in range(len(tids))]
 
-    def _clone(self, numbers: Sequence[int | None], flags: Sequence[int], exit_signal: int) -> None:
+    def _clone(
+        self, numbers: Sequence[int | None], flags: Sequence[int], exit_signal: int, creator: int | None = None
+    ) -> None:
         calls = CallTable()
         for number, how in zip(numbers, flags, strict=True):
             wanted = number is not None
@@ -248,7 +260,7 @@ class Stub(Process):
                 calls.pointer(args + SET_TID_OFFSET, calls.put(pack_tids(number)))
             calls.call(SYS.clone3, args, CLONE_ARGS_SIZE, label=f"clone3 {number or ''}".rstrip())
         try:
-            self.run(calls)
+            self.run(calls, creator)
         except CallError as error:
             raise _clone_failed(error.errno or 0, numbers[error.index]) from error
 

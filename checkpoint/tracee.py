@@ -37,7 +37,7 @@ from checkpoint.kernel.ptrace import Event, Option
 from checkpoint.kernel.rseq import abort_address
 from checkpoint.memory.vma import Vma, read_maps
 from checkpoint.procfs import Stat
-from checkpoint.refuse import refuse_process, refuse_root
+from checkpoint.refuse import refuse_process, refuse_root, refuse_traced
 from checkpoint.thread import Stop, Thread, wait_status
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
@@ -229,6 +229,7 @@ class Process:
                 return None
             if not state.zombie:
                 refuse_process(self.pid)
+                refuse_traced(self.pid, tid)
                 raise MayNotTrace(f"tracing {state.comm} is not allowed", object=thread.name) from error
             return None
         return thread

@@ -11,17 +11,18 @@ Rules used (kernel/fork.c, kernel/sys.c):
 - a child inherits its parent's session and group as they are at the fork, so children in the session that a leader
   was born into are forked before its ``setsid``;
 - ``CLONE_PARENT`` makes the child a sibling of its creator: how a stand-in bears members that are not its children;
-- ``setsid`` fails for a group leader, ``setpgid`` for a session leader or across sessions.
+- ``setsid`` fails for a group leader, ``setpgid`` for a session leader or across sessions;
+- a table of descriptors, and directories, are shared with whoever one was born by, or with nobody; unshare(2) ends it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from checkpoint.errors import UnsupportedSession
+from checkpoint.errors import UnsupportedSession, UnsupportedSharing
 
-__all__ = ["Death", "End", "Fork", "SetPgid", "SetSid", "Spawn", "Step", "TakeTerminal", "Task", "plan"]
+__all__ = ["Death", "End", "Fork", "SetPgid", "SetSid", "Spawn", "Step", "TakeTerminal", "Task", "Unshare", "plan"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,8 @@ class Task:
     wait_code  a zombie's status word, as wait(2) gives it; None for a living process
     terminal   of a session's leader: N of the /dev/pts/N that is its controlling terminal, if the tree has its master;
                -1: none
+    files      PID of the process before it in the tree whose table of descriptors it shares; 0: it shares nobody's
+    directories  the same of root, working directory and umask
     """
 
     pid: int
@@ -40,6 +43,8 @@ class Task:
     sid: int
     wait_code: int | None = None
     terminal: int = -1
+    files: int = 0
+    directories: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +57,23 @@ class Spawn:
 
 @dataclass(frozen=True, slots=True)
 class Fork:
-    """``creator`` forks ``pid``: its child, or (``sibling``) its parent's child."""
+    """``creator`` forks ``pid``: its child, or (``sibling``) its parent's child; they share what is named."""
 
     creator: int
     pid: int
     sibling: bool = False
     stand_in: bool = False
+    files: bool = False
+    directories: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Unshare:
+    """``pid`` gets a copy of its own of what it shared, so that its descendants could."""
+
+    pid: int
+    files: bool = False
+    directories: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +116,7 @@ class Death:
     wait_code: int
 
 
-Step = Spawn | Fork | SetSid | TakeTerminal | SetPgid | End | Death
+Step = Spawn | Fork | Unshare | SetSid | TakeTerminal | SetPgid | End | Death
 
 
 def plan(tasks: Iterable[Task]) -> list[Step]:
@@ -108,7 +124,7 @@ def plan(tasks: Iterable[Task]) -> list[Step]:
 
     A root whose session is led from outside the tree gets a stand-in with that leader's number, so that the new tree
     is in a session of its own and not in the tool's.  UnsupportedSession if some process sits in a session that no
-    order of births can put it in.
+    order of births can put it in, UnsupportedSharing if no order lets it share what it shares.
     """
     return _Planner(list(tasks)).run()
 
@@ -132,6 +148,7 @@ class _Planner:
             self._find_birth(root)
         self._bear_roots()
         self._groups()
+        self._share()
         for task in self.tasks.values():
             if task.wait_code is not None:
                 self.steps.append(Death(task.pid, task.ppid, task.wait_code))
@@ -271,3 +288,63 @@ class _Planner:
             self.steps += [Fork(first, pgid, stand_in=True), SetPgid(pgid, pgid)]
             self.steps += [SetPgid(m.pid, pgid) for m in members]
             self.steps.append(End(pgid, first))
+
+    # -- what is shared -------------------------------------------------------------------------------------------
+
+    def _share(self) -> None:
+        """Forks share what a group of processes shares, and so do those by whom its members were born of each other:
+        these get a copy of their own afterwards."""
+        creators = {step.pid: step.creator for step in self.steps if isinstance(step, Fork)}
+        files = _sharing({t.pid: t.files for t in self.tasks.values() if t.files}, creators, "descriptors")
+        places = _sharing({t.pid: t.directories for t in self.tasks.values() if t.directories}, creators, "directories")
+        if not files and not places:
+            return
+        self.steps = [
+            replace(
+                step,
+                files=files.get(step.pid, 0) == files.get(step.creator, -1),
+                directories=places.get(step.pid, 0) == places.get(step.creator, -1),
+            )
+            if isinstance(step, Fork)
+            else step
+            for step in self.steps
+        ]
+        for task in self.tasks.values():
+            if task.wait_code is None:
+                lent = files.get(task.pid, task.pid) not in (task.files, task.pid)
+                moved = places.get(task.pid, task.pid) not in (task.directories, task.pid)
+                if lent or moved:
+                    self.steps.append(Unshare(task.pid, lent, moved))
+
+
+def _sharing(owners: dict[int, int], creators: dict[int, int], what: str) -> dict[int, int]:
+    """PID -> whose it has at birth, of all that must be born sharing; ``owners``: whose it has at the end."""
+    groups: dict[int, list[int]] = {}
+    for pid, owner in owners.items():
+        groups.setdefault(owner, [owner]).append(pid)
+    found: dict[int, int] = {}
+    for owner, members in groups.items():
+        for pid in _between(members, creators, what):
+            if found.setdefault(pid, owner) != owner:
+                raise UnsupportedSharing(
+                    f"its {what} cannot be those of process {owner} and of process {found[pid]}", object=f"pid {pid}"
+                )
+    return found
+
+
+def _between(members: list[int], creators: dict[int, int], what: str) -> set[int]:
+    """The members, and all on the way from each to the nearest by whom all were born."""
+    lines = []
+    for pid in members:
+        line = [pid]
+        while line[-1] in creators:
+            line.append(creators[line[-1]])
+        lines.append(line)
+    common = set(lines[0]).intersection(*map(set, lines[1:]))
+    if not common:
+        raise UnsupportedSharing(
+            f"it shares its {what} with process {members[0]}, and no process of the tree bore both",
+            object=f"pid {members[-1]}",
+        )
+    top = max(len(lines[0]) - lines[0].index(pid) for pid in common)
+    return {pid for line in lines for pid in line[: len(line) - top + 1]}

@@ -46,10 +46,13 @@ class Target(Protocol):
     def run(self, table: CallTable) -> None: ...
 
 
-def install(rebuilder: Rebuilder, pid: int, stub: Target) -> None:
-    """Give the process that is ``pid`` in the image its descriptors, and nothing else. Its mappings are made."""
+def install(rebuilder: Rebuilder, pid: int, stub: Target, *, shared: bool = False) -> None:
+    """Give the process that is ``pid`` in the image its descriptors, and nothing else. Its mappings are made.
+
+    shared  it has the table of another, and comes before that one: all it does is to tell its terminal what is in front
+    """
     calls = CallTable()
-    work = Installation(calls, rebuilder, pid, stub.tool_pidfd)
+    work = Installation(calls, rebuilder, pid, stub.tool_pidfd, shared=shared)
     _allow(stub.pid, work.highest)
     stub.run(calls)
     again = CallTable()
@@ -76,9 +79,10 @@ class Installation:
 
     pid    of the process in the image
     pidfd  number, in the new process, of a pidfd of ours
+    shared  its descriptors are another's
     """
 
-    def __init__(self, calls: CallTable, rebuilder: Rebuilder, pid: int, pidfd: int) -> None:
+    def __init__(self, calls: CallTable, rebuilder: Rebuilder, pid: int, pidfd: int, *, shared: bool = False) -> None:
         self._calls = calls
         self._host = rebuilder
         self._pid = pid
@@ -93,7 +97,11 @@ class Installation:
         self._deaf: list[tuple[Result, int, EpollWatch]] = []
         self._record_locks: list[tuple[Result, int]] = []
         self._foreground: list[tuple[Result, PtyMaster]] = []
-        self._fill()
+        if shared:
+            self._tool = pidfd
+            self._terminals()
+        else:
+            self._fill()
 
     @property
     def highest(self) -> int:

@@ -32,6 +32,7 @@ from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.files.sysv import SysvSegment, remove_deserted
 from checkpoint.files.treefiles import LocksOfFile, Mapping, Owner, TreeFiles
 from checkpoint.files.unixdiag import UnixSocket, unix_sockets
+from checkpoint.kernel.kcmp import KcmpType, Known
 from tcpstate.errors import KernelFeatureMissing
 from tcpstate.md5keys import SigningKey, all_keys
 
@@ -75,6 +76,7 @@ class FileTable:
         self.tables: dict[int, dict[int, tuple[int, bool]]] = {}
         self.warnings: list[str] = []
         self.outside = Outside(self)
+        self._known_tables = Known(KcmpType.FILES)
         self._pidfds: dict[int, int] = {}
         self._by_socket: dict[int, int] = {}
         self._by_mapping: dict[tuple[int, int, bool], int] = {}
@@ -107,11 +109,13 @@ class FileTable:
     # ---- listing
 
     def add_process(self, process: Owner) -> dict[int, tuple[int, bool]]:
-        """All descriptors of a process; its table. SharedDescriptors if the table is not one process's own."""
+        """All descriptors of a process; its table, which is empty if a process that was added before has the very same
+        (CLONE_FILES). SharedDescriptors if a thread has one of its own."""
         numbers = sorted(int(name) for name in os.listdir(f"/proc/{process.pid}/fd"))
-        if numbers:
-            # the dead have no table, and any two of them would seem to share it
-            self._own_table(process)
+        # the dead have no table, and any two of them would seem to share it
+        if (numbers or not self.live) and self._shares_table(process.pid):
+            self._pidfd(process.pid)
+            return {}
         self._pidfd(process.pid)
         ensure_descriptors(len(self.entries) + len(numbers))
         for number in numbers:
@@ -127,15 +131,21 @@ class FileTable:
                     ) from error
         return self.tables.setdefault(process.pid, {})
 
-    def _own_table(self, process: Owner) -> None:
-        pid = process.pid
+    def _shares_table(self, pid: int) -> bool:
+        """Whether a process that was added before has the same table."""
         for tid in os.listdir(f"/proc/{pid}/task"):
             apart = int(tid) != pid and self._kcmp(pid, int(tid), Kcmp.FILES, 0, 0) != 0
             if apart and procfs.lives(pid, int(tid)):
                 raise SharedDescriptors(f"thread {tid} has a descriptor table of its own", object=f"pid {pid}")
-        for other in self._pidfds:
-            if other != pid and self._kcmp(pid, other, Kcmp.FILES, 0, 0) == 0:
-                raise SharedDescriptors(f"shares its descriptor table with pid {other}", object=f"pid {pid}")
+        try:
+            owner = self._known_tables.first(pid)
+        except ProcessLookupError as error:
+            raise self._lost(pid, error) from error
+        return owner != pid
+
+    def _lost(self, pid: int, error: OSError) -> OSError | FileCaptureFailed:
+        """A process has ended: what may be if it runs."""
+        return error if self.live else FileCaptureFailed(f"kcmp: {error.strerror}", object=f"pid {pid}")
 
     def _kcmp(self, pid: int, other: int, type: Kcmp, first: int, second: int) -> int:
         try:

@@ -10,7 +10,7 @@ import enum
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
 
-__all__ = ["KcmpType", "kcmp"]
+__all__ = ["KcmpType", "Known", "kcmp"]
 
 
 class KcmpType(enum.IntEnum):
@@ -32,3 +32,33 @@ def kcmp(pid1: int, pid2: int, what: KcmpType, index1: int = 0, index2: int = 0)
     OSError: ESRCH no such process, EPERM it may not be traced, EBADF no such descriptor.
     """
     return syscall(SYS.kcmp, pid1, pid2, what, index1, index2)
+
+
+class Known:
+    """Tasks that have different things of one type: who shares with whom is found by halves, since kcmp orders them."""
+
+    def __init__(self, what: KcmpType) -> None:
+        self._what = what
+        self._order: list[int] = []
+
+    def first(self, task: int) -> int:
+        """The task that was asked about before and has the same thing; this one itself, if none has.
+
+        ProcessLookupError if it has ended, PermissionError if it may not be traced.
+        """
+        while True:
+            low, high = 0, len(self._order)
+            while low < high:
+                middle = (low + high) // 2
+                try:
+                    order = kcmp(task, self._order[middle], self._what)
+                except ProcessLookupError:
+                    kcmp(task, task, self._what)  # is it this one that has ended?
+                    del self._order[middle]
+                    break
+                if order == 0:
+                    return self._order[middle]
+                low, high = (low, middle) if order == 1 else (middle + 1, high)
+            else:
+                self._order.insert(low, task)
+                return task

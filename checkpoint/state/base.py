@@ -31,6 +31,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from checkpoint import procfs
+from checkpoint.kernel.kcmp import KcmpType, Known
 from checkpoint.kernel.sched import get_attributes, online_cpus
 from checkpoint.kernel.signals import SigInfo
 from tcpstate.codec import family, kind_of, member
@@ -89,6 +90,8 @@ class ProcessView:
         self.foreign: Mapping[int, bytes] = {}
         #: what each thread's seccomp filters are, for the others to compare
         self.seccomp: dict[int, object] = {}
+        #: who has which directories, among the threads that were captured
+        self.directories = Known(KcmpType.FS)
 
     @property
     def status(self) -> dict[str, str]:
@@ -177,6 +180,7 @@ class TaskBuilder:
     outside     done by the tool after the calls have been made, in order
     birth       /proc/PID/status of the new process as it was born, for its credentials; read if it is not given
     path        maps a path of the source to one here
+    placed      the process's directories are another's, and right
     """
 
     pid: int
@@ -187,6 +191,7 @@ class TaskBuilder:
     outside: list[Callable[[], None]] = field(default_factory=list)
     birth: dict[str, str] = field(default_factory=dict)
     path: Callable[[str], str] = lambda path: path
+    placed: bool = False
 
     @property
     def leader(self) -> bool:

@@ -1,7 +1,8 @@
 """What paths mean to a process: its working directory, its root directory, and the bits its new files do not get.
 
 Threads share all three, but for those that have made a copy for themselves (unshare(CLONE_FS)): such a thread is
-cloned without sharing, so that it begins where the tool is and not where the process has gone by then.
+cloned without sharing, so that it begins where the tool is and not where the process has gone by then.  Threads that
+were born by one of these share its copy.  Processes share them if they were cloned so; then the first gives them.
 
 Source: Linux fs/fs_struct.c; /proc/PID/cwd, /proc/PID/root.
 """
@@ -13,7 +14,6 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.errors import DirectoryGone
-from checkpoint.kernel.kcmp import KcmpType, kcmp
 from checkpoint.state.base import State, TaskBuilder, TaskView, bounded, register
 from tcpstate.kernel.machine import SYS
 
@@ -47,26 +47,37 @@ class Filesystem(State):
         return cls(cwd=directory(task.pid, "cwd"), root=_own_root(task.pid), umask=umask)
 
     def rebuild(self, task: TaskBuilder) -> None:
-        _enter(task, self.cwd, self.root, self.umask)
+        if not task.placed:
+            _enter(task, self.cwd, self.root, self.umask)
 
 
 @register("directories of a thread")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThreadDirectories(State):
-    """The same of a thread that does not share them with the first; ``cwd`` None: it does."""
+    """The same of a thread that does not share them with the first; ``cwd`` None: it does, or
+
+    like  it shares them with the thread of this number, in its own PID namespace, which came before it
+    """
 
     cwd: str | None = None
     root: str | None = None
     umask: int = 0
+    like: int = 0
 
     def __post_init__(self) -> None:
         bounded("umask", self.umask, 0, _UMASK_MAX)
+        bounded("the thread with the same directories", self.like, 0, 1 << 22)
+        if self.like and self.cwd is not None:
+            raise ValueError("directories of its own, and another's")
         _absolute(self.cwd, self.root)
 
     @classmethod
     def capture(cls, task: TaskView) -> Self:
-        if task.leader or kcmp(task.pid, task.tid, KcmpType.FS) == 0:
+        first = task.view.directories.first(task.tid)
+        if task.leader or first == task.pid:
             return cls()
+        if first != task.tid:
+            return cls(like=task.view.inner_tid(first))
         where = f"{task.pid}/task/{task.tid}"
         return cls(cwd=directory(where, "cwd"), root=_own_root(where), umask=int(task.status["Umask"], 8))
 

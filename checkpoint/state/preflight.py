@@ -6,8 +6,10 @@ engine (32-bit code, dispatched system calls).  Not seen at all, and not moved: 
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from checkpoint import procfs
@@ -42,20 +44,24 @@ _PF_USER_WORKER: Final = 0x00004000
 _ELF_CLASS_AT: Final = 4
 _ELFCLASS64: Final = 2
 _ALL_ADDRESS_BITS: Final = (1 << 64) - 1
+#: seconds that a check waits for a process that stands in vfork
+_VFORK_PATIENCE: Final = 1.0
 #: namespaces that a rebuilt process shares with the tool
 _NAMESPACES: Final = ("user", "pid", "mnt", "net", "ipc", "uts")
 
 
-def verdicts(pid: int, *, root: int | None = None) -> list[Verdict]:
+def verdicts(pid: int, *, root: int | None = None, members: Iterable[int] = ()) -> list[Verdict]:
     """What becomes of the state of one process; one verdict, OK, if all of it can be moved.
 
-    root  the root of its tree: the clocks of all its processes must be the same
+    root     the root of its tree: the clocks of all its processes must be the same
+    members  the processes that move along: with them it may share descriptors and directories
 
     NoSuchProcess if it ends meanwhile.
     """
     found: list[Verdict] = []
     for check in _CHECKS:
         found += check(pid)
+    found += _sharing(pid, frozenset(members))
     if root is not None and root != pid:
         found += _clocks_of_tree(pid, root)
     return found or [Verdict(subject=f"pid {pid}", kind=_KIND)]
@@ -139,7 +145,6 @@ def _security_label(pid: int) -> str:
 
 
 def _threads(pid: int) -> Iterator[Verdict]:
-    apart: list[int] = []
     for tid in procfs.threads(pid):
         name = f"pid {pid}" if tid == pid else f"pid {pid} thread {tid}"
         try:
@@ -155,7 +160,7 @@ def _threads(pid: int) -> Iterator[Verdict]:
         if any(key.endswith("_Thread_features") and "shstk" in value for key, value in status.items()):
             yield _refuse(UnsupportedCpuFeature("it has a shadow stack", object=name), "shadow stack")
         yield from _seccomp(name, status)
-        yield from _shared_with_leader(pid, tid, name, apart)
+        yield from _shared_with_leader(pid, tid, name)
     mask = procfs.read_status(pid).get("untag_mask")
     if mask is not None and int(mask, 16) != _ALL_ADDRESS_BITS:
         yield _refuse(UnsupportedCpuFeature("it uses tagged addresses", object=f"pid {pid}"), "tagged addresses")
@@ -175,28 +180,72 @@ def _seccomp(name: str, status: dict[str, str]) -> Iterator[Verdict]:
         yield _refuse(SeccompUnreadable("its filters are hidden without CAP_SYS_ADMIN", object=name), "seccomp")
 
 
-def _shared_with_leader(pid: int, tid: int, name: str, apart: list[int]) -> Iterator[Verdict]:
-    """``apart`` are the threads before this one that have directories of their own."""
-    if tid == pid:
-        return
-    # one that is about to end has given up both already
-    if not _same(pid, tid, KcmpType.FILES, gone=True) and procfs.lives(pid, tid):
+def _shared_with_leader(pid: int, tid: int, name: str) -> Iterator[Verdict]:
+    # one that is about to end has given its descriptors up already
+    if tid != pid and not _same(pid, tid, KcmpType.FILES, gone=True) and procfs.lives(pid, tid):
         yield _refuse(UnsharedThread("it has descriptors of its own", object=name), "unshared descriptors")
-    if not _same(pid, tid, KcmpType.FS, gone=True) and procfs.lives(pid, tid):
-        for other in apart:
-            if _same(other, tid, KcmpType.FS, gone=False):
-                text = f"it shares directories with thread {other}, but not with the first thread"
-                yield _refuse(UnsharedThread(text, object=name), "unshared directories")
-        apart.append(tid)
 
 
-def _sharing(pid: int) -> Iterator[Verdict]:
+def _sharing(pid: int, members: frozenset[int]) -> Iterator[Verdict]:
+    """What it shares with another process, but for what can be kept: the first threads' descriptors and directories,
+    within the tree."""
     others = [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != pid]
-    for what, words in ((KcmpType.VM, "memory"), (KcmpType.FILES, "descriptors"), (KcmpType.FS, "directories")):
+    for other in others:
+        if _same(pid, other, KcmpType.VM, gone=False):
+            child = _after_vfork(pid, other)
+            if child:
+                text = f"process {child} has borrowed its parent's memory, and the parent waits for its exec (vfork)"
+                yield _refuse(SharedBetweenProcesses(text, object=f"pid {pid}"), "shared memory")
+            elif _same(pid, other, KcmpType.VM, gone=False):
+                yield _shared(pid, other, "memory")
+    apart = [tid for tid in _tasks(pid) if tid != pid and not _same(pid, tid, KcmpType.FS, gone=True)]
+    for what, words in ((KcmpType.FILES, "descriptors"), (KcmpType.FS, "directories")):
         for other in others:
-            if _same(pid, other, what, gone=False):
-                error = SharedBetweenProcesses(f"it shares its {words} with process {other}", object=f"pid {pid}")
-                yield _refuse(error, f"shared {words}")
+            together = _same(pid, other, what, gone=False)
+            pairs = _pairs(pid, other, apart, together)
+            if (together and other not in members) or any(_same(one, task, what, gone=False) for one, task in pairs):
+                yield _shared(pid, other, words)
+
+
+def _after_vfork(pid: int, other: int) -> int:
+    """Wait, not for long, while one of the two stands in vfork until the other calls exec or ends: programs that start
+    others do so all the time. That other one, if it is still so; else 0."""
+    deadline = time.monotonic() + _VFORK_PATIENCE
+    while (child := _lent_to(pid, other)) and _same(pid, other, KcmpType.VM, gone=False):
+        if time.monotonic() > deadline:
+            return child
+        time.sleep(_VFORK_PATIENCE / 100)
+    return 0
+
+
+def _lent_to(pid: int, other: int) -> int:
+    for parent, child in ((pid, other), (other, pid)):
+        with contextlib.suppress(NoSuchProcess):
+            if procfs.read_stat(child).ppid == parent:
+                states = {procfs.read_stat(parent, tid).state for tid in procfs.threads(parent)}
+                return child if "D" in states else 0
+    return 0
+
+
+def _pairs(pid: int, other: int, apart: list[int], together: bool) -> Iterator[tuple[int, int]]:
+    """The threads of two processes that may share nothing; ``together``: the first ones do."""
+    for task in _tasks(other):
+        if task != other and not together:
+            yield pid, task
+        for one in apart:
+            yield one, task
+
+
+def _tasks(pid: int) -> list[int]:
+    try:
+        return procfs.threads(pid)
+    except NoSuchProcess:
+        return []
+
+
+def _shared(pid: int, other: int, words: str) -> Verdict:
+    error = SharedBetweenProcesses(f"it shares its {words} with process {other}", object=f"pid {pid}")
+    return _refuse(error, f"shared {words}")
 
 
 def _same(first: int, second: int, what: KcmpType, *, gone: bool) -> bool:
@@ -250,7 +299,6 @@ _CHECKS: Final[tuple[Callable[[int], Iterator[Verdict]], ...]] = (
     _namespaces,
     _label,
     _threads,
-    _sharing,
     _directories,
     _cgroups,
     _timers,

@@ -173,6 +173,13 @@ class ProcessState:
             raise ValueError(f"the first thread of process {self.pid} must come first")
         if len({thread.tid for thread in self.threads}) != len(self.threads):
             raise ValueError(f"process {self.pid} has a thread twice")
+        lenders: set[int] = set()
+        for thread in self.threads:
+            own = thread.get(ThreadDirectories)
+            if own.like and own.like not in lenders:
+                raise ValueError(f"thread {thread.tid} shares directories that thread {own.like} does not have")
+            if own.cwd is not None:
+                lenders.add(thread.tid)
 
     def get(self, kind: type[S]) -> S:
         """Its state of one kind."""
@@ -266,20 +273,21 @@ def build(
     warn: Callable[[str], None],
     elapsed: int = 0,
     path: Callable[[str], str] = lambda path: path,
+    placed: bool = False,
 ) -> None:
     """Give a stub its threads, with their numbers, and all state but the registers.
 
     warn     told of whatever will differ from the original
     elapsed  nanoseconds since the capture, at this moment, as measured by the caller
     path     maps a path of the source to one here
+    placed   its directories are those of another process, which was built before
 
     StateRefused if the kernel refuses a call, PidTaken, SpawnFailed, TimerOutOfReach, MachineForeign.
     """
     birth = procfs.read_status(stub.pid)
-    if len(stub.threads) == 1:  # else an open file needed them before
-        bear_threads(stub, state, warn)
+    bear_threads(stub, state, warn)
     tasks = [
-        TaskBuilder(pid=stub.pid, tid=thread.tid, warn=warn, elapsed=elapsed, birth=birth, path=path)
+        TaskBuilder(pid=stub.pid, tid=thread.tid, warn=warn, elapsed=elapsed, birth=birth, path=path, placed=placed)
         for thread in stub.threads
     ]
     rebuild_process(state, tasks[0])
@@ -291,14 +299,22 @@ def build(
 
 
 def bear_threads(stub: Stub, state: ProcessState, warn: Callable[[str], None]) -> None:
-    """Give a stub its threads, with their numbers and nothing else: :func:`build` does it, if nobody needs them
-    before. StateRefused, PidTaken, SpawnFailed."""
+    """Give a stub its threads, with their numbers and nothing else: :func:`build` does it, if nobody needed them
+    before. May be repeated. StateRefused, PidTaken, SpawnFailed."""
+    if len(stub.threads) > 1:
+        return
     first = TaskBuilder(pid=stub.pid, tid=stub.pid, warn=warn)
     rebuild_first(state, first)
     _run(stub, [first])
     others = state.threads[1:]
-    apart = [thread.get(ThreadDirectories).cwd is not None for thread in others]
-    stub.clone_threads([thread.tid for thread in others], apart)
+    lenders = [_lender(thread, state.pid) for thread in others]
+    stub.clone_threads([thread.tid for thread in others], lenders)
+
+
+def _lender(thread: ThreadState, leader: int) -> int | None:
+    """The thread whose directories this one shares; None: nobody's."""
+    own = thread.get(ThreadDirectories)
+    return own.like or (leader if own.cwd is None else None)
 
 
 def _run(stub: Stub, tasks: Sequence[TaskBuilder]) -> None:

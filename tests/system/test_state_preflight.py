@@ -12,10 +12,12 @@ import pytest
 from state_moves import running
 
 from checkpoint import procfs
-from checkpoint.errors import NoSuchProcess
+from checkpoint.errors import AlreadyTraced, NoSuchProcess
+from checkpoint.preflight import check
 from checkpoint.state import preflight
 from checkpoint.state.preflight import verdicts
-from checkpoint.verdict import Status, Verdict
+from checkpoint.tracee import Tree
+from checkpoint.verdict import Status, Verdict, refusals
 
 HEAD = "import ctypes, os, sys, threading, time; libc = ctypes.CDLL(None, use_errno=True)\n"
 WAIT = "\nos.write(1, b'ready\\n')\nwhile True: time.sleep(100)\n"
@@ -116,6 +118,30 @@ def test_something_shared_with_another_process(flag: int, what: str) -> None:
             (child,) = procfs.children(pid)
             for each in (pid, child):
                 assert refused(verdicts(each)) == [("TM-0320", f"shared {what}")]
+                assert refused(verdicts(each, members=(pid, child))) == []
+        finally:
+            os.kill(child, 9)
+
+
+BEHIND = """
+def work():
+    assert libc.unshare(0x200) == 0
+    if libc.syscall(56, 0x200 | 17, 0, 0, 0, 0) == 0:
+        while True: time.sleep(100)
+    done.set()
+    time.sleep(1000)
+done = threading.Event()
+threading.Thread(target=work, daemon=True).start()
+done.wait()
+"""
+
+
+def test_directories_that_a_thread_shares_with_another_process() -> None:
+    with running(*python(BEHIND)) as pid:
+        (child,) = procfs.children(pid)
+        try:
+            for each in (pid, child):
+                assert refused(verdicts(each, members=(pid, child))) == [("TM-0320", "shared directories")]
         finally:
             os.kill(child, 9)
 
@@ -135,6 +161,73 @@ int main(void)
 		pause();
 }
 """
+
+
+VFORK = """
+#include <unistd.h>
+#include <sys/wait.h>
+int main(int argc, char **argv)
+{
+	write(1, "ready\\n", 6);
+	for (;;) {
+		int pid = vfork();
+		if (pid == 0) {
+			if (argc > 1)
+				sleep(1000);
+			execl("/bin/true", "true", (char *)0);
+			_exit(1);
+		}
+		waitpid(pid, 0, 0);
+	}
+}
+"""
+
+
+def test_a_parent_in_vfork(tmp_path: Path) -> None:
+    """One that starts programs all the time is in it half the time, and no reason to refuse anything."""
+    source, program = tmp_path / "v.c", tmp_path / "v"
+    source.write_text(VFORK)
+    subprocess.run(["gcc", "-w", "-o", program, source], check=True)
+    with running(program) as pid:
+        assert [refused(verdicts(pid)) for _ in range(10)] == [[]] * 10
+    with running(program, "stay") as pid:
+        while not (children := procfs.children(pid)):
+            pass
+        try:
+            for each in (pid, *children):
+                found = verdicts(each)
+                assert refused(found) == [("TM-0320", "shared memory")]
+                assert "vfork" in found[0].text
+        finally:
+            os.kill(children[0], 9)
+
+
+def test_a_debugger_at_a_child_or_at_one_thread() -> None:
+    source = """
+if os.fork() == 0:
+    while True: time.sleep(100)
+threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+"""
+    with running(*python(source)) as pid:
+        (child,) = procfs.children(pid)
+        try:
+            for task, name in ((child, f"pid {child}"), (procfs.threads(pid)[1], f"pid {pid} thread")):
+                options = ("-f", "-q") if task == child else ("-q",)
+                command = ["strace", *options, "-o", "/dev/null", "-p", str(task)]
+                with subprocess.Popen(command) as strace:
+                    try:
+                        while procfs.read_status(task)["TracerPid"] == "0":
+                            pass
+                        (verdict,) = refusals(check([pid]))
+                        assert (verdict.code, verdict.text.split()[-1]) == ("TM-0306", str(strace.pid))
+                        assert verdict.subject.startswith(name)
+                        with pytest.raises(AlreadyTraced, match=str(strace.pid)):
+                            Tree.stop([pid])
+                    finally:
+                        strace.terminate()
+            assert refusals(check([pid])) == []
+        finally:
+            os.kill(child, 9)
 
 
 def test_memory_shared_with_another_process(tmp_path: Path) -> None:

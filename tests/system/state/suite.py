@@ -23,6 +23,7 @@ from tests.hosts import Host
 from tests.hosts.host import ROOT
 from tests.system.state.case import Case
 from tests.system.state.control import GO, PASSED, QUIT, READY, Control
+from tests.system.state.hugepool import Pool
 
 __all__ = ["CYCLES", "Bench", "bench", "build"]
 
@@ -33,9 +34,6 @@ LONGEST_RUN = 0.03
 _STOP_BIT = 1 << 18
 _PENDING = re.compile(r".*/status/(SigPnd|ShdPnd): '(\w+)' -> '(\w+)'")
 _TIMEOUT = 60.0
-#: so many huge pages of 2 MiB may be taken out of free memory while cases run
-_OVERCOMMIT = Path("/proc/sys/vm/nr_overcommit_hugepages")
-_HUGE_PAGES = 64
 _PROGRAMS = Path(__file__).parent / "programs"
 
 
@@ -63,8 +61,7 @@ class Bench:
         self.host = host
         self.folder = folder
         self.programs = build(ROOT / "build" / "state")
-        self._pool = _OVERCOMMIT.read_text()
-        _OVERCOMMIT.write_text(str(_HUGE_PAGES))
+        self._pool = Pool()
         # terminals of its own: those of the machine are numbered by everybody
         host.sh("mount -t devpts -o newinstance,ptmxmode=666,mode=620 none /dev/pts")
         command = [sys.executable, "-m", "tests.system.state.cycler"]
@@ -75,7 +72,7 @@ class Bench:
 
     def close(self) -> None:
         self._cycler.close()
-        _OVERCOMMIT.write_text(self._pool)
+        self._pool.close()
         self._log.close()
 
     def cycle(self, pid: int, without: Sequence[str] = ()) -> dict[str, Any]:

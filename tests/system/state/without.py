@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from checkpoint import tree
 from checkpoint.files import install, kinds, peercred, rebuild, regular
 from checkpoint.files import table as files_table
 from checkpoint.files.base import OpenFile, kind_name
@@ -145,6 +146,7 @@ def _aspects() -> dict[str, Switch]:
         "aspect/record-locks": _patch(files_table.FileTable, "_posix_locks", _no_posix),
         "aspect/epoll-entries": _patch(install.Installation, "_control"),
         "aspect/position": _position,
+        "aspect/sharing": _patch(tree, "_sharing", lambda *_: {}),
     }
 
 

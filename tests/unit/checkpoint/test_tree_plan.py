@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint.errors import UnsupportedSession
-from checkpoint.tree import Death, End, Fork, SetPgid, SetSid, Spawn, Task, plan
+from checkpoint.errors import UnsupportedSession, UnsupportedSharing
+from checkpoint.tree import Death, End, Fork, SetPgid, SetSid, Spawn, Step, Task, Unshare, plan
 
 TOOL, INIT = 1_000_000, 1
 
@@ -62,7 +62,7 @@ def run(steps: list[object]) -> Linux:
         match step:
             case Spawn(pid, _):
                 linux.fork(TOOL, pid)
-            case Fork(creator, pid, sibling, _):
+            case Fork(creator, pid, sibling):
                 linux.fork(creator, pid, sibling)
             case SetSid(pid):
                 linux.setsid(pid)
@@ -174,3 +174,93 @@ def test_a_session_leader_out_of_reach_is_refused_by_name() -> None:
     ]
     with pytest.raises(UnsupportedSession, match="pid 10"):
         plan(tasks)
+
+
+@st.composite
+def sharing(draw: st.DrawFn) -> list[Task]:
+    """A tree of one session, by forks that share or do not, unshares, and exits with the root as subreaper."""
+    numbers, tables = iter(range(101, 200)), iter(range(200))
+    parents, has = {100: 1}, {100: next(tables)}
+    for _ in range(draw(st.integers(0, 15))):
+        who = draw(st.sampled_from(sorted(has)))
+        action = draw(st.sampled_from(["share", "share", "fork", "unshare", "exit"]))
+        if action in ("share", "fork"):
+            pid = next(numbers)
+            parents[pid], has[pid] = who, has[who] if action == "share" else next(tables)
+        elif action == "unshare":
+            has[who] = next(tables)
+        elif who != 100:
+            del has[who], parents[who]
+            parents = {pid: parent if parent in has or parent == 1 else 100 for pid, parent in parents.items()}
+    first: dict[int, int] = {}
+    tasks = []
+    for pid in has:  # parents before children
+        owner = first.setdefault(has[pid], pid)
+        tasks.append(Task(pid=pid, ppid=parents[pid], pgid=100, sid=100, files=0 if owner == pid else owner))
+    return tasks
+
+
+def shared_in_the_end(steps: list[Step], what: str) -> dict[int, int]:
+    """PID -> number of the table that it has when the steps have been done."""
+    has: dict[int, int] = {}
+    fresh = iter(range(1000))
+    for step in steps:
+        match step:
+            case Spawn(pid=pid):
+                has[pid] = next(fresh)
+            case Fork(creator=creator, pid=pid):
+                has[pid] = has[creator] if getattr(step, what) else next(fresh)
+            case Unshare(pid=pid) if getattr(step, what):
+                has[pid] = next(fresh)
+            case End(pid=pid) | Death(pid=pid):
+                del has[pid]
+    return has
+
+
+@pytest.mark.parametrize("what", ["files", "directories"])
+@settings(max_examples=300, deadline=None)
+@given(sharing())
+def test_what_processes_share_is_shared_again_or_refused_by_name(what: str, tasks: list[Task]) -> None:
+    if what == "directories":
+        tasks = [replace(task, files=0, directories=task.files) for task in tasks]
+    try:
+        steps = plan(tasks)
+    except UnsupportedSharing:
+        return
+    has = shared_in_the_end(steps, what)
+    assert has.keys() == {task.pid for task in tasks}
+    for task in tasks:
+        owner = getattr(task, what) or task.pid
+        same = {pid for pid in has if has[pid] == has[task.pid]}
+        assert same == {other.pid for other in tasks if (getattr(other, what) or other.pid) == owner}
+    assert not any(getattr(step, {"files": "directories", "directories": "files"}[what], False) for step in steps)
+
+
+def task(pid: int, ppid: int, files: int = 0) -> Task:
+    return Task(pid=pid, ppid=ppid, pgid=7, sid=7, files=files)
+
+
+def test_a_process_between_two_that_share_gets_a_copy_afterwards() -> None:
+    steps = plan([task(7, 1), task(8, 7), task(9, 8, files=7)])
+    assert [step for step in steps if isinstance(step, Fork)] == [Fork(7, 8, files=True), Fork(8, 9, files=True)]
+    assert steps[-1] == Unshare(8, files=True)
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        [task(7, 1), task(8, 7), task(9, 8, files=7), task(10, 9, files=8)],  # two tables through the same processes
+        [task(7, 1), Task(pid=8, ppid=1, pgid=8, sid=8, files=7)],  # nobody bore both
+        [task(7, 1), task(8, 7, files=77)],  # with a process that is not there
+        [task(7, 1), task(8, 7, files=7), task(9, 8, files=8)],  # with one that has another's
+    ],
+)
+def test_what_no_order_of_births_lets_them_share_is_refused_by_name(tasks: list[Task]) -> None:
+    with pytest.raises(UnsupportedSharing, match="descriptors"):
+        plan(tasks)
+
+
+def test_what_was_left_of_common_tables_that_crossed() -> None:
+    """A process whose parent, and the one before, have ended shares with a cousin: through whom all were born."""
+    tasks = [task(7, 1), task(8, 7), task(9, 8), task(10, 7, files=9)]
+    assert shared_in_the_end(plan(tasks), "files")[10] == shared_in_the_end(plan(tasks), "files")[9]
