@@ -23,7 +23,7 @@ RANGES = {
     "04": {"checkpoint"},
     "05": {"checkpoint"},
     "06": {"migrate"},
-    "07": {"migrate"},
+    "07": {"checkpoint", "migrate"},
 }
 
 
