@@ -50,6 +50,7 @@ __all__ = [
     "IpcTaken",
     "KernelThread",
     "KernelWorkers",
+    "LazyImpossible",
     "LeaderExited",
     "LocalPeer",
     "LockTaken",
@@ -80,6 +81,7 @@ __all__ = [
     "SpawnFailed",
     "StateRefused",
     "StateUnreadable",
+    "StillLazy",
     "StopTimeout",
     "SupervisedElsewhere",
     "SyscallDispatch",
@@ -929,3 +931,19 @@ class SupervisedElsewhere(Refused):
 
     code = "TM-0386"
     fix = "Tell the supervisor to let go of the process first, or give --unit-hook CMD, a program that does."
+
+
+class StillLazy(Refused):
+    """The process was restored, or moved here, with --lazy, and not all of its memory has come yet: what is missing
+    cannot be copied."""
+
+    code = "TM-0750"
+    fix = "Wait until `tcpmig holds` does not show it any more; it is done in the background."
+
+
+class LazyImpossible(TcpmigError):
+    """The memory of a process cannot be filled while it runs (--lazy): the kernel has no userfaultfd(2) with its
+    events, or does not let this program use it."""
+
+    code = "TM-0751"
+    fix = "Do without --lazy, or use a kernel with userfaultfd, as root with CAP_SYS_PTRACE."

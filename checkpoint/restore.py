@@ -39,6 +39,7 @@ from checkpoint.ground import Ground
 from checkpoint.image.frames import Frame, Kind, PageRun, Runs, Space
 from checkpoint.ipc import table as ipc
 from checkpoint.ipc.base import SystemV
+from checkpoint.latermemory import LaterMemory, PageBringer
 from checkpoint.memory import layout
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.records import FilesDelta, LiveTree, Manifest, MapsDelta, ProcessRecord, TreeRecord
@@ -65,6 +66,7 @@ class Restore:
     note   told, before anything that would outlast our death is changed, what undoing it takes (checkpoint.traces)
     overwrite  shipped files replace differing ones
     external   what is put in the place of files that did not follow
+    bringer    brings pages of memory after the processes have begun to run; None: all is written before
     """
 
     def __init__(
@@ -77,10 +79,13 @@ class Restore:
         overwrite: bool = False,
         held: Callable[[TreeFiles], Mapping[int, HeldSocket]] | None = None,
         external: Sequence[External] = (),
+        bringer: PageBringer | None = None,
     ) -> None:
         self.note = note
         self._overwrite = overwrite
         self._external = tuple(external)
+        self._bringer = bringer
+        self._later = None if bringer is None else LaterMemory()
         self.warnings: list[str] = []
         self.manifest: Manifest | None = None
         self.stubs: dict[int, Stub] = {}
@@ -123,7 +128,8 @@ class Restore:
         """Take one frame in, and do what it allows. ImageError, ImageIncomplete, BadLayout, PidTaken, ..."""
         match frame.kind:
             case Kind.PAGES:
-                if self._write(frame.pages()):
+                run = frame.pages() if self._later is None else self._later.withhold(frame)
+                if run is not None and self._write(run):
                     return  # the frame's buffer is in use until the connections are rebuilt
             case Kind.MANIFEST:
                 self.manifest = frame.decode(Manifest)
@@ -226,6 +232,8 @@ class Restore:
             else:
                 layout.build(one, self.stubs[pid], self._rebuilder.descriptor)
                 self._ground.is_now(one)
+            if self._later is not None:
+                self._later.laid_out(one)
         # last those whose tables others share: the descriptor by which files are taken is closed with them
         for record in sorted(self._living(), key=lambda record: not record.task.files):
             pid = record.task.pid
@@ -271,6 +279,9 @@ class Restore:
         be done to files is done in our own process."""
         if self._rebuilder is None or self._processes_complete:
             raise ImageIncomplete("the end of the copy came where it is not expected")
+        if self._later is not None and self._bringer is not None:
+            # all that is written at once has been; from here on the kernel itself may need what was left for later
+            self._later.arm(self.stubs, self._bringer)
         ipc.used(self._ipc, self.stubs)  # while they still may
         for record in self._living():
             if record.task.directories and record.state is not None:
@@ -331,6 +342,11 @@ class Restore:
         """The processes outlive the tool from now on."""
         for stub in self.stubs.values():
             stub.survive_tool()
+
+    @property
+    def later(self) -> int:
+        """Bytes of memory that come later."""
+        return 0 if self._later is None else self._later.bytes
 
     @property
     def ports(self) -> set[int]:

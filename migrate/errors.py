@@ -42,6 +42,7 @@ __all__ = [
     "NotTcpmig",
     "NothingMatches",
     "NothingToRecover",
+    "PageBringerFailed",
     "PreparedDiffers",
     "ProtocolError",
     "RecoverIncomplete",
@@ -530,3 +531,11 @@ class MoveDied(TcpmigError):
     code = "TM-0652"
     outcome = Outcome.IN_DOUBT
     fix = "Run `tcpmig recover` on both hosts."
+
+
+class PageBringerFailed(TcpmigError):
+    """The program that brings pages of memory to processes that run already (--lazy) could not be started, or died
+    before they ran. Nothing is left of them."""
+
+    code = "TM-0752"
+    fix = "Look into its log, TCPMIG_STATE_DIR/log/*-lazy-*.log, and try again, or do without --lazy."

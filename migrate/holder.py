@@ -15,17 +15,14 @@ import contextlib
 import logging
 import math
 import os
-import resource
 import select
-import signal
 import socket
 import sys
 import time
 from collections.abc import Sequence
 
 from checkpoint.files.held import HeldSocket
-from checkpoint.state.cgroup import mounts
-from migrate import holdstore
+from migrate import holdstore, outlive
 from migrate.errors import HolderFailed
 from migrate.holdend import dismantle, reset
 from migrate.holdline import (
@@ -42,7 +39,7 @@ from migrate.holdline import (
     Watch,
     received,
 )
-from migrate.hostfacts import host_facts, state_directory
+from migrate.hostfacts import host_facts
 from tcpstate import codec
 from tcpstate.capture import Capture
 from tcpstate.connid import ConnId
@@ -59,8 +56,6 @@ KEPT_BYTES = 32 << 20
 _SEGMENT_OVERHEAD = 400
 #: seconds
 _LONGEST_WAIT = 86400.0
-#: of a process that the kernel is not to kill for want of memory (proc(5), oom_score_adj)
-_NEVER = "-1000"
 
 
 class SegmentStore:
@@ -217,92 +212,18 @@ class Shard:
                     dismantle(record)
 
 
-def _leave(hold: str) -> str:
-    """Leave the tool's control groups, which may end with a session of ssh; the one that was made, or nothing."""
-    made = ""
-    for mount in mounts():
-        place = mount.at
-        # of the old hierarchies the root will do: only in a group of the unified one can a service manager end us
-        if not mount.hierarchy:
-            own = os.path.join(mount.at, f"tcpmig-hold-{hold}")
-            try:
-                # another shard may have made it
-                os.makedirs(own, exist_ok=True)
-                made = place = own
-            except OSError as error:
-                _log.warning("no control group of its own: %s", error)
-        _enter(place)
-    return made
-
-
-def _enter(place: str) -> None:
-    try:
-        with open(os.path.join(place, "cgroup.procs"), "w", encoding="ascii") as file:
-            file.write(f"{os.getpid()}\n")
-    except OSError as error:
-        _log.warning("cannot enter %s: %s", place, error.strerror)
-
-
-def _prepare(hold: str) -> str:
-    """What a process must be that outlives its caller."""
-    for number in (signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    # the tool may have held signals back when it started us
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    os.umask(0o077)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    for name, text in (("comm", "tcpmig-hold"), ("oom_score_adj", _NEVER)):
-        try:
-            with open(f"/proc/self/{name}", "w", encoding="ascii") as file:
-                file.write(text)
-        except OSError as error:
-            # without CAP_SYS_RESOURCE
-            _log.info("%s: %s", name, error.strerror)
-    return _leave(hold)
-
-
-def _keep_log(hold: str, shard: int) -> None:
-    """A log like those of commands: names and numbers."""
-    folder = state_directory() / "log"
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = folder / f"{stamp}-hold-{os.getpid()}.log"
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError:
-        # a hold without a log is better than none
-        return
-    handler = logging.StreamHandler(os.fdopen(descriptor, "w", encoding="utf-8", errors="replace"))
-    formatter = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)-7s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
-    for room in ("tcpstate", "checkpoint", "migrate"):
-        logging.getLogger(room).addHandler(handler)
-        logging.getLogger(room).setLevel(logging.INFO)
-    _log.info("hold %s, shard %d", hold, shard)
-
-
 def main(arguments: Sequence[str]) -> int:
     """The whole life."""
     hold, shard, descriptor = arguments[0], int(arguments[1]), int(arguments[2])
-    _keep_log(hold, shard)
-    cgroup = _prepare(hold)
+    outlive.keep_log("hold", f"hold {hold}, shard {shard}")
+    cgroup = outlive.prepare("hold", hold)
     listener = socket.socket(fileno=descriptor)
     os.set_inheritable(descriptor, False)
     try:
         Shard(hold, shard, listener, cgroup).serve()
     finally:
-        _go_home(cgroup)
+        outlive.go_home(cgroup)
     return 0
-
-
-def _go_home(cgroup: str) -> None:
-    """Out of the control group that was made, so that it can be removed, by us or by the last shard."""
-    if cgroup:
-        _enter(os.path.dirname(cgroup))
-        with contextlib.suppress(OSError):
-            os.rmdir(cgroup)
 
 
 if __name__ == "__main__":

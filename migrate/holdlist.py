@@ -1,4 +1,5 @@
-"""Everything of ours that stands on this host: holds, the rules that they and others left, frozen connections."""
+"""Everything of ours that stands on this host: holds, the rules that they and others left, frozen connections, and
+processes whose memory still comes."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ import socket
 import time
 from dataclasses import dataclass
 
-from migrate import holdstore
+from migrate import holdstore, lazystore
 from migrate.holdstore import HoldRecord
+from migrate.lazystore import Lazy
 from tcpstate import frozen
 from tcpstate.frozen import FrozenConnection
 from tcpstate.kernel import route
@@ -81,6 +83,7 @@ class Standing:
     holds: tuple[Hold, ...]
     rules: tuple[Rule, ...]
     frozen: tuple[Frozen, ...]
+    lazy: tuple[Lazy, ...] = ()
 
 
 def survey() -> Standing:
@@ -95,6 +98,7 @@ def survey() -> Standing:
             *(_frozen(entry, here=True) for entry in frozen.frozen()),
             *(_frozen(entry, here=False) for entry in frozen.elsewhere()),
         ),
+        lazy=tuple(lazystore.survey()),
     )
 
 

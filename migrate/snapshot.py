@@ -21,19 +21,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from checkpoint.errors import LazyImpossible
 from checkpoint.files.listener import Listener
 from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.image.frames import Kind
 from checkpoint.image.reader import ImageReader, open_image
 from checkpoint.image.writer import ImageFile
+from checkpoint.memory.lazy import available
 from checkpoint.preflight import pids as members_of
 from checkpoint.restore import Restore
 from checkpoint.traces import Made, Trace, write
 from checkpoint.verdict import refusals
 from migrate import holdstore
 from migrate.addresses import AddressRecord, read_configuration
+from migrate.bringer import Bringer
 from migrate.driving import logged, signals_held
-from migrate.errors import AddressTakenAtTarget, NotHeld, TargetRefused, from_remote
+from migrate.errors import AddressTakenAtTarget, NotHeld, TargetRefused, from_remote, refused
 from migrate.fileoptions import FileOptions
 from migrate.handover import Origin
 from migrate.hold import DEFAULT_TIMEOUT, HoldMade, NewHold, TakenHold
@@ -104,6 +107,7 @@ class RestoreSummary:
     connections  how many live again
     held         how many of those were taken back from a hold of this host
     addresses    those that were added
+    later        bytes of memory that come while they run
     """
 
     pid: int
@@ -113,6 +117,7 @@ class RestoreSummary:
     held: int
     addresses: tuple[str, ...]
     total_ms: float
+    later: int = 0
     warnings: tuple[str, ...] = ()
 
     @property
@@ -239,20 +244,31 @@ def _refuse(chosen: AddressPlan) -> None:
 
 
 def restore(
-    path: str, *, take_addresses: bool = True, files: FileOptions | None = None, origin: Origin | None = None
+    path: str,
+    *,
+    take_addresses: bool = True,
+    files: FileOptions | None = None,
+    origin: Origin | None = None,
+    lazy: bool = False,
 ) -> RestoreSummary:
     """The image's processes run again, with their PIDs; their addresses come to this host.
 
     take_addresses  False: they are left alone (the connections work only if they are local anyway)
     files           where files and interfaces are here, and whether shipped files replace others
     origin          the host that holds the connections, if it is another one: it gives them up, and the addresses
+    lazy            they run at once, and pages of memory come when they are needed, the others in the background
 
     ImageError, Refused and others: nothing is left of it then, and what is held, here or there, is held as before.
     """
     begun = time.monotonic()
+    identity = secrets.token_hex(16)
     with contextlib.ExitStack() as ends:
+        bringer = None
+        if lazy:
+            _refuse_lazy()
+            bringer = ends.enter_context(contextlib.closing(Bringer(identity, os.path.abspath(path))))
         executor = ends.enter_context(ThreadPoolExecutor(os.cpu_count()))
-        image = ends.enter_context(open_image(path, executor=executor))
+        image = ends.enter_context(open_image(path, executor=executor, later=lazy))
         addresses, made = _last(image, Kind.ADDRESSES, Addresses), _last(image, Kind.HOLD, HoldMade)
         held = None if made is None or origin is not None else _held_here(made)
         if held is not None:
@@ -274,8 +290,15 @@ def restore(
             fix = _NAME_THE_ORIGIN if held_there else first.fix
             raise from_remote(first.code, first.text, first.subject, fix, otherwise=TargetRefused, where="")
         arrival.prepare(() if addresses is None else addresses.peers)
-        journal = Journal.open(Role.RESTORE, secrets.token_hex(16), image=os.path.abspath(path))
-        rebuilt = Restore(note=journal.note, external=files.external, held=None if held is None else held.sockets)
+        journal = Journal.open(Role.RESTORE, identity, image=os.path.abspath(path))
+        rebuilt = Restore(
+            note=journal.note,
+            external=files.external,
+            held=None if held is None else held.sockets,
+            bringer=bringer,
+        )
+        if bringer is not None:
+            bringer.reads(image.fd)
         rebuilt.place(files.path, overwrite=files.overwrite, devices=files.devices)
         kept = KeptFrames.noted(journal.note)
         ends.callback(kept.close)
@@ -294,6 +317,8 @@ def restore(
             ends.enter_context(signals_held())
             if origin is not None:
                 segments += origin.give_up()
+            if bringer is not None:
+                bringer.seal()
             rebuilt.survive()
             journal.append(AddressesArrive(arrival=arrival.record), Step(step=StepKind.STARTED))
             arrival.add()
@@ -338,8 +363,15 @@ def restore(
             held=taken,
             addresses=tuple(landing.record.address for landing in arrival.record.landings),
             total_ms=1e3 * (time.monotonic() - begun),
+            later=rebuilt.later,
             warnings=tuple(rebuilt.warnings),
         )
+
+
+def _refuse_lazy() -> None:
+    lacking = available()
+    if lacking:
+        raise refused(LazyImpossible(f"this kernel lacks {lacking}"))
 
 
 _Record = TypeVar("_Record")

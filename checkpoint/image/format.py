@@ -83,6 +83,12 @@ class FrameWriter:
         self._offset = 0
         self._offsets: list[int] = []
         self._digests: list[bytes | Future[list[Buffer]]] = []
+        self._page_records = frames.RecordsDigest()
+
+    @property
+    def page_records(self) -> frames.PageRecords:
+        """Of all PAGES frames so far."""
+        return self._page_records.made()
 
     @property
     def offset(self) -> int:
@@ -105,11 +111,14 @@ class FrameWriter:
 
     def pages(self, run: PageRun) -> list[Buffer]:
         """A PAGES frame. The last buffer is ``run.data`` itself. ValueError if runs and data do not fit together."""
-        return self._frame(Kind.PAGES, _pack_runs(run), run.data, 0)
+        record = _pack_runs(run)
+        self._page_records.add(record)
+        return self._frame(Kind.PAGES, record, run.data, 0)
 
     def pages_in(self, executor: Executor, run: PageRun) -> Future[list[Buffer]]:
         """As pages(), with the digest computed by ``executor``. The frame's place in the image is taken at once."""
         record = _pack_runs(run)
+        self._page_records.add(record)
         raw, padding = self._place(Kind.PAGES, record, run.data, 0)
 
         def finish() -> list[Buffer]:

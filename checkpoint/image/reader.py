@@ -14,7 +14,18 @@ from typing import Self
 from checkpoint.errors import ForeignImage, ImageDamaged, ImageTruncated, ImageUnreadable
 from checkpoint.image import frames
 from checkpoint.image.format import KNOWN_KINDS, check_kind
-from checkpoint.image.frames import HEADER, PREAMBLE, TRAILER, End, Frame, Kind, PageRun
+from checkpoint.image.frames import (
+    HEADER,
+    PREAMBLE,
+    TRAILER,
+    End,
+    Frame,
+    Kind,
+    PageRecords,
+    PageRun,
+    RecordsDigest,
+    Space,
+)
 
 __all__ = ["ImageReader", "open_image"]
 
@@ -29,13 +40,15 @@ class ImageReader:
     frames  all frames of known kinds before END, in order
     end     the END record
     size    bytes of the file
+    fd      the open file
 
     The mapping is shared with the file: who may write the file (0600: its owner and root) could change it under us
     after the check. Do not open images that others may write.
     """
 
-    def __init__(self, path: str, mapping: mmap.mmap, found: list[Frame], end: End) -> None:
+    def __init__(self, path: str, fd: int, mapping: mmap.mmap, found: list[Frame], end: End) -> None:
         self.path = path
+        self.fd = fd
         self.frames = found
         self.end = end
         self.size = len(mapping)
@@ -60,30 +73,46 @@ class ImageReader:
     def close(self) -> None:
         """Let the mapping go. It is unmapped once no view of it is left."""
         self.frames = []
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 def open_image(
-    path: str | os.PathLike[str], *, known: frozenset[str] | None = KNOWN_KINDS, executor: Executor | None = None
+    path: str | os.PathLike[str],
+    *,
+    known: frozenset[str] | None = KNOWN_KINDS,
+    executor: Executor | None = None,
+    later: bool = False,
 ) -> ImageReader:
     """Map and verify the image file ``path``. ImageError if it is not wholly right; nothing is handed out then.
 
     known     kinds of frames to hand out; unknown ones are skipped if optional, else refused. None: all are handed out
     executor  computes digests beside each other
+    later     the bytes of processes' memory are verified when they are used (``Frame.verify``): all else, and where
+              they belong, is verified now. An image that does not allow it (by an earlier program) is verified whole
     """
     name = os.fspath(path)
-    mapping = _map(name)
-    whole = memoryview(mapping)
-    found, end = _verify(whole, executor)
-    if known is not None:
-        found = [frame for frame in found if check_kind(frame, known)]
-    return ImageReader(name, mapping, found, end)
-
-
-def _map(path: str) -> mmap.mmap:
+    fd = _open(name)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a fifo must not make us wait
+        mapping = _map(name, fd)
+        found, end = _verify(memoryview(mapping), executor, later=later)
+        if known is not None:
+            found = [frame for frame in found if check_kind(frame, known)]
+    except BaseException:
+        os.close(fd)
+        raise
+    return ImageReader(name, fd, mapping, found, end)
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a fifo must not make us wait
     except OSError as error:
         raise ImageUnreadable(f"the image cannot be opened: {error.strerror}", object=path) from error
+
+
+def _map(path: str, fd: int) -> mmap.mmap:
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
@@ -93,19 +122,20 @@ def _map(path: str) -> mmap.mmap:
         return mmap.mmap(fd, status.st_size, access=mmap.ACCESS_READ)
     except OSError as error:
         raise ImageUnreadable(f"the image cannot be mapped: {error.strerror}", object=path) from error
-    finally:
-        os.close(fd)
 
 
-def _verify(whole: memoryview, executor: Executor | None) -> tuple[list[Frame], End]:
+def _verify(whole: memoryview, executor: Executor | None, *, later: bool = False) -> tuple[list[Frame], End]:
     """All frames before END, and END, of the image in ``whole``."""
     _check_ends(whole)
     root, offsets, found = frames.root_state(), list[int](), list[Frame]()
     checks: collections.deque[tuple[Future[bytes], Frame]] = collections.deque()
+    waiting: list[Frame] = []
     place = PREAMBLE.size
     while True:
         frame, header = _frame_at(whole, place)
-        if executor is None:
+        if later and _is_memory(frame):
+            waiting.append(frame)
+        elif executor is None:
             frames.check_digest(frames.digest(header.raw, frame.record, frame.data), frame)
         else:
             checks.append((executor.submit(frames.digest, header.raw, frame.record, frame.data), frame))
@@ -116,11 +146,34 @@ def _verify(whole: memoryview, executor: Executor | None) -> tuple[list[Frame], 
             if header.end + TRAILER.size != len(whole):
                 raise ImageDamaged("there are bytes behind END", object=f"offset {header.end}")
             frames.check_trailer(whole[header.end :], place)
-            return found, frames.check_end(frame, offsets, root.digest())
+            end = frames.check_end(frame, offsets, root.digest())
+            if waiting and not _records_known(found):
+                for one in waiting:
+                    one.verify()
+            return found, end
         offsets.append(place)
         root.update(header.digest)
         found.append(frame)
         place = header.end
+
+
+def _is_memory(frame: Frame) -> bool:
+    return frame.kind == Kind.PAGES and frame.runs().space is Space.MEMORY
+
+
+def _records_known(found: list[Frame]) -> bool:
+    """Whether the records of all pages are vouched for, so that their bytes may be verified later. ImageDamaged if they
+    are not what is vouched for."""
+    told = [frame.decode(PageRecords) for frame in found if frame.kind == Kind.PAGE_RECORDS]
+    if not told:
+        return False
+    state = RecordsDigest()
+    for frame in found:
+        if frame.kind == Kind.PAGES:
+            state.add(frame.record)
+    if told[-1] != state.made():
+        raise ImageDamaged("the records of pages are not those that the image had when it was made")
+    return True
 
 
 def _check_ends(whole: memoryview) -> None:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from checkpoint.errors import ImageNotWritten
-from checkpoint.image.format import Buffer, FrameWriter, PageRun, page_frames
+from checkpoint.image.format import Buffer, FrameWriter, Kind, PageRun, page_frames
 
 __all__ = ["ImageFile"]
 
@@ -77,6 +77,8 @@ class ImageFile:
             self._discard()
             return
         try:
+            # a program that does not know it can do without: it reads all bytes first
+            self.record(Kind.PAGE_RECORDS, self._writer.page_records, optional=True)
             self._put(self._writer.end(self._sign))
             os.fsync(self._fd)
             name = os.path.basename(os.path.abspath(self.path))

@@ -8,6 +8,7 @@ Source: Linux fs/proc/task_mmu.c (show_smap_vma_flags), include/linux/mm.h for w
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from checkpoint.errors import (
     Refused,
     SealedMapping,
     SecretMemory,
+    StillLazy,
     UnsupportedMemory,
     UserfaultMapping,
 )
@@ -49,6 +51,7 @@ _RULES = (
     _Rule(UnsupportedMemory, "a shadow stack", flags=frozenset({"ss"})),
 )
 _SEALED = "sl"
+_WAITS = "um"
 _HUGE = frozenset({"ht"})
 #: huge pages that are no file's of hugetlbfs, nor a System V segment's
 _KEPT_HUGE = ("/anon_hugepage", "/memfd:")
@@ -69,12 +72,24 @@ def check(pid: int, vma: Vma) -> None:
     if vma.name.startswith(_KEPT_HUGE):
         vma = vma._replace(flags=vma.flags - _HUGE)
     suspect = vma.flags & _FLAGS or vma.name.startswith(_NAMES)
+    if _WAITS in vma.flags and not _has_userfaultfd(pid):
+        raise StillLazy("some of its memory has not come yet", object=f"pid {pid}")
     for rule in _RULES if suspect else ():
         if vma.name.startswith(rule.names) or vma.flags & rule.flags:
             raise rule.error(f"{rule.what}: {vma.name or vma.permissions}", object=where)
     # memory that may only be executed has a key of the kernel's choice, and gets one again
     if vma.pkey and vma.prot != Prot.EXEC:
         raise UnsupportedMemory(f"memory with protection key {vma.pkey}", object=where)
+
+
+def _has_userfaultfd(pid: int) -> bool:
+    """Whether it serves its own faults. If not, somebody else does: we, as long as pages are missing."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for name in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{pid}/fd/{name}") == "anon_inode:[userfaultfd]":
+                    return True
+    return False
 
 
 def unmapped_exe(pid: int, exe: str) -> UnsupportedMemory:

@@ -8,6 +8,7 @@ from cli.command import command
 from cli.fields import fields
 from cli.session import Result, Session, Table
 from migrate.holdlist import Hold, survey
+from migrate.lazystore import Lazy
 
 __all__ = ["holds"]
 
@@ -15,7 +16,7 @@ __all__ = ["holds"]
 @command("holds")
 def holds(session: Session) -> Result:
     """What checkpoints hold here, and everything else of ours that stands: drop rules, routing rules, frozen
-    connections.
+    connections, processes whose memory still comes (--lazy).
     """
     found = survey()
     body: list[str | Table] = []
@@ -29,6 +30,10 @@ def holds(session: Session) -> Result:
     if found.frozen:
         rows = [[f.connection, str(f.pid), _span(f.age), "" if f.here else "elsewhere"] for f in found.frozen]
         body.append(Table(columns=["FROZEN", "PID", "AGE", ""], rows=rows))
+    if found.lazy:
+        columns = ["LAZY", "STATE", "AGE", "MISSING", "OF", "PIDS", "FROM", ""]
+        styles = {"dead": "red", "waiting": "yellow"}
+        body.append(Table(columns=columns, rows=[_lazy_row(one) for one in found.lazy], styles=styles))
     return Result(data=fields(found), body=body or ["nothing is held here"])
 
 
@@ -44,6 +49,19 @@ def _row(hold: Hold) -> list[str]:
         str(len(hold.listeners)),
         pids,
         click.format_filename(hold.image),
+    ]
+
+
+def _lazy_row(one: Lazy) -> list[str]:
+    return [
+        one.lazy,
+        one.state.value,
+        _span(one.age),
+        f"{one.missing >> 10} KiB",
+        f"{one.total >> 10} KiB",
+        " ".join(map(str, one.processes)),
+        click.format_filename(one.source),
+        one.reason,
     ]
 
 

@@ -43,6 +43,9 @@ __all__ = ["restore"]
     default=AddressPolicy.REFUSE.value,
     help="With --from: what if others there use such an address.  [default: refuse]",
 )
+@click.option(
+    "--lazy", is_flag=True, help="Let them run at once: memory comes when it is needed, and in the background."
+)
 @click.option("--foreground", is_flag=True, help="Stay as the parent, and pass on the exit status.")
 @file_places
 @with_external
@@ -55,6 +58,7 @@ def restore(
     rsh: str,
     remote_command: str,
     address_policy: str,
+    lazy: bool,
     foreground: bool,
     path_map: tuple[str, ...],
     overwrite: bool,
@@ -63,8 +67,9 @@ def restore(
 ) -> Result | None:
     """Let the processes of the image FILE run again, here, with their PIDs, connections and addresses.
 
-    The image is verified whole before anything is built. Connections that this host holds are taken back; those that
-    another host holds it gives up, with the addresses, if --from names it. Prints the root's PID.
+    The image is verified whole before anything is built; with --lazy, but for memory that comes later. Connections that
+    this host holds are taken back; those that another host holds it gives up, with the addresses, if --from names it.
+    Prints the root's PID.
     """
     if origin is None:
         of_there = {"--rsh": rsh != DEFAULT_RSH, "--remote-command": remote_command != DEFAULT_REMOTE_COMMAND}
@@ -76,7 +81,7 @@ def restore(
         if origin is not None:
             shared = AddressPolicy(address_policy) is AddressPolicy.ALLOW
             there = ends.enter_context(Origin(origin, rsh=rsh, remote_command=remote_command, shared=shared))
-        summary = build(file, take_addresses=not no_address, origin=there, files=places)
+        summary = build(file, take_addresses=not no_address, origin=there, files=places, lazy=lazy)
         if out is not None:
             out.write(f"{summary.pid}\n")
     data = fields(summary)
