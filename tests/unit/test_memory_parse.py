@@ -22,6 +22,7 @@ from checkpoint.errors import (
     Refused,
     SealedMapping,
     SecretMemory,
+    StillLazy,
     UnsupportedMemory,
     UserfaultMapping,
 )
@@ -115,7 +116,7 @@ def test_our_own_maps_agree_with_our_own_smaps() -> None:
         ("anon_inode:[perf_event]", "", 0, UnsupportedMemory),
         ("socket:[1]", "", 0, UnsupportedMemory),
         ("/mnt/huge/file", "ht", 0, HugePageMapping),
-        ("", "um", 0, UserfaultMapping),
+        ("", "um", 0, StillLazy),
         ("", "uw", 0, UserfaultMapping),
         ("/dev/fb0", "io pf", 0, DeviceMapping),
         ("/dev/mem", "mm", 0, DeviceMapping),
