@@ -73,7 +73,7 @@ def check(pid: int, vma: Vma) -> None:
         vma = vma._replace(flags=vma.flags - _HUGE)
     suspect = vma.flags & _FLAGS or vma.name.startswith(_NAMES)
     if _WAITS in vma.flags and not _has_userfaultfd(pid):
-        raise StillLazy("some of its memory has not come yet", object=f"pid {pid}")
+        raise StillLazy("some of its memory has not come yet", object=where)
     for rule in _RULES if suspect else ():
         if vma.name.startswith(rule.names) or vma.flags & rule.flags:
             raise rule.error(f"{rule.what}: {vma.name or vma.permissions}", object=where)
