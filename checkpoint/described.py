@@ -8,20 +8,24 @@ from collections.abc import Mapping, Sequence
 
 from checkpoint.files.pty import masters_of
 from checkpoint.files.terminal import slave_number
+from checkpoint.ipc.base import SystemV
 from checkpoint.kernel.kcmp import KcmpType, Known
+from checkpoint.namespaces.numbers import Numbers
+from checkpoint.namespaces.spaces import Spaces
 from checkpoint.procfs import Stat
-from checkpoint.records import Manifest, ProcessRecord
+from checkpoint.records import Manifest, ProcessRecord, TreeRecord
+from checkpoint.state import clocks
 from checkpoint.state.table import ProcessState
 from checkpoint.tracee import Tree
-from checkpoint.tree import Task
+from checkpoint.tree import Task, plan
 from tcpstate.version import VERSION
 
-__all__ = ["Sharing", "manifest", "process_records", "task_of"]
+__all__ = ["Sharing", "manifest", "process_records", "task_of", "tree_record"]
 
 
-def manifest(tree: Tree, roots: Sequence[int]) -> Manifest:
-    """What the image is of."""
-    zombies = tuple(zombie.pid for zombie in tree.zombies)
+def manifest(tree: Tree, roots: Sequence[int], number: Numbers) -> Manifest:
+    """What the image is of. ``number``: to the numbers that the tree has in its own PID namespace."""
+    zombies = tuple(number(zombie.pid) for zombie in tree.zombies)
     system = os.uname()
     return Manifest(
         program=VERSION,
@@ -30,14 +34,14 @@ def manifest(tree: Tree, roots: Sequence[int]) -> Manifest:
         kernel=system.release,
         machine=system.machine,
         created=int(time.time()),
-        roots=tuple(roots),
-        pids=tuple(process.pid for process in tree.processes) + zombies,
-        tids=tuple(thread.tid for process in tree.processes for thread in process.threads) + zombies,
+        roots=tuple(map(number, roots)),
+        pids=tuple(number(process.pid) for process in tree.processes) + zombies,
+        tids=tuple(number(thread.tid) for process in tree.processes for thread in process.threads) + zombies,
     )
 
 
 def process_records(tree: Tree, states: Mapping[int, ProcessState]) -> list[ProcessRecord]:
-    """Every process, parents before children, zombies last."""
+    """Every process, parents before children, zombies last; by our numbers."""
     masters = masters_of([process.pid for process in tree.processes])
     sharing = Sharing()
     living = [
@@ -70,6 +74,16 @@ class Sharing:
         except ProcessLookupError:
             return 0, 0  # it runs, and has just ended
         return (0 if files == pid else files), (0 if directories == pid else directories)
+
+
+def tree_record(
+    processes: Sequence[ProcessRecord], roots: Sequence[int], objects: Sequence[SystemV], spaces: Spaces
+) -> TreeRecord:
+    """The tree: its processes and System V objects by its own numbers, its roots by ours. UnsupportedSession if it
+    cannot be grown again."""
+    plan([record.task for record in processes])
+    # read after every timer: none that goes on with the time that was left is early on these clocks
+    return TreeRecord(processes=tuple(processes), clocks=clocks.read(roots[0]), ipc=tuple(objects), spaces=spaces)
 
 
 def task_of(stat: Stat, masters: set[int], sharing: Sharing, wait_code: int | None = None) -> Task:

@@ -33,9 +33,10 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from checkpoint import preflight, procfs
-from checkpoint.described import manifest, process_records
+from checkpoint.described import manifest, process_records, tree_record
 from checkpoint.errors import NoSuchProcess, Refused, TreeChanged
 from checkpoint.files.base import OpenFile
+from checkpoint.files.contents import of_contents
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.identity import Evidence
 from checkpoint.files.policy import NO_POLICY, AcceptQueues, Policy
@@ -46,7 +47,7 @@ from checkpoint.files.table import FileTable, TreeFiles
 from checkpoint.files.tcp import TcpGroup
 from checkpoint.holdoff import Holdoff, LastSegments
 from checkpoint.image.format import PageRun
-from checkpoint.image.frames import Kind, Runs, Space
+from checkpoint.image.frames import Kind
 from checkpoint.inject import Injection
 from checkpoint.ipc import table as ipc
 from checkpoint.live import LiveCopy, Remaining
@@ -54,8 +55,10 @@ from checkpoint.live import foresee as foresee_tracked
 from checkpoint.memory import layout, pages
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.memory.vma import Vma, foresee
-from checkpoint.records import FilesDelta, MapsDelta, TreeRecord
-from checkpoint.state import clocks, table
+from checkpoint.namespaces.numbers import Numbers
+from checkpoint.namespaces.spaces import Spaces
+from checkpoint.records import FilesDelta, MapsDelta
+from checkpoint.state import table
 from checkpoint.state.table import ProcessState
 from checkpoint.tracee import Tree
 from checkpoint.traces import (
@@ -72,7 +75,6 @@ from checkpoint.traces import (
     peeked,
     write,
 )
-from checkpoint.tree import plan
 from checkpoint.verdict import Verdict
 from tcpstate.capture import replay, unknown
 from tcpstate.errors import TcpmigError
@@ -119,6 +121,8 @@ class Dump:
         self._layouts: dict[int, MemoryLayout] = {}
         self._states: dict[int, ProcessState] = {}
         self._ipc = ipc.Objects()
+        self._numbers = Numbers()
+        self._spaces = Spaces()
         self._last = LastSegments(())
         self._collecting = gc.isenabled()
         self._secured = False
@@ -284,6 +288,7 @@ class Dump:
         return self._group
 
     def _capture(self, tree: Tree) -> None:
+        self._numbers = Numbers([*self.pids, *(zombie.pid for zombie in tree.zombies)])
         self._table = FileTable(policy=self._policy)
         self._table.evidence = self._evidence
         for process in tree.processes:
@@ -296,6 +301,7 @@ class Dump:
                 self._states[process.pid] = table.capture(process, injection, calls)
             self._table.add_process(process)
             self._layouts[process.pid] = layout.capture(process, self._table, brk=brk.value)
+        self._spaces = Spaces.of(self.roots)
         self._ipc.capture(self.pids)
         self._group = TcpGroup(self._table, self._blackhole)
         if (sockets := peeked(self._table.entries)).sockets:
@@ -314,42 +320,34 @@ class Dump:
     def skeleton(self) -> Iterator[tuple[Kind, object]]:
         """The records from which everything but bytes and connections can be built."""
         tree = self._tree
-        yield Kind.MANIFEST, manifest(tree, self.roots)
+        number, files = self._numbers, self._files
+        yield Kind.MANIFEST, manifest(tree, self.roots, number)
         records = process_records(tree, self._states)
-        plan([r.task for r in records])  # refuses what cannot be grown again
-        # read after every timer: none that goes on with the time that was left is early on these clocks
-        yield Kind.TREE, TreeRecord(processes=tuple(records), clocks=clocks.read(self.roots[0]), ipc=self._ipc.records)
-        yield Kind.FILES, self._files
-        drops: list[Runs] = []
-        if self._live is not None and self._files is not None and self._live.takes(records, self._layouts):
-            for process in tree.processes:
-                left = self._live.finish(process, self._layouts[process.pid], self._files)
-                self.remaining[process.pid] = left
-                drops += left.drops
-                if left.stale:
-                    yield Kind.MAPS_DELTA, MapsDelta(pid=process.pid, stale=tuple(left.stale))
-        elif self._live is not None:
-            _log.info("the processes have changed at the last moment: all of their memory is copied again")
+        objects = number.objects(self._ipc.records)
+        yield Kind.TREE, tree_record(number.processes(records), self.roots, objects, self._spaces)
+        yield Kind.FILES, None if files is None else number.files(files)
+        if self._live is not None and files is not None:
+            self.remaining = self._live.left(tree.processes, records, self._layouts, files, self._spaces)
+        for pid, left in self.remaining.items():
+            if left.stale:
+                yield Kind.MAPS_DELTA, MapsDelta(pid=number(pid), stale=tuple(left.stale))
         for process in tree.processes:
-            yield Kind.MAPPINGS, self._layouts[process.pid]
-        for runs in drops:
-            yield Kind.PAGES_DROP, runs
+            yield Kind.MAPPINGS, number.layout(self._layouts[process.pid])
+        for left in self.remaining.values():
+            for runs in left.drops:
+                yield Kind.PAGES_DROP, number.dropped(runs)
 
     def pages(self, *, buffers: int = 1) -> Iterator[PageRun]:
         """Contents of files that travel along, then the memory of every process. A run is valid until the
         ``buffers``-th one after it is asked for."""
-        files = self._files_table
-        for index in range(len(files.contents)):
-            for runs in pages.chunks((o, o + n) for o, n in files.content_runs(index)):
-                data = b"".join(files.read_content(index, start, length) for start, length in runs)
-                if data:
-                    yield PageRun(space=Space.CONTENT, id=index, runs=runs, data=memoryview(data))
+        yield from of_contents(self._files_table)
         for process in self._tree.processes:
             pid = process.pid
             if pid in self.remaining:
-                yield from pages.read_runs(process, pid, self.remaining[pid].ranges, buffers=buffers)
+                read = pages.read_runs(process, pid, self.remaining[pid].ranges, buffers=buffers)
             else:
-                yield from pages.read(process, self._layouts[pid], buffers=buffers)
+                read = pages.read(process, self._layouts[pid], buffers=buffers)
+            yield from self._numbers.pages(read)
 
     def early_queues(self) -> Iterator[PageRun]:
         """What large receive queues hold, last before :meth:`freeze`: their peers have filled what room there was."""
@@ -400,7 +398,7 @@ class Dump:
     def delta(self, *, clocks_stand: bool = False) -> FilesDelta:
         """The connections as exported, and other files that changed since the stop (see FileTable.recapture())."""
         files = self._files_table.recapture(clocks_stand=clocks_stand)
-        return FilesDelta(files=files | self._connections.records())
+        return FilesDelta(files=self._numbers.some_files(files | self._connections.records()))
 
     # -- the two ends ---------------------------------------------------------------------------------------------
 

@@ -58,7 +58,12 @@ __all__ = [
     "MayNotTrace",
     "MemoryUnreadable",
     "MemoryUnwritable",
+    "NamespaceNotMade",
+    "NamespaceShared",
+    "NamespacesMoveAlone",
+    "NestedNamespace",
     "NoSuchProcess",
+    "NotTheInit",
     "OtherImageVersion",
     "OtherVdso",
     "OwnProcess",
@@ -810,6 +815,45 @@ class ForeignNamespace(Refused):
 
     code = "TM-0323"
     fix = "Run tcpmig inside the namespace (nsenter), on both hosts."
+
+
+class NestedNamespace(Refused):
+    """A process of the tree is in a namespace of its own below or beside those of the tree's root. Only namespaces
+    that the whole tree is in can be made again."""
+
+    code = "TM-0720"
+    fix = "Run tcpmig inside the outer namespace (nsenter), on both hosts, and name the inner tree."
+
+
+class NotTheInit(Refused):
+    """The process is in a PID namespace, but is not the first process in there. When that one ends, the kernel ends all
+    others of the namespace: they move together or not at all."""
+
+    code = "TM-0721"
+    fix = "Name the first process of its PID namespace (`lsns -t pid` shows it), or run tcpmig inside (nsenter)."
+
+
+class NamespaceShared(Refused):
+    """Processes outside of the tree are in a namespace that would move with the tree: what they share with it would be
+    in two places. They may have been put there by nsenter, or by a container engine."""
+
+    code = "TM-0722"
+    fix = "End those processes, or name a process that they all descend from."
+
+
+class NamespacesMoveAlone(Refused):
+    """Several trees were named at once, and one of them has namespaces of its own. Such a tree moves alone."""
+
+    code = "TM-0723"
+    fix = "Name that tree alone, and the others in another command."
+
+
+class NamespaceNotMade(TcpmigError):
+    """The kernel refused to make a namespace for the rebuilt processes, or to give it what the original's had: a limit
+    of namespaces, a missing capability, or another user namespace. Nothing is left of it."""
+
+    code = "TM-0724"
+    fix = "See the named call; compare /proc/sys/user/max_*_namespaces of the two hosts, and run tcpmig as root."
 
 
 class KernelWorkers(Refused):

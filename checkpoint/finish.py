@@ -89,7 +89,7 @@ class Finish:
         places: dict[int, list[tuple[int, int]]] = {}
         for pid, table in files.tables.items():
             for fd, (index, _) in table.items():
-                places.setdefault(index, []).append((pid, fd))
+                places.setdefault(index, []).append((stubs.numbers.get(pid, pid), fd))
         self._descriptors: dict[int, int] = {}
         for index, where in places.items():
             with taken(where, stubs.processes) as fd:

@@ -22,8 +22,11 @@ from checkpoint.memory import layout
 from checkpoint.memory.delta import delta, without
 from checkpoint.memory.layout import Descriptors, MemoryLayout
 from checkpoint.memory.pages import PageWriter
+from checkpoint.namespaces.spaces import Spaces
+from checkpoint.newpids import settle, with_init
 from checkpoint.records import LiveTree, MapsDelta, ProcessRecord, fits, same_file
 from checkpoint.spawn import Stub
+from checkpoint.tree import INIT
 from tcpstate.kernel.calls import CallError, CallTable
 from tcpstate.kernel.machine import SYS
 
@@ -43,10 +46,20 @@ class Ground:
     stubs  the processes, by PID; filled and emptied here, ended by whoever owns it
     path   maps a path of the source to one here
     warn   told, in one sentence, of whatever will differ
+    new_pids  the tree gets a PID namespace if it has none of its own (checkpoint.newpids)
     """
 
-    def __init__(self, stubs: dict[int, Stub], path: Callable[[str], str], warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        stubs: dict[int, Stub],
+        path: Callable[[str], str],
+        warn: Callable[[str], None],
+        *,
+        new_pids: bool = False,
+    ) -> None:
         self._stubs = stubs
+        self._new_pids = new_pids
+        self._has_init = False
         self._path = path
         self._warn = warn
         #: pseudo terminals that sessions were given, by their numbers at the source
@@ -60,7 +73,7 @@ class Ground:
         files = Rebuilder(tree.files, path=self._path, warn=self._warn)
         try:
             told = self._told
-            if told is None or not fits(told, (one.task for one in tree.processes), tree.layouts):
+            if told is None or not fits(told, (one.task for one in tree.processes), tree.layouts, tree.spaces):
                 self._begin(tree, files.descriptor)
             else:
                 for one in tree.processes:
@@ -74,24 +87,37 @@ class Ground:
     def _begin(self, tree: LiveTree, descriptor_of: Descriptors) -> None:
         taken = [(m.start, m.end) for one in tree.layouts.values() for m in one.mappings]
         taken += [(one.fields.start_brk, one.fields.brk + _HEAP_ROOM) for one in tree.layouts.values()]
-        self.grow_anew(tree.processes, taken)
+        self.grow_anew(tree.processes, taken, tree.spaces)
         for pid, one in tree.layouts.items():
             layout.build(one, self._stubs[pid], descriptor_of)
             self.is_now(one)
 
-    def grow_anew(self, births: Sequence[Birth], taken: Sequence[tuple[int, int]]) -> None:
-        """End what stands here, and grow this tree. PidTaken, ..."""
+    def grow_anew(self, births: Sequence[Birth], taken: Sequence[tuple[int, int]], spaces: Spaces) -> None:
+        """End what stands here, and grow this tree, in namespaces of its own if it had some. PidTaken, ..."""
+        self._has_init = self._new_pids and not spaces.pids
+        if self._has_init:
+            births = with_init(births)
         # the numbers of what has just been ended may still be those of the dead
         deadline = time.monotonic() + (_REAPED if self._stubs else 0)
         while True:
             self.clear()
             try:
-                grow(births, taken, self._stubs, self._warn, self.terminals)
+                grow(births, taken, self._stubs, self._warn, self.terminals, lambda root: self._settle(root, spaces))
                 return
             except PidTaken:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_REAPED / 200)
+
+    def _settle(self, root: Stub, spaces: Spaces) -> None:
+        if self.init is not None:
+            settle(root)
+        spaces.enter(root)
+
+    @property
+    def init(self) -> Stub | None:
+        """The first process of a PID namespace that the tree did not have; None: there is none."""
+        return self._stubs.get(INIT) if self._has_init else None
 
     def is_now(self, one: MemoryLayout) -> None:
         """The memory of this process is laid out so."""
@@ -113,9 +139,9 @@ class Ground:
         while self.terminals:
             self.terminals.popitem()[1].close()
 
-    def takes(self, records: Iterable[ProcessRecord], layouts: Mapping[int, MemoryLayout]) -> bool:
+    def takes(self, records: Iterable[ProcessRecord], layouts: Mapping[int, MemoryLayout], spaces: Spaces) -> bool:
         """Whether what stands here can become these processes."""
-        return self._told is not None and fits(self._told, (record.task for record in records), layouts)
+        return self._told is not None and fits(self._told, (record.task for record in records), layouts, spaces)
 
     def forget(self, made_anew: MapsDelta) -> None:
         """Memory that was made anew at the source: what is here is void, and unmapped with the next change."""

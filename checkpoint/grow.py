@@ -19,7 +19,7 @@ from checkpoint.errors import PidTaken
 from checkpoint.files.terminal import Pair, TtyCall, open_pair, open_slave
 from checkpoint.kernel.clone import CloneFlag
 from checkpoint.spawn import Stub, spawn_stub
-from checkpoint.tree import Death, End, Fork, SetPgid, SetSid, Spawn, TakeTerminal, Task, Unshare, plan
+from checkpoint.tree import Death, End, Fork, OwnPids, SetPgid, SetSid, Spawn, TakeTerminal, Task, Unshare, plan
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.machine import SYS
 
@@ -50,16 +50,18 @@ def grow(
     stubs: dict[int, Stub],
     warn: Callable[[str], None],
     terminals: dict[int, Pair],
+    settle: Callable[[Stub], None] | None = None,
 ) -> None:
     """Make a stub for every process, in its place of the tree; zombies die at the end.
 
     avoid  (start, end) of memory that the processes will need
     stubs  filled in as they are born, by PID: what is to be undone if this fails
     terminals  filled in, by number: the pseudo terminals that were opened for sessions
+    settle  told each root when it is born, before it bears anybody: what it is made to enter its descendants inherit
 
     PidTaken, SpawnFailed, UnsupportedSession, UnsupportedSharing.
     """
-    _Grower(records, list(avoid), stubs, warn, terminals).run()
+    _Grower(records, list(avoid), stubs, warn, terminals, settle).run()
 
 
 class _Grower:
@@ -70,8 +72,10 @@ class _Grower:
         stubs: dict[int, Stub],
         warn: Callable[[str], None],
         terminals: dict[int, Pair],
+        settle: Callable[[Stub], None] | None,
     ) -> None:
         self._terminals = terminals
+        self._settle = settle
         self._records = {r.task.pid: r for r in records}
         self._avoid = avoid
         self._stubs = stubs
@@ -91,6 +95,8 @@ class _Grower:
                         self._call(self._stub(pid), SYS.unshare, _shared(files=files, directories=directories))
                     case SetSid(pid):
                         self._call(self._stub(pid), SYS.setsid)
+                    case OwnPids(pid):
+                        self._call(self._stub(pid), SYS.unshare, CloneFlag.NEWPID)
                     case TakeTerminal(pid, number):
                         self._take_terminal(self._stub(pid), number)
                     case SetPgid(pid, pgid):
@@ -109,21 +115,24 @@ class _Grower:
     def _number(self, pid: int) -> int:
         """The number here of a leader: of one that is gone it is the number that its group kept."""
         if pid in self._stand_ins:
-            return self._stand_ins[pid].pid
+            return self._stand_ins[pid].inner_pid
         return self._renumbered.get(pid, pid)
 
     def _born(self, pid: int, stand_in: bool, make: Callable[[int | None], Stub]) -> None:
         if not stand_in:
-            self._stubs[pid] = make(pid)
+            self._stubs[pid] = stub = make(pid)
+            if self._settle is not None and self._records[pid].task.ppid not in self._records:
+                self._settle(stub)
             return
         try:
             self._stand_ins[pid] = make(pid if pid > 0 else None)
         except PidTaken:
             stub = make(None)
             self._stand_ins[pid] = stub
-            self._renumbered[pid] = stub.pid
+            self._renumbered[pid] = stub.inner_pid
             self._warn(
-                f"the number {pid} of a session or group from outside the tree is taken here; it becomes {stub.pid}"
+                f"the number {pid} of a session or group from outside the tree is taken here; it becomes "
+                f"{stub.inner_pid}"
             )
 
     def _forker(self, birth: Fork) -> Callable[[int | None], Stub]:
@@ -151,11 +160,12 @@ class _Grower:
 
     def _end(self, stub: Stub, reaper: int | None) -> None:
         """A stand-in leaves."""
+        number = stub.inner_pid
         stub.exit(0)
         if reaper is not None:
             parent = self._stub(reaper)
             calls = CallTable()
-            calls.call(SYS.wait4, stub.pid, 0, 0, 0, label="wait for a stand-in")
+            calls.call(SYS.wait4, number, 0, 0, 0, label="wait for a stand-in")
             _take_sigchld(calls)
             parent.run(calls)
 

@@ -42,6 +42,8 @@ from checkpoint.memory.layout import Mapping as Mapped
 from checkpoint.memory.ranges import Range, difference, intersection, joined, total
 from checkpoint.memory.tracking import Tracking, Untracked
 from checkpoint.memory.vma import Vma
+from checkpoint.namespaces.numbers import Numbers
+from checkpoint.namespaces.spaces import Spaces
 from checkpoint.records import LiveProcess, LiveTree, ProcessRecord, fits, same_file
 from checkpoint.state import clocks
 from checkpoint.tracee import Process, Tree
@@ -182,7 +184,8 @@ class LiveCopy:
             return None
         layouts, records = self._observe()
         told = self._told
-        if told is not None and not fits(told, (task for task, _ in tasks), layouts):
+        spaces = Spaces.of(self._roots)
+        if told is not None and not fits(told, (task for task, _ in tasks), layouts, spaces):
             return None
         members: list[LiveProcess] = []
         drops: list[Runs] = []
@@ -198,8 +201,10 @@ class LiveCopy:
         self._rounds += 1
         read_ns = time.monotonic_ns()
         seen = clocks.read(self._roots[0])
-        self._told = LiveTree(number=self._rounds, processes=tuple(members), files=records, clocks=seen)
-        return Round(self._told, read_ns, drops, self._read(ranges))
+        self._told = LiveTree(number=self._rounds, processes=tuple(members), files=records, clocks=seen, spaces=spaces)
+        number = Numbers([task.pid for task, _ in tasks])
+        drops = [number.dropped(one) for one in drops]
+        return Round(number.live(self._told), read_ns, drops, number.pages(self._read(ranges)))
 
     def _again(self) -> None:
         self._attempts += 1
@@ -292,9 +297,24 @@ class LiveCopy:
 
     # -- the end
 
-    def takes(self, records: Iterable[ProcessRecord], layouts: Mapping[int, MemoryLayout]) -> bool:
+    def takes(self, records: Iterable[ProcessRecord], layouts: Mapping[int, MemoryLayout], spaces: Spaces) -> bool:
         """Whether the target can go on from what it was told, now that the trees stand still."""
-        return self._told is not None and fits(self._told, (r.task for r in records), layouts)
+        return self._told is not None and fits(self._told, (r.task for r in records), layouts, spaces)
+
+    def left(
+        self,
+        processes: Sequence[Process],
+        records: Iterable[ProcessRecord],
+        layouts: Mapping[int, MemoryLayout],
+        files: TreeFiles,
+        spaces: Spaces,
+    ) -> dict[int, Remaining]:
+        """What the target lacks of each process, by PID, now that the trees stand still; of none if it cannot go on
+        from what it was told, and begins anew."""
+        if self.takes(records, layouts, spaces):
+            return {process.pid: self.finish(process, layouts[process.pid], files) for process in processes}
+        _log.info("the processes have changed at the last moment: all of their memory is copied again")
+        return {}
 
     def finish(self, process: Process, now: MemoryLayout, files: TreeFiles) -> Remaining:
         """What the target lacks of a process that stands still; if :meth:`takes`."""

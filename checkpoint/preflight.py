@@ -22,6 +22,8 @@ from checkpoint.files.table import FileTable
 from checkpoint.ipc import table as ipc
 from checkpoint.memory import segments
 from checkpoint.memory import verdicts as memory
+from checkpoint.namespaces import verdicts as namespaces
+from checkpoint.namespaces.numbers import Numbers
 from checkpoint.state import preflight as state
 from checkpoint.tree import plan
 from checkpoint.verdict import Status, Verdict, refusals
@@ -87,6 +89,7 @@ def check(roots: Sequence[int], policy: Policy = NO_POLICY) -> list[Verdict]:
         if procfs.lives(pid):
             found += judged
     found += _births(members)
+    found += namespaces.verdicts(roots, members)
     found += segments.verdicts(members)
     found += ipc.verdicts(members)
     found += files.verdicts(members, policy)
@@ -99,6 +102,7 @@ def _births(members: Sequence[int]) -> list[Verdict]:
     in common. They run: what is refused was so at each of several looks."""
     refused: TcpmigError | None = None
     for _ in range(_LOOKS):
+        number = Numbers(members)
         sharing = Sharing()
         tasks = []
         for pid in members:
@@ -106,7 +110,7 @@ def _births(members: Sequence[int]) -> list[Verdict]:
                 stat = procfs.read_stat(pid)
                 tasks.append(task_of(stat, set(), sharing, stat.exit_code if stat.zombie else None))
         try:
-            plan(tasks)
+            plan(map(number.task, tasks))
         except Refused as error:
             refused = error
         else:

@@ -18,6 +18,7 @@ from checkpoint.ipc.base import SystemV
 from checkpoint.kernel import restart_block
 from checkpoint.memory.delta import same_process
 from checkpoint.memory.layout import MemoryLayout
+from checkpoint.namespaces.spaces import NO_SPACES, Spaces
 from checkpoint.state.clocks import Clocks
 from checkpoint.state.table import ProcessState
 from checkpoint.traces import FrozenTree
@@ -98,12 +99,14 @@ class ProcessRecord:
 class TreeRecord:
     """The processes, parents before children, and the clocks that they saw at the stop.
 
-    ipc  System V semaphores and message queues that they use
+    ipc     System V semaphores and message queues that they use
+    spaces  namespaces that are the tree's own
     """
 
     processes: tuple[ProcessRecord, ...]
     clocks: Clocks
     ipc: tuple[SystemV, ...] = ()
+    spaces: Spaces = NO_SPACES
 
     def __post_init__(self) -> None:
         pids = [p.task.pid for p in self.processes]
@@ -154,6 +157,7 @@ class LiveTree:
     files      those that are mapped, and nothing else
     clocks     what the processes see, ``at`` the time of the rebuilding host's CLOCK_MONOTONIC, nanoseconds (as far as
                the source could know; 0: it could not)
+    spaces     namespaces that are the tree's own
     """
 
     number: int
@@ -161,6 +165,7 @@ class LiveTree:
     files: TreeFiles
     clocks: Clocks
     at: int = 0
+    spaces: Spaces = NO_SPACES
 
     def __post_init__(self) -> None:
         pids = [p.task.pid for p in self.processes]
@@ -207,10 +212,12 @@ def same_file(before: OpenFile, after: OpenFile) -> bool:
     )
 
 
-def fits(told: LiveTree, tasks: Iterable[Task], layouts: Mapping[int, MemoryLayout]) -> bool:
+def fits(
+    told: LiveTree, tasks: Iterable[Task], layouts: Mapping[int, MemoryLayout], spaces: Spaces = NO_SPACES
+) -> bool:
     """Whether what was built from ``told`` can become these processes: the same ones, in the same places of the tree,
-    with the same programs. Both sides ask this, of the same records."""
-    if {one.task for one in told.processes} != set(tasks):
+    with the same programs, in the same namespaces. Both sides ask this, of the same records."""
+    if {one.task for one in told.processes} != set(tasks) or told.spaces != spaces:
         return False
     before = told.layouts
     return before.keys() == layouts.keys() and all(same_process(before[pid], layouts[pid]) for pid in before)

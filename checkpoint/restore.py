@@ -26,7 +26,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from checkpoint import procfs
+from checkpoint import newpids, procfs
 from checkpoint.errors import ImageIncomplete, NoSuchProcess, RebuildDiffers
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.install import install
@@ -45,6 +45,7 @@ from checkpoint.memory.layout import MemoryLayout
 from checkpoint.records import FilesDelta, LiveTree, Manifest, MapsDelta, ProcessRecord, TreeRecord
 from checkpoint.spawn import Stub
 from checkpoint.state import clocks, table
+from checkpoint.state.cgroup import Cgroups
 from checkpoint.traces import Made, NoteWriter, Rules, StagedName, Stubs, Trace, Traced, write
 from tcpstate.rebuild import Difference
 from tcpstate.record import ConnectionRecord
@@ -67,6 +68,7 @@ class Restore:
     overwrite  shipped files replace differing ones
     external   what is put in the place of files that did not follow
     bringer    brings pages of memory after the processes have begun to run; None: all is written before
+    new_pids   the tree gets a PID namespace, if it has none of its own: its numbers may be taken here
     """
 
     def __init__(
@@ -80,8 +82,10 @@ class Restore:
         held: Callable[[TreeFiles], Mapping[int, HeldSocket]] | None = None,
         external: Sequence[External] = (),
         bringer: PageBringer | None = None,
+        new_pids: bool = False,
     ) -> None:
         self.note = note
+        self._new_pids = new_pids
         self._overwrite = overwrite
         self._external = tuple(external)
         self._bringer = bringer
@@ -102,7 +106,7 @@ class Restore:
         self._arrived_ns = 0
         self._complete = False
         self._processes_complete = False
-        self._ground = Ground(self.stubs, path, self._warn)
+        self._ground = self._new_ground()
         self._clocks_go_on = False
         self._ipc: list[SystemV] = []
 
@@ -114,7 +118,10 @@ class Restore:
         """Where the source's paths are here, and whether shipped files replace others, and what its interfaces are
         called here; before the first frame."""
         self._path, self._overwrite, self._devices = path, overwrite, dict(devices or {})
-        self._ground = Ground(self.stubs, path, self._warn)
+        self._ground = self._new_ground()
+
+    def _new_ground(self) -> Ground:
+        return Ground(self.stubs, self._path, self._warn, new_pids=self._new_pids)
 
     def make_ready(self) -> None:
         """What takes milliseconds and can be done before the first frame comes: rules that silence connections until
@@ -220,9 +227,9 @@ class Restore:
             for warning in self._rebuilder.check():
                 self._warn(warning)
         ipc.check(self._tree.ipc)
-        goes_on = self._ground.takes(self._tree.processes, self._layouts)
+        goes_on = self._ground.takes(self._tree.processes, self._layouts, self._tree.spaces)
         if not goes_on:
-            self._ground.grow_anew(self._tree.processes, taken)
+            self._ground.grow_anew(self._tree.processes, taken, self._tree.spaces)
         ipc.make(self._tree.ipc, lambda path: write(self.note, Trace.MADE, Made(path=path)), self._ipc.append)
         self._bear_named_threads(self._files)
         self._rebuilder.rebuild()
@@ -294,8 +301,23 @@ class Restore:
             stub.leave()
             if record.state is not None:
                 table.install(stub, record.state)
+        self._complete_init()
         self._processes_complete = True
         self._secure(self._rebuilder)
+
+    def _complete_init(self) -> None:
+        """The first process of a PID namespace that the tree did not have."""
+        init = self._ground.init
+        if init is None or self.manifest is None:
+            return
+        root = next(record for record in self._living() if record.task.pid == self.manifest.roots[0])
+        if root.state is not None:
+            newpids.complete(init, root.task.pid, root.state.get(Cgroups), self._warn)
+
+    @property
+    def init(self) -> int:
+        """The number here of the first process of a PID namespace that the tree did not have; 0: there is none."""
+        return 0 if self._ground.init is None else self._ground.init.pid
 
     def _secure(self, rebuilder: Rebuilder) -> None:
         """Nothing is injected any more: from :meth:`survive` on our death leaves the processes stopped."""
@@ -310,7 +332,14 @@ class Restore:
         ]
         names = [StagedName(staged=staged, real=real) for staged, real in rebuilder.staged]
         held = {index: one.file.quiet for index, one in rebuilder.held.items() if one.file.quiet is not None}
-        stubs = Stubs(processes=processes, names=names, roots=self._roots(), held=held, devices=self._devices)
+        stubs = Stubs(
+            processes=processes,
+            names=names,
+            roots=self._roots(),
+            held=held,
+            devices=self._devices,
+            numbers={pid: stub.pid for pid, stub in self.stubs.items() if stub.pid != pid},
+        )
         write(self.note, Trace.STUBS, stubs)
         for stub in self.stubs.values():
             stub.queue_sigstops()

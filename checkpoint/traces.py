@@ -180,6 +180,7 @@ class Stubs:
     roots    root processes: PID at the source to PID here
     held     connections that were taken back from a hold, by index in FILES: as they were before they were frozen
     devices  interface names of the source to those here, as ``--map-dev`` says
+    numbers  PIDs in the image to those here, where they differ: the tree is in a PID namespace of its own
     """
 
     processes: list[Traced]
@@ -187,6 +188,7 @@ class Stubs:
     roots: dict[int, int]
     held: dict[int, QuietState] = field(default_factory=dict)
     devices: dict[str, str] = field(default_factory=dict)
+    numbers: dict[int, int] = field(default_factory=dict)
 
 
 def write(note: NoteWriter | None, trace: Trace, record: object) -> None:

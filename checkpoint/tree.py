@@ -13,16 +13,41 @@ Rules used (kernel/fork.c, kernel/sys.c):
 - ``CLONE_PARENT`` makes the child a sibling of its creator: how a stand-in bears members that are not its children;
 - ``setsid`` fails for a group leader, ``setpgid`` for a session leader or across sessions;
 - a table of descriptors, and directories, are shared with whoever one was born by, or with nobody; unshare(2) ends it.
+
+Number 1 is the first process of a PID namespace of the tree's own.  A stand-in outside bears it, as its sibling, after
+it has begun a session and unshared the namespace; so the tree is in a session of its own here, too.  0 stands for a
+session or group that has no number in the namespace: the one that the stand-in began.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Final
 
 from checkpoint.errors import UnsupportedSession, UnsupportedSharing
 
-__all__ = ["Death", "End", "Fork", "SetPgid", "SetSid", "Spawn", "Step", "TakeTerminal", "Task", "Unshare", "plan"]
+__all__ = [
+    "INIT",
+    "Death",
+    "End",
+    "Fork",
+    "OwnPids",
+    "SetPgid",
+    "SetSid",
+    "Spawn",
+    "Step",
+    "TakeTerminal",
+    "Task",
+    "Unshare",
+    "plan",
+]
+
+
+#: the number of the first process of a PID namespace
+INIT: Final = 1
+#: a session or group from outside of a PID namespace
+_OUTSIDE: Final = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +109,13 @@ class SetSid:
 
 
 @dataclass(frozen=True, slots=True)
+class OwnPids:
+    """What ``pid`` bears from now on is in a new PID namespace."""
+
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
 class TakeTerminal:
     """``pid``, which leads a session, gets a controlling terminal; whom it bears from now on inherits it."""
 
@@ -116,7 +148,7 @@ class Death:
     wait_code: int
 
 
-Step = Spawn | Fork | Unshare | SetSid | TakeTerminal | SetPgid | End | Death
+Step = Spawn | Fork | Unshare | SetSid | OwnPids | TakeTerminal | SetPgid | End | Death
 
 
 def plan(tasks: Iterable[Task]) -> list[Step]:
@@ -196,7 +228,18 @@ class _Planner:
             object=f"pid {task.pid}",
         )
 
+    def _bear_init(self, init: Task) -> None:
+        """The stand-in's own number does not matter: it is outside."""
+        if len(self.roots) > 1 or self.birth[init.pid] not in (None, _OUTSIDE):
+            raise self._out_of_reach(init, init.sid)
+        self.steps += [Spawn(_OUTSIDE, stand_in=True), SetSid(_OUTSIDE), OwnPids(_OUTSIDE)]
+        self.steps += [Fork(_OUTSIDE, init.pid, sibling=True), End(_OUTSIDE, None)]
+        self._grow(init)
+
     def _bear_roots(self) -> None:
+        if INIT in self.tasks:
+            self._bear_init(self.tasks[INIT])
+            return
         orphans: dict[int, list[Task]] = {}
         late: list[Task] = []
         for root in self.roots:
@@ -265,8 +308,8 @@ class _Planner:
         leaderless: dict[tuple[int, int], list[Task]] = {}
         joins: list[Step] = []
         for task in self.tasks.values():
-            if task.sid == task.pid:
-                continue  # setsid has made its group
+            if task.sid == task.pid or task.pgid == _OUTSIDE:
+                continue  # setsid has made its group; or the stand-in has, for all that are in none of the tree's
             if task.pgid == task.pid:
                 self.steps.append(SetPgid(task.pid, task.pid))
             elif task.pgid in self.tasks:

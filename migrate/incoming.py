@@ -72,7 +72,7 @@ class IncomingTrees:
         self._pairs = _pairs(needs)
         found = refusals(hostcheck.check())
         for tree in needs.trees:
-            taken = first_user(tree.tids)
+            taken = None if tree.inner else first_user(tree.tids)
             found.append(
                 Verdict(subject=f"pid {tree.root}", kind="process", text=f"{len(tree.tids)} numbers are free")
                 if taken is None

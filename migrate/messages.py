@@ -100,12 +100,16 @@ class HostFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeNeed:
-    """One process tree: its root, and every process and thread of it (the target needs the numbers free)."""
+    """One process tree: its root, and every process and thread of it (the target needs the numbers free).
+
+    inner  the root's number in a PID namespace of the tree's own, in which all of its numbers are free; 0: it has none
+    """
 
     root: int
     pids: tuple[int, ...]
     tids: tuple[int, ...]
     command: str = ""
+    inner: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +151,11 @@ class Needs:
     units: tuple[HookUnit, ...] = ()
     cpu: CpuState | None = None
     devices: tuple[str, ...] = ()
+
+    def by_our_numbers(self, pids: dict[int, int]) -> dict[int, int]:
+        """At the source: by the roots' numbers there, what comes by those that they have themselves."""
+        ours = {tree.inner or tree.root: tree.root for tree in self.trees}
+        return {ours.get(pid, pid): there for pid, there in pids.items()}
 
     @property
     def written(self) -> list[str]:

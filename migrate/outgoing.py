@@ -28,6 +28,7 @@ from checkpoint.image.format import FrameWriter, page_frames
 from checkpoint.image.frames import Kind
 from checkpoint.image.writer import ImageFile
 from checkpoint.live import Round as LiveRound
+from checkpoint.namespaces.numbers import Numbers
 from migrate.clock import monotonic_ns
 from migrate.hostfacts import ACCEPT_QUEUE
 from migrate.messages import Needs, TreeNeed
@@ -313,7 +314,14 @@ def _tree(root: int) -> TreeNeed:
     for pid in pids:
         with contextlib.suppress(NoSuchProcess):
             tids += procfs.threads(pid)
-    return TreeNeed(root=root, pids=tuple(pids), tids=tuple(tids), command=procfs.read_stat(root).comm)
+    number = Numbers([root])
+    return TreeNeed(
+        root=root,
+        pids=tuple(pids),
+        tids=tuple(tids),
+        command=procfs.read_stat(root).comm,
+        inner=0 if number.same else number(root),
+    )
 
 
 def _resident(pid: int) -> int:

@@ -104,6 +104,7 @@ class RestoreSummary:
     """What a restore did.
 
     pid, pids    the (first) root; root PIDs in the image and here
+    init         here, the first process of a PID namespace that was made for them; 0: none was
     connections  how many live again
     held         how many of those were taken back from a hold of this host
     addresses    those that were added
@@ -112,6 +113,7 @@ class RestoreSummary:
 
     pid: int
     pids: dict[int, int]
+    init: int
     file: str
     connections: int
     held: int
@@ -250,6 +252,7 @@ def restore(
     files: FileOptions | None = None,
     origin: Origin | None = None,
     lazy: bool = False,
+    new_pids: bool = False,
 ) -> RestoreSummary:
     """The image's processes run again, with their PIDs; their addresses come to this host.
 
@@ -257,6 +260,7 @@ def restore(
     files           where files and interfaces are here, and whether shipped files replace others
     origin          the host that holds the connections, if it is another one: it gives them up, and the addresses
     lazy            they run at once, and pages of memory come when they are needed, the others in the background
+    new_pids        they get a PID namespace, and their numbers in there
 
     ImageError, Refused and others: nothing is left of it then, and what is held, here or there, is held as before.
     """
@@ -296,6 +300,7 @@ def restore(
             external=files.external,
             held=None if held is None else held.sockets,
             bringer=bringer,
+            new_pids=new_pids,
         )
         if bringer is not None:
             bringer.reads(image.fd)
@@ -343,7 +348,7 @@ def restore(
         with logged("telling windows"):
             rebuilt.tell_windows()
         pids = rebuilt.run()
-        taken = rebuilt.taken
+        taken, init = rebuilt.taken, rebuilt.init
         rebuilt.close()
         if held is not None:
             with logged("ending the hold"):
@@ -358,6 +363,7 @@ def restore(
         return RestoreSummary(
             pid=root,
             pids=pids,
+            init=init,
             file=path,
             connections=len(connections),
             held=taken,

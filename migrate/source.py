@@ -265,20 +265,21 @@ class Source:
             self._transmit(Commit(migration=self.migration, token=self._machine.token), *first)
         with self._phase("takeover"):
             running = self._await_running()
+            pids = checked.needs.by_our_numbers(running.pids)
         stop_ns = max(0, self._offset.here(running.released_ns) - self._stopped_ns)
         _log.info("they run on %s after a stop of %.1f ms", self._remote.host, stop_ns / 1e6)
         with self._phase("discard"):
             with logged("journalling that they run there"):
-                journal.step(StepKind.RUNNING, pids=running.pids)
-            self._afterwards(departure, running)
+                journal.step(StepKind.RUNNING, pids=pids)
+            self._afterwards(departure, pids)
         with logged("closing the journal"):
             journal.finish(End.MOVED)
         return Summary(
             outcome="partial" if running.lost else "done",
             migration=self.migration,
             pid=roots[0],
-            target_pid=running.pids.get(roots[0], 0),
-            pids=running.pids,
+            target_pid=pids.get(roots[0], 0),
+            pids=pids,
             connections=outgoing.connections,
             addresses=moved,
             rounds=tuple(rounds),
@@ -382,13 +383,13 @@ class Source:
         with contextlib.suppress(LinkLost):
             self._channel.send(*messages)
 
-    def _afterwards(self, departure: Departure, running: Running) -> None:
+    def _afterwards(self, departure: Departure, pids: dict[int, int]) -> None:
         """They run there: nothing that fails here changes that."""
         with logged("discarding the original"):
             self._outgoing.discard()
         if self._hook is not None:
             with logged("the unit hook"):
-                self._hook.committed(tuple(running.pids.get(tree, 0) for tree in self._hook.facts.pids))
+                self._hook.committed(tuple(pids.get(tree, 0) for tree in self._hook.facts.pids))
         with logged("putting back what depended on the addresses"):
             departure.settle()
         with logged("passing on late segments"):

@@ -21,7 +21,8 @@ The fail-safe code (``checkpoint.inject`` runs it): ``BOOT_SIZE``, ``BOOT_STOP``
 ``boot_image``, ``boot_call``, ``boot_result``, ``engine_image``, ``engine_start``, ``engine_idle``,
 ``engine_position``, ``frame_of``.
 
-The start of rebuilt processes (``checkpoint.spawn``): ``SPAWN``, ``stub_elf``, ``USER_END``.
+The start of rebuilt processes (``checkpoint.spawn``): ``SPAWN``, ``stub_elf``, ``USER_END``; the init of a PID
+namespace that is made for them: ``init_image``.
 
 Nothing else in this package asks which machine this is.
 """
@@ -49,6 +50,7 @@ if _MACHINE == "x86_64":
         engine_start,
         frame_of,
     )
+    from checkpoint.arch.x86_64.init import init_image
     from checkpoint.arch.x86_64.registers import (
         AUDIT_ARCH,
         CODE_BEFORE,
@@ -112,6 +114,7 @@ __all__ = [
     "for_restore",
     "frame_of",
     "going_on",
+    "init_image",
     "interrupted_in",
     "known_again",
     "require_native",

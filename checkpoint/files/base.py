@@ -70,6 +70,10 @@ class AsyncOwner:
     pid: int
     signal: int
 
+    def renumbered(self, number: Callable[[int], int]) -> AsyncOwner:
+        """With another number; 0 of somebody who has none there."""
+        return dataclasses.replace(self, pid=number(self.pid))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileLock:
@@ -282,14 +286,21 @@ class OpenFile:
     def on_devices(self, devices: Mapping[str, str]) -> Self:
         """The same with the interface names of another host, where they are in ``devices``: done to every part that
         knows interfaces (endpoints, socket options, connections, groups), also in tuples."""
-        if not devices:
-            return self
+        return self._with_parts("on_devices", devices) if devices else self
+
+    def renumbered(self, number: Callable[[int], int]) -> Self:
+        """The same with processes, groups and sessions as another PID namespace numbers them (0: it has no number
+        there): done to every part that names some."""
+        return self._with_parts("renumbered", number)
+
+    def _with_parts(self, method: str, argument: object) -> Self:
+        """With all parts that have this method, also in tuples, replaced by what it returns."""
         changes: dict[str, Any] = {}
         for name, part in ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self)):
-            if hasattr(part, "on_devices"):
-                changes[name] = part.on_devices(devices)
-            elif isinstance(part, tuple) and any(hasattr(one, "on_devices") for one in part):
-                changes[name] = tuple(one.on_devices(devices) for one in part)
+            if hasattr(part, method):
+                changes[name] = getattr(part, method)(argument)
+            elif isinstance(part, tuple) and any(hasattr(one, method) for one in part):
+                changes[name] = tuple(getattr(one, method)(argument) for one in part)
         return dataclasses.replace(self, **changes) if changes else self
 
 

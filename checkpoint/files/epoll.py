@@ -10,11 +10,13 @@ the number is right, and a signalfd is watched for the right process.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import select
 import stat
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
@@ -56,6 +58,10 @@ class EpollWatch:
             raise ValueError("number, process or file of an epoll entry out of range")
         if not 0 <= self.events < 1 << 32 or not 0 <= self.data < 1 << 64:
             raise ValueError("events or data of an epoll entry out of range")
+
+    def renumbered(self, number: Callable[[int], int]) -> EpollWatch:
+        """In the process as another PID namespace numbers it."""
+        return dataclasses.replace(self, pid=number(self.pid))
 
 
 @register("epoll", link=r"anon_inode:\[eventpoll\]")

@@ -10,6 +10,7 @@ Source: net/unix/af_unix.c (init_peercred, copy_peercred), net/core/sock.c (SO_P
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import socket
@@ -53,6 +54,10 @@ class PeerCredentials:
         ids = (self.uid, self.gid, *self.groups)
         if self.pid < 0 or any(not 0 <= one < _NOBODY for one in ids) or len(self.groups) > _GROUPS_MAX:
             raise ValueError("credentials of a peer out of range")
+
+    def renumbered(self, number: Callable[[int], int]) -> PeerCredentials:
+        """With the process as another PID namespace numbers it; 0: it has no number there."""
+        return dataclasses.replace(self, pid=number(self.pid))
 
     @classmethod
     def of(cls, sock: socket.socket) -> Self | None:

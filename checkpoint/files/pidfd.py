@@ -6,7 +6,9 @@ a thread (PIDFD_THREAD, since 6.9), which is born before the files are made then
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
@@ -37,6 +39,10 @@ class PidFd(OpenFile):
         if not (self.pid == _REAPED or 0 < self.pid < 1 << 22):
             raise ValueError("PID out of range")
 
+    def renumbered(self, number: Callable[[int], int]) -> Self:
+        kept = self._with_parts("renumbered", number)
+        return kept if self.pid == _REAPED else dataclasses.replace(kept, pid=number(self.pid))
+
     @classmethod
     def examine(cls, view: FdView) -> str:
         _named(view)
@@ -58,7 +64,7 @@ class PidFd(OpenFile):
 
     def _of_tree(self, host: Rebuilder) -> int:
         try:
-            return os.pidfd_open(self.pid, self.flags & _THREAD)
+            return os.pidfd_open(host.number(self.pid), self.flags & _THREAD)
         except ProcessLookupError:
             raise FileRebuildFailed("it names a process that is not there", object=f"pid {self.pid}") from None
         except OSError as error:

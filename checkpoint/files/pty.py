@@ -11,10 +11,12 @@ Sources: drivers/tty/pty.c, tty_jobctrl.c, n_tty.c; fdinfo ``tty-index``.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import select
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
@@ -119,6 +121,10 @@ class PtyMaster(OpenFile):
             raise ValueError("session or foreground group of a pseudo terminal out of range")
         if self.node is not None and (min(self.node) < 0 or self.node[2] > 0o777):
             raise ValueError("owner or mode of a pseudo terminal out of range")
+
+    def renumbered(self, number: Callable[[int], int]) -> Self:
+        kept = self._with_parts("renumbered", number)
+        return dataclasses.replace(kept, session=number(self.session), foreground=number(self.foreground))
 
     @classmethod
     def examine(cls, view: FdView) -> str:

@@ -48,6 +48,7 @@ from checkpoint.files.tcpfile import TcpFile
 from checkpoint.files.terminal import Pair
 from checkpoint.files.unixbuild import Builder
 from checkpoint.image.frames import PageRun
+from checkpoint.namespaces.here import number_here
 from tcpstate.connid import ConnId
 from tcpstate.errors import KernelFeatureMissing
 from tcpstate.halfopen import HalfOpen, expect
@@ -247,6 +248,10 @@ class Rebuilder:
         if pos:
             os.lseek(fd, pos, os.SEEK_SET)
 
+    def number(self, pid: int) -> int:
+        """What we call a process, thread, group or session of the tree; 0: it has no number, or is not there."""
+        return number_here(self.stubs, pid)
+
     def listens(self, port: int) -> bool:
         """Whether a listener of the tree has this port."""
         return any(isinstance(f, Listener) and f.name.port == port for f in self.files)
@@ -318,13 +323,19 @@ class Rebuilder:
             return
         if owner.pid:
             try:
-                fcntl.fcntl(fd, Fcntl.SETOWN_EX, _OWNER.pack(owner.type, owner.pid))
+                fcntl.fcntl(fd, Fcntl.SETOWN_EX, _OWNER.pack(owner.type, self._there(owner.pid)))
             except ProcessLookupError:
                 self.warn(f"pid {owner.pid}, who was told of a file's readiness by signal, does not exist")
         if owner.signal:
             fcntl.fcntl(fd, Fcntl.SETSIG, owner.signal)
         if record.flags & FileFlag.ASYNC:
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | FileFlag.ASYNC)
+
+    def _there(self, pid: int) -> int:
+        here = self.number(pid)
+        if not here:
+            raise ProcessLookupError(pid)
+        return here
 
     def write_content(self, index: int, runs: Sequence[tuple[int, int]], data: bytes | memoryview) -> None:
         """Bytes of a content: ``runs`` are (offset, length), ``data`` what belongs there, one after the other."""

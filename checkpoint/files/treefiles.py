@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -71,3 +72,12 @@ class TreeFiles:
             for lock in held:
                 if not 0 <= lock.file < len(self.files):
                     raise ValueError(f"pid {pid} has locks on file {lock.file} of {len(self.files)}")
+
+    def renumbered(self, number: Callable[[int], int]) -> TreeFiles:
+        """With processes, groups and sessions as another PID namespace numbers them."""
+        return TreeFiles(
+            files=[file.renumbered(number) for file in self.files],
+            contents=self.contents,
+            tables={number(pid): table for pid, table in self.tables.items()},
+            locks={number(pid): held for pid, held in self.locks.items()},
+        )

@@ -219,6 +219,7 @@ class Builder:
 
     def _resend(self, record: UnixFile, message: Message) -> None:
         host = self._host
+        message = message.renumbered(host.number)
         where = f"local socket {record.socket}"
         peer = self._gone.get(record.socket)
         if peer is None and record.peer and self._records[record.peer].peer == record.socket:

@@ -11,6 +11,7 @@ Source: net/unix/af_unix.c (unix_stream_read_generic, __unix_dgram_recvmsg); net
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import errno
 import mmap
 import os
@@ -57,6 +58,12 @@ class Message:
     rights: tuple[int, ...] = ()
     sender: bytes = b""
     credentials: tuple[int, int, int] | None = None
+
+    def renumbered(self, number: Callable[[int], int]) -> Message:
+        """With the sender as another PID namespace numbers it; 0: it has no number there."""
+        if self.credentials is None:
+            return self
+        return dataclasses.replace(self, credentials=(number(self.credentials[0]), *self.credentials[1:]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ processes did, or waits in it; and it moves only if nobody else who lives is kno
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -61,6 +61,10 @@ class SystemV(abc.ABC):
     @abc.abstractmethod
     def validate(self) -> None:
         """ValueError if the kind's own fields are out of range: records may come from anywhere."""
+
+    @abc.abstractmethod
+    def renumbered(self, number: Callable[[int], int]) -> Self:
+        """With its users as another PID namespace numbers them; 0: not at all."""
 
     @classmethod
     @abc.abstractmethod

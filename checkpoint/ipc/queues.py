@@ -8,8 +8,9 @@ Source: ipc/msg.c.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
@@ -62,6 +63,9 @@ class MessageQueue(SystemV):
     def validate(self) -> None:
         if not 0 <= self.room < 1 << 31 or self.sender < 0 or self.receiver < 0:
             raise ValueError("room or users of a message queue out of range")
+
+    def renumbered(self, number: Callable[[int], int]) -> Self:
+        return dataclasses.replace(self, sender=number(self.sender), receiver=number(self.receiver))
 
     @classmethod
     def listed(cls) -> list[Listed]:

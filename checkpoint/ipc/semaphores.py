@@ -8,7 +8,8 @@ Source: ipc/sem.c.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
@@ -67,6 +68,10 @@ class SemaphoreSet(SystemV):
             raise ValueError("semaphores out of range")
         if any(pid < 0 for pid in self.last) or any(one.place >= len(self.values) for one in self.undo):
             raise ValueError("a user of a semaphore out of range")
+
+    def renumbered(self, number: Callable[[int], int]) -> Self:
+        undo = tuple(dataclasses.replace(one, pid=number(one.pid)) for one in self.undo)
+        return dataclasses.replace(self, last=tuple(map(number, self.last)), undo=undo)
 
     @classmethod
     def listed(cls) -> list[Listed]:

@@ -17,7 +17,6 @@ from checkpoint.errors import (
     ConfinedBySecurityModule,
     DirectoryGone,
     ForeignMode,
-    ForeignNamespace,
     KernelWorkers,
     NoSuchProcess,
     Refused,
@@ -46,24 +45,19 @@ _ELFCLASS64: Final = 2
 _ALL_ADDRESS_BITS: Final = (1 << 64) - 1
 #: seconds that a check waits for a process that stands in vfork
 _VFORK_PATIENCE: Final = 1.0
-#: namespaces that a rebuilt process shares with the tool
-_NAMESPACES: Final = ("user", "pid", "mnt", "net", "ipc", "uts")
 
 
-def verdicts(pid: int, *, root: int | None = None, members: Iterable[int] = ()) -> list[Verdict]:
+def verdicts(pid: int, *, members: Iterable[int] = ()) -> list[Verdict]:
     """What becomes of the state of one process; one verdict, OK, if all of it can be moved.
 
-    root     the root of its tree: the clocks of all its processes must be the same
     members  the processes that move along: with them it may share descriptors and directories
 
-    NoSuchProcess if it ends meanwhile.
+    NoSuchProcess if it ends meanwhile. (Its namespaces are judged by :mod:`checkpoint.namespaces.verdicts`.)
     """
     found: list[Verdict] = []
     for check in _CHECKS:
         found += check(pid)
     found += _sharing(pid, frozenset(members))
-    if root is not None and root != pid:
-        found += _clocks_of_tree(pid, root)
     return found or [Verdict(subject=f"pid {pid}", kind=_KIND)]
 
 
@@ -79,49 +73,6 @@ def _mode(pid: int) -> Iterator[Verdict]:
         raise NoSuchProcess("the process does not exist, or has just ended", object=f"pid {pid}") from error
     if head[_ELF_CLASS_AT:] != bytes([_ELFCLASS64]):
         yield _refuse(ForeignMode("its program is not a 64-bit one", object=f"pid {pid}"), "program")
-
-
-def _namespaces(pid: int) -> Iterator[Verdict]:
-    for name in _NAMESPACES:
-        if not _same_link(f"/proc/{pid}/ns/{name}", f"/proc/self/ns/{name}", pid):
-            error = ForeignNamespace(f"it is in another {name} namespace than tcpmig", object=f"pid {pid}")
-            yield _refuse(error, f"{name} namespace")
-    if not _same_link(f"/proc/{pid}/ns/pid", f"/proc/{pid}/ns/pid_for_children", pid):
-        error = ForeignNamespace("its children would be in another PID namespace than itself", object=f"pid {pid}")
-        yield _refuse(error, "pid namespace")
-    if not _same_link(f"/proc/{pid}/ns/time", f"/proc/{pid}/ns/time_for_children", pid):
-        error = ForeignNamespace("its children would be in another time namespace than itself", object=f"pid {pid}")
-        yield _refuse(error, "time namespace")
-    if not _same_link(f"/proc/{pid}/ns/cgroup", "/proc/self/ns/cgroup", pid):
-        yield Verdict(
-            subject=f"pid {pid}",
-            kind="cgroup namespace",
-            status=Status.WARN,
-            text="it has a cgroup namespace of its own; the rebuilt process will see all of the host's cgroups",
-        )
-
-
-def _clocks_of_tree(pid: int, root: int) -> Iterator[Verdict]:
-    if not _same_link(f"/proc/{pid}/ns/time", f"/proc/{root}/ns/time", pid):
-        error = ForeignNamespace(f"it is in another time namespace than pid {root}", object=f"pid {pid}")
-        yield _refuse(error, "time namespace")
-
-
-def _same_link(first: str, second: str, pid: int) -> bool:
-    """Whether two links to namespaces are equal; kernels without that kind of namespace have neither."""
-    try:
-        return _link(first) == _link(second)
-    except ProcessLookupError as error:
-        raise NoSuchProcess("the process does not exist, or has just ended", object=f"pid {pid}") from error
-
-
-def _link(path: str) -> str | None:
-    try:
-        return os.readlink(path)
-    except FileNotFoundError:
-        if not os.path.exists(os.path.dirname(path)):
-            raise ProcessLookupError(path) from None
-        return None
 
 
 def _label(pid: int) -> Iterator[Verdict]:
@@ -296,7 +247,6 @@ def _timers(pid: int) -> Iterator[Verdict]:
 
 _CHECKS: Final[tuple[Callable[[int], Iterator[Verdict]], ...]] = (
     _mode,
-    _namespaces,
     _label,
     _threads,
     _directories,

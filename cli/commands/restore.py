@@ -46,6 +46,7 @@ __all__ = ["restore"]
 @click.option(
     "--lazy", is_flag=True, help="Let them run at once: memory comes when it is needed, and in the background."
 )
+@click.option("--new-pid-namespace", is_flag=True, help="Make a PID namespace for them: their PIDs may be in use here.")
 @click.option("--foreground", is_flag=True, help="Stay as the parent, and pass on the exit status.")
 @file_places
 @with_external
@@ -59,6 +60,7 @@ def restore(
     remote_command: str,
     address_policy: str,
     lazy: bool,
+    new_pid_namespace: bool,
     foreground: bool,
     path_map: tuple[str, ...],
     overwrite: bool,
@@ -81,7 +83,14 @@ def restore(
         if origin is not None:
             shared = AddressPolicy(address_policy) is AddressPolicy.ALLOW
             there = ends.enter_context(Origin(origin, rsh=rsh, remote_command=remote_command, shared=shared))
-        summary = build(file, take_addresses=not no_address, origin=there, files=places, lazy=lazy)
+        summary = build(
+            file,
+            take_addresses=not no_address,
+            origin=there,
+            files=places,
+            lazy=lazy,
+            new_pids=new_pid_namespace,
+        )
         if out is not None:
             out.write(f"{summary.pid}\n")
     data = fields(summary)
@@ -89,7 +98,8 @@ def restore(
     if not foreground:
         return Result(data=data, body=body)
     session.emit(Result(data=data, body=body))
-    _, status = os.waitpid(summary.pid, 0)
+    # the first process of their own namespace ends with the root's status
+    _, status = os.waitpid(summary.init or summary.pid, 0)
     code = os.waitstatus_to_exitcode(status)
     # as a shell says it
     raise SystemExit(code if code >= 0 else 128 - code)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from state_moves import running
 
 from checkpoint import procfs
 from checkpoint.errors import AlreadyTraced, NoSuchProcess
+from checkpoint.namespaces import verdicts as namespaces
 from checkpoint.preflight import check
 from checkpoint.state import preflight
 from checkpoint.state.preflight import verdicts
@@ -46,33 +49,45 @@ def test_a_process_that_has_gone():
         verdicts(process.pid)
 
 
+def judged(*roots: int, members: Sequence[int] = ()) -> list[Verdict]:
+    """On the namespaces of trees, which may have more members than we know."""
+    return namespaces.verdicts(roots, [*roots, *members])
+
+
 @pytest.mark.parametrize(
-    ("name", "flag"),
-    [("uts", 0x4000000), ("ipc", 0x8000000), ("net", 0x40000000), ("mnt", 0x20000), ("user", 0x10000000)],
+    ("name", "flag"), [("ipc", 0x8000000), ("net", 0x40000000), ("mnt", 0x20000), ("user", 0x10000000)]
 )
 def test_another_namespace(name: str, flag: int) -> None:
     with running(*python(f"assert libc.unshare({flag}) == 0")) as pid:
-        assert refused(verdicts(pid)) == [("TM-0323", f"{name} namespace")]
+        assert refused(judged(pid)) == [("TM-0323", f"{name} namespace")]
+
+
+def test_a_uts_namespace_is_made_anew() -> None:
+    with running(*python("assert libc.unshare(0x4000000) == 0")) as pid:
+        (verdict,) = judged(pid)
+    assert (verdict.status, verdict.kind) == (Status.OK, "uts namespace")
 
 
 @pytest.mark.parametrize(("name", "flag"), [("pid", 0x20000000), ("time", 0x80)])
 def test_children_that_would_be_in_another_namespace(name: str, flag: int) -> None:
     with running(*python(f"assert libc.unshare({flag}) == 0")) as pid:
-        assert refused(verdicts(pid)) == [("TM-0323", f"{name} namespace")]
+        assert refused(judged(pid)) == [("TM-0720", f"{name} namespace")]
 
 
 def test_a_cgroup_namespace_is_told():
     with running(*python("assert libc.unshare(0x2000000) == 0")) as pid:
-        (verdict,) = verdicts(pid)
+        (verdict,) = judged(pid)
     assert (verdict.status, verdict.kind) == (Status.WARN, "cgroup namespace")
 
 
 def test_a_process_with_other_clocks_than_its_trees_root():
     # the namespace is entered by exec
-    with running(*python("")) as root, running("unshare", "--time", *python("")) as pid:
-        assert refused(verdicts(pid)) == []
-        assert refused(verdicts(pid, root=pid)) == []
-        assert refused(verdicts(pid, root=root)) == [("TM-0323", "time namespace")]
+    with running("sh", "-c", 'unshare --time "$@" & wait', "sh", *python("")) as root:
+        _, child = procfs.tree(root)
+        try:
+            assert refused(judged(root, members=[child])) == [("TM-0720", "time namespace")]
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 UNSHARED_THREAD = """

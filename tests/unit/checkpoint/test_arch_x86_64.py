@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint.arch.x86_64 import engine, sleep, stub
+from checkpoint.arch.x86_64 import engine, init, sleep, stub
 from checkpoint.arch.x86_64.registers import (
     CODE_BEFORE,
     Registers,
@@ -46,8 +46,9 @@ def assemble(source, directory):
         (engine.ENGINE_SOURCE, engine.ENGINE),
         (stub.SPAWN_SOURCE, stub.SPAWN),
         (stub.STUB_SOURCE, stub.STUB),
+        (init.INIT_SOURCE, init.INIT),
     ],
-    ids=["boot", "engine", "spawn", "stub"],
+    ids=["boot", "engine", "spawn", "stub", "init"],
 )
 def test_code_is_its_source_assembled(source, code, tmp_path):
     assert assemble(source, tmp_path)[0] == code

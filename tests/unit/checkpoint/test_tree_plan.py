@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from checkpoint.errors import UnsupportedSession, UnsupportedSharing
-from checkpoint.tree import Death, End, Fork, SetPgid, SetSid, Spawn, Step, Task, Unshare, plan
+from checkpoint.tree import Death, End, Fork, OwnPids, SetPgid, SetSid, Spawn, Step, Task, Unshare, plan
 
 TOOL, INIT = 1_000_000, 1
 
@@ -264,3 +264,26 @@ def test_what_was_left_of_common_tables_that_crossed() -> None:
     """A process whose parent, and the one before, have ended shares with a cousin: through whom all were born."""
     tasks = [task(7, 1), task(8, 7), task(9, 8), task(10, 7, files=9)]
     assert shared_in_the_end(plan(tasks), "files")[10] == shared_in_the_end(plan(tasks), "files")[9]
+
+
+def test_the_first_process_of_a_pid_namespace_is_borne_from_outside() -> None:
+    init = Task(pid=1, ppid=0, pgid=0, sid=0)
+    leader = Task(pid=5, ppid=1, pgid=5, sid=5)
+    in_a_group = Task(pid=6, ppid=1, pgid=6, sid=0)
+    plain = Task(pid=7, ppid=6, pgid=0, sid=0)
+    assert plan([init, leader, in_a_group, plain]) == [
+        *(Spawn(0, stand_in=True), SetSid(0), OwnPids(0), Fork(0, 1, sibling=True), End(0, None)),
+        *(Fork(1, 5), Fork(1, 6), SetSid(5), Fork(6, 7)),
+        SetPgid(6, 6),
+    ]
+
+
+def test_an_init_that_leads_a_session() -> None:
+    steps = plan([Task(pid=1, ppid=0, pgid=1, sid=1), Task(pid=2, ppid=1, pgid=1, sid=1)])
+    assert steps[3:] == [Fork(0, 1, sibling=True), End(0, None), SetSid(1), Fork(1, 2)]
+
+
+@pytest.mark.parametrize("other", [Task(pid=9, ppid=0, pgid=0, sid=0), Task(pid=9, ppid=0, pgid=9, sid=9)])
+def test_an_init_has_no_siblings(other: Task) -> None:
+    with pytest.raises(UnsupportedSession):
+        plan([Task(pid=1, ppid=0, pgid=0, sid=0), other])

@@ -1,0 +1,155 @@
+"""The namespaces that are a process tree's own: what is in them, and how a new root enters such ones.
+
+A kind is *own* if the tree's root is in another namespace of it than the tool.  All processes of the tree have to be in
+the root's (:mod:`checkpoint.namespaces.verdicts`).  The rebuilt root enters new ones as soon as it is born; whom it
+bears inherits them.
+
+Source: namespaces(7), uts_namespaces(7), cgroup_namespaces(7); kernel/nsproxy.c.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from checkpoint.errors import NamespaceNotMade, NoSuchProcess
+from checkpoint.kernel.clone import CloneFlag
+from tcpstate.kernel.batch import syscall
+from tcpstate.kernel.calls import CallError, CallTable
+from tcpstate.kernel.machine import SYS
+
+if TYPE_CHECKING:
+    from checkpoint.spawn import Stub
+
+__all__ = ["NO_SPACES", "Kind", "Spaces", "Uts", "inside", "own_kinds", "same_space"]
+
+#: __NEW_UTS_LEN, include/uapi/linux/utsname.h
+_NAME_MAX: Final = 64
+
+
+class Kind(enum.StrEnum):
+    """Kinds of namespaces, by their names in /proc/PID/ns."""
+
+    PID = "pid"
+    UTS = "uts"
+    IPC = "ipc"
+    MNT = "mnt"
+    NET = "net"
+    USER = "user"
+    CGROUP = "cgroup"
+
+    @property
+    def flag(self) -> CloneFlag:
+        """For unshare(2) and setns(2)."""
+        return CloneFlag.NEWNS if self is Kind.MNT else CloneFlag[f"NEW{self.name}"]
+
+
+def _link(pid: int | str, name: str) -> str:
+    """What tells a namespace from others; empty if the kernel has no such kind. NoSuchProcess."""
+    try:
+        return os.readlink(f"/proc/{pid}/ns/{name}")
+    except (FileNotFoundError, ProcessLookupError) as error:
+        if os.path.exists(f"/proc/{pid}/ns"):
+            return ""
+        raise NoSuchProcess("the process does not exist, or has just ended", object=f"pid {pid}") from error
+
+
+def same_space(name: str, first: int | str, second: int | str) -> bool:
+    """Whether two processes (``thread-self``: we) are in the same namespace of this kind, named as in /proc/PID/ns.
+    NoSuchProcess."""
+    return _link(first, name) == _link(second, name)
+
+
+def own_kinds(root: int) -> frozenset[Kind]:
+    """The kinds of which a process is in another namespace than we. NoSuchProcess."""
+    return frozenset(kind for kind in Kind if not same_space(kind, root, "thread-self"))
+
+
+@contextmanager
+def inside(pid: int, kind: Kind) -> Iterator[None]:
+    """The calling thread is in this namespace of a process, as long as the block lasts. OSError; not for PID, mount and
+    user namespaces."""
+    flags = os.O_RDONLY | os.O_CLOEXEC
+    back = os.open(f"/proc/thread-self/ns/{kind}", flags)
+    try:
+        there = os.open(f"/proc/{pid}/ns/{kind}", flags)
+        try:
+            syscall(SYS.setns, there, kind.flag)
+        finally:
+            os.close(there)
+        try:
+            yield
+        finally:
+            syscall(SYS.setns, back, kind.flag)
+    finally:
+        os.close(back)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Uts:
+    """What a UTS namespace has: the host's name, and its NIS domain."""
+
+    host: bytes
+    domain: bytes
+
+    def __post_init__(self) -> None:
+        if max(len(self.host), len(self.domain)) > _NAME_MAX or b"\0" in self.host + self.domain:
+            raise ValueError("the name of a host or domain is too long, or holds a zero byte")
+
+    @classmethod
+    def of(cls, pid: int) -> Uts:
+        """That of a process. OSError."""
+        with inside(pid, Kind.UTS):
+            host = os.fsencode(os.uname().nodename)
+            with open("/proc/sys/kernel/domainname", "rb") as file:
+                return cls(host=host, domain=file.read().rstrip(b"\n"))
+
+    def enter(self, calls: CallTable) -> None:
+        """Queue what makes such a namespace, and enters it."""
+        calls.call(SYS.unshare, CloneFlag.NEWUTS, label="unshare the UTS namespace")
+        calls.call(SYS.sethostname, calls.put(self.host + b"\0"), len(self.host), label="set the host's name")
+        calls.call(SYS.setdomainname, calls.put(self.domain + b"\0"), len(self.domain), label="set the domain's name")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spaces:
+    """The namespaces that are a tree's own.
+
+    pids  a PID namespace: the tree's root is its first process
+    uts   a UTS namespace; None: the host's
+    """
+
+    pids: bool = False
+    uts: Uts | None = None
+
+    @classmethod
+    def of(cls, roots: Sequence[int]) -> Spaces:
+        """Those of trees that may move (verdicts() has said so). NoSuchProcess, OSError."""
+        root = roots[0]
+        own = own_kinds(root)
+        return cls(pids=Kind.PID in own, uts=Uts.of(root) if Kind.UTS in own else None)
+
+    def enter(self, stub: Stub) -> None:
+        """Let a root that was just born enter new ones; in a PID namespace it was born. NamespaceNotMade."""
+        calls = CallTable()
+        if self.uts is not None:
+            self.uts.enter(calls)
+        run_in(stub, calls)
+
+
+NO_SPACES: Final = Spaces()
+
+
+def run_in(stub: Stub, calls: CallTable) -> None:
+    """Make calls by which a new process enters a namespace. NamespaceNotMade."""
+    if not len(calls):
+        return
+    try:
+        stub.run(calls)
+    except CallError as error:
+        name = f"pid {stub.pid}"
+        raise NamespaceNotMade(f"cannot {error.label}: {os.strerror(error.errno or 0)}", object=name) from error

@@ -1,0 +1,119 @@
+"""A server that tells how it sees itself: contained.py ADDRESS PORT [NAME [DOMAIN]].
+
+It has a child with which it talks over a pair of sockets, a pidfd of it, and its own number in a lock, an owner of
+signals, and in SO_PEERCRED.  Each line that comes is answered by a line of JSON: what the two see now, and a count.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+
+F_SETOWN_EX, F_GETOWN_EX = 15, 16
+
+
+def owner(fd: int, value: bytes | None = None) -> tuple[int, int]:
+    if value is None:
+        return struct.unpack("ii", fcntl.fcntl(fd, F_GETOWN_EX, struct.pack("ii", 0, 0)))
+    fcntl.fcntl(fd, F_SETOWN_EX, value)
+    return (0, 0)
+
+
+def domain() -> str:
+    name = ctypes.create_string_buffer(65)
+    ctypes.CDLL(None).getdomainname(name, 65)
+    return name.value.decode()
+
+
+def myself() -> dict[str, object]:
+    return {
+        "pid": os.getpid(),
+        "parent": os.getppid(),
+        "group": os.getpgid(0),
+        "session": os.getsid(0),
+        "host": os.uname().nodename,
+        "domain": domain(),
+        "directory": os.getcwd(),
+        "root": sorted(os.listdir("/")),
+        "user": os.getuid(),
+    }
+
+
+def child(line: socket.socket) -> None:
+    while line.recv(1):
+        line.sendall(json.dumps(myself()).encode() + b"\n")
+    os._exit(0)
+
+
+def main(address: str, port: int) -> None:
+    ours, theirs = socket.socketpair()
+    number = os.fork()
+    if number == 0:
+        ours.close()
+        child(theirs)
+    watched = os.pidfd_open(number)
+    asked, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    owner(asked.fileno(), struct.pack("ii", 1, number))
+    locked = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as we are
+    fcntl.lockf(locked, fcntl.LOCK_EX)
+    dead = os.fork()
+    if dead == 0:
+        os._exit(9)
+    os.waitid(os.P_PID, dead, os.WEXITED | os.WNOWAIT)  # it stays a zombie
+    listener = socket.create_server((address, port))
+    waiting = select.epoll()
+    waiting.register(listener, select.EPOLLIN)
+    connections: dict[int, socket.socket] = {}
+    lines = ours.makefile("rb")
+    count = 0
+    while True:
+        for fd, _ in waiting.poll():
+            if fd == listener.fileno():
+                new, _ = listener.accept()
+                connections[new.fileno()] = new
+                waiting.register(new, select.EPOLLIN)
+                continue
+            data = connections[fd].recv(1)
+            if not data:
+                waiting.unregister(fd)
+                connections.pop(fd).close()
+                continue
+            if data != b"\n":
+                continue
+            count += 1
+            ours.sendall(b"?")
+            told = {
+                "count": count,
+                "me": myself(),
+                "child": json.loads(lines.readline()),
+                "number": number,
+                "owner": owner(asked.fileno()),
+                "peer": struct.unpack("iII", ours.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)),
+                "alive": not select.select([watched], [], [], 0)[0],
+                "signalled": _signal(watched),
+                "zombie": os.waitid(os.P_PID, dead, os.WEXITED | os.WNOWAIT | os.WNOHANG).si_status,
+                "clock": time.monotonic(),
+            }
+            connections[fd].sendall(json.dumps(told).encode() + b"\n")
+
+
+def _signal(pidfd: int) -> bool:
+    signal.pidfd_send_signal(pidfd, 0)
+    return True
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 3:
+        socket.sethostname(sys.argv[3])
+    if len(sys.argv) > 4:
+        ctypes.CDLL(None).setdomainname(sys.argv[4].encode(), len(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]))
