@@ -88,8 +88,8 @@ def check(roots: Sequence[int], policy: Policy = NO_POLICY) -> list[Verdict]:
         # what was read of a descendant while it ended is not true of anything
         if procfs.lives(pid):
             found += judged
-    found += _births(members)
     found += namespaces.verdicts(roots, members)
+    found += _births(members)
     found += segments.verdicts(members)
     found += ipc.verdicts(members)
     found += files.verdicts(members, policy)

@@ -280,7 +280,7 @@ def test_the_first_process_of_a_pid_namespace_is_borne_from_outside() -> None:
 
 def test_an_init_that_leads_a_session() -> None:
     steps = plan([Task(pid=1, ppid=0, pgid=1, sid=1), Task(pid=2, ppid=1, pgid=1, sid=1)])
-    assert steps[3:] == [Fork(0, 1, sibling=True), End(0, None), SetSid(1), Fork(1, 2)]
+    assert steps[3:] == [Fork(0, 1, sibling=True), End(0, None), SetSid(1), Fork(1, 2), SetPgid(2, 1)]
 
 
 @pytest.mark.parametrize("other", [Task(pid=9, ppid=0, pgid=0, sid=0), Task(pid=9, ppid=0, pgid=9, sid=9)])
