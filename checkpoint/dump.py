@@ -48,6 +48,7 @@ from checkpoint.files.tcp import TcpGroup
 from checkpoint.holdoff import Holdoff, LastSegments
 from checkpoint.image.format import PageRun
 from checkpoint.image.frames import Kind
+from checkpoint.indoors import walk_out
 from checkpoint.inject import Injection
 from checkpoint.ipc import table as ipc
 from checkpoint.live import LiveCopy, Remaining
@@ -131,9 +132,7 @@ class Dump:
         self.keep_queues = False
         self.connections = 0  #: how many TCP connections the trees hold, once they are stopped
         self.pids: tuple[int, ...] = ()  #: the processes, once they are stopped
-        #: CLOCK_MONOTONIC, nanoseconds: first thread stopped; connections exported
-        self.stopped_ns = 0
-        self.exported_ns = 0
+        self.stopped_ns = self.exported_ns = 0  #: CLOCK_MONOTONIC, ns: first thread stopped; connections exported
 
     # -- before the stop ------------------------------------------------------------------------------------------
 
@@ -294,6 +293,7 @@ class Dump:
         for process in tree.processes:
             process.foreseen = self._foreseen.get(process.pid, {})
             process.tracked = self._live is not None and process.pid in self._live.pids
+            walk_out(process)
             with Injection(process) as injection:
                 # read while nothing of ours is in there, unless a dead tool had left something
                 calls = CallTable()

@@ -33,6 +33,8 @@ __all__ = [
     "ForeignImage",
     "ForeignMode",
     "ForeignNamespace",
+    "HandlerInVdso",
+    "HandlerOnOtherCpu",
     "HugePageMapping",
     "ImageDamaged",
     "ImageError",
@@ -48,6 +50,7 @@ __all__ = [
     "IpcNotMade",
     "IpcShared",
     "IpcTaken",
+    "KernelLacks",
     "KernelThread",
     "KernelWorkers",
     "LazyImpossible",
@@ -749,12 +752,40 @@ class SealedMapping(Refused):
 
 
 class OtherVdso(TcpmigError):
-    """The code that the kernel gives to every process (the vdso) is not the same at the target: another kernel, or the
-    same one built differently. The program may have addresses in it."""
+    """The code that the source's kernel gives to every process (the vdso) cannot be made to lead to that of the
+    target's kernel: it is not of the form that Linux has, or one of its functions is too short for a jump. The program
+    has addresses in it."""
 
     code = "TM-0378"
     outcome = Outcome.REFUSED
     fix = "Move between hosts that run the same kernel."
+
+
+class HandlerInVdso(TcpmigError):
+    """The target runs another kernel, and a signal handler of the process will return into the middle of the code that
+    the source's kernel gave to it (the vdso), which reads data that only that kernel has. The original runs on."""
+
+    code = "TM-0740"
+    outcome = Outcome.REFUSED
+    fix = "Try again: at another moment no handler runs, or not there."
+
+
+class HandlerOnOtherCpu(TcpmigError):
+    """A thread was stopped in a signal handler, and the vector registers that the source's kernel has put on the stack
+    for its return cannot be made ready for the target's CPU: it lacks some of them, or its layout needs more room than
+    there is. The original runs on."""
+
+    code = "TM-0741"
+    outcome = Outcome.REFUSED
+    fix = "Try again: at another moment no handler runs. Or move to a CPU with the same features."
+
+
+class KernelLacks(Refused):
+    """The processes use something that the target's kernel does not have, and that cannot be made there of anything
+    else."""
+
+    code = "TM-0742"
+    fix = "Move to a host with a younger kernel; the message names what is used and which kernel has it first."
 
 
 class BadLayout(TcpmigError):
@@ -987,7 +1018,7 @@ class StillLazy(Refused):
 
 class LazyImpossible(TcpmigError):
     """The memory of a process cannot be filled while it runs (--lazy): the kernel has no userfaultfd(2) with its
-    events, or does not let this program use it."""
+    events, or does not let this program use it; or the image is from another kernel or CPU."""
 
     code = "TM-0751"
     fix = "Do without --lazy, or use a kernel with userfaultfd, as root with CAP_SYS_PTRACE."

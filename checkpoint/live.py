@@ -34,7 +34,7 @@ from checkpoint.image.format import PageRun
 from checkpoint.image.frames import Runs, Space
 from checkpoint.inject import Injection
 from checkpoint.kernel.userfaultfd import CREATE_FLAGS
-from checkpoint.memory import layout, pages, scan, tracking
+from checkpoint.memory import layout, pages, scan, softdirty, tracking
 from checkpoint.memory import vma as vmas
 from checkpoint.memory.delta import delta, without
 from checkpoint.memory.layout import TRACKING_FLAGS, MemoryLayout
@@ -123,7 +123,7 @@ class LiveCopy:
     def __init__(self, roots: Sequence[int], policy: Policy = NO_POLICY) -> None:
         self._roots = tuple(roots)
         self._policy = policy
-        self._trackings: dict[int, Tracking] = {}
+        self._trackings: dict[int, Tracking | softdirty.Tracking] = {}
         self._processes: dict[int, _Running] = {}
         self._told: LiveTree | None = None
         self._attempts = 0
@@ -137,12 +137,13 @@ class LiveCopy:
         TrackingImpossible, and what stopping a tree raises; everything runs on as it did.
         """
         lacking = tracking.available()
-        if lacking:
-            raise TrackingImpossible(f"this kernel lacks {lacking}")
+        old = softdirty.available() if lacking else ""
+        if old:
+            raise TrackingImpossible(f"this kernel lacks {lacking}, and {old}")
         tree = Tree.stop(self._roots)
         try:
             for process in tree.processes:
-                self._trackings[process.pid] = _track(process)
+                self._trackings[process.pid] = _by_bits(process) if lacking else _track(process)
         except BaseException:
             self.close()
             raise
@@ -167,6 +168,7 @@ class LiveCopy:
         """What the target has to hear now. TreeUnsteady if the tree has never been the same twice."""
         while True:
             try:
+                self._begin_round()
                 found = self._look()
             except (NoSuchProcess, OSError):
                 if all(map(procfs.lives, self.pids)):
@@ -176,6 +178,20 @@ class LiveCopy:
                 return found
             # the target begins anew, and so must what it is told
             self._again()
+
+    def _begin_round(self) -> None:
+        """Where marks of pages are read and removed in two steps, nobody may write in between."""
+        waiting = [track for track in self._trackings.values() if isinstance(track, softdirty.Tracking)]
+        if self._told is None or not waiting:
+            return
+        tree = Tree.stop(self._roots)
+        try:
+            for process in tree.processes:
+                track = self._trackings.get(process.pid)
+                if isinstance(track, softdirty.Tracking):
+                    track.look()
+        finally:
+            tree.resume()
 
     def _look(self) -> Round | None:
         """None if the tree is not the one that is tracked, or not one that the target can go on from."""
@@ -372,7 +388,9 @@ def _compare(told: LiveTree | None, now: MemoryLayout, files: TreeFiles) -> tupl
     return _private(kept), _private(fresh)
 
 
-def _written(track: Tracking, layout: MemoryLayout, mappings: Sequence[Mapped]) -> tuple[tracking.Found, list[Range]]:
+def _written(
+    track: Tracking | softdirty.Tracking, layout: MemoryLayout, mappings: Sequence[Mapped]
+) -> tuple[tracking.Found, list[Range]]:
     """What was written in private mappings of a layout; (start, end) of those that are not tracked."""
     areas = [(mapping.start, mapping.end, mapping.anonymous) for mapping in mappings]
     others = difference(((m.start, m.end) for m in layout.mappings), [(start, end) for start, end, _ in areas])
@@ -408,6 +426,17 @@ def _plain(
 
 def _with(one: MemoryLayout, mappings: Sequence[Mapped], exe_file: int | None = None) -> MemoryLayout:
     return dataclasses.replace(one, mappings=tuple(mappings), exe_file=one.exe_file if exe_file is None else exe_file)
+
+
+def _by_bits(process: Process) -> softdirty.Tracking:
+    """Where the kernel has no better way."""
+    track = softdirty.Tracking(process.pid)
+    try:
+        track.look()
+    except BaseException:
+        track.close()
+        raise
+    return track
 
 
 def _track(process: Process) -> Tracking:

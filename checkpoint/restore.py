@@ -37,6 +37,7 @@ from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.ground import Ground
 from checkpoint.image.frames import Frame, Kind, PageRun, Runs, Space
+from checkpoint.indoors import settle
 from checkpoint.ipc import table as ipc
 from checkpoint.ipc.base import SystemV
 from checkpoint.latermemory import LaterMemory, PageBringer
@@ -46,6 +47,7 @@ from checkpoint.records import FilesDelta, LiveTree, Manifest, MapsDelta, Proces
 from checkpoint.spawn import Stub
 from checkpoint.state import clocks, table
 from checkpoint.state.cgroup import Cgroups
+from checkpoint.state.registers import Registers
 from checkpoint.traces import Made, NoteWriter, Rules, StagedName, Stubs, Trace, Traced, write
 from tcpstate.rebuild import Difference
 from tcpstate.record import ConnectionRecord
@@ -291,6 +293,7 @@ class Restore:
             self._later.arm(self.stubs, self._bringer)
         ipc.used(self._ipc, self.stubs)  # while they still may
         for record in self._living():
+            self._settle(record)
             if record.task.directories and record.state is not None:
                 # threads with directories of their own begin in the tool's, not in those that others are given
                 table.bear_threads(self.stubs[record.task.pid], record.state, self._warn)
@@ -352,6 +355,13 @@ class Restore:
         """The error that a difference of :meth:`prepare` is."""
         what, expected, found = difference.what, difference.expected, difference.found
         return RebuildDiffers(f"{what} was {expected!r}, reads back {found!r}", object=connection)
+
+    def _settle(self, record: ProcessRecord) -> None:
+        state = record.state
+        if state is not None:
+            registers = [thread.get(Registers) for thread in state.threads]
+            one = self._layouts[record.task.pid]
+            settle(self.stubs[record.task.pid], one, registers, whole=self._later is None)
 
     def _give_state(self, record: ProcessRecord) -> None:
         state = record.state

@@ -23,7 +23,7 @@ import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Self
 
-from checkpoint import procfs
+from checkpoint import births, procfs
 from checkpoint.arch import CALL_AT, SPAWN, USER_END, beginning, stub_elf
 from checkpoint.boot import Boot
 from checkpoint.errors import AddressGapMissing, PidTaken, SpawnFailed
@@ -351,7 +351,7 @@ def spawn_stub(pid: int | None, avoid: Iterable[tuple[int, int]]) -> Stub:
 
     pid    its number; None: any. In a PID namespace that the caller has unshared: the number in there
     avoid  (start, end) of all memory that it, and all that is forked from it, shall have
-    A time namespace that the caller has unshared is entered, too (since Linux 6.2).
+    A time namespace that the caller has unshared is entered, too.
     PidTaken, SpawnFailed, AddressGapMissing.
     """
     base = find_gap(avoid, _WINDOW_SIZE)
@@ -362,7 +362,7 @@ def spawn_stub(pid: int | None, avoid: Iterable[tuple[int, int]]) -> Stub:
         program = _memfd()
         os.write(program, stub_elf(base, tool))
         os.set_inheritable(tool, True)
-        number = _start(program, pid)
+        number = births.run(lambda: _start(program, pid))
         return _first_steps(number, window, tool)
     finally:
         for fd in (tool, program):
@@ -423,7 +423,8 @@ def _start(program: int, pid: int | None) -> int:
         machine = _machine_spawn()
         if machine is not None:
             number = machine(ctypes.addressof(clone_args), len(args), ctypes.addressof(exec_args))
-        else:
+        if machine is None or number == -errno.EINVAL:
+            # before 6.2 a child that borrows our memory cannot enter another time namespace
             number = _plain_spawn(args, exec_args)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -468,7 +469,10 @@ def _plain_spawn(args: bytes, exec_args: ctypes.Array[ctypes.c_uint64]) -> int:
     """The same by plain calls, with a copy of our memory instead of a loan: slower by the time that a fork takes."""
     flags = int.from_bytes(args[:8], "little") & ~int(CloneFlag.VM)
     own = ctypes.create_string_buffer(flags.to_bytes(8, "little") + args[8:], len(args))
-    number = syscall(SYS.clone3, ctypes.addressof(own), len(args))
+    try:
+        number = syscall(SYS.clone3, ctypes.addressof(own), len(args))
+    except OSError as error:
+        return -(error.errno or errno.EINVAL)
     if number:
         return number
     try:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import os
 import platform
 import re
 import resource
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from checkpoint import kernelneeds
 from checkpoint.verdict import Verdict
 from migrate import squeeze
 from migrate.errors import AnotherMachine
 from migrate.messages import CpuState, HostFacts, Needs
 from tcpstate import acceptqueue
 
-__all__ = ["ACCEPT_QUEUE", "PROBE", "features", "host_facts", "judge_host", "namespace", "state_directory"]
+__all__ = [
+    "ACCEPT_QUEUE",
+    "PROBE",
+    "features",
+    "host_facts",
+    "judge_host",
+    "namespace",
+    "state_directory",
+    "without",
+]
 
 #: of :func:`features`: connections can be put into a listener's accept queue
 ACCEPT_QUEUE: Final = "accept-queue"
@@ -37,6 +50,15 @@ def host_facts() -> HostFacts:
         page_size=resource.getpagesize(),
         cpu=CpuState(machine=platform.machine(), flags=_cpu_flags()),
     )
+
+
+def without(needs: Needs, patterns: Sequence[str]) -> Needs:
+    """The needs of processes that do without the features of this CPU that match a pattern (``avx512*``)."""
+    if not patterns:
+        return needs
+    cpu = host_facts().cpu
+    unused = {flag for pattern in patterns for flag in fnmatch.filter(cpu.flags, pattern)}
+    return replace(needs, cpu=replace(cpu, flags=cpu.flags - unused))
 
 
 def features() -> frozenset[str]:
@@ -101,4 +123,4 @@ def judge_host(needs: Needs, theirs: HostFacts, ours: HostFacts) -> list[Verdict
         refuse(
             f"the register state has components {cpu.xsave_mask & ~ours.cpu.xsave_mask:#x} that this CPU lacks", "cpu"
         )
-    return verdicts
+    return verdicts + kernelneeds.judge(needs.features)

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from checkpoint import preflight, procfs, supervisors
+from checkpoint import kernelneeds, preflight, procfs, supervisors
 from checkpoint.dump import Dump
 from checkpoint.errors import InjectionRefused, NoSuchProcess, Refused, TrackingImpossible, TreeUnsteady
 from checkpoint.files.held import HeldSocket
@@ -119,6 +119,7 @@ class OutgoingTrees:
             away=sum(one.away for one in connections),
             paired=tuple(sorted(address for address in paired if not is_loopback(address))),
             memory=sum(map(_resident, members)),
+            features=kernelneeds.needed(members),
             units=tuple(_hook_unit(one) for one in supervisors.supervised(members)),
             devices=tuple(sorted(devices)),
         )

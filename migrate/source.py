@@ -37,7 +37,7 @@ from migrate.errors import (
 )
 from migrate.fileoptions import shared_and_apart
 from migrate.forecast import Forecast, foresee, line_rate
-from migrate.hostfacts import PROBE, host_facts
+from migrate.hostfacts import PROBE, host_facts, without
 from migrate.journal import AddressesLeave, End, Journal, Place, Role, Step, StepKind
 from migrate.messages import (
     HIGHEST_VERSION,
@@ -166,7 +166,7 @@ class Source:
             if isinstance(theirs, Hello):
                 self._offered = theirs.host.features
                 self._outgoing.meet(self._offered)
-            needs = self._outgoing.needs()
+            needs = without(self._outgoing.needs(), self._options.cpu_unused)
             control = control_addresses(netlink, self._remote.pid, self._remote.host)
             pids = {pid for tree in needs.trees for pid in tree.pids}
             option, used = self._options.address, needs.used_addresses

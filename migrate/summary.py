@@ -30,6 +30,7 @@ class SourceOptions:
     if_busy         ``--if-busy``: what if that cannot be reached
     compress        the line may carry compressed bytes, where that is quicker
     forwarded       options for the rebuilding side, by name
+    cpu_unused      ``--cpu-unused``: patterns of CPU features that the processes do without
     unit_hook       ``--unit-hook``: a program for this host; empty: none
     rsh, remote_command  for the journal: how `recover` reaches the target
     state_directory  where the journal goes; None: TCPMIG_STATE_DIR
@@ -43,6 +44,7 @@ class SourceOptions:
     if_busy: IfBusy = IfBusy.STOP
     compress: bool = True
     forwarded: dict[str, str] = field(default_factory=dict)
+    cpu_unused: tuple[str, ...] = ()
     unit_hook: str = ""
     rsh: str = ""
     remote_command: str = ""

@@ -14,12 +14,16 @@ Registers and interrupted system calls:
 ``sleep_of``           the ``Sleep`` for a relative time that a thread is in, with the ``Note`` that the kernel has
 ``beginning``          registers that begin a call at ``CALL_AT`` in an engine
 ``asleep``             what a thread goes on with that has begun it again (``BLOCK``: the kernel has a note)
+``signal_frames``      the ``Frame`` of each signal handler that runs, from a stack; ``convert_frame``: for this CPU
+``same_layout``        whether such frames of another CPU are right on this one
 ``xstate_layout``      where this CPU has which ``Component`` of FP and vector registers
 ``convert_xstate``     such an area of another CPU, as this one takes it
 
 The fail-safe code (``checkpoint.inject`` runs it): ``BOOT_SIZE``, ``BOOT_STOP``, ``ENGINE_SIZE``, ``ENGINE_STOP``,
 ``boot_image``, ``boot_call``, ``boot_result``, ``engine_image``, ``engine_start``, ``engine_idle``,
 ``engine_position``, ``frame_of``.
+
+The functions of another kernel's vdso (``checkpoint.memory.vdso``): ``vdso_jump``, ``vdso_call``, ``vdso_stays``.
 
 The start of rebuilt processes (``checkpoint.spawn``): ``SPAWN``, ``stub_elf``, ``USER_END``; the init of a PID
 namespace that is made for them: ``init_image``.
@@ -75,7 +79,16 @@ if _MACHINE == "x86_64":
         sleep_of,
     )
     from checkpoint.arch.x86_64.stub import SPAWN, USER_END, stub_elf
-    from checkpoint.arch.x86_64.xstate import Component, convert_xstate, xstate_layout
+    from checkpoint.arch.x86_64.vdso import vdso_call, vdso_jump, vdso_stays
+    from checkpoint.arch.x86_64.xstate import (
+        Component,
+        Frame,
+        convert_frame,
+        convert_xstate,
+        same_layout,
+        signal_frames,
+        xstate_layout,
+    )
 else:
     raise KernelFeatureMissing(
         f"there is no description of the machine {_MACHINE}",
@@ -97,6 +110,7 @@ __all__ = [
     "USER_END",
     "XSTATE_SET",
     "Component",
+    "Frame",
     "Note",
     "Registers",
     "Sleep",
@@ -106,6 +120,7 @@ __all__ = [
     "boot_image",
     "boot_result",
     "by_hand",
+    "convert_frame",
     "convert_xstate",
     "engine_idle",
     "engine_image",
@@ -119,7 +134,12 @@ __all__ = [
     "known_again",
     "require_native",
     "restarted_call",
+    "same_layout",
+    "signal_frames",
     "sleep_of",
     "stub_elf",
+    "vdso_call",
+    "vdso_jump",
+    "vdso_stays",
     "xstate_layout",
 ]

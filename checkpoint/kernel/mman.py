@@ -6,6 +6,9 @@ Source: include/uapi/asm-generic/mman-common.h, include/uapi/linux/mman.h, inclu
 from __future__ import annotations
 
 import enum
+import errno
+import functools
+import mmap
 import struct
 
 __all__ = [
@@ -21,6 +24,7 @@ __all__ = [
     "PrSetVma",
     "Prot",
     "Remap",
+    "droppable_known",
 ]
 
 
@@ -102,3 +106,15 @@ MM_MAP_AUXV = MM_MAP.size - 16
 MM_MAP_EXE_FD = MM_MAP.size - 4
 #: exe_fd that leaves the exe link alone
 MM_MAP_SAME_EXE = 0xFFFFFFFF
+
+
+@functools.cache
+def droppable_known() -> bool:
+    """Whether this kernel has mappings that it may drop (6.11). Tried."""
+    try:
+        mmap.mmap(-1, mmap.PAGESIZE, flags=Map.DROPPABLE | Map.ANONYMOUS).close()
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        return False
+    return True

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from checkpoint.arch import USER_END
-from checkpoint.errors import BadLayout, OtherVdso
+from checkpoint.errors import BadLayout
 from checkpoint.kernel.mman import (
     MM_MAP,
     MM_MAP_AUXV,
@@ -27,9 +27,9 @@ from checkpoint.kernel.mman import (
     Prot,
     PrSetMm,
     PrSetVma,
-    Remap,
+    droppable_known,
 )
-from checkpoint.memory import scan, segments, vdso, verdicts
+from checkpoint.memory import scan, segments, special, vdso, verdicts
 from checkpoint.memory.huge import map_flags, page_shift
 from checkpoint.memory.vma import PAGE, SPECIAL_NAMES, VDSO, VSYSCALL, Vma, with_flags, without
 from tcpstate.kernel.calls import CallError, CallTable, Result
@@ -66,7 +66,7 @@ _ADVICE = {
     "sr": (Advice.SEQUENTIAL, True),
     "rr": (Advice.RANDOM, True),
 }
-#: a droppable mapping (MAP_DROPPABLE) has these by itself
+#: a droppable mapping (MAP_DROPPABLE) has these by itself; where there are none it is a private one with these
 _DROPPABLE_HAS = frozenset({"nr", "wf", "dd"})
 _ANY_PROT = int(Prot.READ | Prot.WRITE | Prot.EXEC)
 _ANON_NAMES = ("[anon:", "[anon_shmem:")
@@ -319,10 +319,11 @@ def _kept(flags: frozenset[str]) -> tuple[str, ...]:
 
 
 def build(layout: MemoryLayout, stub: Stub, descriptor_of: Descriptors) -> None:
-    """rebuild(), and run it. OtherVdso, BadLayout."""
+    """rebuild(), and run it. OtherVdso, AddressGapMissing, BadLayout."""
     calls = CallTable()
     rebuild(layout, stub, calls, descriptor_of)
     _run(layout, stub, calls)
+    special.lead_on(layout, stub)
 
 
 def _run(layout: MemoryLayout, stub: Stub, calls: CallTable) -> None:
@@ -337,12 +338,13 @@ def rebuild(layout: MemoryLayout, stub: Stub, calls: CallTable, descriptor_of: D
     """Queue, for ``stub``, everything that gives it this layout. Run the table, then ``stub.forget_maps()``.
 
     The stub keeps its window, but for its program; of the rest only the kernel's own mappings survive, moved to where
-    they were. The descriptors of ``descriptor_of`` must stay open until the table has run.
+    they were, or, if they are another kernel's, aside. The descriptors of ``descriptor_of`` must stay open until the
+    table has run.
 
-    OtherVdso; BadLayout if the layout reaches into the stub's window.
+    OtherVdso, AddressGapMissing; BadLayout if the layout reaches into the stub's window.
     """
     _check_window(layout, stub)
-    _clear(layout, stub, calls)
+    special.clear(layout, stub, calls)
     _place(layout, stub, calls, descriptor_of)
     _memory_fields(layout, stub, calls, descriptor_of(layout.exe_file))
 
@@ -393,45 +395,6 @@ def _place(layout: MemoryLayout, stub: Stub, calls: CallTable, descriptor_of: De
             calls.call(SYS.mlock2, mapping.start, mapping.size, how, label=f"mlock2 {mapping}")
 
 
-def _clear(layout: MemoryLayout, stub: Stub, calls: CallTable) -> None:
-    """Unmap all that the stub was born with; bring the kernel's own mappings to their places."""
-    low, high = stub.window
-    # In the window too: the page of the stub's program. As long as it is mapped, the exe link stays (EBUSY).
-    mine = [vma for vma in stub.maps if vma.name != VSYSCALL and not (low <= vma.start < high and vma.anonymous)]
-    special = {vma.name: vma for vma in mine if vma.special}
-    wanted = [mapping for mapping in layout.mappings if mapping.special]
-    _check_vdso(layout, stub, special)
-    park, parked = stub.parking[0], {}
-    for mapping in wanted:
-        vma = special[mapping.name]
-        if park + vma.size > stub.parking[1]:
-            raise OtherVdso(f"{vma.name} of {vma.size} bytes is larger than was thought", object=f"pid {layout.pid}")
-        _move(calls, vma.start, vma.size, park, f"park {vma.name}")
-        parked[mapping.name] = park
-        park += vma.size
-    for vma in mine:
-        # what was parked leaves nothing behind; unmapping nothing is no error
-        calls.call(SYS.munmap, vma.start, vma.size, label=f"munmap {vma}")
-    for mapping in wanted:
-        _move(calls, parked[mapping.name], mapping.size, mapping.start, f"place {mapping.name}")
-
-
-def _check_vdso(layout: MemoryLayout, stub: Stub, special: dict[str, Vma]) -> None:
-    wanted = {mapping.name: mapping.size for mapping in layout.mappings if mapping.special}
-    for name, size in wanted.items():
-        here = special[name].size if name in special else 0
-        if here != size:
-            raise OtherVdso(f"{name} has {size} bytes, here {here}", object=f"pid {layout.pid}")
-    if VDSO in wanted:
-        vma = special[VDSO]
-        if vdso.code(stub.read(vma.start, vma.size)) != layout.vdso:
-            raise OtherVdso("the vdso of this kernel has other code", object=f"pid {layout.pid}")
-
-
-def _move(calls: CallTable, start: int, size: int, to: int, label: str) -> None:
-    calls.call(SYS.mremap, start, size, size, Remap.MAYMOVE | Remap.FIXED, to, label=label)
-
-
 def _map_files(layout: MemoryLayout, stub: Stub, calls: CallTable, descriptor_of: Descriptors) -> None:
     """Mappings of one file after the other: each file is fetched once."""
     by_file: dict[int, list[Mapping]] = {}
@@ -452,7 +415,7 @@ def _map(calls: CallTable, mapping: Mapping, fd: int | Result) -> None:
     flags = map_flags(mapping.huge) | Map.FIXED_NOREPLACE | (Map.SHARED if mapping.shared else Map.PRIVATE)
     if mapping.anonymous:
         flags |= Map.ANONYMOUS
-    if "dp" in mapping.flags:
+    if "dp" in mapping.flags and droppable_known():
         flags = flags & ~Map.PRIVATE | Map.DROPPABLE
     if "nr" in mapping.flags:
         flags |= Map.NORESERVE
@@ -463,7 +426,7 @@ def _map(calls: CallTable, mapping: Mapping, fd: int | Result) -> None:
 
 def _attributes(calls: CallTable, mapping: Mapping) -> None:
     for flag in mapping.flags:
-        if flag in _ADVICE and not ("dp" in mapping.flags and flag in _DROPPABLE_HAS):
+        if flag in _ADVICE and not ("dp" in mapping.flags and flag in _DROPPABLE_HAS and droppable_known()):
             advice, may_fail = _ADVICE[flag]
             label = f"madvise {advice.name} {mapping}"
             calls.call(SYS.madvise, mapping.start, mapping.size, advice, ignore=may_fail, label=label)

@@ -11,7 +11,7 @@ A namespace is made only if it is needed: if the tool's own clocks differ from w
 ``TOLERANCE`` forwards, and not at all backwards, they keep the tool's.  To a program that is a scheduling delay.
 
 Source: time_namespaces(7), Linux kernel/time/namespace.c.  Since 5.6; since 6.2 a process enters the namespace at
-vfork + exec, before only at fork.
+vfork + exec, before only at fork (:mod:`checkpoint.births`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from checkpoint import births
 from checkpoint.errors import ClocksNotContinued, NoSuchProcess
 from checkpoint.kernel.timers import NS
 from checkpoint.state.base import bounded
@@ -150,8 +151,10 @@ def enter(clocks: Clocks, elapsed: int) -> Offsets | None:
     if continued(wanted, now):
         return None
     offsets = offsets_for(wanted, now, own)
-    _try(_unshare, "no time namespace can be made")
-    _try(lambda: _write(offsets), "the offsets of the time namespace are refused")
+    if not births.threads_go_on():
+        births.apart()
+    births.run(lambda: _try(_unshare, "no time namespace can be made"))
+    births.run(lambda: _try(lambda: _write(offsets), "the offsets of the time namespace are refused"))
     return offsets
 
 
@@ -160,7 +163,8 @@ def _unshare() -> None:
 
 
 def _write(offsets: Offsets) -> None:
-    with open("/proc/self/timens_offsets", "w", encoding="ascii") as file:
+    # of the very thread
+    with open(f"/proc/{threading.get_native_id()}/timens_offsets", "w", encoding="ascii") as file:
         file.write(offsets.format())
 
 

@@ -14,6 +14,7 @@ from checkpoint.files.policy import Policy
 from checkpoint.verdict import Status, Verdict, refusals
 from cli.about import about, table
 from cli.command import command
+from cli.cpu import cpu_unused, patterns
 from cli.errors import UsageMistake
 from cli.filepolicy import file_places, file_policy, places_of, policy_of, require
 from cli.session import Result, Session, Table
@@ -32,6 +33,7 @@ _STYLES = {"ok": "green", "warn": "yellow", "refuse": "bold red"}
 @click.option("--rsh", metavar="CMD", help="With --to: the remote shell.  [default: ssh]")
 @click.option("--remote-command", metavar="CMD", help="With --to: what it runs there.  [default: tcpmig receive]")
 @click.option("--address", metavar="auto|none|ADDR,...", default="auto", help="With --to: which addresses would move.")
+@cpu_unused
 @file_policy
 @click.option("--unit-hook", metavar="CMD", default="", help="As given to migrate or checkpoint; it is not run.")
 @file_places
@@ -42,6 +44,7 @@ def check(
     rsh: str | None,
     remote_command: str | None,
     address: str,
+    cpu_unused: tuple[str, ...],
     unit_hook: str,
     **files: Any,
 ) -> Result:
@@ -54,6 +57,7 @@ def check(
     if host is None:
         of_there = {"--rsh": rsh, "--remote-command": remote_command, "--address": address != "auto"}
         of_there |= {"--map": files["path_map"], "--map-dev": files["map_dev"], "--overwrite": files["overwrite"]}
+        of_there |= {"--cpu-unused": bool(cpu_unused)}
         require("--to HOST", of_there)
     if not files["ship"]:
         require("--ship", {"--overwrite": files["overwrite"]})
@@ -61,7 +65,13 @@ def check(
     predicted: list[Forecast] = []
     policy = policy_of(**files)
     places = places_of(**files)
-    options = SourceOptions(address=address, map_dev=places.devices, unit_hook=unit_hook, forwarded=places.texts())
+    options = SourceOptions(
+        address=address,
+        map_dev=places.devices,
+        cpu_unused=patterns(cpu_unused),
+        unit_hook=unit_hook,
+        forwarded=places.texts(),
+    )
     if pids:
         found += preflight.check(pids, policy)
         if not refusals(found):

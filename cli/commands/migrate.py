@@ -11,6 +11,7 @@ import click
 
 from cli.command import command
 from cli.commands.check import report
+from cli.cpu import cpu_unused, patterns
 from cli.errors import UsageMistake
 from cli.fields import fields
 from cli.filepolicy import file_places, file_policy, places_of, policy_of, require
@@ -59,6 +60,7 @@ AT_ONCE = 2
     help="What if others use such an address.  [default: refuse]",
 )
 @file_policy
+@cpu_unused
 @click.option("--unit-hook", metavar="CMD", default="", help="A program that deals with their supervisor here.")
 @file_places
 @click.option(
@@ -92,6 +94,7 @@ def migrate(
     remote_command: str,
     address: str,
     address_policy: str,
+    cpu_unused: tuple[str, ...],
     unit_hook: str,
     max_downtime: float,
     if_busy: str,
@@ -113,6 +116,7 @@ def migrate(
         address=address,
         policy=AddressPolicy(address_policy),
         map_dev=places.devices,
+        cpu_unused=patterns(cpu_unused),
         unit_hook=unit_hook,
         forwarded=places.texts(),
         precopy=not stop_and_copy,

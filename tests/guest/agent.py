@@ -20,7 +20,9 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 #: where the agent listens; qemu's own network gives it this address
@@ -84,7 +86,7 @@ def main() -> None:
     server = os.fork()
     if not server:
         os.setsid()
-        _serve(told["token"])
+        serve(ADDRESS, PORT, told["token"], lambda: Path("/dev/kmsg").write_text(f"<0>{READY}\n"))
     while os.wait()[0] != server:
         pass
     ctypes.CDLL(None).reboot(_POWER_OFF)
@@ -106,10 +108,10 @@ def _network(nics: list[list[str]]) -> None:
     subprocess.run(["ip", "-batch", "-"], input="\n".join(batch), text=True, check=True)
 
 
-def _serve(token: str) -> None:
-    listener = socket.create_server((ADDRESS, PORT), backlog=64)
-    with open("/dev/kmsg", "w") as log:
-        log.write(f"<0>{READY}\n")
+def serve(address: str, port: int, token: str, ready: Callable[[], object]) -> None:
+    """Take commands, for ever; ``ready`` is called once they can come."""
+    listener = socket.create_server((address, port), backlog=64)
+    ready()
     while True:
         sock, _ = listener.accept()
         threading.Thread(target=_command, args=(sock, token), daemon=True).start()
@@ -166,4 +168,7 @@ def _in(sock: socket.socket, process: subprocess.Popen[bytes]) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        # on a host that is no guest: ADDRESS PORT, the token by the standard input
+        serve(sys.argv[1], int(sys.argv[2]), input(), lambda: print(READY, flush=True))
     main()

@@ -140,3 +140,29 @@ def test_an_entry_run_goes_on_over_the_border_of_two_reads(fd: int, monkeypatch:
         ((a - vma.start) // PAGE, (b - vma.start) // PAGE)
         for a, b in pagemap.entries(fd, vma.start, vma.end, with_file=False)
     ] == [(2, 6), (9, 10), (12, 13)]
+
+
+def test_the_entries_leave_out_the_zero_page_and_the_huge_one(fd: int) -> None:
+    huge = 512 * PAGE
+    with mmap.mmap(-1, 8 * huge, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        area.madvise(mmap.MADV_HUGEPAGE)
+        start = -(-address(area) // huge) * huge
+        at = start - address(area)
+        assert area[at] == area[at + huge] == 0  # huge zero pages, where huge pages are in use
+        area[at + 2 * huge] = 1
+        area.madvise(mmap.MADV_NOHUGEPAGE, at + 3 * huge, huge)
+        assert area[at + 3 * huge] == 0
+        area[at + 3 * huge + PAGE] = 1
+        scanned = pagemap.scan(fd, start, start + 4 * huge, none_of=Category.PFNZERO, any_of=Category.PRESENT)
+        entries = list(pagemap.entries(fd, start, start + 4 * huge, with_file=False))
+        assert entries == [run[:2] for run in scanned]
+        assert entries[-1] == (start + 3 * huge + PAGE, start + 3 * huge + 2 * PAGE)
+
+
+def test_a_page_of_our_own_has_a_frame_of_its_own() -> None:
+    with mmap.mmap(-1, PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        assert area[0] == 0
+        read = pagemap.entry_of(area)
+        area[0] = 1
+        assert pagemap.entry_of(area) & (1 << 55) - 1 not in (0, read & (1 << 55) - 1)
+    assert pagemap.zero_pages_known()

@@ -5,10 +5,11 @@ header (64 bytes: which components are not in their initial state), then the com
 CPUID leaf 0xD of *this* CPU gives it.  PTRACE_SETREGSET takes an area of exactly the size that this CPU has, so an area
 from another CPU is put together again component by component.
 
-Signal frames on the stack have the same layout and cannot be found there; a thread that is moved to a CPU with another
-layout while a handler runs returns from it with wrong vector registers.  ``same_layout`` tells when that cannot happen.
+Signal frames on the stack have the same layout: a thread that is moved to a CPU with another layout while a handler
+runs would return from it with wrong vector registers.  ``same_layout`` tells when that cannot happen; else
+``signal_frames`` finds them, by the marks that the kernel checks, too, and ``convert_frame`` puts them right.
 
-Source: Intel SDM volume 1, chapter 13; arch/x86/kernel/fpu/xstate.c.
+Source: Intel SDM volume 1, chapter 13; arch/x86/kernel/fpu/xstate.c, signal.c; arch/x86/include/uapi/asm/sigcontext.h.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Final
 from checkpoint.errors import ExtendedStateForeign
 from tcpstate.kernel.batch import libc
 
-__all__ = ["Component", "convert_xstate", "same_layout", "xstate_layout"]
+__all__ = ["Component", "Frame", "convert_frame", "convert_xstate", "same_layout", "signal_frames", "xstate_layout"]
 
 _XCR0_OFFSET: Final = 464
 _LEGACY_SIZE: Final = 512
@@ -38,9 +39,31 @@ _LAST_COMPONENT: Final = 62
 _PKRU: Final = 9
 #: what Linux gives every new thread: all keys but 0 deny access (init_pkru_value)
 _PKRU_INIT: Final = 0x55555554
+#: enum xfeature
+_NAMES: Final = {
+    2: "AVX",
+    3: "MPX bounds",
+    4: "MPX configuration",
+    5: "AVX-512 masks",
+    6: "AVX-512 (upper halves)",
+    7: "AVX-512 (16 to 31)",
+    9: "protection keys",
+    17: "AMX configuration",
+    18: "AMX tiles",
+    19: "APX",
+}
 _LEAF: Final = 0xD
 _ECX_SUPERVISOR: Final = 1  # ECX bit 0 of a component: a supervisor's, which ptrace does not show
 _MOST_BYTES: Final = 64 * 1024
+
+#: struct _fpx_sw_bytes, in the software-reserved bytes of a frame's area: FP_XSTATE_MAGIC1
+_MAGIC: Final = (0x46505853).to_bytes(4, "little")
+_MAGIC_END: Final = (0x46505845).to_bytes(4, "little")  # FP_XSTATE_MAGIC2, behind the area
+_SOFTWARE = struct.Struct("<IIQI")  # magic1, extended_size, xfeatures, xstate_size
+#: bytes of struct rt_sigframe up to uc.uc_mcontext, and in that struct sigcontext: sp, ip, cs, fpstate
+_CONTEXT_AT: Final = 48
+_CONTEXT = struct.Struct("<120x2Q8xH38xQ")
+_USER_CS: Final = 0x33
 
 #: void cpuid(u32 leaf, u32 subleaf, u32 out[4])
 _CPUID_SOURCE: Final = """\
@@ -78,6 +101,20 @@ class Component:
     def end(self) -> int:
         """Offset behind it."""
         return self.offset + self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What the kernel has put on a stack before a signal handler began.
+
+    ip, sp      where the handler returns to
+    area, size  where the vector registers are, with the mark behind them
+    """
+
+    ip: int
+    sp: int
+    area: int
+    size: int
 
 
 @functools.cache
@@ -139,11 +176,16 @@ def convert_xstate(area: bytes, layout: Iterable[Component], own: bytes) -> byte
         if target and target.size == source.size and xcr0 >> source.number & 1 and target.end <= len(out):
             out[target.offset : target.end] = data
             used |= 1 << source.number
-        elif source.number != _PKRU or _U32.unpack_from(data)[0] != _PKRU_INIT:
+        elif source.number != _PKRU or _U32.unpack_from(data)[0] not in (_PKRU_INIT, 0):
             lost.append(source.number)
+    default = here.get(_PKRU)
+    if default and _PKRU not in known and default.end <= len(own) and _in_use(own, default):
+        # not the CPU's initial state, which denies nothing
+        out[default.offset : default.end] = own[default.offset : default.end]
+        used |= 1 << _PKRU
     if lost:
-        numbers = ", ".join(map(str, sorted(lost)))
-        raise ExtendedStateForeign(f"components {numbers} of the extended registers are in use and absent here")
+        names = ", ".join(_NAMES.get(number, f"component {number}") for number in sorted(lost))
+        raise ExtendedStateForeign(f"registers are in use that this CPU does not have: {names}")
     _U64.pack_into(out, _LEGACY_SIZE, used)
     return bytes(out)
 
@@ -160,3 +202,42 @@ def _used(area: bytes) -> int:
 
 def _in_use(area: bytes, component: Component) -> bool:
     return bool(_used(area) >> component.number & 1)
+
+
+def signal_frames(stack: bytes, start: int) -> list[Frame]:
+    """The frames of signal handlers in ``stack``, which begins at the address ``start``."""
+    found = []
+    at = stack.find(_MAGIC)
+    while at >= 0:
+        area = at - _XCR0_OFFSET
+        # the context, below the area, has its address as its last member
+        pointer = stack.rfind(_U64.pack((start + area) % (1 << 64)), 0, max(area, 0))
+        context = pointer + _U64.size - _CONTEXT.size
+        if pointer >= 0 and context >= _CONTEXT_AT and len(stack) >= at + _SOFTWARE.size:
+            sp, ip, cs, _ = _CONTEXT.unpack_from(stack, context)
+            size = _SOFTWARE.unpack_from(stack, at)[3] + len(_MAGIC_END)
+            if cs == _USER_CS and _LEGACY_SIZE + _HEADER_SIZE < size <= _MOST_BYTES and area + size <= len(stack):
+                found.append(Frame(ip, sp, start + area, size))
+        at = stack.find(_MAGIC, at + 1)
+    return found
+
+
+def convert_frame(data: bytes, layout: Iterable[Component], own: bytes) -> bytes:
+    """The area of a signal frame (``Frame.area``, ``Frame.size``) of a CPU with that layout, as this CPU takes it, in
+    as many bytes. ``own``: the area of a thread here.
+
+    ExtendedStateForeign as of :func:`convert_xstate`, or if it does not fit.
+    """
+    magic, extended, xfeatures, size = _SOFTWARE.unpack_from(data, _XCR0_OFFSET)
+    if len(data) != size + len(_MAGIC_END) or data[size:] != _MAGIC_END:
+        raise ExtendedStateForeign("the frame of a signal handler is malformed")
+    area = data[:_XCR0_OFFSET] + _U64.pack(xfeatures) + bytes(_LEGACY_SIZE - _XCR0_OFFSET - _U64.size)
+    here = convert_xstate(area + data[_LEGACY_SIZE:size], layout, own)
+    used = _used(here)
+    end = max((c.end for c in xstate_layout() if used >> c.number & 1), default=_LEGACY_SIZE + _HEADER_SIZE)
+    if end > size:
+        raise ExtendedStateForeign("the frame of a signal handler has no room for this CPU's registers")
+    size = min(size, len(here))
+    software = _SOFTWARE.pack(magic, extended, used | _LEGACY_COMPONENTS, size)
+    whole = here[:_XCR0_OFFSET] + software.ljust(_LEGACY_SIZE - _XCR0_OFFSET, b"\0") + here[_LEGACY_SIZE:size]
+    return (whole + _MAGIC_END).ljust(len(data), b"\0")

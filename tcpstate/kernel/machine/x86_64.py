@@ -161,6 +161,7 @@ class SYS(enum.IntEnum):
     sethostname = 170
     setdomainname = 171
     gettid = 186
+    time = 201
     futex = 202
     sched_setaffinity = 203
     sched_getaffinity = 204
@@ -242,6 +243,7 @@ class SYS(enum.IntEnum):
     open_by_handle_at = 304
     sendmmsg = 307
     setns = 308
+    getcpu = 309
     process_vm_readv = 310
     process_vm_writev = 311
     kcmp = 312

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from state_strategies import CLOCKS, STRATEGIES, Warn
 
 from checkpoint.arch.x86_64 import xstate
-from checkpoint.arch.x86_64.xstate import Component, convert_xstate
+from checkpoint.arch.x86_64.xstate import Component, convert_frame, convert_xstate
 from checkpoint.errors import ExtendedStateForeign, MachineForeign
 from checkpoint.kernel.seccomp import Action, Mode, actions
 from checkpoint.kernel.timers import NS, TimerSpec
@@ -199,13 +199,13 @@ def test_components_move_to_where_this_cpu_has_them():
 
 def test_a_component_in_use_that_is_absent_here_is_refused():
     area = _area(2696, 0x2E7, {THERE[1]: b"k"})
-    with pytest.raises(ExtendedStateForeign, match="5"):
+    with pytest.raises(ExtendedStateForeign, match="AVX-512 masks"):
         convert_xstate(area, THERE, OWN)
 
 
 def test_a_component_in_use_that_its_own_layout_lacks_is_refused():
     area = _area(2696, 0x2E7, {THERE[1]: b"k"})
-    with pytest.raises(ExtendedStateForeign, match="5"):
+    with pytest.raises(ExtendedStateForeign, match="AVX-512 masks"):
         convert_xstate(area, (THERE[0],), OWN)
 
 
@@ -219,8 +219,55 @@ def test_an_initial_pkru_may_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     own = _area(832, 0x7, {})
     area = _area(2696, 0x2E7, {THERE[2]: INITIAL_PKRU})
     assert struct.unpack_from("<Q", convert_xstate(area, THERE, own), 512) == (3,)
+    # nothing is denied: as without keys
+    assert struct.unpack_from("<Q", convert_xstate(_area(2696, 0x2E7, {THERE[2]: b"\0"}), THERE, own), 512) == (3,)
+    with pytest.raises(ExtendedStateForeign, match="protection keys"):
+        convert_xstate(_area(2696, 0x2E7, {THERE[2]: b"\4"}), THERE, own)
+
+
+def test_a_thread_from_a_cpu_without_keys_gets_the_kernels_default() -> None:
+    own = _area(2440, 0x207, {HERE[1]: INITIAL_PKRU})
+    made = convert_xstate(_area(832, 0x7, {THERE[0]: b"ymm"}), THERE[:1], own)
+    assert made[2432:2436] == INITIAL_PKRU[:4]
+    assert struct.unpack_from("<Q", made, 512) == (3 | 1 << AVX | 1 << PKRU,)
+
+
+def _frame(area: bytes, features: int) -> bytes:
+    """The area of a signal frame: the kernel's marks in the legacy region and behind it."""
+    software = struct.pack("<IIQI", 0x46505853, len(area) + 4, features, len(area)).ljust(48, b"\0")
+    return area[:464] + software + area[512:] + struct.pack("<I", 0x46505845)
+
+
+def test_a_frame_is_put_right_in_its_place() -> None:
+    frame = _frame(_area(2696, 0x2E7, {THERE[0]: b"ymm", THERE[2]: b"\x05"}), 0x2E7)
+    made = convert_frame(frame, THERE, OWN)
+    assert len(made) == len(frame)
+    magic, extended, features, size = struct.unpack_from("<IIQI", made, 464)
+    assert (magic, extended, features, size) == (0x46505853, 2700, 3 | 1 << AVX | 1 << PKRU, len(OWN))
+    assert made[size : size + 4] == struct.pack("<I", 0x46505845)
+    assert made[576:579] == b"ymm"
+    assert made[2432] == 5
+    assert made[:464] == frame[:464]
+
+
+def test_a_frame_without_room_is_refused_unless_what_is_used_fits() -> None:
+    small = _frame(_area(832, 0x7, {THERE[0]: b"ymm"}), 0x7)
+    made = convert_frame(small, THERE[:1], OWN)
+    assert struct.unpack_from("<IIQI", made, 464)[3] == 832
+    assert made[832:] == struct.pack("<I", 0x46505845)
+    own = _area(2440, 0x207, {HERE[1]: INITIAL_PKRU})  # a key register that the frame has no place for
+    with pytest.raises(ExtendedStateForeign, match="no room"):
+        convert_frame(small, THERE[:1], own)
+
+
+@pytest.mark.parametrize("at", [464, 480, -1])
+def test_a_frame_that_is_malformed_is_refused(at: int) -> None:
+    frame = bytearray(_frame(_area(2696, 0x2E7, {THERE[0]: b"ymm"}), 0x2E7))
+    frame[at] ^= 0xFF
+    if at == 464:
+        frame = frame[:-8]
     with pytest.raises(ExtendedStateForeign):
-        convert_xstate(_area(2696, 0x2E7, {THERE[2]: b"\0"}), THERE, own)
+        convert_frame(bytes(frame), THERE, OWN)
 
 
 @pytest.mark.parametrize("size", [0, 511, 575, 600])
