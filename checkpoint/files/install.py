@@ -189,7 +189,7 @@ class Installation:
             anything = watch.events | EpollFlag.IN | EpollFlag.OUT
             self._control(self._calls, EPOLL_CTL_ADD, self._work, watch, anything)
             event = self._calls.room(EpollEvent.FORMAT.size)
-            count = self._calls.call(SYS.epoll_wait, self._work, event, 1, 0, ignore=True, label="epoll entry")
+            count = self._calls.call(SYS.epoll_pwait, self._work, event, 1, 0, 0, ignore=True, label="epoll entry")
             self._deaf.append((count, index, watch))
         else:
             self._control(self._calls, EPOLL_CTL_ADD, self._work, watch, watch.events)

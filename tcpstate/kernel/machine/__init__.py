@@ -18,11 +18,14 @@ _MACHINE = os.uname().machine
 
 if _MACHINE == "x86_64":
     from tcpstate.kernel.machine.x86_64 import ROUTINE, SOURCE, SYS, WALK_SOURCE
+elif _MACHINE == "aarch64":
+    # another enumeration; what is used outside of the machines' own files are names that both have
+    from tcpstate.kernel.machine.aarch64 import ROUTINE, SOURCE, SYS, WALK_SOURCE  # type: ignore[assignment]
 else:
     raise KernelFeatureMissing(
         f"there is no description of the machine {_MACHINE}",
         object=_MACHINE,
-        fix="Run tcpmig on x86-64; other machines need a file in tcpstate/kernel/machine/.",
+        fix="Run tcpmig on x86-64 or aarch64; other machines need a file in tcpstate/kernel/machine/.",
     )
 
 __all__ = ["ROUTINE", "SOURCE", "SYS", "WALK_SOURCE"]
