@@ -13,6 +13,7 @@ __all__ = [
     "AddressNotHere",
     "AddressNotLocal",
     "AddressNotMovable",
+    "AddressNotTaken",
     "AddressRestoreIncomplete",
     "AddressSyntax",
     "AddressTakenAtTarget",
@@ -42,6 +43,7 @@ __all__ = [
     "NotTcpmig",
     "NothingMatches",
     "NothingToRecover",
+    "NothingToTakeOver",
     "PageBringerFailed",
     "PreparedDiffers",
     "ProtocolError",
@@ -50,6 +52,8 @@ __all__ = [
     "RshSyntax",
     "SameHost",
     "SourceAborted",
+    "TakeoverHookRefused",
+    "TakeoverHookSyntax",
     "TargetAborted",
     "TargetRefused",
     "TargetStuck",
@@ -388,6 +392,44 @@ class UnitHookSyntax(TcpmigError):
     code = "TM-0712"
     outcome = Outcome.USAGE
     fix = "Quote it once for the shell: --unit-hook '/etc/tcpmig/hook --verbose'."
+
+
+class TakeoverHookRefused(TcpmigError):
+    """The program that --takeover-hook names could not be started, ended with another status than 0, or took longer
+    than it may (--takeover-limit) when it was asked whether the addresses can be moved. Nothing had been stopped, and
+    it was called again with `undo`."""
+
+    code = "TM-0790"
+    outcome = Outcome.REFUSED
+    fix = "Run the program by hand with TCPMIG_HOOK=check; its output is in the log."
+
+
+class AddressNotTaken(TcpmigError):
+    """The processes run on the target, and the program that --takeover-hook names failed to bring the addresses there:
+    their clients do not reach them. It cannot be undone any more; the connections wait, and their peers send again as
+    long as their own time-outs last."""
+
+    code = "TM-0791"
+    outcome = Outcome.PARTIAL
+    fix = "Run `tcpmig recover` on the source as soon as the program can do it: it is called again with `take`."
+
+
+class TakeoverHookSyntax(TcpmigError):
+    """--takeover-hook is split into words as a shell would do it, and this one has an open quote or no word."""
+
+    code = "TM-0792"
+    outcome = Outcome.USAGE
+    fix = "Quote it once for the shell: --takeover-hook '/etc/tcpmig/takeover --region eu'."
+
+
+class NothingToTakeOver(TcpmigError):
+    """--takeover-hook moves addresses, and none does: --address says so, or no connection and no listener of the
+    processes tells which one is theirs. An address that stayed configured on the source would have it answer with
+    resets until the program is done."""
+
+    code = "TM-0793"
+    outcome = Outcome.REFUSED
+    fix = "Name the service's address with --address ADDR."
 
 
 def from_remote(

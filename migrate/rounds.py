@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import enum
 import itertools
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from migrate.errors import WritesTooFast
+
 __all__ = ["IfBusy", "Pace", "Round"]
+
+_log = logging.getLogger(__name__)
 
 #: rounds at most
 _MOST = 30
@@ -72,6 +77,19 @@ class Pace:
         """Bytes per second that a process writes, as of the last round."""
         last = self.rounds[-1].ms if self.rounds else 0.0
         return 1e3 * self.written.get(pid, 0) / last if last else 0.0
+
+    def judge(self, if_busy: IfBusy) -> None:
+        """Say that the rest is too much, if it is. WritesTooFast if that is not to be."""
+        if not self.busy:
+            return
+        pid = max(self.written, key=lambda pid: self.written[pid])
+        text = (
+            f"it writes {self.write_rate(pid) / 1e6:.0f} MB/s, and the line carries {self.rate / 1e6:.0f} MB/s: "
+            f"the copy in the stop takes about {self.predicted_ms():.0f} ms"
+        )
+        if if_busy is IfBusy.REFUSE:
+            raise WritesTooFast(text, object=f"pid {pid}")
+        _log.warning("pid %d: %s", pid, text)
 
     def another(self, sent: Round, written: Mapping[int, int]) -> bool:
         """Take note of a round and of what was ``written`` since it began; whether there should be another one."""

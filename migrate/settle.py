@@ -22,7 +22,7 @@ from checkpoint.image.frames import Kind, PageRun, Runs
 from checkpoint.records import FilesDelta
 from checkpoint.traces import Made, Stubs, Traced, alive
 from checkpoint.verdict import refusals
-from migrate import handover, holdstore
+from migrate import handover, holdstore, takeoverhook
 from migrate.addresses import read_configuration
 from migrate.announce import LinkSocket
 from migrate.arrival import PROBE_WAIT, Arrival, ArrivalRecord, take_away
@@ -36,6 +36,7 @@ from migrate.holdstore import HoldRecord
 from migrate.journal import AddressesArrive, AddressesLeave, End, Journal, JournalView, Role, Step, StepKind
 from migrate.kept import read_kept
 from migrate.rtnetlink import Netlink
+from migrate.takeoverhook import TakeoverHook
 from migrate.traces import Traces
 from migrate.unithook import UnitHook
 from tcpstate import codec
@@ -104,6 +105,9 @@ def resume_original(view: JournalView, journal: Journal) -> None:
     if tree is not None:
         steps.make("letting them run", lambda: undo.go_on(tree.processes))
     _tell_hook(view, UnitHook.aborted)
+    for data in view.notes(takeoverhook.NOTE)[-1:]:
+        with logged("the takeover hook"):
+            TakeoverHook.noted(data).undo()
     steps.complain(view.opened.migration)
     journal.append(Step(step=StepKind.ABORTED))
     journal.finish(End.ABORTED)
@@ -160,9 +164,15 @@ def discard_original(view: JournalView, journal: Journal) -> None:
     running = view.step(StepKind.RUNNING)
     there = {} if running is None else running.pids or {}
     pids = tuple(there.get(root, 0) for root in view.opened.roots)
+    for data in view.notes(takeoverhook.NOTE)[-1:]:
+        steps.make("bringing the addresses there", functools.partial(_take, data, pids))
     _tell_hook(view, lambda hook: hook.committed(pids))
     steps.complain(view.opened.migration)
     journal.finish(End.MOVED)
+
+
+def _take(data: bytes, pids: tuple[int, ...]) -> None:
+    TakeoverHook.noted(data).take(pids)
 
 
 def _leave(netlink: Netlink, record: DepartureRecord) -> None:

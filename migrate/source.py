@@ -22,6 +22,7 @@ from checkpoint.verdict import refusals
 from migrate.clock import Offset, monotonic_ns
 from migrate.driving import failure_of, logged, remote_error, signals_held
 from migrate.errors import (
+    AddressNotTaken,
     InDoubt,
     LinkLost,
     LinkSilent,
@@ -30,7 +31,6 @@ from migrate.errors import (
     TargetAborted,
     TargetRefused,
     TargetStuck,
-    WritesTooFast,
     from_remote,
     refused,
     undone,
@@ -53,7 +53,6 @@ from migrate.messages import (
     Measure,
     Measured,
     Message,
-    Needs,
     Prepare,
     Prepared,
     Refused,
@@ -65,13 +64,13 @@ from migrate.messages import (
 )
 from migrate.parts import Outgoing
 from migrate.protocol import SourceMachine
-from migrate.rounds import IfBusy, Pace, Round
+from migrate.rounds import Pace, Round
 from migrate.rtnetlink import Netlink
+from migrate.sourcehooks import SourceHooks
 from migrate.squeeze import agreed
 from migrate.summary import Checked, SourceOptions, Summary
 from migrate.takeover import AddressPlan, Departure, consider, control_addresses
 from migrate.transport import Remote
-from migrate.unithook import HookFacts, UnitHook
 from migrate.wire import ImageWriter
 from tcpstate.errors import TcpmigError
 
@@ -83,6 +82,8 @@ _log = logging.getLogger(__name__)
 MEASUREMENTS = 5
 #: seconds between two looks at the capture while the target takes over
 CAPTURE_LOOK = 0.001
+#: between two words to a target that waits for late segments, nanoseconds
+KEEPALIVE_NS = 1_000_000_000
 #: seconds after RUNNING in which segments that still came here are passed on
 STRAGGLERS = 0.25
 
@@ -108,13 +109,11 @@ class Source:
         self._refused: Checked | None = None
         self._departure: Departure | None = None
         self._there: Place | None = None
-        self._hook: UnitHook | None = None
-        if self._options.unit_hook:
-            facts = HookFacts(command="migrate", role="source", migration=self.migration, host=remote.host)
-            self._hook = UnitHook(self._options.unit_hook, facts)
+        self._hooks = SourceHooks(self._options, self.migration, remote.host)
+        self._not_taken: AddressNotTaken | None = None
         self._phases: dict[str, float] = {}
         self._began = monotonic_ns()
-        self._stopped_ns = 0
+        self._stopped_ns = self._told_ns = 0
         self._copying = False
         self._offered: frozenset[str] = frozenset()
 
@@ -175,6 +174,7 @@ class Source:
                 raise from_remote(
                     refusal.code, refusal.text, refusal.subject, refusal.fix, otherwise=TargetRefused, where=""
                 )
+            self._hooks.judge(addresses.records)
             needs = replace(needs, addresses=addresses.records, macs=addresses.macs)
             with Beacons(map(os.path.dirname, needs.written)) as beacons:
                 self._say(
@@ -220,9 +220,9 @@ class Source:
             directory=options.state_directory,
         )
         outgoing.begin(journal.note)
-        if self._hook is not None:
+        if self._hooks:
             with self._phase("hook"):
-                self._call_hook(self._hook, checked.needs, moved)
+                self._hooks.before_stop(checked.needs, moved, journal)
         packer = agreed(options.compress, self._offered)
         image = ImageWriter(self._channel, self._machine.send_image, self._attend, packer)
         rounds = self._copy_live(image) if options.precopy else []
@@ -273,9 +273,13 @@ class Source:
                 journal.step(StepKind.RUNNING, pids=pids)
             self._afterwards(departure, pids)
         with logged("closing the journal"):
-            journal.finish(End.MOVED)
+            if self._not_taken is None:
+                journal.finish(End.MOVED)
+            else:
+                # `recover` calls the hook again
+                journal.leave()
         return Summary(
-            outcome="partial" if running.lost else "done",
+            outcome="partial" if running.lost or self._not_taken else "done",
             migration=self.migration,
             pid=roots[0],
             target_pid=pids.get(roots[0], 0),
@@ -288,14 +292,8 @@ class Source:
             bytes_sent=self._channel.bytes_sent,
             phases=self._phases,
             lost=running.lost,
+            not_taken="" if self._not_taken is None else self._not_taken.message,
         )
-
-    def _call_hook(self, hook: UnitHook, needs: Needs, moved: tuple[str, ...]) -> None:
-        """Before the stop. What the hook has to be told at the end is in the journal first."""
-        facts = replace(hook.facts, pids=tuple(tree.root for tree in needs.trees), addresses=moved, units=needs.units)
-        if self._journal is not None:
-            self._journal.note("unit-hook", hook.note(facts))
-        hook.before_stop(facts)
 
     def _copy_live(self, image: ImageWriter) -> list[Round]:
         """Rounds of pre-copy, until what remains fits the stop. WritesTooFast."""
@@ -318,20 +316,9 @@ class Source:
                 )
                 if not pace.another(sent, written):
                     break
-            if pace.busy:
-                self._judge_pace(pace)
+            pace.judge(self._options.if_busy)
             self._copying = False
             return pace.rounds
-
-    def _judge_pace(self, pace: Pace) -> None:
-        pid = max(pace.written, key=lambda pid: pace.written[pid])
-        text = (
-            f"it writes {pace.write_rate(pid) / 1e6:.0f} MB/s, and the line carries {pace.rate / 1e6:.0f} MB/s: "
-            f"the copy in the stop takes about {pace.predicted_ms():.0f} ms"
-        )
-        if self._options.if_busy is IfBusy.REFUSE:
-            raise WritesTooFast(text, object=f"pid {pid}")
-        _log.warning("pid %d: %s", pid, text)
 
     def _measure(self, count: int) -> None:
         for number in range(count):
@@ -375,6 +362,13 @@ class Source:
         if segments:
             self._transmit(*captured(segments))
 
+    def _pass_on(self) -> None:
+        """What arrived here although they run there; and a word, so that the target goes on waiting for more."""
+        self._forward()
+        if monotonic_ns() - self._told_ns > KEEPALIVE_NS:
+            self._told_ns = monotonic_ns()
+            self._transmit(Keepalive())
+
     def _transmit(self, *messages: Message) -> None:
         """Send COMMIT and after it: a line that is cut is told by the next receive, after what the target said
         before."""
@@ -387,9 +381,13 @@ class Source:
         """They run there: nothing that fails here changes that."""
         with logged("discarding the original"):
             self._outgoing.discard()
-        if self._hook is not None:
-            with logged("the unit hook"):
-                self._hook.committed(tuple(pids.get(tree, 0) for tree in self._hook.facts.pids))
+        try:
+            self._hooks.take(pids, self._pass_on)
+        except AddressNotTaken as error:
+            self._not_taken = error
+            _log.warning("%s. %s", error.message, error.fix)
+        with logged("the unit hook"):
+            self._hooks.committed(pids)
         with logged("putting back what depended on the addresses"):
             departure.settle()
         with logged("passing on late segments"):
@@ -421,8 +419,7 @@ class Source:
         failures: list[Exception] = []
         # first the processes and addresses, then the courtesies
         steps = [self._restore_addresses, self._outgoing.resume, lambda: self._tell(error), self._close_journal]
-        if self._hook is not None:
-            steps.append(self._hook.aborted)
+        steps.append(self._hooks.aborted)
         for step in steps:
             try:
                 step()

@@ -10,6 +10,7 @@ from migrate.forecast import Forecast
 from migrate.messages import Lost, Needs
 from migrate.rounds import IfBusy, Round
 from migrate.takeover import AddressPolicy
+from migrate.unithook import LIMIT
 from tcpstate.errors import Outcome
 
 __all__ = ["MAX_DOWNTIME_MS", "Checked", "SourceOptions", "Summary"]
@@ -32,6 +33,7 @@ class SourceOptions:
     forwarded       options for the rebuilding side, by name
     cpu_unused      ``--cpu-unused``: patterns of CPU features that the processes do without
     unit_hook       ``--unit-hook``: a program for this host; empty: none
+    takeover_hook, takeover_limit  ``--takeover-hook``, and seconds that each of its calls may take
     rsh, remote_command  for the journal: how `recover` reaches the target
     state_directory  where the journal goes; None: TCPMIG_STATE_DIR
     """
@@ -46,6 +48,8 @@ class SourceOptions:
     forwarded: dict[str, str] = field(default_factory=dict)
     cpu_unused: tuple[str, ...] = ()
     unit_hook: str = ""
+    takeover_hook: str = ""
+    takeover_limit: float = LIMIT
     rsh: str = ""
     remote_command: str = ""
     state_directory: Path | None = None
@@ -61,6 +65,7 @@ class Summary:
     bytes_sent       on the line
     phases           milliseconds of each phase
     lost             connections that did not come through
+    not_taken        why the addresses are not there: the takeover hook failed
     """
 
     outcome: str
@@ -76,11 +81,12 @@ class Summary:
     bytes_sent: int
     phases: dict[str, float]
     lost: tuple[Lost, ...] = ()
+    not_taken: str = ""
 
     @property
     def status(self) -> Outcome:
         """The exit status."""
-        return Outcome.PARTIAL if self.lost else Outcome.DONE
+        return Outcome.PARTIAL if self.lost or self.not_taken else Outcome.DONE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -321,6 +321,9 @@ class Target:
                 time.sleep(wait or 0.0)
                 continue
             message = self._after_commit(1.0 if wait is None else wait)
+            if message is not None:
+                # as long as a takeover hook runs there, more may come
+                deadline = time.monotonic() + self._channel.silence
             if isinstance(message, Captured):
                 with logged("delivering late segments"):
                     self._incoming.replay(message.segments)

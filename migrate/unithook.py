@@ -18,25 +18,16 @@ from __future__ import annotations
 
 import enum
 import json
-import logging
-import os
-import select
-import shlex
-import signal
 from dataclasses import asdict, dataclass, replace
-from typing import Final
 
 from migrate.errors import UnitHookFailed, UnitHookSyntax
+from migrate.hookrun import HookCall, words_of
 from tcpstate import codec
 
 __all__ = ["LIMIT", "HookFacts", "HookNote", "HookPoint", "HookUnit", "UnitHook"]
 
-_log = logging.getLogger(__name__)
-
 #: seconds that a hook may take; less than the other side's patience (:data:`migrate.wire.SILENCE`)
 LIMIT = 30.0
-_KEPT_OUTPUT: Final = 16 << 10
-_NOT_FOUND: Final = 127
 
 
 class HookPoint(enum.Enum):
@@ -88,7 +79,7 @@ class HookFacts:
     addresses: tuple[str, ...] = ()
     units: tuple[HookUnit, ...] = ()
 
-    def environment(self, point: HookPoint) -> dict[str, str]:
+    def environment(self, point: enum.Enum) -> dict[str, str]:
         """The variables for shell scripts; lists are separated by blanks."""
         return {
             "TCPMIG_HOOK": point.value,
@@ -102,7 +93,7 @@ class HookFacts:
             "TCPMIG_UNITS": " ".join(unit.name for unit in self.units),
         }
 
-    def document(self, point: HookPoint) -> bytes:
+    def document(self, point: enum.Enum) -> bytes:
         """The JSON object for its standard input."""
         return json.dumps({"hook": point.value, **asdict(self)}).encode() + b"\n"
 
@@ -123,11 +114,9 @@ class UnitHook:
 
     def __init__(self, command: str, facts: HookFacts, *, limit: float = LIMIT) -> None:
         try:
-            self._words = shlex.split(command)
+            self._words = words_of(command, "--unit-hook")
         except ValueError as error:
-            raise UnitHookSyntax(f"--unit-hook cannot be split into words: {error}", object=command) from error
-        if not self._words:
-            raise UnitHookSyntax("--unit-hook is empty")
+            raise UnitHookSyntax(str(error), object=command) from error
         self.command = command
         self.facts = facts
         self._limit = limit
@@ -167,62 +156,7 @@ class UnitHook:
             self._run(point)
 
     def _run(self, point: HookPoint) -> None:
-        told = os.memfd_create("tcpmig-hook", os.MFD_CLOEXEC)
-        said = os.memfd_create("tcpmig-hook-output", os.MFD_CLOEXEC)
-        try:
-            os.write(told, self.facts.document(point))
-            os.lseek(told, 0, os.SEEK_SET)
-            failure = self._spawn(point, told, said)
-            size = os.fstat(said).st_size
-            text = os.pread(said, _KEPT_OUTPUT, max(0, size - _KEPT_OUTPUT)).decode(errors="replace")
-        finally:
-            os.close(told)
-            os.close(said)
-        lines = [line for line in text.splitlines() if line.strip()]
-        for line in lines:
-            _log.debug("unit hook, %s: %s", point.value, line)
+        environment, told = self.facts.environment(point), self.facts.document(point)
+        failure = HookCall("unit hook", point, self._words, environment, told, self._limit).failure()
         if failure:
-            last = f"; it said: {lines[-1].strip()}" if lines else ""
-            raise UnitHookFailed(f"the unit hook {failure} at {point.value}{last}", object=self.command)
-        _log.info("unit hook: %s done", point.value)
-
-    def _spawn(self, point: HookPoint, told: int, said: int) -> str:
-        """Run it to its end; what went wrong, in words, or nothing."""
-        moves = [(os.POSIX_SPAWN_DUP2, end, number) for number, end in ((0, told), (1, said), (2, said))]
-        try:
-            # posix_spawn: threads may be running here, and signals may be held back, which a child would inherit
-            pid = os.posix_spawnp(
-                self._words[0],
-                self._words,
-                os.environ | self.facts.environment(point),
-                file_actions=moves,
-                setsid=True,
-                setsigmask=[],
-                setsigdef=[signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT],
-            )
-        except OSError as error:
-            return f"cannot be started ({error.strerror})"
-        pidfd = os.pidfd_open(pid)
-        try:
-            poll = select.poll()
-            poll.register(pidfd, select.POLLIN)
-            in_time = bool(poll.poll(self._limit * 1000))
-            if not in_time:
-                # with all that it has started, unless that has a session of its own
-                os.killpg(pid, signal.SIGKILL)
-        except PermissionError:
-            return f"took longer than {self._limit:g} seconds and, having changed its user, cannot be killed"
-        finally:
-            os.close(pidfd)
-        _, status = os.waitpid(pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        if not in_time:
-            return f"took longer than {self._limit:g} seconds and was killed"
-        if code == _NOT_FOUND:
-            return "cannot be started, or something in it (status 127)"
-        return "" if code == 0 else f"failed ({_in_words(code)})"
-
-
-def _in_words(code: int) -> str:
-    """An exit code of Python's, in words."""
-    return f"status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+            raise UnitHookFailed(failure, object=self.command)

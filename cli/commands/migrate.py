@@ -22,6 +22,7 @@ from migrate.run import migrate as move
 from migrate.summary import MAX_DOWNTIME_MS, SourceOptions, Summary
 from migrate.takeover import AddressPolicy
 from migrate.transport import DEFAULT_REMOTE_COMMAND, DEFAULT_RSH
+from migrate.unithook import LIMIT
 
 __all__ = ["migrate"]
 
@@ -62,6 +63,14 @@ AT_ONCE = 2
 @file_policy
 @cpu_unused
 @click.option("--unit-hook", metavar="CMD", default="", help="A program that deals with their supervisor here.")
+@click.option("--takeover-hook", metavar="CMD", default="", help="A program that moves the addresses by an API.")
+@click.option(
+    "--takeover-limit",
+    metavar="SECONDS",
+    type=click.FloatRange(1, 600),
+    default=LIMIT,
+    help=f"How long it may take each time.  [default: {LIMIT:g}]",
+)
 @file_places
 @click.option(
     "--max-downtime",
@@ -96,6 +105,8 @@ def migrate(
     address_policy: str,
     cpu_unused: tuple[str, ...],
     unit_hook: str,
+    takeover_hook: str,
+    takeover_limit: float,
     max_downtime: float,
     if_busy: str,
     compress: str,
@@ -118,6 +129,8 @@ def migrate(
         map_dev=places.devices,
         cpu_unused=patterns(cpu_unused),
         unit_hook=unit_hook,
+        takeover_hook=takeover_hook,
+        takeover_limit=takeover_limit,
         forwarded=places.texts(),
         precopy=not stop_and_copy,
         max_downtime_ms=max_downtime,
@@ -174,4 +187,6 @@ def _lines(summary: Summary, host: str) -> list[str]:
         f"pid {summary.pid} runs on {host}{where}: {moved}",
         f"{summary.bytes_sent} bytes in {summary.total_ms:.0f} ms",
     ]
+    if summary.not_taken:
+        lines.append(f"their clients do not reach them: {summary.not_taken}; then `tcpmig recover {summary.migration}`")
     return lines + [f"lost: {lost.connection}: {lost.reason}" for lost in summary.lost]
