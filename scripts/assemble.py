@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Assemble the machine code of the project again, after a change of its source, and write the bytes beside it.
 
-The sources and the bytes stand in the same files; unit tests compare them.  Needs binutils and ruff.
+The sources and the bytes stand in the same files; tests compare them.  Needs binutils (of both machines) and ruff.
 Usage: .venv/bin/python scripts/assemble.py
 """
 
@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: file -> (name of the source, name of the bytes, {name of an offset: its label})
 PIECES: dict[str, list[tuple[str, str, dict[str, str]]]] = {
     "tcpstate/kernel/machine/x86_64.py": [("SOURCE", "ROUTINE", {})],
+    "tcpstate/kernel/machine/aarch64.py": [("SOURCE", "ROUTINE", {})],
     "checkpoint/arch/x86_64/engine.py": [
         ("BOOT_SOURCE", "BOOT", {"BOOT_STOP": "boot_stop"}),
         ("ENGINE_SOURCE", "ENGINE", {"ENGINE_STOP": "engine_stop"}),
@@ -25,14 +26,15 @@ PIECES: dict[str, list[tuple[str, str, dict[str, str]]]] = {
 }
 
 
-def assemble(source: str) -> tuple[bytes, dict[str, int]]:
+def assemble(source: str, machine: str) -> tuple[bytes, dict[str, int]]:
     """The bytes, and where the labels are."""
+    prefix, options = {"x86_64": ("", ["--64"]), "aarch64": ("aarch64-linux-gnu-", [])}[machine]
     with tempfile.TemporaryDirectory() as directory:
         text, obj, flat = (Path(directory) / name for name in ("code.s", "code.o", "code.bin"))
         text.write_text(source, encoding="ascii")
-        subprocess.run(["as", "--64", "-o", obj, text], check=True)
-        subprocess.run(["objcopy", "-O", "binary", "-j", ".text", obj, flat], check=True)
-        names = subprocess.run(["nm", obj], check=True, capture_output=True, text=True).stdout
+        subprocess.run([f"{prefix}as", *options, "-o", obj, text], check=True)
+        subprocess.run([f"{prefix}objcopy", "-O", "binary", "-j", ".text", obj, flat], check=True)
+        names = subprocess.run([f"{prefix}nm", obj], check=True, capture_output=True, text=True).stdout
         labels = {words[2]: int(words[0], 16) for words in map(str.split, names.splitlines())}
         return flat.read_bytes(), labels
 
@@ -54,7 +56,7 @@ def main() -> int:
         before = text = path.read_text(encoding="utf-8")
         module = __import__(name.removesuffix(".py").replace("/", "."), fromlist=["*"])
         for source, code, offsets in pieces:
-            data, labels = assemble(getattr(module, source))
+            data, labels = assemble(getattr(module, source), "aarch64" if "aarch64" in name else "x86_64")
             lines = "\n".join(f'    "{data[at : at + 40].hex()}"' for at in range(0, len(data), 40))
             text = replaced(
                 text, rf"^{code}: Final = bytes\.fromhex\([^)]*\)", f"{code}: Final = bytes.fromhex(\n{lines}\n)"

@@ -93,7 +93,7 @@ def mixed(prepare: Sequence[Sequence[str]] = ()) -> Iterator[Mixed]:
         net.host("client", first_pid=200)
         net.add_service(host)
         token = secrets.token_hex(16)
-        serve = [sys.executable, "-m", "tests.guest.agent", host.ip4, str(_PORT)]
+        serve = [sys.executable, str(ROOT / "tests/guest/agent.py"), host.ip4, str(_PORT)]
         pipe = subprocess.PIPE
         agent = ends.enter_context(host.popen(serve, stdin=pipe, stdout=pipe, env={"PYTHONPATH": str(ROOT)}))
         agent.stdin.write(f"{token}\n".encode())

@@ -25,7 +25,7 @@ special.is_foreign = lambda layout, stub: True
 from cli.main import main
 main()
 """
-MOVES = 3
+MOVES = 2
 READ, EXEC = 1, 4
 
 
@@ -92,7 +92,7 @@ def test_threads_that_stand_in_it_walk_out(tmp_path: Path) -> None:
     inside = 0
     with Target("clocks", tmp_path) as target:
         place = vdso_of(target.pid)
-        for _ in range(50):
+        for _ in range(15):
             time.sleep(random.Random(inside).uniform(0, 0.002))
             tree = Tree.stop([target.pid])
             try:
@@ -105,4 +105,48 @@ def test_threads_that_stand_in_it_walk_out(tmp_path: Path) -> None:
             finally:
                 tree.resume()
             target.goes_on()
-    assert inside > 10
+    assert inside > 3
+
+
+def stopped_in_handler(tmp_path: Path, how: str, image: Path) -> Target:
+    """An image of a program whose handler runs; it has ended."""
+    with Target("handler", tmp_path, how) as target:
+        os.kill(target.pid, signal.SIGUSR1)
+        end = time.monotonic() + 20
+        while not target.read()[1]:
+            assert target.process.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        checkpoint(target.pid, image)
+        target.process.wait(20)
+    return target
+
+
+def test_a_handler_that_will_return_into_it_is_refused(tmp_path: Path) -> None:
+    for number in range(10):  # where it has interrupted the program is chance, mostly in the vdso
+        stopped_in_handler(tmp_path, "asks", image := tmp_path / f"image{number}")
+        argv = [sys.executable, "-c", FOREIGN, "restore", str(image), "--foreground"]
+        with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as tool:
+            assert tool.stdout is not None
+            assert tool.stderr is not None
+            said = tool.stdout.readline().strip()
+            if not said:
+                assert "TM-0740" in tool.stderr.read()
+                return
+            os.kill(int(said), signal.SIGKILL)
+        (tmp_path / "handler.words").unlink()
+    raise AssertionError("it was never refused")
+
+
+def test_a_handler_that_will_return_elsewhere_is_not(tmp_path: Path) -> None:
+    target = stopped_in_handler(tmp_path, "counts", image := tmp_path / "image")
+    with restore(image) as tool:
+        try:
+            here, end = target.progress, time.monotonic() + 20
+            os.kill(target.pid, signal.SIGUSR2)
+            while target.progress == here:
+                assert time.monotonic() < end
+                time.sleep(0.001)
+        finally:
+            os.kill(target.pid, signal.SIGKILL)
+            tool.wait(20)

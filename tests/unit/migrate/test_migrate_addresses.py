@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from migrate import hostfacts
 from migrate.addresses import AddressRecord, Configuration, InterfaceRecord, parse_address
 from migrate.announce import Claim, announcement, claim, probe
 from migrate.arrival import choose_interface
 from migrate.clock import Offset, elapsed_since
 from migrate.errors import AddressSyntax, NoInterfaceForAddress, RshSyntax, from_remote
-from migrate.hostfacts import judge_host
+from migrate.hostfacts import judge_host, without
 from migrate.messages import CpuState, HostFacts, Needs, TreeNeed
 from migrate.rtnetlink import LinkFlag
 from migrate.takeover import select
@@ -231,6 +233,18 @@ def test_another_machine() -> None:
     assert (verdict.code, verdict.subject) == ("TM-0616", "cpu")
     assert "avx2" in verdict.text
     assert [v.subject for v in judge_host(needs, host(), host("aarch64", 65536))] == ["machine", "page size"]
+
+
+def test_features_that_are_not_used_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = CpuState(machine="x86_64", flags=frozenset({"sse2", "avx512f", "avx512vl", "sha_ni"}))
+    ours = HostFacts(boot_id="b", network=1, pids=1, kernel="6", page_size=4096, cpu=cpu)
+    monkeypatch.setattr(hostfacts, "host_facts", lambda: ours)
+    needs = Needs(trees=(TreeNeed(root=1, pids=(1,), tids=(1,)),))
+    lesser = replace(ours, cpu=replace(cpu, flags=frozenset({"sse2"})))
+    assert without(needs, ()) is needs
+    (verdict,) = judge_host(without(needs, ["avx512*"]), ours, lesser)
+    assert verdict.text.split()[-1] == "sha_ni"
+    assert judge_host(without(needs, ["avx512?*", "sha_ni"]), ours, lesser) == []
 
 
 def test_errors_of_the_other_host_keep_their_code() -> None:
