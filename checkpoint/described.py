@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 
+from checkpoint.files.base import OpenFile
 from checkpoint.files.pty import masters_of
+from checkpoint.files.sysv import SysvSegment
+from checkpoint.files.table import FileTable
+from checkpoint.files.tcp import Original
 from checkpoint.files.terminal import slave_number
 from checkpoint.ipc.base import SystemV
 from checkpoint.kernel.kcmp import KcmpType, Known
@@ -17,10 +22,20 @@ from checkpoint.records import Manifest, ProcessRecord, TreeRecord
 from checkpoint.state import clocks
 from checkpoint.state.table import ProcessState
 from checkpoint.tracee import Tree
+from checkpoint.traces import FrozenTree, HeldListener, HeldListeners, Traced, given_up_locks, listener_name
 from checkpoint.tree import Task, plan
+from tcpstate.filters import own_filter, own_mark, read_filters
 from tcpstate.version import VERSION
 
-__all__ = ["Sharing", "manifest", "process_records", "task_of", "tree_record"]
+__all__ = [
+    "Sharing",
+    "frozen_tree",
+    "held_listeners",
+    "manifest",
+    "process_records",
+    "task_of",
+    "tree_record",
+]
 
 
 def manifest(tree: Tree, roots: Sequence[int], number: Numbers) -> Manifest:
@@ -100,6 +115,28 @@ def task_of(stat: Stat, masters: set[int], sharing: Sharing, wait_code: int | No
         files=files,
         directories=directories,
     )
+
+
+def frozen_tree(
+    tree: Tree, connections: Sequence[Original], table: FileTable, records: Sequence[OpenFile], objects: Sequence[str]
+) -> FrozenTree:
+    """What is noted of a tree before it is kept stopped."""
+    return FrozenTree(
+        processes=[Traced.of(process) for process in tree.processes],
+        connections=list(connections),
+        locks=given_up_locks(table.entries, records),
+        objects=[record.note for record in records if isinstance(record, SysvSegment)] + list(objects),
+        more=table.ahead is not None,
+    )
+
+
+def held_listeners(listeners: Sequence[socket.socket], places: Sequence[list[tuple[int, int]]]) -> HeldListeners:
+    """What is noted of listeners before they drop SYNs."""
+    held = [
+        HeldListener(places=where, name=listener_name(sock), filter=own_filter(own), mark=own_mark(sock))
+        for sock, where, own in zip(listeners, places, read_filters(listeners), strict=True)
+    ]
+    return HeldListeners(listeners=held)
 
 
 def _boot_id() -> str:

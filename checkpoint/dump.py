@@ -30,11 +30,12 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from checkpoint import preflight, procfs
-from checkpoint.described import manifest, process_records, tree_record
+from checkpoint.described import frozen_tree, held_listeners, manifest, process_records, tree_record
 from checkpoint.errors import NoSuchProcess, Refused, TreeChanged
+from checkpoint.files.ahead import Ahead, tell
 from checkpoint.files.base import OpenFile
 from checkpoint.files.contents import of_contents
 from checkpoint.files.held import HeldSocket
@@ -42,9 +43,9 @@ from checkpoint.files.identity import Evidence
 from checkpoint.files.policy import NO_POLICY, AcceptQueues, Policy
 from checkpoint.files.regular import RegularFile
 from checkpoint.files.shipped import refuse_new
-from checkpoint.files.sysv import SysvSegment
 from checkpoint.files.table import FileTable, TreeFiles
-from checkpoint.files.tcp import TcpGroup
+from checkpoint.files.tcp import Original, TcpGroup
+from checkpoint.files.treefiles import AheadFiles
 from checkpoint.holdoff import Holdoff, LastSegments
 from checkpoint.image.format import PageRun
 from checkpoint.image.frames import Kind
@@ -62,24 +63,11 @@ from checkpoint.records import FilesDelta, MapsDelta
 from checkpoint.state import table
 from checkpoint.state.table import ProcessState
 from checkpoint.tracee import Tree
-from checkpoint.traces import (
-    FrozenTree,
-    HeldListener,
-    HeldListeners,
-    NoteWriter,
-    Roots,
-    Rules,
-    Trace,
-    Traced,
-    given_up_locks,
-    listener_name,
-    peeked,
-    write,
-)
+from checkpoint.traces import NoteWriter, Roots, Rules, Trace, Traced, peeked, write
 from checkpoint.verdict import Verdict
 from tcpstate.capture import replay, unknown
 from tcpstate.errors import TcpmigError
-from tcpstate.filters import own_filter, own_mark, read_filters, remove_syn_filter
+from tcpstate.filters import remove_syn_filter
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.route import local_addresses
 from tcpstate.segment import Segment
@@ -111,6 +99,7 @@ class Dump:
         self.warnings: list[str] = []
         self._foreseen: dict[int, dict[bytes, Vma]] = {}
         self._live: LiveCopy | None = None
+        self._ahead: Ahead | None = None
         self.remaining: dict[int, Remaining] = {}  #: what the target lacks, by PID, after :meth:`skeleton`
         self._holdoff: Holdoff | None = None
         self._listeners: list[socket.socket] = []
@@ -131,6 +120,7 @@ class Dump:
         #: application must accept them first, unless the policy lets them be reset
         self.keep_queues = False
         self.connections = 0  #: how many TCP connections the trees hold, once they are stopped
+        self.ahead = 0  #: and how many of them are as they were told before, once they are frozen
         self.pids: tuple[int, ...] = ()  #: the processes, once they are stopped
         self.stopped_ns = self.exported_ns = 0  #: CLOCK_MONOTONIC, ns: first thread stopped; connections exported
 
@@ -166,6 +156,12 @@ class Dump:
                 with contextlib.suppress(NoSuchProcess):
                     self._foreseen[pid] = foresee_tracked(pid)
 
+    def tell_ahead(self, moved: Collection[str]) -> AheadFiles | None:
+        """Idle connections, to be built before the stop; None if there are none, or this kernel cannot tell whether
+        they change. ``moved``: the addresses that will leave. Last before :meth:`make_ready`."""
+        self._ahead, told = tell(preflight.pids(self.roots), moved, self._policy)
+        return told
+
     def give_up_live(self) -> None:
         """All of the memory is copied in the stop, after all."""
         live, self._live = self._live, None
@@ -199,11 +195,7 @@ class Dump:
         if self._holdoff is None:
             raise RuntimeError("find_listeners() comes first")
         if self._listeners:
-            held = [
-                HeldListener(places=places, name=listener_name(sock), filter=own_filter(own), mark=own_mark(sock))
-                for sock, places, own in zip(self._listeners, self._places, read_filters(self._listeners), strict=True)
-            ]
-            write(self.note, Trace.LISTENERS, HeldListeners(listeners=held))
+            write(self.note, Trace.LISTENERS, held_listeners(self._listeners, self._places))
         self._holdoff.begin()
 
     def drain(self) -> None:
@@ -288,7 +280,7 @@ class Dump:
 
     def _capture(self, tree: Tree) -> None:
         self._numbers = Numbers([*self.pids, *(zombie.pid for zombie in tree.zombies)])
-        self._table = FileTable(policy=self._policy)
+        self._table = FileTable(policy=self._policy, ahead=self._ahead)
         self._table.evidence = self._evidence
         for process in tree.processes:
             process.foreseen = self._foreseen.get(process.pid, {})
@@ -325,7 +317,7 @@ class Dump:
         records = process_records(tree, self._states)
         objects = number.objects(self._ipc.records)
         yield Kind.TREE, tree_record(number.processes(records), self.roots, objects, self._spaces)
-        yield Kind.FILES, None if files is None else number.files(files)
+        yield Kind.FILES, None if files is None else number.files(self._files_table.untold(files))
         if self._live is not None and files is not None:
             self.remaining = self._live.left(tree.processes, records, self._layouts, files, self._spaces)
         for pid, left in self.remaining.items():
@@ -371,27 +363,28 @@ class Dump:
         """From now on our death leaves the trees stopped, and how to give their sockets back is written down. Before
         :meth:`early_queues`; nothing is injected after this."""
         if self.note is not None:
-            records = [] if self._files is None else self._files.files
-            tree = FrozenTree(
-                processes=[Traced.of(process) for process in self._tree.processes],
-                connections=self._connections.originals(),
-                locks=given_up_locks(self._files_table.entries, records),
-                objects=[record.note for record in records if isinstance(record, SysvSegment)] + self._ipc.notes,
-            )
-            write(self.note, Trace.TREE, tree)
+            self._note_tree(self._connections.originals())
         self._tree.queue_sigstops()
         self._secured = True
+
+    def _note_tree(self, connections: Sequence[Original]) -> None:
+        records = [] if self._files is None else self._files.files
+        tree = frozen_tree(self._tree, connections, self._files_table, records, self._ipc.notes)
+        write(self.note, Trace.TREE, tree)
 
     def freeze(self, arrived: Sequence[Segment] = ()) -> list[Segment]:
         """Make the connections quiet and export them; of the segments that ``arrived`` before, those that they lack."""
         if not self._secured:
             self.secure()
         self._last.wait()
+        if more := self._connections.find_changed():
+            self._note_tree(more)
         self._connections.freeze()
         if self.keep_queues:
             known = self._off.handshakes_ended
             self.connections += self._connections.take_queues(handshakes=not known, shelf=self._off.shelf)
         self._connections.export()
+        self.ahead = self._connections.ahead
         self.exported_ns = time.monotonic_ns()
         return unknown(arrived, self._connections.exported)
 
@@ -409,7 +402,7 @@ class Dump:
         arrived  segments captured meanwhile: the connections get them now, and no peer waits for a retransmission
         """
         group, off = self._group, self._off
-        exported = [] if group is None else group.exported
+        exported = [] if group is None else group.exported_for(arrived)
         failed: list[Exception] = []
 
         def refill() -> None:
@@ -486,6 +479,8 @@ class Dump:
         self._restore_gc()
         self.give_up_live()
         self._blackhole.remove()
+        if self._ahead is not None:
+            self._ahead.close()
         if self._table is not None:
             self._table.close()
             self._table = None

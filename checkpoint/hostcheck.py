@@ -9,11 +9,12 @@ import contextlib
 import ctypes
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
 from checkpoint import procfs
+from checkpoint.errors import NoSuchProcess
 from checkpoint.kernel import pagemap, process_vm
 from checkpoint.kernel.kcmp import KcmpType, kcmp
 from checkpoint.verdict import Status, Verdict
@@ -25,7 +26,7 @@ from tcpstate.kernel.sockets import IP, SO, Level, pidfd_getfd
 from tcpstate.kernel.tcp import TCP, Repair
 from tcpstate.silence import MARK
 
-__all__ = ["FEATURES", "NEEDED", "check"]
+__all__ = ["FEATURES", "NEEDED", "check", "first_user"]
 
 #: capability: what it is needed for
 NEEDED: Final = {
@@ -185,3 +186,21 @@ FEATURES: Final[dict[str, Callable[[], None]]] = {
     "time namespaces": _time_namespace,
     "setting PIDs": _set_tid,
 }
+
+
+def first_user(numbers: Iterable[int]) -> tuple[int, str] | None:
+    """(number, by what) of the first of ``numbers`` that is in use here, as process, thread, group or session."""
+    groups: set[int] = set()
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                stat = procfs.read_stat(int(name))
+            except NoSuchProcess:
+                continue
+            groups |= {stat.pgid, stat.sid}
+    for number in numbers:
+        # /proc/N is there for the number of every thread, although only processes are listed
+        if number in groups or os.path.exists(f"/proc/{number}"):
+            users = procfs.users_of_number(number)
+            return number, users[0] if users else "a process that has just ended"
+    return None

@@ -13,6 +13,7 @@ from checkpoint.arch import USER_END
 from checkpoint.files.base import OpenFile
 from checkpoint.files.regular import RegularFile
 from checkpoint.files.table import TreeFiles
+from checkpoint.files.treefiles import AheadFiles
 from checkpoint.image.frames import End
 from checkpoint.ipc.base import SystemV
 from checkpoint.kernel import restart_block
@@ -228,4 +229,4 @@ def prepare() -> None:
     would pay else."""
     restart_block.prepare()
     image = (Manifest, TreeRecord, TreeFiles, MemoryLayout, MapsDelta, FilesDelta, End)
-    codec.prepare(*image, LiveTree, ConnectionRecord, FrozenTree)
+    codec.prepare(*image, LiveTree, AheadFiles, ConnectionRecord, FrozenTree)

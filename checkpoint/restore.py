@@ -2,7 +2,8 @@
 
 ::
 
-    apply(frame)      for each frame.  LIVE lays out memory while the originals run, PAGES fill it (checkpoint.ground).
+    apply(frame)      for each frame.  LIVE lays out memory while the originals run, PAGES fill it (checkpoint.ground),
+                      AHEAD brings idle connections.
                       With the last MAPPINGS the tree grows, of stubs with the right numbers,
                       with its memory laid out and its files open; PAGES fill it; FILES_DELTA brings the connections
                       COPIED says that the processes can be completed: threads and state, registers set
@@ -24,10 +25,11 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from checkpoint import newpids, procfs
-from checkpoint.errors import ImageIncomplete, NoSuchProcess, RebuildDiffers
+from checkpoint import newpids
+from checkpoint.errors import ImageIncomplete, RebuildDiffers
+from checkpoint.files.aheadbuild import BuiltAhead
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.install import install
 from checkpoint.files.pidfd import PidFd
@@ -35,6 +37,7 @@ from checkpoint.files.policy import External
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcpfile import TcpFile
+from checkpoint.files.treefiles import AheadFiles
 from checkpoint.ground import Ground
 from checkpoint.image.frames import Frame, Kind, PageRun, Runs, Space
 from checkpoint.indoors import settle
@@ -54,7 +57,7 @@ from tcpstate.record import ConnectionRecord
 from tcpstate.segment import Segment
 from tcpstate.silence import Blackhole
 
-__all__ = ["Restore", "first_user"]
+__all__ = ["Restore"]
 
 _log = logging.getLogger(__name__)
 
@@ -104,6 +107,7 @@ class Restore:
         self._files: TreeFiles | None = None
         self._layouts: dict[int, MemoryLayout] = {}
         self._rebuilder: Rebuilder | None = None
+        self._ahead: BuiltAhead | None = None
         self._blackhole = Blackhole()
         self._arrived_ns = 0
         self._complete = False
@@ -144,6 +148,8 @@ class Restore:
                 self.manifest = frame.decode(Manifest)
             case Kind.LIVE:
                 self._live(frame.decode(LiveTree))
+            case Kind.AHEAD:
+                self._build_ahead(frame.decode(AheadFiles))
             case Kind.MAPS_DELTA:
                 self._ground.forget(frame.decode(MapsDelta))
             case Kind.PAGES_DROP:
@@ -152,7 +158,7 @@ class Restore:
                 self._arrived_ns = time.monotonic_ns()
                 self._tree = frame.decode(TreeRecord)
             case Kind.FILES:
-                self._files = frame.decode(TreeFiles)
+                self._files = self._whole(frame.decode(TreeFiles))
             case Kind.MAPPINGS:
                 one = frame.decode(MemoryLayout)
                 self._layouts[one.pid] = one
@@ -191,6 +197,22 @@ class Restore:
             self._enter_clocks(tree.clocks, max(0, time.monotonic_ns() - tree.at) if tree.at else 0)
         self._ground.apply(tree)
 
+    def _build_ahead(self, told: AheadFiles) -> None:
+        if self._tree is not None or self._ahead is not None:
+            raise ImageIncomplete("connections were told ahead of the stop after it, or twice")
+        self.make_ready()
+        self._ahead = BuiltAhead(told, self._devices)
+        self._ahead.install(self.stubs)
+
+    def _whole(self, files: TreeFiles) -> TreeFiles:
+        try:
+            whole = files.whole(None if self._ahead is None else self._ahead.told)
+        except ValueError as error:
+            raise ImageIncomplete(f"the record FILES does not go on from AHEAD: {error}") from None
+        if self._ahead is not None:
+            self._ahead.forget(files.gone)
+        return whole
+
     def _enter_clocks(self, wanted: clocks.Clocks, elapsed: int) -> None:
         clocks.enter(wanted, elapsed)
         self._clocks_go_on = True
@@ -212,6 +234,9 @@ class Restore:
         held = {} if self._held is None else self._held(self._files)
         if any(isinstance(file, TcpFile) and file.conn_id for file in self._files.files):
             self.make_ready()
+        goes_on = self._ground.takes(self._tree.processes, self._layouts, self._tree.spaces)
+        if self._ahead is not None and not goes_on:
+            self._ahead.uninstall()
         self._rebuilder = Rebuilder(
             self._files,
             path=self._path,
@@ -224,12 +249,12 @@ class Restore:
             devices=self._devices,
             external=self._external,
             stubs=self.stubs,
+            ahead=self._ahead,
         )
         if self._check:
             for warning in self._rebuilder.check():
                 self._warn(warning)
         ipc.check(self._tree.ipc)
-        goes_on = self._ground.takes(self._tree.processes, self._layouts, self._tree.spaces)
         if not goes_on:
             self._ground.grow_anew(self._tree.processes, taken, self._tree.spaces)
         ipc.make(self._tree.ipc, lambda path: write(self.note, Trace.MADE, Made(path=path)), self._ipc.append)
@@ -398,6 +423,11 @@ class Restore:
         return self._files_rebuilder.connections
 
     @property
+    def built_ahead(self) -> int:
+        """How many connections more stand, as they were built before the stop."""
+        return self._files_rebuilder.built_ahead
+
+    @property
     def taken(self) -> int:
         """How many of them are the very sockets that were held."""
         return self._files_rebuilder.taken
@@ -438,6 +468,7 @@ class Restore:
     def abort(self) -> None:
         """Nothing is left of what was built. May be repeated."""
         self._ground.clear()
+        self._close_ahead()
         if self._rebuilder is not None:
             self._rebuilder.abort()
             self._rebuilder = None
@@ -447,29 +478,17 @@ class Restore:
         self._blackhole.remove()
         gc.enable()
 
+    def _close_ahead(self) -> None:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.close()
+
     def close(self) -> None:
         """Close our descriptors."""
+        self._close_ahead()
         if self._rebuilder is not None:
             self._rebuilder.close()
             self._rebuilder = None
         self._ground.close()
         self._blackhole.remove()
         gc.enable()
-
-
-def first_user(numbers: Iterable[int]) -> tuple[int, str] | None:
-    """(number, by what) of the first of ``numbers`` that is in use here, as process, thread, group or session."""
-    groups: set[int] = set()
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                stat = procfs.read_stat(int(name))
-            except NoSuchProcess:
-                continue
-            groups |= {stat.pgid, stat.sid}
-    for number in numbers:
-        # /proc/N is there for the number of every thread, although only processes are listed
-        if number in groups or os.path.exists(f"/proc/{number}"):
-            users = procfs.users_of_number(number)
-            return number, users[0] if users else "a process that has just ended"
-    return None

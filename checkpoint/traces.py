@@ -149,12 +149,15 @@ class FrozenTree:
 
     objects  System V objects that only they use, as notes of what was made name them (:class:`Made`): they go with the
              processes when the copy runs
+    more     they have more connections, that were told before the stop and are not changed (checkpoint.files.ahead):
+             nothing has to be given back to those, but when the copy runs they must not say a word either
     """
 
     processes: list[Traced]
     connections: list[Original]
     locks: list[GivenUpLock]
     objects: list[str] = field(default_factory=list)
+    more: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -175,7 +175,15 @@ def discard(tree: FrozenTree) -> int:
     with _connections(tree) as found:
         living = [sock for sock, _ in found if not _is_closed(sock)]
         discard_connections(living, close=False)
-        return len(living)
+    return len(living) + (_discard_rest(tree.processes) if tree.more else 0)
+
+
+def _discard_rest(processes: Sequence[Traced]) -> int:
+    """Whatever else they have: what was told ahead of the stop stands in no list. How many."""
+    with preflight.live_files([each.pid for each in alive(processes)]) as files:
+        rest = TcpGroup(files).established
+        discard_connections(rest, close=False)
+        return len(rest)
 
 
 def open_listeners(held: HeldListeners, processes: Sequence[Traced]) -> int:

@@ -22,6 +22,7 @@ from tcpstate import acceptqueue
 
 __all__ = [
     "ACCEPT_QUEUE",
+    "AHEAD",
     "PROBE",
     "features",
     "host_facts",
@@ -33,6 +34,8 @@ __all__ = [
 
 #: of :func:`features`: connections can be put into a listener's accept queue
 ACCEPT_QUEUE: Final = "accept-queue"
+#: of :func:`features`: connections are built before the stop (the frame AHEAD is understood)
+AHEAD: Final = "connections-ahead"
 #: the same: this program answers Probe
 PROBE: Final = "probe"
 
@@ -64,7 +67,7 @@ def without(needs: Needs, patterns: Sequence[str]) -> Needs:
 def features() -> frozenset[str]:
     """What the kernel and this program can do here that another host may want to know before anything is stopped. The
     first time takes up to a second (the kernel's BTF is read)."""
-    ours = frozenset({PROBE, squeeze.FEATURE})
+    ours = frozenset({PROBE, AHEAD, squeeze.FEATURE})
     return ours if acceptqueue.missing() else ours | {ACCEPT_QUEUE}
 
 

@@ -13,7 +13,7 @@ from checkpoint import hostcheck
 from checkpoint.errors import FileMissing, InterfaceMissing, PairWithoutAddress, PidTaken
 from checkpoint.files.verdicts import judge_here
 from checkpoint.image.format import FrameReader
-from checkpoint.restore import Restore, first_user
+from checkpoint.restore import Restore
 from checkpoint.traces import NoteWriter
 from checkpoint.verdict import Verdict, refusals
 from migrate.clock import monotonic_ns
@@ -72,7 +72,7 @@ class IncomingTrees:
         self._pairs = _pairs(needs)
         found = refusals(hostcheck.check())
         for tree in needs.trees:
-            taken = None if tree.inner else first_user(tree.tids)
+            taken = None if tree.inner else hostcheck.first_user(tree.tids)
             found.append(
                 Verdict(subject=f"pid {tree.root}", kind="process", text=f"{len(tree.tids)} numbers are free")
                 if taken is None
@@ -116,7 +116,8 @@ class IncomingTrees:
             Difference(connection=connection, item=d.what, sent=str(d.expected), found=str(d.found))
             for connection, d in self._restore.prepare(elapsed=elapsed())
         )
-        return Comparison(connections=len(self._restore.connections), differences=differences)
+        count = len(self._restore.connections) + self._restore.built_ahead
+        return Comparison(connections=count, differences=differences)
 
     def keep(self) -> None:
         """The processes outlive this program."""

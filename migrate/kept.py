@@ -29,7 +29,7 @@ NOTE = "kept"
 _HEAD = struct.Struct("<16sII")
 #: bytes of the record of a PAGES frame with one run, at most
 _ONE_RUN = 96
-_KEPT = frozenset({Kind.FILES, Kind.FILES_DELTA})
+_KEPT = frozenset({Kind.AHEAD, Kind.FILES, Kind.FILES_DELTA})
 
 
 class KeptFrames:

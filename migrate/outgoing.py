@@ -30,7 +30,7 @@ from checkpoint.image.writer import ImageFile
 from checkpoint.live import Round as LiveRound
 from checkpoint.namespaces.numbers import Numbers
 from migrate.clock import monotonic_ns
-from migrate.hostfacts import ACCEPT_QUEUE
+from migrate.hostfacts import ACCEPT_QUEUE, AHEAD
 from migrate.messages import Needs, TreeNeed
 from migrate.parts import NoteWriter
 from migrate.rounds import Round
@@ -76,9 +76,12 @@ class OutgoingTrees:
         #: what the connections were sent in the stop and do not have
         self._refused: list[Segment] = []
         self._began = False
+        #: whether the target builds connections before the stop
+        self._ahead = False
 
     def meet(self, features: frozenset[str]) -> None:
         """What waits to be accepted can move if both kernels can put it back: here, should all be undone."""
+        self._ahead = AHEAD in features
         if self._policy.accept_queue is not AcceptQueues.REFUSE and ACCEPT_QUEUE in features:
             lack = acceptqueue.missing()
             if lack is not None:
@@ -166,6 +169,19 @@ class OutgoingTrees:
         for run in told.runs:
             image.write(self._writer.pages(run))
         image.flush()
+
+    def copy_ahead(
+        self, image: ImageWriter, moved: Sequence[str], there: Callable[[int], int], settle: Callable[[], None]
+    ) -> None:
+        """Idle connections are told, and built."""
+        if not self._ahead or (told := self._dump.tell_ahead(moved)) is None:
+            return
+        _log.info("%d idle connections are built at the target before the stop", len(told.files))
+        told = dataclasses.replace(told, read_at=max(0, there(told.read_at)))
+        self._begin(image)
+        image.write(self._writer.frame(Kind.AHEAD, told))
+        image.flush()
+        settle()
 
     def _begin(self, image: ImageWriter) -> None:
         if not self._began:
@@ -264,6 +280,11 @@ class OutgoingTrees:
     def connections(self) -> int:
         """How many move."""
         return self._dump.connections
+
+    @property
+    def ahead(self) -> int:
+        """How many of them the target had built before the stop."""
+        return self._dump.ahead
 
     def segments(self) -> Sequence[bytes]:
         """Captured since the last call, packed."""

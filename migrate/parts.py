@@ -65,6 +65,16 @@ class Outgoing(Protocol):
         Yields what a round took, and the bytes written since by each process; ends if there can be no rounds.
         """
 
+    def copy_ahead(
+        self, image: ImageWriter, moved: Sequence[str], there: Callable[[int], int], settle: Callable[[], None]
+    ) -> None:
+        """Step 2, after the rounds: idle connections are told, and built at the target while they go on here.
+
+        moved   the addresses that will leave this host
+        there   a time of our CLOCK_MONOTONIC as one of the target's, rather too early than too late
+        settle  as for :meth:`copy_live`
+        """
+
     def prepare(self, note: NoteWriter) -> None:
         """Step 2: SYNs are captured, listeners take no new connections, accept queues drain.
 
@@ -92,6 +102,10 @@ class Outgoing(Protocol):
     @property
     def connections(self) -> int:
         """How many connections move; known after :meth:`freeze`."""
+
+    @property
+    def ahead(self) -> int:
+        """How many of them were built before the stop, and are the same; known after :meth:`freeze`."""
 
     def segments(self) -> Sequence[bytes]:
         """The segments captured since the last call. After :meth:`discard` too, until :meth:`close`."""

@@ -17,6 +17,7 @@ from checkpoint import preflight, undo
 from checkpoint.errors import NoSuchProcess
 from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcp import TcpGroup
+from checkpoint.files.treefiles import AheadFiles
 from checkpoint.finish import Finish, remove_made, running
 from checkpoint.image.frames import Kind, PageRun, Runs
 from checkpoint.records import FilesDelta
@@ -251,14 +252,17 @@ def finish_rebuilt(view: JournalView, journal: Journal) -> dict[int, int]:
 @contextlib.contextmanager
 def _finish(traces: Traces, stubs: Stubs) -> Iterator[Finish]:
     files: TreeFiles | None = None
+    ahead: AheadFiles | None = None
     delta = FilesDelta()
     sent: list[PageRun] = []
     for path in traces.kept:
         try:
             for frame in read_kept(path):
                 match frame.kind:
+                    case Kind.AHEAD:
+                        ahead = codec.unpack(AheadFiles, frame.record)
                     case Kind.FILES:
-                        files = codec.unpack(TreeFiles, frame.record)
+                        files = codec.unpack(TreeFiles, frame.record).whole(ahead)
                     case Kind.FILES_DELTA:
                         delta = FilesDelta(files={**delta.files, **codec.unpack(FilesDelta, frame.record).files})
                     case _:

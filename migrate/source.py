@@ -225,7 +225,7 @@ class Source:
                 self._hooks.before_stop(checked.needs, moved, journal)
         packer = agreed(options.compress, self._offered)
         image = ImageWriter(self._channel, self._machine.send_image, self._attend, packer)
-        rounds = self._copy_live(image) if options.precopy else []
+        rounds = self._copy_live(image, moved) if options.precopy else []
         with self._phase("prepare"):
             # with the first one the target's hook is called: before new connections are held off
             self._measure(1)
@@ -285,6 +285,7 @@ class Source:
             target_pid=pids.get(roots[0], 0),
             pids=pids,
             connections=outgoing.connections,
+            ahead=outgoing.ahead,
             addresses=moved,
             rounds=tuple(rounds),
             stop_ms=stop_ns / 1e6,
@@ -295,17 +296,19 @@ class Source:
             not_taken="" if self._not_taken is None else self._not_taken.message,
         )
 
-    def _copy_live(self, image: ImageWriter) -> list[Round]:
-        """Rounds of pre-copy, until what remains fits the stop. WritesTooFast."""
+    def _copy_live(self, image: ImageWriter, moved: tuple[str, ...]) -> list[Round]:
+        """Rounds of pre-copy, until what remains fits the stop; then idle connections. WritesTooFast."""
         with self._phase("precopy"):
             self._measure(MEASUREMENTS)
             # nothing is stopped, but there is something at the target that has to be undone
             self._copying = True
             pace = Pace(self._options.max_downtime_ms)
+
             # a clock that is a little late there jumps a little; one that is early would run backwards
-            rounds = self._outgoing.copy_live(
-                image, lambda here: self._offset.there(here) - self._offset.error_ns, lambda: self._measure(1)
-            )
+            def there(here: int) -> int:
+                return self._offset.there(here) - self._offset.error_ns
+
+            rounds = self._outgoing.copy_live(image, there, lambda: self._measure(1))
             for sent, written in rounds:
                 _log.info(
                     "round %d: %.1f MB in %.0f ms; %.1f MB written meanwhile",
@@ -317,6 +320,7 @@ class Source:
                 if not pace.another(sent, written):
                     break
             pace.judge(self._options.if_busy)
+            self._outgoing.copy_ahead(image, moved, there, lambda: self._measure(1))
             self._copying = False
             return pace.rounds
 

@@ -63,6 +63,7 @@ class Summary:
     stop_ms          from the first thread stopped here to the last one released there, by this host's clock
     total_ms         from the first word to the last
     bytes_sent       on the line
+    ahead            connections that were built before the stop, and were the same at its end
     phases           milliseconds of each phase
     lost             connections that did not come through
     not_taken        why the addresses are not there: the takeover hook failed
@@ -74,6 +75,7 @@ class Summary:
     target_pid: int
     pids: dict[int, int]
     connections: int
+    ahead: int
     addresses: tuple[str, ...]
     rounds: tuple[Round, ...]
     stop_ms: float

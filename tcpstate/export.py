@@ -29,7 +29,7 @@ from tcpstate.kernel.sockets import SO, BufferLock, Level
 from tcpstate.kernel.tcp import TCP, InfoOption, Repair, TcpState
 from tcpstate.md5keys import SigningKey, keys_of
 from tcpstate.preflight import refusal, state_of, supported
-from tcpstate.reading import Raw, read_all
+from tcpstate.reading import Numbers, Raw, read_all
 from tcpstate.record import (
     LOCALLY_FINISHED,
     PEER_FINISHED,
@@ -47,7 +47,7 @@ from tcpstate.record import (
 from tcpstate.segment import SEQ_MASK
 from tcpstate.trusted import maker
 
-__all__ = ["Passed", "advance", "export_connections", "later", "refusal", "state_of", "supported"]
+__all__ = ["Passed", "advance", "export_connections", "idle_records", "later", "refusal", "state_of", "supported"]
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +131,18 @@ def _export(
             one.nsd = max(one.nsd, min(one.told.outq, unsent))
     urgent = shared.urgent() if any(one.send_queue for one in raw) else {}
     return _records(raw, socks, states, saved, keys, Passed(time.monotonic() - begun), shared, urgent)
+
+
+def idle_records(
+    told: Sequence[Numbers],
+    socks: Sequence[socket.socket],
+    states: Sequence[QuietState],
+    saved: Sequence[options.Saved],
+    seconds: float,
+) -> list[ConnectionRecord]:
+    """Records of established connections with nothing in their queues and no keys, read ``seconds`` ago."""
+    none = [()] * len(told)
+    return _records(list(map(Raw, told)), socks, states, saved, none, Passed(seconds), _Shared(), {})
 
 
 def _urgent() -> Mapping[ConnId, int]:

@@ -25,6 +25,7 @@ from typing import Final
 from tcpstate.connid import canonical_address
 from tcpstate.errors import KeysNotRestored
 from tcpstate.kernel import diag, md5sig
+from tcpstate.kernel.bpf.signed import nobody_signs
 from tcpstate.kernel.sockets import Level, is_v6, pack_address
 from tcpstate.kernel.tcp import TCP
 from tcpstate.segment import Segment, build
@@ -99,7 +100,7 @@ def keys_of(
 
 def all_keys() -> dict[int, tuple[SigningKey, ...]]:
     """The keys of all sockets of the calling thread's network namespace that have some, by inode. OSError."""
-    if not supported():
+    if not supported() or nobody_signs():
         return {}
     return {
         inode: tuple(SigningKey(address=a, prefix=p, secret=k) for _, a, p, k in keys)

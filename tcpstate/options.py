@@ -15,7 +15,7 @@ import errno
 import functools
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tcpstate.errors import UnsupportedSocket
@@ -393,6 +393,15 @@ def _by_family(socks: Sequence[socket.socket], *, volatile: bool) -> list[Saved]
             for i, found in zip(mine, _reading(family, volatile).read([socks[i] for i in mine]), strict=True):
                 saved[i] = found
     return saved
+
+
+def take_back(sock: socket.socket, keywords: Iterable[str]) -> None:
+    """Give options the values that they have on a fresh socket. OSError."""
+    defaults = _defaults(family_of(sock))
+    for keyword in keywords:
+        option = BY_KEYWORD.get(keyword)
+        if option is not None and keyword in defaults:
+            sock.setsockopt(option.level, option.number, defaults[keyword])
 
 
 def number(record: ConnectionRecord, keyword: str) -> int:

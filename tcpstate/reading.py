@@ -21,7 +21,6 @@ import itertools
 import operator
 import socket
 import struct
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
@@ -36,8 +35,20 @@ from tcpstate.kernel.tcp import CONGESTION_NAME_SIZE, TCP, WINDOW_SIZE, RepairQu
 from tcpstate.preflight import NOT_CONNECTED, STATES, supported
 from tcpstate.record import LOCALLY_FINISHED, State
 from tcpstate.rows import describe, failures, portions
+from tcpstate.scratch import Scratch
 
-__all__ = ["PEEK", "SMALL", "Numbers", "Raw", "peek_from", "peeking_on", "read_all", "read_numbers", "read_queues"]
+__all__ = [
+    "PEEK",
+    "SMALL",
+    "Numbers",
+    "Raw",
+    "peek_from",
+    "peeking_on",
+    "read_all",
+    "read_live",
+    "read_numbers",
+    "read_queues",
+]
 
 #: how often a connection is read again whose state changed while it was read
 _TRIES = 5
@@ -240,13 +251,14 @@ def _queue_seq(rows: Rows, fd: Column, queue: RepairQueue) -> Field:
     return rows.getsockopt(fd, Level.TCP, TCP.QUEUE_SEQ, 4)
 
 
-def _build_reading(rows: Rows) -> tuple[Column, struct.Struct]:
+def _build_reading(rows: Rows, *, repair: bool = True) -> tuple[Column, struct.Struct]:
+    """``repair``: they are in repair mode; else what only that tells stays 0: MSS, windows, ends of the queues."""
     fd = rows.column()
     # The first of all: what moves after it is seen.
     info = rows.getsockopt(fd, Level.TCP, TCP.INFO, _INFO_SIZE)
-    mss = rows.getsockopt(fd, Level.TCP, TCP.MAXSEG, 4)
+    mss = rows.getsockopt(fd, Level.TCP, TCP.MAXSEG, 4) if repair else rows.room(4)
     timestamp = rows.getsockopt(fd, Level.TCP, TCP.TIMESTAMP, 4)
-    window = rows.getsockopt(fd, Level.TCP, TCP.REPAIR_WINDOW, WINDOW_SIZE)
+    window = rows.getsockopt(fd, Level.TCP, TCP.REPAIR_WINDOW, WINDOW_SIZE) if repair else rows.room(WINDOW_SIZE)
     congestion = rows.getsockopt(fd, Level.TCP, TCP.CONGESTION, CONGESTION_NAME_SIZE)
     sndbuf = rows.getsockopt(fd, Level.SOCKET, SO.SNDBUF, 4)
     rcvbuf = rows.getsockopt(fd, Level.SOCKET, SO.RCVBUF, 4)
@@ -254,9 +266,10 @@ def _build_reading(rows: Rows) -> tuple[Column, struct.Struct]:
     lock = rows.getsockopt(fd, Level.SOCKET, SO.BUF_LOCK, 4, ignore=True)
     requests = (Ioctl.SIOCATMARK, Ioctl.SIOCOUTQ, Ioctl.SIOCOUTQNSD, Ioctl.SIOCINQ)
     queues = [_ioctl(rows, fd, request) for request in requests]
-    write_seq = _queue_seq(rows, fd, RepairQueue.SEND)
-    rcv_nxt = _queue_seq(rows, fd, RepairQueue.RECEIVE)
-    rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
+    write_seq = _queue_seq(rows, fd, RepairQueue.SEND) if repair else rows.room(4)
+    rcv_nxt = _queue_seq(rows, fd, RepairQueue.RECEIVE) if repair else rows.room(4)
+    if repair:
+        rows.setsockopt(fd, Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
     names = []
     for number, label in ((SYS.getsockname, "getsockname"), (SYS.getpeername, "getpeername")):
         address, length = rows.room(_NAME_SIZE), rows.constant(struct.pack("i", _NAME_SIZE))
@@ -287,6 +300,7 @@ _MOVES: Final = "B119xQQ4xII"
 _NAME_SIZE: Final = 28
 
 _reading = Reusable(_build_reading)
+_reading_live = Reusable(functools.partial(_build_reading, repair=False))
 
 
 def read_numbers(socks: Sequence[socket.socket]) -> list[Raw]:
@@ -309,6 +323,16 @@ def read_numbers(socks: Sequence[socket.socket]) -> list[Raw]:
             if not raw.peer:
                 raise UnsupportedState("it was never connected", object=describe(sock))
     return found
+
+
+def read_live(socks: Sequence[socket.socket]) -> list[Numbers]:
+    """The numbers of connections that go on, but for those that only repair mode tells, which are 0: ``mss``, windows,
+    ``write_seq``, ``rcv_nxt``. ConnectionCallFailed."""
+    rows, (fd, reader) = _reading_live.of(len(socks))
+    fd.set(numbers_of(socks))
+    with failures(socks):
+        rows.run()
+    return list(map(_numbers, reader.iter_unpack(rows.memory)))
 
 
 def _build_position(rows: Rows) -> tuple[Column, struct.Struct]:
@@ -441,24 +465,7 @@ def _build_peeking(rows: Rows) -> tuple[Column, Field, Column, Column, RowResult
 _peeking = Reusable(_build_peeking)
 
 
-class _Memory(threading.local):
-    """Where each thread reads queues to; kept, because the kernel zeroes every page of new memory."""
-
-    def __init__(self) -> None:
-        self._memory = ctypes.create_string_buffer(1)
-
-    def of(self, size: int) -> ctypes.Array[ctypes.c_char]:
-        """So many bytes of it, or more. Those that were handed out before are to be used no more."""
-        if size > _KEPT:
-            return ctypes.create_string_buffer(size)
-        if size > len(self._memory):
-            self._memory = ctypes.create_string_buffer(size)
-        return self._memory
-
-
-#: bytes of it at most
-_KEPT: Final = 2 << 20
-_memory = _Memory()
+_memory = Scratch()
 
 
 def _peek_small(socks: Sequence[socket.socket], sizes: Sequence[tuple[int, int]], queue: RepairQueue) -> list[bytes]:

@@ -77,6 +77,8 @@ __all__ = [
 
 #: room beside a queue's bytes in its buffer: the kernel counts its own bookkeeping
 _BUFFER_SLACK = 64 << 10
+#: what a bound socket does not take any more, and has already
+_BEFORE_BIND: Final = frozenset({"ipv6.v6only"})
 #: SO_SNDBUFFORCE takes an int and doubles it
 _BUFFER_MAX = (1 << 30) - 1
 
@@ -321,7 +323,7 @@ def _connect(
         if opening.shut is None or any(opening.shut.values()):
             shut(socks, but=but)
         groups = giving.alike(records)
-        giving.give(socks, groups, Stage.BEFORE_CONNECT)
+        giving.give(socks, groups, Stage.BEFORE_CONNECT, skip=_BEFORE_BIND if bound else frozenset())
     for sock, record in zip(socks, records, strict=True):
         # nothing of an ended connection is signed any more
         if record.signing_keys and record.state is not State.CLOSED:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Final, Self
 
 from tcpstate import giving, softstate
 from tcpstate.errors import ConnectionCallFailed
@@ -25,7 +26,15 @@ from tcpstate.rows import Names, failures
 from tcpstate.segment import SEQ_MASK, Segment
 from tcpstate.urgent import put_marks
 
-__all__ = ["finish_release", "open_connections", "release_connections", "write_ends"]
+__all__ = [
+    "finish_release",
+    "make_ready",
+    "open_connections",
+    "release_connections",
+    "release_ready",
+    "retire",
+    "write_ends",
+]
 
 #: what release gives back itself, so that the generic table must not
 _OWN_HANDS = frozenset({"ip.transparent", "ipv6.transparent"})
@@ -235,11 +244,17 @@ class _Own:
 _own = Reusable(_Own.build)
 
 
-def _give_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
-    """The connection's own options, buffers and filter."""
+def _give_back(
+    socks: Sequence[socket.socket],
+    records: Sequence[ConnectionRecord],
+    *,
+    skip: frozenset[str] = _OWN_HANDS,
+    shared: bool = False,
+) -> None:
+    """The connection's own options, buffers and filter. ``shared``: a listener may still be bound to its port."""
     rows, own = _own.of(len(socks))
     own.fd.set(numbers_of(socks))
-    own.reuse_address.set(r.reuse_address for r in records)
+    own.reuse_address.set(shared or r.reuse_address for r in records)
     own.send.set(r.buffers.send // 2 for r in records)
     own.lock.set(r.buffers.locks for r in records)
     own.transparent.set(_transparent(r) for r in records)
@@ -247,10 +262,58 @@ def _give_back(socks: Sequence[socket.socket], records: Sequence[ConnectionRecor
     own.user_timeout.set(number(r, "tcp.user_timeout") for r in records)
     with failures(socks, Names(records)):
         rows.run()
-        giving.give(socks, giving.alike(records), Stage.RELEASED, skip=_OWN_HANDS)
+        giving.give(socks, giving.alike(records), Stage.RELEASED, skip=skip)
     for sock, record in zip(socks, records, strict=True):
         if record.filter_locked:
             sock.setsockopt(Level.SOCKET, SO.LOCK_FILTER, 1)
+
+
+#: of a connection that is made ready: its timers begin, and it may be heard, with the release
+_LATER: Final = frozenset({"so.keepalive", "so.mark"})
+
+
+def make_ready(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
+    """Rebuilt connections with nothing in their queues: all of the release that can be done while they are silent, and
+    in repair mode. Then :func:`release_ready`, or close them. ConnectionCallFailed."""
+    if socks:
+        _give_back(socks, records, skip=_OWN_HANDS | _LATER, shared=True)
+
+
+def _build_ready(rows: Rows) -> tuple[Column, Field, Field, Field]:
+    fd, mark, reuse_address, keepalive = rows.column(), rows.room(4), rows.room(4), rows.room(4)
+    rows.setsockopt(fd, Level.SOCKET, SO.DETACH_FILTER, 0, ignore=True)
+    rows.setsockopt(fd, Level.SOCKET, SO.MARK, mark)
+    rows.setsockopt(fd, Level.TCP, TCP.REPAIR, Repair.OFF_NO_PROBE, label="leaving repair mode")
+    # leaving repair cleared it
+    rows.setsockopt(fd, Level.SOCKET, SO.REUSEADDR, reuse_address)
+    rows.setsockopt(fd, Level.SOCKET, SO.KEEPALIVE, keepalive)
+    return fd, mark, reuse_address, keepalive
+
+
+_ready = Reusable(_build_ready)
+
+
+def release_ready(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
+    """Let connections live that :func:`make_ready` was called for. Their addresses are local. ConnectionCallFailed."""
+    if not socks:
+        return
+    rows, (fd, mark, reuse_address, keepalive) = _ready.of(len(socks))
+    fd.set(numbers_of(socks))
+    mark.set([number(r, "so.mark") for r in records])
+    reuse_address.set([r.reuse_address for r in records])
+    keepalive.set([number(r, "so.keepalive") for r in records])
+    with failures(socks, Names(records)):
+        rows.run()
+
+
+def retire(socks: Sequence[socket.socket]) -> None:
+    """Sockets that were rebuilt and dissolved again: as ones without a connection. OSError."""
+    for sock in socks:
+        sock.setsockopt(Level.TCP, TCP.REPAIR, Repair.OFF_NO_PROBE)
+        with contextlib.suppress(FileNotFoundError):  # it has none
+            sock.setsockopt(Level.SOCKET, SO.DETACH_FILTER, 0)
+        sock.setsockopt(Level.SOCKET, SO.MARK, 0)
+        sock.setsockopt(Level.TCP, TCP.USER_TIMEOUT, 0)
 
 
 def _transparent(record: ConnectionRecord) -> int:

@@ -21,6 +21,7 @@ from tcpstate.kernel.sockets import pidfd_getfd
 __all__ = [
     "CAPTURED_FLAGS",
     "EPOLL_CTL_ADD",
+    "EPOLL_CTL_DEL",
     "EPOLL_CTL_MOD",
     "REOPEN_FLAGS",
     "SETTABLE_FLAGS",
@@ -215,6 +216,7 @@ class EpollFlag(enum.IntFlag):
 
 
 EPOLL_CTL_ADD: Final = 1
+EPOLL_CTL_DEL: Final = 2
 EPOLL_CTL_MOD: Final = 3
 
 

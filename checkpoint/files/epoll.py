@@ -16,22 +16,25 @@ import re
 import select
 import stat
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
-from checkpoint.errors import EpollTargetLost, FileCaptureFailed
-from checkpoint.files.abi import kcmp_epoll
+from checkpoint.errors import BadFileRecord, EpollTargetLost, FileCaptureFailed
+from checkpoint.files.abi import EpollFlag, kcmp_epoll
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
 
-__all__ = ["Epoll", "EpollWatch"]
+__all__ = ["Entry", "Epoll", "EpollWatch", "device_of", "entry_of", "fired"]
 
 _LINE: Final = re.compile(
     r"tfd:\s*(\d+)\s+events:\s*([0-9a-f]+)\s+data:\s*([0-9a-f]+)\s+pos:-?\w+\s+ino:([0-9a-f]+)\s+sdev:([0-9a-f]+)"
 )
+#: what stays of an entry that has fired (EP_PRIVATE_BITS of fs/eventpoll.c)
+_PRIVATE: Final = int(EpollFlag.EXCLUSIVE | EpollFlag.WAKEUP | EpollFlag.ONESHOT | EpollFlag.ET)
+_ONESHOT: Final = int(EpollFlag.ONESHOT)
 #: the minor number's bits in the kernel's dev_t
 _MINOR_BITS: Final = 20
 
@@ -64,12 +67,23 @@ class EpollWatch:
         return dataclasses.replace(self, pid=number(self.pid))
 
 
+def fired(watch: EpollWatch) -> bool:
+    """Whether it is a one-shot entry that has fired."""
+    return bool(watch.events & _ONESHOT) and not watch.events & ~_PRIVATE
+
+
 @register("epoll", link=r"anon_inode:\[eventpoll\]")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Epoll(OpenFile):
-    """One open epoll instance. Each of its watches is added again in the process that it names."""
+    """One open epoll instance. Each of its watches is added again in the process that it names.
+
+    told     it stands already, made before the stop with what that entry of AheadFiles.epolls watches; -1: it does not
+    dropped  numbers of those watches that it has not any more; ``watches`` are those that it has besides
+    """
 
     watches: tuple[EpollWatch, ...]
+    told: int = -1
+    dropped: tuple[int, ...] = ()
 
     @classmethod
     def examine(cls, view: FdView) -> str:
@@ -80,9 +94,18 @@ class Epoll(OpenFile):
     @classmethod
     def capture(cls, view: FdView) -> Self:
         view.refresh()
-        return cls(watches=tuple(_watches(view)), **view.common())
+        told, kept, dropped = -1, frozenset[str](), tuple[int, ...]()
+        if view.table.ahead is not None:
+            told, kept, dropped = view.table.ahead.epoll_kept(view.places, view.lines)
+        return cls(watches=tuple(_watches(view, kept)), told=told, dropped=dropped, **view.common())
 
     def rebuild(self, host: Rebuilder) -> int:
+        if self.told >= 0:
+            if host.ahead is None:
+                raise BadFileRecord("an epoll instance goes on from one that was not told", object="epoll")
+            fd = host.ahead.take_epoll(self.told)
+            set_flags(fd, self.flags)
+            return fd
         instance = select.epoll()
         fd = host.duplicate(instance.fileno())
         instance.close()
@@ -90,28 +113,49 @@ class Epoll(OpenFile):
         return fd
 
 
-def _watches(view: FdView) -> list[EpollWatch]:
+class Entry(NamedTuple):
+    """A line of fdinfo: one entry, and the inode and device of the file."""
+
+    number: int
+    events: int
+    data: int
+    inode: int
+    sdev: int
+
+
+def entry_of(line: str) -> Entry | None:
+    """What a line ``tfd: ..`` says; None if it is another, or cannot be understood."""
+    parts = _LINE.match(line)
+    return None if parts is None else Entry(int(parts[1]), *(int(part, 16) for part in parts.groups()[1:]))
+
+
+def device_of(entry: Entry) -> tuple[int, int]:
+    """Major and minor number of the watched file's device."""
+    return entry.sdev >> _MINOR_BITS, entry.sdev & ((1 << _MINOR_BITS) - 1)
+
+
+def _watches(view: FdView, kept: Collection[str] = frozenset()) -> list[EpollWatch]:
+    """``kept``: lines of entries that need not be told; no other has a number of theirs."""
     found: list[EpollWatch] = []
     seen: Counter[int] = Counter()
     for line in view.lines:
-        if not line.startswith("tfd:"):
+        if line in kept or not line.startswith("tfd:"):
             continue
-        parts = _LINE.match(line)
-        if parts is None:
+        entry = entry_of(line)
+        if entry is None:
             raise FileCaptureFailed(f"epoll entry not understood: {line}", object=view.object)
-        number = int(parts[1])
+        number = entry.number
         if any((pid, number) in view.table.closed for pid, _ in view.places):
             continue  # given up; the kernel takes the entry away with the last descriptor
-        pid, index = _target(view, number, seen[number], int(parts[4], 16), int(parts[5], 16))
-        found.append(EpollWatch(number=number, pid=pid, file=index, events=int(parts[2], 16), data=int(parts[3], 16)))
+        pid, index = _target(view, entry, seen[number])
+        found.append(EpollWatch(number=number, pid=pid, file=index, events=entry.events, data=entry.data))
         seen[number] += 1
     return found
 
 
-def _target(view: FdView, number: int, nth: int, inode: int, sdev: int) -> tuple[int, int]:
+def _target(view: FdView, told: Entry, nth: int) -> tuple[int, int]:
     """(process, index) of the file that an entry watches."""
-    table = view.table
-    device = (sdev >> _MINOR_BITS, sdev & ((1 << _MINOR_BITS) - 1))
+    table, number, inode, device = view.table, told.number, told.inode, device_of(told)
     # Nearly always: the same number, in a process that has the instance.
     for pid, _ in view.places:
         place = table.tables.get(pid, {}).get(number)

@@ -13,14 +13,24 @@ the mappings are made.
 
 from __future__ import annotations
 
-import resource
 import signal
 import struct
 from typing import Final, Protocol
 
-from checkpoint.errors import BadFileRecord, LockTaken, TooManyDescriptors
-from checkpoint.files.abi import EPOLL_CTL_ADD, EPOLL_CTL_MOD, EpollEvent, EpollFlag, Fcntl, FileFlag, Flock, LockType
-from checkpoint.files.epoll import Epoll, EpollWatch
+from checkpoint.errors import BadFileRecord, LockTaken
+from checkpoint.files.abi import (
+    EPOLL_CTL_ADD,
+    EPOLL_CTL_DEL,
+    EPOLL_CTL_MOD,
+    EpollEvent,
+    EpollFlag,
+    Fcntl,
+    FileFlag,
+    Flock,
+    LockType,
+)
+from checkpoint.files.descriptors import allow, gaps
+from checkpoint.files.epoll import Epoll, EpollWatch, fired
 from checkpoint.files.pty import PtyMaster
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.terminal import TtyCall
@@ -32,8 +42,6 @@ __all__ = ["Installation", "Target", "install"]
 _ALL: Final = 0xFFFFFFFF
 #: numbers above the process's own that the work needs: our pidfd, an epoll instance
 _WORKING_NUMBERS: Final = 2
-#: what stays of an entry that has fired (EP_PRIVATE_BITS of fs/eventpoll.c)
-_PRIVATE: Final = EpollFlag.EXCLUSIVE | EpollFlag.WAKEUP | EpollFlag.ONESHOT | EpollFlag.ET
 
 
 class Target(Protocol):
@@ -53,25 +61,12 @@ def install(rebuilder: Rebuilder, pid: int, stub: Target, *, shared: bool = Fals
     """
     calls = CallTable()
     work = Installation(calls, rebuilder, pid, stub.tool_pidfd, shared=shared)
-    _allow(stub.pid, work.highest)
+    allow(stub.pid, work.highest)
     stub.run(calls)
     again = CallTable()
     work.settle(again)
     if len(again):
         stub.run(again)
-
-
-def _allow(pid: int, highest: int) -> None:
-    """Raise the process's own soft limit for the time being; its real limits are given to it later."""
-    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft > highest:
-        return
-    if hard != resource.RLIM_INFINITY and hard <= highest:
-        hard = highest + 1
-    try:
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (highest + 1, hard))
-    except (ValueError, OSError):
-        raise TooManyDescriptors(f"descriptor {highest} is beyond the limit", object=f"pid {pid}") from None
 
 
 class Installation:
@@ -87,6 +82,8 @@ class Installation:
         self._host = rebuilder
         self._pid = pid
         self._table = rebuilder.records.tables.get(pid, {})
+        #: descriptors that it has already, of what was told ahead
+        self._kept = {} if shared else rebuilder.standing.kept(pid)
         self._deaf_candidates: set[tuple[int, int]] = set()
         self._special, self._ordinary = self._watches()
         numbers = [*self._table, *(watch.number for _, watch in self._special)]
@@ -120,11 +117,11 @@ class Installation:
                 if watch.pid == self._pid:
                     place = self._table.get(watch.number)
                     usual = index in held and place is not None and place[0] == watch.file
-                    (ordinary if usual and not _fired(watch) else special).append((index, watch))
-                    if usual and _fired(watch):
+                    (ordinary if usual and not fired(watch) else special).append((index, watch))
+                    if usual and fired(watch):
                         self._deaf_candidates.add((index, watch.number))
         # those that have fired come first: nothing else may be ready when they fire again
-        special.sort(key=lambda pair: not _fired(pair[1]))
+        special.sort(key=lambda pair: not fired(pair[1]))
         return special, ordinary
 
     def _call(self, label: str, number: SYS, *args: int | Result) -> Result:
@@ -133,8 +130,9 @@ class Installation:
     def _fill(self) -> None:
         if self._pidfd != self._tool:
             self._call("moving our pidfd", SYS.dup3, self._pidfd, self._tool, FileFlag.CLOEXEC)
-        if self._tool:
-            self._call("closing descriptors", SYS.close_range, 0, self._tool - 1, 0)
+        self._drop_watches()
+        for start, end in gaps(self._kept, self._tool):
+            self._call("closing descriptors", SYS.close_range, start, end - 1, 0)
         self._call("closing descriptors", SYS.close_range, self._tool + 1, _ALL, 0)
         for index, watch in self._special:
             self._special_watch(index, watch)
@@ -146,16 +144,24 @@ class Installation:
         self._call("closing our pidfd", SYS.close, self._tool)
         self._locks()
 
+    def _drop_watches(self) -> None:
+        """What an epoll instance that stands already watches no more, while numbers and files are still as told."""
+        for epoll, fd in self._host.standing.epolls(self._pid):
+            for number in epoll.dropped:
+                # it is gone by itself, if its file has no other descriptor
+                label = f"epoll entry {number}"
+                self._calls.call(SYS.epoll_ctl, fd, EPOLL_CTL_DEL, number, 0, ignore=True, label=label)
+
     def _fetch(self, index: int) -> Result:
         fd = self._host.descriptor(index)
         return self._call(f"taking {self._host.name(index)}", SYS.pidfd_getfd, self._tool, fd, 0)
 
     def _descriptors(self) -> dict[int, int]:
         """Every descriptor at its number; where each file is."""
-        where: dict[int, int] = {}
-        taken = {self._tool}
+        where = {index: number for number, index in self._kept.items()}
+        taken = {self._tool, *self._kept}
         lowest = 0
-        for number in sorted(self._table):
+        for number in sorted(self._table.keys() - self._kept.keys()):
             index, cloexec = self._table[number]
             flags = FileFlag.CLOEXEC if cloexec else 0
             while lowest in taken:
@@ -246,7 +252,3 @@ class Installation:
                 self._host.warn(
                     str(LockTaken("a record lock could not be taken", object=f"pid {self._pid} fd {number}"))
                 )
-
-
-def _fired(watch: EpollWatch) -> bool:
-    return bool(watch.events & EpollFlag.ONESHOT) and not watch.events & ~_PRIVATE

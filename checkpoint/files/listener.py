@@ -178,11 +178,17 @@ class Listener(OpenFile):
         give_keys(sock, self.signing_keys, str(self.name))
         # the filter comes first: no SYN may be answered before the connections are here
         drop_syns([sock])
+        # connections that were built before have its port already, as they did when it was theirs alone
+        shares = host.ahead is not None and self.name.port in host.ahead.ports
+        if shares:
+            sock.setsockopt(Level.SOCKET, SO.REUSEADDR, 1)
         bind(sock, self.name)
         try:
             sock.listen(self.backlog)
         except OSError as error:
             raise AddressTaken(f"listen: {error.strerror}", object=str(self.name)) from error
+        if shares:
+            sock.setsockopt(Level.SOCKET, SO.REUSEADDR, self.options.reuse_address)
         set_flags(sock.fileno(), self.flags)
         return sock.detach()
 

@@ -30,7 +30,9 @@ from typing import Final
 
 from checkpoint.errors import BadFileRecord, FileRebuildFailed
 from checkpoint.files.abi import REOPEN_FLAGS, Fcntl, FileFlag
+from checkpoint.files.aheadbuild import BuiltAhead
 from checkpoint.files.base import OpenFile, kind_name
+from checkpoint.files.descriptors import ensure_descriptors
 from checkpoint.files.external import External
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.listener import Listener
@@ -40,10 +42,11 @@ from checkpoint.files.peers import StandIn
 from checkpoint.files.policy import External as ExternalRule
 from checkpoint.files.policy import rule_for
 from checkpoint.files.queues import Queues
+from checkpoint.files.rebuilttcp import RebuiltTcp
 from checkpoint.files.regular import RegularFile
 from checkpoint.files.shipped import Shipment
-from checkpoint.files.table import TreeFiles, ensure_descriptors
-from checkpoint.files.tcp import RebuiltTcp
+from checkpoint.files.standing import Standing
+from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.files.terminal import Pair
 from checkpoint.files.unixbuild import Builder
@@ -86,6 +89,8 @@ class Rebuilder:
                of the source are known here (files/identity.py), None: the source is not there to tell
     held     sockets that were kept on this host, by index: they are taken instead of being made, and ours from then on
 
+    ahead      connections that were built before the stop: the first of the files
+
     stubs      the new processes, by the PIDs of the source: what is to be theirs from the beginning is made in them
     terminals  pseudo terminals that are somebody's controlling terminal already, by number; they stay the caller's
 
@@ -109,13 +114,20 @@ class Rebuilder:
         terminals: Mapping[int, Pair] | None = None,
         devices: Mapping[str, str] | None = None,
         stubs: Mapping[int, Stub] | None = None,
+        ahead: BuiltAhead | None = None,
     ) -> None:
+        self.ahead = ahead
+        #: where those begin that are built now
+        self.first = 0 if ahead is None else ahead.count
         self.stubs: Mapping[int, Stub] = {} if stubs is None else stubs
         self.held = dict(held or {})
         # filled in while the tree grows
         self.terminals: Mapping[int, Pair] = {} if terminals is None else terminals
         self._devices = dict(devices or {})
-        self.files: list[OpenFile] = [file.on_devices(self._devices) for file in records.files]
+        self.files: list[OpenFile] = [] if ahead is None else list(ahead.files)
+        self.files += [file.on_devices(self._devices) for file in records.files[self.first :]]
+        #: what the new processes have already
+        self.standing = Standing(ahead, self.files, records.tables, self.stubs)
         self.external = tuple(external)
         self.records = self._without_closed(records)
         self.overwrite = overwrite
@@ -132,6 +144,8 @@ class Rebuilder:
         self.queues = Queues()
         self.shared: dict[tuple[str, object], object] = {}
         self._descriptors: list[int | None] = [None] * len(self.files)
+        if ahead is not None:
+            self._descriptors[: self.first] = ahead.hand_over()
         self._building: set[int] = set()
         self._contents: list[int | None] = [None] * len(records.contents)
         self._at_end: list[Callable[[], None]] = []
@@ -282,7 +296,7 @@ class Rebuilder:
         """Look, before anything is built, for what would stand in the way. Warnings; the first obstacle is raised."""
         warnings = [
             warning
-            for index, record in enumerate(self.files)
+            for index, record in enumerate(self.files[self.first :], self.first)
             # what is held is there, and in nobody's way
             if index not in self.held and (warning := record.check(self))
         ]
@@ -294,10 +308,11 @@ class Rebuilder:
         """Every descriptor, and all that does not change any more. Nothing is left if it fails."""
         ensure_descriptors(len(self.files) + len(self._contents) + sum(map(_has_another, self.files)))
         try:
-            for index in range(len(self.files)):
+            # what was built ahead needs nothing more
+            for index in range(self.first, len(self.files)):
                 self.descriptor(index)
             self._do_at_end()
-            for index, record in enumerate(self.files):
+            for index, record in enumerate(self.files[self.first :], self.first):
                 fd = self.descriptor(index)
                 try:
                     record.complete(self, fd)
@@ -383,14 +398,20 @@ class Rebuilder:
     @property
     def tcp_ports(self) -> set[int]:
         """The local ports of all TCP connections and listeners that were told."""
-        return {port for file in self.files if (port := file.tcp_port)}
+        told = set() if self.ahead is None else self.ahead.ports
+        return told | {port for file in self.files[self.first :] if (port := file.tcp_port)}
 
     @property
     def connections(self) -> list[ConnectionRecord]:
         """The connections, once they are rebuilt, and those that the release puts into the queues of listeners: what a
         replay must know."""
-        waiting = [record for file in self.files if isinstance(file, Listener) for record in file.waiting]
-        return self._connections.records + waiting
+        listeners = (file for file in self.files[self.first :] if isinstance(file, Listener))
+        return self._connections.records + [record for file in listeners for record in file.waiting]
+
+    @property
+    def built_ahead(self) -> int:
+        """How many connections more stand, as they were built before the stop."""
+        return self._connections.ahead
 
     @property
     def taken(self) -> int:
@@ -412,8 +433,9 @@ class Rebuilder:
 
     def release_files(self) -> None:
         """The release of all but the connections. FileRebuildFailed."""
-        for index, record in enumerate(self.files):
-            fd = self._descriptors[index]
+        changed = () if self.ahead is None else self.ahead.changed
+        for index in (*changed, *range(self.first, len(self.files))):
+            record, fd = self.files[index], self._descriptors[index]
             if fd is None:
                 continue
             try:

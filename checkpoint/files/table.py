@@ -10,52 +10,38 @@ sockets are worked through them, and contents are read from them after the descr
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import errno
 import functools
 import os
-import resource
 import stat
 from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from checkpoint import procfs
-from checkpoint.errors import FileCaptureFailed, LockTaken, SharedDescriptors, TooManyDescriptors, UnsupportedMapping
+from checkpoint.errors import FileCaptureFailed, LockTaken, SharedDescriptors, UnsupportedMapping
 from checkpoint.files import abi, locks
 from checkpoint.files.abi import CAPTURED_FLAGS, AccessMode, FileFlag, Kcmp
 from checkpoint.files.base import FdView, FileLock, OpenFile, PosixLock, kind_name, locks_of, parse_info, read_info
 from checkpoint.files.content import Content, ContentKind, data_runs, nonzero_runs
+from checkpoint.files.descriptors import ensure_descriptors
 from checkpoint.files.identity import Evidence
 from checkpoint.files.kinds import kind_for
 from checkpoint.files.outside import Outside
 from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.files.sysv import SysvSegment, remove_deserted
-from checkpoint.files.treefiles import LocksOfFile, Mapping, Owner, TreeFiles
+from checkpoint.files.treefiles import LastMapped, LocksOfFile, Mapping, Owner, TreeFiles
 from checkpoint.files.unixdiag import UnixSocket, unix_sockets
 from checkpoint.kernel.kcmp import KcmpType, Known
 from tcpstate.errors import KernelFeatureMissing
 from tcpstate.md5keys import SigningKey, all_keys
 
+if TYPE_CHECKING:
+    from checkpoint.files.ahead import Ahead
+
 __all__ = ["FileTable", "LocksOfFile", "Mapping", "Owner", "TreeFiles"]
 
-#: descriptors that the tool needs besides one per open file
-_OWN_DESCRIPTORS: Final = 256
 _CLOEXEC: Final = int(FileFlag.CLOEXEC)
-
-
-class _LastMapped:
-    """The mapping that was added last, and the index of its file."""
-
-    __slots__ = ("_end", "_file", "index")
-
-    def __init__(self, pid: int, vma: Mapping, index: int) -> None:
-        self._end = vma.end
-        self._file = (pid, vma.shared, vma.dev, vma.inode, vma.name)
-        self.index = index
-
-    def continued_by(self, pid: int, vma: Mapping) -> bool:
-        """Whether ``vma`` begins where this one ends, and is of the same file."""
-        return vma.start == self._end and self._file == (pid, vma.shared, vma.dev, vma.inode, vma.name)
 
 
 class FileTable:
@@ -64,10 +50,12 @@ class FileTable:
 
     ``live``: the processes run; descriptors that vanish meanwhile are left out, and nothing is captured.
     ``policy``: what the user decided.
+    ``ahead``: connections that were told before the stop: they are the first entries.
     """
 
-    def __init__(self, *, live: bool = False, policy: Policy = NO_POLICY) -> None:
+    def __init__(self, *, live: bool = False, policy: Policy = NO_POLICY, ahead: Ahead | None = None) -> None:
         self.live = live
+        self.ahead = ahead
         self.policy = policy
         #: whether the capture at hand is the last one (:meth:`recapture`)
         self.late = False
@@ -80,13 +68,15 @@ class FileTable:
         self._pidfds: dict[int, int] = {}
         self._by_socket: dict[int, int] = {}
         self._by_mapping: dict[tuple[int, int, bool], int] = {}
-        self._last_mapped: _LastMapped | None = None
+        self._last_mapped: LastMapped | None = None
         # per file: indexes in kcmp's order
         self._by_file: dict[tuple[int, int, str], list[int]] = {}
         self._content_of: dict[tuple[int, int], int] = {}
         self._content_source: list[str] = []
         self._content_fd: dict[int, int] = {}
         self._files: list[OpenFile] = []
+        #: by process: descriptors that were not told ahead
+        self._told_now: dict[int, dict[int, tuple[int, bool]]] = {}
         #: (path, size, time, inode) -> what else is known of a file's content, from before the stop
         self.evidence: dict[tuple[str, int, int, int], Evidence] = {}
         #: descriptors that their processes give up: not among the entries
@@ -94,6 +84,9 @@ class FileTable:
         self._written: set[tuple[int, int]] = set()
         self._given_up: list[tuple[int, FileLock]] = []
         self._posix: dict[int, dict[tuple[int, int], tuple[int, tuple[PosixLock, ...]]]] = {}
+        if ahead is not None:
+            self.entries += ahead.views
+            self._files += ahead.files
 
     def __enter__(self) -> FileTable:
         return self
@@ -111,11 +104,13 @@ class FileTable:
     def add_process(self, process: Owner) -> dict[int, tuple[int, bool]]:
         """All descriptors of a process; its table, which is empty if a process that was added before has the very same
         (CLONE_FILES). SharedDescriptors if a thread has one of its own."""
-        numbers = sorted(int(name) for name in os.listdir(f"/proc/{process.pid}/fd"))
+        numbers = [] if self.ahead is not None else sorted(int(name) for name in os.listdir(f"/proc/{process.pid}/fd"))
         # the dead have no table, and any two of them would seem to share it
         if (numbers or not self.live) and self._shares_table(process.pid):
             self._pidfd(process.pid)
             return {}
+        if self.ahead is not None:
+            numbers = self._add_standing(self.ahead, process.pid)
         self._pidfd(process.pid)
         ensure_descriptors(len(self.entries) + len(numbers))
         for number in numbers:
@@ -130,6 +125,24 @@ class FileTable:
                         "the descriptor vanished", object=f"pid {process.pid} fd {number}"
                     ) from error
         return self.tables.setdefault(process.pid, {})
+
+    def _add_standing(self, ahead: Ahead, pid: int) -> list[int]:
+        """The descriptors that are as they were told ahead; the numbers of the others."""
+        try:
+            told, numbers = ahead.standing(pid)
+        except OSError as error:
+            raise FileCaptureFailed(f"its descriptors: {error.strerror}", object=f"pid {pid}") from error
+        table = self.tables.setdefault(pid, {})
+        for fd, place in told.items():
+            inode = self.entries[place[0]].stat.st_ino
+            if inode in self._by_socket:
+                # another process, captured before, has it as well by now
+                ahead.here.discard(place[0])
+                numbers.append(fd)
+            else:
+                self._by_socket[inode] = place[0]
+                table[fd] = place
+        return sorted(numbers)
 
     def _shares_table(self, pid: int) -> bool:
         """Whether a process that was added before has the same table."""
@@ -174,7 +187,8 @@ class FileTable:
             if inode:
                 self._by_socket[inode] = index
         self.entries[index].places.append((pid, fd))
-        self.tables.setdefault(pid, {})[fd] = (index, bool(flags & _CLOEXEC))
+        self.tables.setdefault(pid, {})[fd] = place = (index, bool(flags & _CLOEXEC))
+        self._told_now.setdefault(pid, {})[fd] = place
         self._note_posix(pid, index, lines)
         return index
 
@@ -265,7 +279,7 @@ class FileTable:
         before = self._last_mapped
         beside = not vma.shared and before is not None and before.continued_by(process.pid, vma)
         index = before.index if before is not None and beside else self._mapped_file(process, vma)
-        self._last_mapped = _LastMapped(process.pid, vma, index)
+        self._last_mapped = LastMapped(process.pid, vma, index)
         return index
 
     def _mapped_file(self, process: Owner, vma: Mapping) -> int:
@@ -411,6 +425,15 @@ class FileTable:
             files=list(self._files), contents=list(self.contents), tables=self.tables, locks=self._posix_locks()
         )
 
+    def untold(self, files: TreeFiles) -> TreeFiles:
+        """Of :meth:`records` what was not told ahead."""
+        if self.ahead is None:
+            return files
+        count = self.ahead.count
+        return dataclasses.replace(
+            files, files=files.files[count:], tables=self._told_now, ahead=count, gone=tuple(self.ahead.gone)
+        )
+
     def record(self, index: int) -> OpenFile:
         """The record of an entry, after :meth:`records`."""
         return self._files[index]
@@ -474,17 +497,3 @@ def _seals(view: FdView) -> int:
         return fcntl.fcntl(fd, abi.Fcntl.GET_SEALS)
     finally:
         os.close(fd)
-
-
-def ensure_descriptors(count: int) -> None:
-    """Raise our own soft limit of descriptors so that ``count`` open files fit; TooManyDescriptors if they cannot."""
-    needed = count + _OWN_DESCRIPTORS
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= needed:
-        return
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, needed))
-            return
-        raise TooManyDescriptors(f"{needed} descriptors are needed, the hard limit is {hard}", object="RLIMIT_NOFILE")
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(needed, soft), hard))

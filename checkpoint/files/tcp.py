@@ -1,4 +1,4 @@
-"""All TCP connections of a tree at once: frozen and exported at the source, rebuilt and released at the target.
+"""All TCP connections of a tree at once, at the source: frozen and exported, given back or ended.
 
 Each step is one batch of :mod:`tcpstate` over all sockets. While sockets are frozen a rule in this network namespace
 sends their packets into a blackhole (:mod:`tcpstate.silence`); it stands as long as the group needs it.
@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import logging
 import socket
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -19,14 +19,13 @@ from checkpoint.files.base import FdView, OpenFile
 from checkpoint.files.held import HeldFile, HeldSocket
 from checkpoint.files.inet import bound_devices
 from checkpoint.files.listener import Listener, has_ended, is_closed, is_open, is_tcp, listens
-from checkpoint.files.peers import RESETTING, Place, StandIn, alone, place_of, stand_in
+from checkpoint.files.peers import RESETTING, Place, StandIn, alone, place_of
 from checkpoint.files.policy import AcceptQueues, LocalPeers
 from checkpoint.files.queues import apart, queue_runs
 from checkpoint.files.tcpfile import TcpFile, is_cut
 from checkpoint.image.frames import PageRun, Space
 from tcpstate import acceptqueue, halfopen, options
 from tcpstate.acceptqueue import Queue, keeps
-from tcpstate.capture import replay
 from tcpstate.connid import ConnId
 from tcpstate.discard import discard_connections
 from tcpstate.early import Early, read_early
@@ -34,10 +33,7 @@ from tcpstate.export import export_connections
 from tcpstate.freeze import QuietState, quiet, read_originals, thaw
 from tcpstate.kernel.sockets import IPV6, SO, Level
 from tcpstate.md5keys import SigningKey, keys_of
-from tcpstate.rebuild import Difference, differences, rebuild_connections
 from tcpstate.record import ConnectionRecord, State
-from tcpstate.release import open_connections, release_connections
-from tcpstate.reopen import tell_windows
 from tcpstate.rows import conn_id_of, describe
 from tcpstate.segment import Segment
 from tcpstate.shelf import Shelf
@@ -45,16 +41,17 @@ from tcpstate.silence import Blackhole
 from tcpstate.uses.hold import ListeningEnd
 
 if TYPE_CHECKING:
-    from checkpoint.files.rebuild import Rebuilder
     from checkpoint.files.table import FileTable
 
 _log = logging.getLogger(__name__)
 
-__all__ = ["Original", "RebuiltTcp", "TcpGroup"]
+__all__ = ["Original", "TcpGroup"]
 
 #: how often receive queues are looked at before the freeze, and how much more must be there
 _EARLY_ROUNDS: Final = 3
 _EARLY_GROWTH: Final = 512 << 10
+#: connections that are ended in one batch, when nobody waits any more
+_AT_ONCE: Final = 1024
 #: the other end is left to itself on this host
 _STAYING: Final = (Place.OUTSIDE, Place.QUEUED)
 
@@ -92,7 +89,12 @@ class TcpGroup:
         self.listener_places: list[list[tuple[int, int]]] = []
         self._listener_indexes: list[int] = []
         self._views: list[tuple[int, FdView]] = []
+        self._ahead = table.ahead
+        #: told ahead, and not what was told: known once they are frozen
+        self._changed: set[int] = set()
         for index, view in enumerate(table.entries):
+            if self._ahead is not None and index < self._ahead.count:
+                continue
             listening = listens(view)
             if not (listening or is_tcp(view)) or table.policy.replaces(view.places) or is_cut(view):
                 continue
@@ -127,7 +129,12 @@ class TcpGroup:
     @property
     def connections(self) -> int:
         """How many connections there are."""
-        return len(self._views)
+        return len(self._views) + self.ahead
+
+    @property
+    def ahead(self) -> int:
+        """How many of them are as they were told before the stop."""
+        return 0 if self._ahead is None else len(self._ahead.here - self._changed)
 
     def find_peers(self, local: Collection[str]) -> None:
         """Look for other ends on this host; ``local`` are its addresses. LocalPeer for one that a process has which
@@ -159,13 +166,17 @@ class TcpGroup:
     @property
     def ports(self) -> set[int]:
         """The local ports of connections and listeners."""
-        return {sock.getsockname()[1] for sock in (*self._listeners, *self.established)}
+        told = set() if self._ahead is None else self._ahead.ports
+        return told | {sock.getsockname()[1] for sock in (*self._listeners, *self.established)}
 
     def originals(self) -> list[Original]:
         """What :meth:`early_runs`, :meth:`freeze` and :meth:`export` are about to change. The owners are stopped, so it
-        stays true."""
-        states = self._originals = read_originals(self.established)
-        saved = self._options = options.save(self.established)
+        stays true. What was told ahead is not touched before it is found changed (:meth:`find_changed`)."""
+        self._originals = read_originals(self.established)
+        self._options = options.save(self.established)
+        return self._told_originals()
+
+    def _told_originals(self) -> list[Original]:
         return [
             Original(
                 places=view.places,
@@ -174,7 +185,7 @@ class TcpGroup:
                 inline=bool(own.numbers.get("so.oobinline", (0,))[0]),
                 peek_off=own.numbers.get("so.peek_off", (-1,))[0],
             )
-            for (index, view), state, own in zip(self._views, states, saved, strict=True)
+            for (index, view), state, own in zip(self._views, self._originals or (), self._options or (), strict=True)
         ]
 
     def _name(self, index: int) -> str:
@@ -184,7 +195,8 @@ class TcpGroup:
     @property
     def local_addresses(self) -> set[str]:
         """The addresses of this host that the connections use; what has ended can do without."""
-        return {_local(view.socket) for _, view in self._views if not has_ended(view.socket)} - {""}
+        told = set() if self._ahead is None else self._ahead.local_addresses
+        return told | {_local(view.socket) for _, view in self._views if not has_ended(view.socket)} - {""}
 
     @property
     def devices(self) -> set[str]:
@@ -206,8 +218,30 @@ class TcpGroup:
             if not found:
                 return
 
+    def find_changed(self) -> list[Original]:
+        """First of the freeze: the gate before what was told ahead is shut, and what is not as it was told joins the
+        others. Again all that is about to be changed, if that are more now; else nothing. OSError."""
+        if self._ahead is None:
+            return []
+        self._ahead.shut()
+        changed = self._ahead.changed()
+        if not changed:
+            return []
+        self._changed.update(changed)
+        views = [(index, self._table.entries[index]) for index in changed]
+        socks = [view.socket for _, view in views]
+        if self._originals is not None:
+            self._originals += read_originals(socks)
+        if self._options is not None:
+            self._options += options.save(socks)
+        if self._keys is not None:
+            self._keys += keys_of(socks)
+        self._early += [None] * len(views)
+        self._views += views
+        return [] if self._originals is None else self._told_originals()
+
     def freeze(self) -> None:
-        """Nothing comes in or goes out any more. All or none."""
+        """Nothing comes in or goes out any more; :meth:`find_changed` came before. All or none."""
         if not self._blackhole.priorities:
             self._blackhole.ensure()
         try:
@@ -298,10 +332,22 @@ class TcpGroup:
         found = [r.connection for r in self._records.values() if isinstance(r, TcpFile) and r.connection is not None]
         return found + [record for _, queue in self._queues for record in queue.records]
 
+    def exported_for(self, segments: Iterable[Segment]) -> list[ConnectionRecord]:
+        """:attr:`exported`, and those that were told ahead, are unchanged, and some of the segments are for."""
+        ahead = self._ahead
+        if ahead is None:
+            return self.exported
+        told = {segment.conn_id: ahead.record_for(segment) for segment in segments}
+        exported = self.exported
+        mine = {record.conn_id for record in exported}
+        return exported + [one for conn, one in told.items() if one is not None and conn not in mine]
+
     def thaw(self) -> None:
         """Give everything back as it was. Nothing if it was not frozen. May be repeated."""
         states, self._states = self._states, []
         try:
+            if self._ahead is not None:
+                self._ahead.open()
             if states:
                 thaw(self.established, states)
         finally:
@@ -333,6 +379,11 @@ class TcpGroup:
 
         But the other end of a connection that stays on this host learns that its peer has gone: such a connection is
         given back, and ends with the process that has it."""
+        if self._ahead is not None:
+            told = sorted(self._ahead.here - self._changed)
+            for at in range(0, len(told), _AT_ONCE):
+                views = [self._table.entries[index] for index in told[at : at + _AT_ONCE]]
+                discard_connections([view.socket for view in views], close=False)
         staying = [self._places.get(index) in _STAYING and _at_home(view.socket) for index, view in self._views]
         silent = [view.socket for (_, view), stays in zip(self._views, staying, strict=True) if not stays]
         try:
@@ -381,118 +432,3 @@ def _at_home(sock: socket.socket) -> bool:
         except OSError:
             return False
     return True
-
-
-class RebuiltTcp:
-    """The connections of a tree at the target, on descriptors that were made early.
-
-    Those that were held on this host are the very sockets: they need no rebuild, only to be thawed.
-    """
-
-    def __init__(self, host: Rebuilder) -> None:
-        self._host = host
-        self._socks: list[socket.socket] = []
-        self._records: list[ConnectionRecord] = []
-        self._early: dict[int, list[memoryview]] = {}
-        # for other ends that do not exist any more: the last of the sockets above
-        self._stand_ins: list[socket.socket] = []
-        self._alone: set[ConnId] = set()
-        self._held: list[tuple[socket.socket, QuietState]] = []
-        self._held_records: list[ConnectionRecord] = []
-        self._blackhole = host.blackhole
-
-    def rebuild(self, elapsed: float) -> None:
-        """All of them, in repair: nothing is sent, and what arrives is not answered."""
-        if self._socks or self._held:
-            raise RuntimeError("the connections were rebuilt already")
-        others: list[tuple[socket.socket, ConnectionRecord]] = []
-        for index, record in enumerate(self._host.files):
-            if not isinstance(record, TcpFile) or not record.conn_id:
-                continue
-            if record.connection is None:
-                if record.options is None:
-                    raise BadFileRecord("a connection did not come", object=record.conn_id)
-                continue
-            whole, early = self._host.queues.whole(record, index)
-            if whole.connection is None:
-                continue
-            held = self._host.held.get(index)
-            if held is not None and held.file.quiet is not None:
-                self._held.append((socket.socket(fileno=self._host.descriptor(index)), held.file.quiet))
-                self._held_records.append(whole.connection)
-                continue
-            if early:
-                self._early[len(self._socks)] = early
-            self._socks.append(socket.socket(fileno=self._host.descriptor(index)))
-            self._records.append(whole.connection)
-            if record.stand_in is not StandIn.NONE:
-                others.append(stand_in(whole.connection, record.stand_in))
-                self._alone.add(whole.connection.conn_id)
-        for sock, mirror in others:
-            self._stand_ins.append(sock)
-            self._socks.append(sock)
-            self._records.append(mirror)
-        if not self._socks:
-            return
-        if not self._blackhole.priorities:
-            self._blackhole.ensure()
-        rebuild_connections(self._records, self._socks, elapsed=elapsed, early=self._early)
-
-    def compare(self) -> list[tuple[str, Difference]]:
-        """(conn-ID, difference) wherever the sockets read back otherwise than was told."""
-        found = differences(self._socks, self._records, self._early)
-        return [(str(self._records[at].conn_id), difference) for at, difference in found]
-
-    @property
-    def records(self) -> list[ConnectionRecord]:
-        """The connections that were rebuilt, without stand-ins, and those that were taken back."""
-        return self._records[: len(self._records) - len(self._stand_ins)] + self._held_records
-
-    @property
-    def taken(self) -> int:
-        """How many were held."""
-        return len(self._held)
-
-    def release(self) -> None:
-        """Let them live. The blackhole stays until :meth:`close`: nothing carries its mark any more, and removing it
-        takes milliseconds."""
-        release_connections(self._socks, self._records, tell=False, connect=False)
-        if self._held:
-            thaw([sock for sock, _ in self._held], [state for _, state in self._held])
-        for sock in self._stand_ins:
-            sock.close()
-
-    def connect(self, arrived: Sequence[Segment] = ()) -> None:
-        """After the release, once the addresses are announced: those that were connecting go on.
-
-        arrived  what was captured since the freeze: their peers may have answered. ConnectNotRepeated"""
-        # those that were held have gone on connecting by themselves
-        made = len(self._socks) - len(self._stand_ins)
-        open_connections(self._socks[:made], self._records[:made], arrived)
-
-    def replay(self, arrived: Iterable[Segment], *, unknown: Callable[[Segment], bool]) -> None:
-        """After the release: the connections get what was captured for them; ``unknown`` as in
-        :func:`tcpstate.capture.replay`. OSError."""
-        socks = self._socks[: len(self._socks) - len(self._stand_ins)] + [sock for sock, _ in self._held]
-        replay(arrived, self.records, socks=socks, unknown=unknown)
-
-    def tell_windows(self) -> None:
-        """After the release, once the addresses are announced: peers that wait for room hear that there is some."""
-        tell_windows([record for record in self.records if record.conn_id not in self._alone])
-
-    def close(self) -> None:
-        """Forget the sockets; their descriptors are the host's. Closed in repair they vanish without a packet."""
-        for sock in self._stand_ins:
-            sock.close()
-        for sock in self._socks[: len(self._socks) - len(self._stand_ins)]:
-            sock.detach()
-        for sock, _ in self._held:
-            sock.detach()
-        self._stand_ins = []
-        self._socks = []
-        self._records = []
-        self._held = []
-        self._held_records = []
-        self._early = {}
-        self._host.queues.clear()
-        self._blackhole.remove()

@@ -97,6 +97,7 @@ class Kind(enum.StrEnum):
 
     MANIFEST     what a host must check before it builds anything (host, kernel, machine, options)
     LIVE         the processes while they run, in a round of pre-copy: their memory alone is built from it
+    AHEAD        idle connections of the processes, while they run: built before the stop, the first files of FILES
     TREE         the processes and their state
     FILES        the table of open files of the tree
     MAPPINGS     the memory layout of one process; a later one of the same process replaces it
@@ -115,6 +116,7 @@ class Kind(enum.StrEnum):
 
     MANIFEST = "MANIFEST"
     LIVE = "LIVE"
+    AHEAD = "AHEAD"
     TREE = "TREE"
     FILES = "FILES"
     MAPPINGS = "MAPPINGS"

@@ -15,11 +15,11 @@ from tcpstate.kernel.bpf import call
 from tcpstate.kernel.bpf.btf import Kind
 from tcpstate.kernel.bpf.layout import Layout
 
-__all__ = ["META", "TASK", "load", "read"]
+__all__ = ["LINK_INFO", "META", "TASK", "load", "read"]
 
 #: members of struct bpf_iter__task, the program's context: pointers, laid out by the macro of include/linux/bpf.h
 META, TASK = 0, 8
-_LINK_INFO: Final = struct.Struct("=III4x")  # tid, pid, pid_fd
+LINK_INFO: Final = struct.Struct("=III4x")  # tid, pid, pid_fd
 
 
 def load(known: Layout, code: bytes, name: str) -> int:
@@ -36,7 +36,7 @@ def load(known: Layout, code: bytes, name: str) -> int:
 
 def read(program: int, tid: int) -> bytes:
     """What the program writes of a thread; nothing of one that has ended. OSError."""
-    link = call.link(program, 0, call.Attach.TRACE_ITER, info=_LINK_INFO.pack(tid, 0, 0))
+    link = call.link(program, 0, call.Attach.TRACE_ITER, info=LINK_INFO.pack(tid, 0, 0))
     try:
         return call.iterate(link)
     finally:

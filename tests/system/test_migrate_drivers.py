@@ -80,6 +80,7 @@ class World:
 
 class FakeOutgoing:
     connections = 3
+    ahead = 1
     addresses: tuple[str, ...] = ("127.0.0.1",)
 
     def __init__(self, world: World) -> None:
@@ -112,6 +113,14 @@ class FakeOutgoing:
             settle()
             self.world.reach(f"round {number + 1}")
             yield Round(bytes=1 << 20, ms=1.0), {77: (1 - number) << 30}
+
+    def copy_ahead(
+        self, image: ImageWriter, moved: Sequence[str], there: Callable[[int], int], settle: Callable[[], None]
+    ) -> None:
+        image.write([b"idle connections"])
+        image.flush()
+        settle()
+        self.world.reach("connections")
 
     def stop(self, moved: Sequence[str]) -> None:
         self.world.here = "stopped"
@@ -356,7 +365,9 @@ def test_the_targets_verdict_is_the_sources_error(tmp_path: Path) -> None:
     assert run.world.here == "running"
 
 
-@pytest.mark.parametrize("point", ["round 1", "round 2", "stop", "send", "freeze", "build", "rebuild", "keep"])
+@pytest.mark.parametrize(
+    "point", ["round 1", "round 2", "connections", "stop", "send", "freeze", "build", "rebuild", "keep"]
+)
 @pytest.mark.parametrize(
     "failure", [Broken("no"), KeyboardInterrupt(), RuntimeError("a defect")], ids=lambda f: type(f).__name__
 )

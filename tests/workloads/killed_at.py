@@ -36,8 +36,8 @@ class Step(enum.Enum):
 MOMENTS = {
     "freeze": (Step.CALL, "checkpoint.files.tcp:TcpGroup.freeze"),
     "thaw": (Step.CALL, "checkpoint.files.tcp:TcpGroup.thaw"),
-    "rebuild": (Step.CALL, "checkpoint.files.tcp:RebuiltTcp.rebuild"),
-    "release": (Step.CALL, "checkpoint.files.tcp:RebuiltTcp.release"),
+    "rebuild": (Step.CALL, "checkpoint.files.rebuilttcp:RebuiltTcp.rebuild"),
+    "release": (Step.CALL, "checkpoint.files.rebuilttcp:RebuiltTcp.release"),
     "settle": (Step.CALL, "migrate.recover:_settle"),
     "inject": (Step.ENTRY, ""),
     "start": (Step.START, ""),

@@ -46,6 +46,8 @@ class Helper(enum.IntEnum):
     MAP_DELETE = 3
     KTIME_GET_NS = 5
     SKB_LOAD_BYTES = 26
+    GET_SOCKET_COOKIE = 46
+    SKB_LOAD_BYTES_RELATIVE = 68
     SK_RELEASE = 86
     SKC_LOOKUP_TCP = 99
     PROBE_READ_KERNEL = 113
@@ -101,6 +103,18 @@ class Asm:
     def shift_right(self, to: int, bits: int) -> Self:
         """to >>= bits"""
         return self._add(_SHIFT_RIGHT, to, number=bits)
+
+    def shift_right_by(self, to: int, bits: int) -> Self:
+        """to >>= the number in the register ``bits``"""
+        return self._add(_SHIFT_RIGHT | _BY_REGISTER, to, bits)
+
+    def add_register(self, to: int, other: int) -> Self:
+        """to += the register ``other``"""
+        return self._add(_ADD, to, other)
+
+    def either(self, to: int, other: int) -> Self:
+        """to |= the register ``other``"""
+        return self._add(_OR, to, other)
 
     def big_endian(self, to: int, bits: int) -> Self:
         """Swap the lower ``bits`` between the machine's and the network's order."""

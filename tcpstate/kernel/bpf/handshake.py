@@ -28,7 +28,7 @@ from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
 from tcpstate.kernel.bpf.btf import BadBtf, Kind
 from tcpstate.kernel.bpf.layout import Layout, layout
 
-__all__ = ["Agreed", "Vouching", "cookies_allowed"]
+__all__ = ["Agreed", "Vouching", "cookies_allowed", "tuple_key"]
 
 _KFUNC: Final = "bpf_sk_assign_tcp_reqsk"
 _ATTRS: Final = "bpf_tcp_req_attrs"
@@ -109,11 +109,11 @@ class Vouching:
 
     def expect(self, conn_id: ConnId, agreed: Agreed) -> None:
         """Vouch for this connection's ACK. OSError."""
-        call.update(self._map, _key(conn_id), self._attrs.pack(agreed))
+        call.update(self._map, tuple_key(conn_id), self._attrs.pack(agreed))
 
     def expects(self, conn_id: ConnId) -> bool:
         """Whether its ACK has not come yet. OSError."""
-        return call.lookup(self._map, _key(conn_id), self._attrs.value_size) is not None
+        return call.lookup(self._map, tuple_key(conn_id), self._attrs.value_size) is not None
 
     def close(self) -> None:
         """Take the program away. May be called again."""
@@ -139,7 +139,7 @@ def cookies_allowed() -> bool:
         return False
 
 
-def _key(conn_id: ConnId) -> bytes:
+def tuple_key(conn_id: ConnId) -> bytes:
     """struct bpf_sock_tuple as a packet to us has it: the peer first."""
     family = socket.AF_INET6 if conn_id.v6 else socket.AF_INET
     ends = [socket.inet_pton(family, address.partition("%")[0]) for address in (conn_id.peer, conn_id.local)]

@@ -1,0 +1,349 @@
+"""Connections that are told before the stop, while their owners run: the source's half of their pre-copy.
+
+::
+
+    read(pids)        idle connections, their records and descriptors; an AheadFiles is told to the target
+    standing(pid)     in the stop: which of the process's descriptors are what they were; the others are captured anew
+    shut()            at the freeze: nothing comes in or goes out any more, by one flag
+    changed()         which connections are not what was told
+    open(), close()   the processes go on, or end
+
+They come first in the file table, so that an index of the one is an index of the other.  Nothing is done to their
+sockets, and none of them is looked at in the stop but by two passes of the kernel's own: over the descriptors of each
+process, and over all connections.  What is not provably as it was told is captured, frozen and exported like any other.
+
+Source: issue 6; the experiment in design/TCP.md 8.  Decisions: docs/design/connection-precopy.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from checkpoint.errors import FileCaptureFailed
+from checkpoint.files.abi import CAPTURED_FLAGS, pidfd_getfd
+from checkpoint.files.base import FdView, OpenFile, parse_info, read_info
+from checkpoint.files.epoll import EpollWatch, device_of, entry_of, fired
+from checkpoint.files.peers import is_loopback
+from checkpoint.files.policy import Policy
+from checkpoint.files.table import FileTable
+from checkpoint.files.tcpfile import TcpFile
+from checkpoint.files.treefiles import AheadEpoll, AheadFiles, AheadPlace
+from checkpoint.kernel import filetable
+from checkpoint.kernel.filetable import Row
+from checkpoint.namespaces.numbers import Numbers
+from tcpstate.connid import ConnId
+from tcpstate.errors import KernelFeatureMissing, TcpmigError
+from tcpstate.kernel.bpf.census import census
+from tcpstate.kernel.bpf.gate import Gate
+from tcpstate.kernel.route import local_addresses
+from tcpstate.record import ConnectionRecord
+from tcpstate.segment import Segment
+from tcpstate.standing import Standing, read_standing, unchanged
+
+__all__ = ["Ahead", "AheadView", "tell"]
+
+_log = logging.getLogger(__name__)
+
+#: connections whose descriptors we have at a time: what their owners close meanwhile ends when we give it up
+_PORTION: Final = 256
+_EPOLL: Final = "anon_inode:[eventpoll]"
+
+
+class AheadView(FdView):
+    """A socket that was told ahead. Our duplicate is only taken when somebody asks for it."""
+
+    __slots__ = ()
+
+    @property
+    def socket(self) -> socket.socket:
+        """The duplicate. FileCaptureFailed if it cannot be had (any more)."""
+        if self.dup < 0:
+            try:
+                pidfd = os.pidfd_open(self.pid)
+                try:
+                    self.dup = pidfd_getfd(pidfd, self.fd)
+                finally:
+                    os.close(pidfd)
+            except OSError as error:
+                raise FileCaptureFailed(f"taking it: {error.strerror}", object=self.object) from error
+        return super().socket
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """One connection."""
+
+    row: bytes
+    place: Row
+    view: AheadView
+    standing: Standing
+
+
+class Ahead:
+    """See the module's docstring. ``moved``: the addresses that will leave this host; connections of others are left to
+    the stop, since after it only the address's absence keeps them silent."""
+
+    def __init__(self, moved: Collection[str]) -> None:
+        self._moved = frozenset(moved)
+        self._gate: Gate | None = None
+        self._found: list[_Found] = []
+        #: by process: descriptor -> (its row, index)
+        self._rows: dict[int, dict[int, tuple[bytes, int]]] = {}
+        self._by_conn: dict[ConnId, int] = {}
+        #: their records in the file table
+        self.files: list[OpenFile] = []
+        #: indexes of those that are what they were, as far as is known
+        self.here: set[int] = set()
+        #: epoll instances that watch them: their places, and the lines of fdinfo with number and index
+        self._epolls: dict[tuple[int, int], tuple[int, dict[str, tuple[int, int]]]] = {}
+
+    # -- while they run
+
+    def read(self, pids: Sequence[int], local: Collection[str]) -> AheadFiles:
+        """What the target is to know; ``local``: the addresses of this host. KernelFeatureMissing, OSError."""
+        counts = census()
+        filetable.prepare()
+        before = counts.take()
+        # rather too early: the clocks of connections may be ahead of what they were, never behind
+        read_at = time.monotonic_ns()
+        # The rows second: by the first every socket has a cookie.
+        chosen = self._choose(pids, before)
+        with FileTable(live=True) as table:
+            for pid, places in chosen.items():
+                for at in range(0, len(places), _PORTION):
+                    self._found += _read(table, pid, places[at : at + _PORTION], before)
+        after = counts.take()
+        self._found = [one for one in self._found if self._fits(one, after, local)]
+        for index, one in enumerate(self._found):
+            self._rows.setdefault(one.view.pid, {})[one.view.fd] = one.row, index
+            self._by_conn[one.standing.record.conn_id] = index
+        if self._found:
+            self._gate = Gate(self._by_conn)
+        self.files += map(_file, self._found)
+        epolls = [one for pid in self._rows for one in self._read_epolls(pid)]
+        return AheadFiles(
+            files=self.files,
+            places=[AheadPlace(pid=one.view.pid, fd=one.view.fd, cloexec=one.place.cloexec) for one in self._found],
+            read_at=read_at,
+            epolls=epolls,
+        )
+
+    def _read_epolls(self, pid: int) -> Iterator[AheadEpoll]:
+        """Epoll instances of a process, as far as they watch what is told: each entry by itself, unless two of one
+        instance have one number."""
+        for row in filetable.rows(filetable.read(pid)):
+            lines: tuple[str, ...] = ()
+            with contextlib.suppress(OSError):
+                if not row.cookie and os.readlink(f"/proc/{pid}/fd/{row.fd}") == _EPOLL:
+                    lines, _ = parse_info(read_info(pid, row.fd))
+            told: dict[str, tuple[int, int]] = {}
+            watches: list[EpollWatch] = []
+            for line in lines:
+                entry = entry_of(line)
+                index = -1 if entry is None else self._rows[pid].get(entry.number, (b"", -1))[1]
+                if entry is None or index < 0:
+                    continue
+                stat = self._found[index].view.stat
+                watch = EpollWatch(number=entry.number, pid=pid, file=index, events=entry.events, data=entry.data)
+                same = (stat.st_ino, (os.major(stat.st_dev), os.minor(stat.st_dev))) == (entry.inode, device_of(entry))
+                if same and not fired(watch):
+                    told[line] = entry.number, index
+                    watches.append(watch)
+            if watches and len({watch.number for watch in watches}) == len(watches):
+                self._epolls[pid, row.fd] = len(self._epolls), told
+                yield AheadEpoll(pid=pid, fd=row.fd, cloexec=row.cloexec, watches=tuple(watches))
+
+    def _choose(self, pids: Sequence[int], before: Mapping[int, bytes]) -> dict[int, list[tuple[bytes, Row]]]:
+        """Established connections that one descriptor leads to, and nobody is told of by signals."""
+        rows = {pid: filetable.read(pid) for pid in pids}
+        seen: dict[int, int] = {}
+        for told in rows.values():
+            for row in filetable.rows(told):
+                seen[row.cookie] = seen.get(row.cookie, 0) + 1
+        return {
+            pid: [
+                (raw, row)
+                for raw, row in zip(told, filetable.rows(told), strict=True)
+                if row.cookie in before and seen[row.cookie] == 1 and not row.owner and not row.locks
+            ]
+            for pid, told in rows.items()
+        }
+
+    def _fits(self, one: _Found, after: Mapping[int, bytes], local: Collection[str]) -> bool:
+        conn = one.standing.record.conn_id
+        return (
+            after.get(one.standing.cookie) == one.standing.census
+            and conn.local in self._moved
+            and not is_loopback(conn.peer)
+            and conn.peer not in local
+        )
+
+    # -- in the stop
+
+    @property
+    def views(self) -> list[FdView]:
+        """The entries of the file table."""
+        return [one.view for one in self._found]
+
+    @property
+    def count(self) -> int:
+        """How many were told."""
+        return len(self._found)
+
+    @property
+    def ports(self) -> set[int]:
+        """The local ports."""
+        return {conn.local_port for conn in self._by_conn}
+
+    @property
+    def local_addresses(self) -> set[str]:
+        """The addresses of this host."""
+        return {conn.local for conn in self._by_conn}
+
+    @property
+    def gone(self) -> list[int]:
+        """Indexes of those that the target is to forget: their descriptors lead elsewhere by now."""
+        return [index for index in range(len(self._found)) if index not in self.here]
+
+    def standing(self, pid: int) -> tuple[dict[int, tuple[int, bool]], list[int]]:
+        """Of a process that stands still: the descriptors that are what was told, as its table has them, and the
+        numbers of all others. OSError."""
+        known = self._rows.get(pid, {})
+        table: dict[int, tuple[int, bool]] = {}
+        others = []
+        for raw in filetable.read(pid):
+            fd = int.from_bytes(raw[:4], "little")
+            told = known.get(fd)
+            if told is not None and told[0] == raw:
+                index = told[1]
+                table[fd] = index, self._found[index].place.cloexec
+            else:
+                others.append(fd)
+        self.here.update(index for index, _ in table.values())
+        return table, others
+
+    def epoll_kept(
+        self, places: Sequence[tuple[int, int]], lines: Sequence[str]
+    ) -> tuple[int, frozenset[str], tuple[int, ...]]:
+        """Of an epoll instance at ``places``, whose fdinfo has these lines: its number among those told (-1: it was
+        not), lines of entries that were told and hold, numbers of entries that do not hold any more."""
+        for place in places:
+            if place not in self._epolls:
+                continue
+            number, told = self._epolls[place]
+            kept = frozenset(line for line in told.keys() & set(lines) if told[line][1] in self.here)
+            dropped = tuple(sorted(entry for line, (entry, _) in told.items() if line not in kept))
+            numbers = {told[line][0] for line in kept}
+            others = (entry_of(line) for line in lines if line not in kept)
+            if any(entry is not None and entry.number in numbers for entry in others):
+                # one more entry by the same number: which is which is told by all of them
+                break
+            return number, kept, dropped
+        return -1, frozenset(), ()
+
+    def shut(self) -> None:
+        """From now on nothing of these connections comes in or goes out."""
+        if self._gate is not None:
+            self._gate.shut()
+
+    def changed(self) -> list[int]:
+        """Indexes, in order, of those that are here and not what was told. OSError."""
+        now = census().take()
+        found = self._found
+        return sorted(i for i in self.here if now.get(found[i].standing.cookie) != found[i].standing.census)
+
+    def record_for(self, segment: Segment) -> ConnectionRecord | None:
+        """Of a connection that is as it was told."""
+        index = self._by_conn.get(segment.conn_id)
+        return self._found[index].standing.record if index is not None and index in self.here else None
+
+    def open(self) -> None:
+        """They go on."""
+        if self._gate is not None:
+            self._gate.open()
+
+    def close(self) -> None:
+        """Take the gate away."""
+        gate, self._gate = self._gate, None
+        if gate is not None:
+            gate.close()
+
+
+def tell(pids: Sequence[int], moved: Collection[str], policy: Policy) -> tuple[Ahead, AheadFiles] | tuple[None, None]:
+    """The idle connections of processes that run, and what the target is to know; nothing if there are none, if this
+    kernel cannot tell whether they change, or if the policy makes something else of connections. ``moved`` as above."""
+    # in a PID namespace of their own they have other numbers in records
+    if policy.external or policy.cuts or not Numbers(pids).same:
+        return None, None
+    ahead = Ahead(moved)
+    try:
+        told = ahead.read(pids, local_addresses())
+    except (KernelFeatureMissing, OSError) as error:
+        _log.info("connections are not built ahead of the stop: %s", error)
+        ahead.close()
+        return None, None
+    return (ahead, told) if told.files else (None, None)
+
+
+def _read(
+    table: FileTable, pid: int, places: Sequence[tuple[bytes, Row]], before: Mapping[int, bytes]
+) -> Iterator[_Found]:
+    """Those of some descriptors that are idle connections."""
+    with contextlib.ExitStack() as ends:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        ends.callback(os.close, pidfd)
+        taken: list[tuple[bytes, Row, socket.socket]] = []
+        for raw, row in places:
+            try:
+                taken.append((raw, row, ends.enter_context(socket.socket(fileno=pidfd_getfd(pidfd, row.fd)))))
+            except OSError as error:
+                # closed since, or no socket any more
+                _log.debug("pid %d fd %d: %s", pid, row.fd, error)
+        socks = [sock for _, _, sock in taken]
+        try:
+            found = unchanged(read_standing(socks, before), before)
+        except KernelFeatureMissing:
+            raise
+        except (TcpmigError, OSError) as error:
+            # what it is about is said in the stop; the others of the portion are told then, too
+            _log.debug("%d connections of pid %d are not told ahead: %s", len(socks), pid, error)
+            return
+        for (raw, row, sock), one in zip(taken, found, strict=True):
+            if one is not None and one.cookie == row.cookie:
+                yield _Found(raw, row, _view(table, pid, row, sock), one)
+
+
+def _view(table: FileTable, pid: int, row: Row, sock: socket.socket) -> AheadView:
+    stat = os.fstat(sock.fileno())
+    view = AheadView(
+        pid=pid,
+        fd=row.fd,
+        dup=-1,
+        magic=f"/proc/{pid}/fd/{row.fd}",
+        link=f"socket:[{stat.st_ino}]",
+        flags=row.flags & CAPTURED_FLAGS,
+        pos=0,
+        info={},
+        lines=(),
+        stat=stat,
+        table=table,
+        places=[(pid, row.fd)],
+    )
+    view._protocol = int(sock.family), int(sock.type), sock.proto
+    return view
+
+
+def _file(one: _Found) -> TcpFile:
+    family, _, _ = one.view.protocol
+    record = one.standing.record
+    return TcpFile(flags=one.view.flags, family=family, conn_id=str(record.conn_id), connection=record)

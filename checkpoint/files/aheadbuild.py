@@ -1,0 +1,218 @@
+"""Connections that are built before the stop: the target's half of their pre-copy.
+
+They stand in repair mode, behind the filter and the mark of :mod:`tcpstate.rebuild`, on the descriptors that the new
+processes will have: nothing of them can be heard, and if we end they vanish without a packet.  All that is left for the
+release is done in one batch.  What the freeze found changed is dissolved and rebuilt on the same descriptor.
+
+Their keepalive begins with the release: a socket that probes its peer before it may hear the answer would reset it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import select
+import socket
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from checkpoint.errors import BadFileRecord
+from checkpoint.files.aheadinstall import install_ahead
+from checkpoint.files.base import OpenFile, set_flags
+from checkpoint.files.descriptors import ensure_descriptors
+from checkpoint.files.epoll import Epoll
+from checkpoint.files.listener import new_socket
+from checkpoint.files.peercred import Stub
+from checkpoint.files.tcpfile import TcpFile
+from checkpoint.files.treefiles import AheadFiles
+from tcpstate import rebuild
+from tcpstate.discard import discard_connections
+from tcpstate.kernel.sockets import SO, Level
+from tcpstate.options import take_back
+from tcpstate.rebuild import Difference, rebuild_connections
+from tcpstate.record import ConnectionRecord, State
+from tcpstate.release import make_ready, release_ready, retire
+from tcpstate.segment import Segment
+
+__all__ = ["BuiltAhead"]
+
+
+class BuiltAhead:
+    """The connections of ``told``, built. BadFileRecord, TooManyDescriptors, and what
+    :func:`~tcpstate.rebuild.rebuild_connections` raises; nothing is left then.
+
+    devices  interface names of the source to those here
+    """
+
+    def __init__(self, told: AheadFiles, devices: Mapping[str, str]) -> None:
+        self.told = told
+        self.files = [file.on_devices(devices) if devices else file for file in told.files]
+        self._records = [_idle(file) for file in self.files]
+        self._by_conn = {record.conn_id: index for index, record in enumerate(self._records)}
+        self._gone: set[int] = set()
+        self._changed: list[int] = []
+        self._handed_over = False
+        ensure_descriptors(len(self.files))
+        self._socks: list[socket.socket] = []
+        self._epolls: list[int] = []
+        #: processes that have their descriptors already
+        self._stubs: Mapping[int, Stub] = {}
+        try:
+            for record, file in zip(self._records, self.files, strict=True):
+                sock = new_socket(rebuild.record_family(record), socket.SOCK_STREAM, str(record.conn_id))
+                self._socks.append(sock)
+                set_flags(sock.fileno(), file.flags)
+            elapsed = max(0.0, (time.monotonic_ns() - told.read_at) / 1e9) if told.read_at else 0.0
+            rebuild_connections(self._records, self._socks, elapsed=elapsed)
+            self._differences = rebuild.differences(self._socks, self._records)
+            make_ready(self._socks, self._records)
+            for _ in told.epolls:
+                self._epolls.append(_new_epoll())
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def count(self) -> int:
+        """How many were told."""
+        return len(self.files)
+
+    @property
+    def standing(self) -> int:
+        """How many are as they were told."""
+        return len(self.files) - len(self._gone) - len(self._changed)
+
+    @property
+    def changed(self) -> Sequence[int]:
+        """Indexes of those that were told again."""
+        return self._changed
+
+    @property
+    def ports(self) -> set[int]:
+        """Their local ports."""
+        return {record.conn_id.local_port for record in self._records}
+
+    def install(self, stubs: Mapping[int, Stub]) -> None:
+        """Give the new processes their descriptors, and the epoll instances what they watch. CallError,
+        TooManyDescriptors."""
+        self._stubs = install_ahead(self.told, [sock.fileno() for sock in self._socks], self._epolls, stubs)
+
+    def uninstall(self) -> None:
+        """The new processes are others."""
+        self._stubs = {}
+
+    def installed(self, stubs: Mapping[int, Stub]) -> bool:
+        """Whether these processes have them."""
+        return bool(self._stubs) and all(stubs.get(pid) is stub for pid, stub in self._stubs.items())
+
+    def kept(self, pid: int, table: Mapping[int, tuple[int, bool]]) -> dict[int, int]:
+        """Of an installed process: descriptors that are already what its ``table`` says, and what they lead to."""
+        return {
+            place.fd: index
+            for index, place in enumerate(self.told.places)
+            if place.pid == pid and table.get(place.fd) == (index, place.cloexec)
+        }
+
+    def take_epoll(self, at: int) -> int:
+        """A descriptor of ours of an instance that stands."""
+        return os.dup(self._epolls[at])
+
+    def check(self, epolls: Iterable[Epoll]) -> None:
+        """BadFileRecord if one of them goes on from an instance that was not told."""
+        for epoll in epolls:
+            if epoll.told >= len(self.told.epolls):
+                raise BadFileRecord(f"epoll instance {epoll.told} is referred to, and was not told", object="AHEAD")
+
+    def whole(self, epoll: Epoll) -> Epoll:
+        """An epoll instance that is to be made anew, with all that it watches."""
+        if epoll.told < 0:
+            return epoll
+        dropped = set(epoll.dropped)
+        kept = tuple(watch for watch in self.told.epolls[epoll.told].watches if watch.number not in dropped)
+        return dataclasses.replace(epoll, watches=kept + epoll.watches, told=-1, dropped=())
+
+    def forget(self, gone: Iterable[int]) -> None:
+        """The source has them no more, or tells them otherwise."""
+        for index in gone:
+            self._gone.add(index)
+            # in repair mode: without a packet
+            self._socks[index].close()
+
+    def hand_over(self) -> list[int | None]:
+        """Their descriptors, which are the caller's from now on; None of those that are gone."""
+        self._handed_over = True
+        return [None if index in self._gone else sock.fileno() for index, sock in enumerate(self._socks)]
+
+    # -- the connections are frozen
+
+    def dissolve_changed(self, now: Sequence[OpenFile]) -> list[int]:
+        """Make room on the descriptors of those that were told again: ``now``, the first of which are ours. Their
+        indexes. ConnectionCallFailed."""
+        told = self.files
+        self._changed = [i for i in range(len(told)) if now[i] is not told[i] and i not in self._gone]
+        if not self._changed:
+            return []
+        socks = [self._socks[i] for i in self._changed]
+        discard_connections(socks, close=False)
+        for sock in socks:
+            # the next connect() chooses a route by it, and that of our mark leads nowhere
+            sock.setsockopt(Level.SOCKET, SO.MARK, 0)
+        for i, sock in zip(self._changed, socks, strict=True):
+            record, before = now[i], self._records[i]
+            if not isinstance(record, TcpFile) or record.connection is None:
+                # it has ended: its socket is one without a connection
+                take_back(sock, {*before.options, *before.option_data})
+                retire([sock])
+            else:
+                after = record.connection
+                take_back(sock, {*before.options, *before.option_data} - {*after.options, *after.option_data})
+        return self._changed
+
+    def differences(self) -> list[tuple[str, Difference]]:
+        """(conn-ID, difference) of those that stand as they were told, and read back otherwise."""
+        out = self._gone | set(self._changed)
+        return [(str(self._records[at].conn_id), one) for at, one in self._differences if at not in out]
+
+    def release(self) -> None:
+        """They live: their addresses are local. ConnectionCallFailed."""
+        out = self._gone | set(self._changed)
+        if not out:
+            release_ready(self._socks, self._records)
+            return
+        here = [index for index in range(len(self._socks)) if index not in out]
+        release_ready([self._socks[i] for i in here], [self._records[i] for i in here])
+
+    def connections_for(self, segments: Iterable[Segment]) -> list[tuple[socket.socket, ConnectionRecord]]:
+        """Those that stand as they were told, and some of the segments are for."""
+        out = self._gone | set(self._changed)
+        found = {self._by_conn.get(segment.conn_id, -1) for segment in segments} - out - {-1}
+        return [(self._socks[index], self._records[index]) for index in sorted(found)]
+
+    def close(self) -> None:
+        """Give up the descriptors that are ours: in repair mode they vanish without a packet. May be repeated."""
+        for sock in self._socks:
+            if self._handed_over:
+                sock.detach()
+            else:
+                sock.close()
+        self._socks = []
+        while self._epolls:
+            os.close(self._epolls.pop())
+
+
+def _new_epoll() -> int:
+    with select.epoll() as instance:
+        return os.dup(instance.fileno())
+
+
+def _idle(file: OpenFile) -> ConnectionRecord:
+    """The connection of a file that is told ahead. BadFileRecord if it is not such a one."""
+    if not isinstance(file, TcpFile) or file.connection is None:
+        raise BadFileRecord("what is told ahead of the stop is no connection", object="AHEAD")
+    record = file.connection
+    if record.state is not State.ESTABLISHED or record.send_queue or record.receive_queue or record.filter:
+        raise BadFileRecord("a connection that is told ahead of the stop is not idle", object=str(record.conn_id))
+    plain = TcpFile(flags=file.flags, family=rebuild.record_family(record), conn_id=file.conn_id, connection=record)
+    if file != plain:
+        raise BadFileRecord("a connection is told ahead of the stop with more than it can have", object=file.conn_id)
+    return record

@@ -1,0 +1,149 @@
+"""Connections told ahead of the stop: what goes on from them fits, and what is no idle connection is refused."""
+
+import dataclasses
+
+import pytest
+
+from checkpoint.errors import BadFileRecord
+from checkpoint.files.aheadbuild import BuiltAhead
+from checkpoint.files.descriptors import gaps
+from checkpoint.files.epoll import EpollWatch
+from checkpoint.files.eventfd import EventFd
+from checkpoint.files.peers import StandIn
+from checkpoint.files.tcpfile import TcpFile
+from checkpoint.files.treefiles import AheadEpoll, AheadFiles, AheadPlace, TreeFiles
+from tcpstate import codec
+from tcpstate.errors import BadRecord
+from tcpstate.standing import idle
+from tests.unit.checkpoint_files.test_files_queues import connection, file
+
+IDLE = file(connection(b"", b"", 0))
+OTHER = EventFd(flags=0, count=0, semaphore=False)
+
+
+def told(*files, places=None, epolls=()):
+    where = places or [AheadPlace(pid=7, fd=fd, cloexec=bool(fd % 2)) for fd in range(10, 10 + len(files))]
+    return AheadFiles(files=list(files), places=where, read_at=5, epolls=list(epolls))
+
+
+def later(**how):
+    return TreeFiles(files=[OTHER], contents=[], **{"tables": {7: {3: (2, True)}}, "ahead": 2, **how})
+
+
+def test_the_files_of_the_stop_go_on_from_those_told_ahead():
+    ahead = told(IDLE, IDLE)
+    whole = later().whole(ahead)
+    assert whole.files == [IDLE, IDLE, OTHER]
+    assert whole.tables == {7: {10: (0, False), 11: (1, True), 3: (2, True)}}
+    assert (whole.ahead, whole.gone) == (0, ())
+
+
+def test_what_is_gone_has_no_descriptor_any_more():
+    whole = later(gone=(0,), tables={7: {10: (2, False)}}).whole(told(IDLE, IDLE))
+    assert whole.tables == {7: {11: (1, True), 10: (2, False)}}
+
+
+def test_both_travel():
+    ahead = told(IDLE)
+    assert codec.unpack(AheadFiles, codec.pack(ahead)) == ahead
+    assert codec.unpack(TreeFiles, codec.pack(later())) == later()
+
+
+@pytest.mark.parametrize("ahead", [None, told(IDLE), told(IDLE, IDLE, IDLE)], ids=["none", "less", "more"])
+def test_a_table_that_goes_on_from_something_else_is_refused(ahead):
+    with pytest.raises(ValueError, match="told ahead"):
+        later().whole(ahead)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"gone": (2,)}, {"gone": (-1,)}, {"ahead": -1}, {"tables": {7: {3: (3, True)}}}, {"tables": {7: {3: (-1, True)}}}],
+    ids=str,
+)
+def test_impossible_tables_are_refused(how):
+    with pytest.raises(ValueError, match=r"leads to file|out of range"):
+        later(**how)
+
+
+def test_two_connections_in_one_place_are_refused():
+    place = AheadPlace(pid=7, fd=10, cloexec=False)
+    with pytest.raises(ValueError, match="one place"):
+        told(IDLE, IDLE, places=[place, place])
+    good = codec.pack(told(IDLE))
+    with pytest.raises(BadRecord):
+        codec.unpack(AheadFiles, good[:-1])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        OTHER,
+        TcpFile(family=2, conn_id=IDLE.conn_id, flags=0),
+        file(connection(b"unread", b"", 0)),
+        file(connection(b"", b"unsent", 0)),
+        file(connection(b"", b"", 0), early=3),
+        dataclasses.replace(IDLE, family=10),
+        dataclasses.replace(IDLE, stand_in=StandIn.CLOSE),
+    ],
+    ids=["no connection", "no record", "unread", "unsent", "a queue apart", "family", "stand-in"],
+)
+def test_only_idle_connections_are_built_ahead(bad):
+    with pytest.raises(BadFileRecord):
+        BuiltAhead(told(bad), {})
+
+
+def watching(*numbers, pid=7, fd=4, watcher=7):
+    watches = tuple(EpollWatch(number=n, pid=watcher, file=n - 10, events=1, data=n) for n in numbers)
+    return AheadEpoll(pid=pid, fd=fd, cloexec=True, watches=watches)
+
+
+def test_epoll_instances_watch_what_is_told():
+    ahead = told(IDLE, IDLE, epolls=[watching(10, 11)])
+    assert codec.unpack(AheadFiles, codec.pack(ahead)) == ahead
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"fd": 10}, {"pid": 8}, {"watcher": 8}],
+    ids=["where a connection is", "another process", "for another process"],
+)
+def test_epoll_instances_that_watch_something_else_are_refused(how):
+    with pytest.raises(ValueError, match=r"one place|not told"):
+        told(IDLE, IDLE, epolls=[watching(10, **how)])
+    with pytest.raises(ValueError, match="not told"):
+        told(IDLE, epolls=[watching(11)])
+    with pytest.raises(ValueError, match="twice"):
+        watching(10, 10)
+
+
+@pytest.mark.parametrize(
+    ("kept", "expected"),
+    [([], [(0, 9)]), ([0], [(1, 9)]), ([3, 4], [(0, 3), (5, 9)]), (range(9), []), ([8], [(0, 8)])],
+    ids=str,
+)
+def test_the_gaps_between_what_is_kept(kept, expected):
+    assert list(gaps(kept, 9)) == expected
+
+
+QUIET = dict.fromkeys(
+    ("urg_data", "packets_out", "retransmits", "probes_out", "backlog", "err", "err_soft", "shutdown", "repair",
+     "is_mptcp", "out_of_order", "errors", "filter", "ulp", "md5", "fastopen", "nonagle"), 0,
+)  # fmt: skip
+REST = QUIET | {
+    "write_seq": 9, "snd_una": 9, "snd_nxt": 9, "rcv_nxt": 5, "copied_seq": 5, "snd_wnd": 100, "rcv_wnd": 100,
+}  # fmt: skip
+
+
+def test_a_connection_at_rest_is_idle():
+    assert idle(REST)
+    assert idle(REST | {"nonagle": 1})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{name: 1} for name in QUIET if name != "nonagle"]
+    + [{"nonagle": 2}, {"snd_una": 8}, {"snd_nxt": 8}, {"copied_seq": 4}, {"snd_wnd": 0}, {"rcv_wnd": 0}],
+    ids=str,
+)
+def test_whatever_else_is_not(change):
+    assert not idle(REST | change)
