@@ -303,7 +303,7 @@ def test_a_migration(tmp_path: Path) -> None:
     assert run.received == Received(migration=run.sent.migration, pids={77: 78}, addresses=())
     assert (run.world.here, run.world.there) == ("gone", "running")
     rounds, skeleton = (b"round" + bytes(1 << 20)) * 2, (b"head" + bytes(1 << 20)) * 3
-    assert bytes(run.incoming.image) == rounds + skeleton + b"tail"
+    assert bytes(run.incoming.image) == rounds + b"idle connections" + skeleton + b"tail"
     assert run.incoming.replayed == [b"segment 1", b"segment 2", b"segment 3"]
     assert 0 <= run.incoming.elapsed < 2
     assert run.ends() == (End.MOVED, End.MOVED)
