@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterable, Sequence
+from array import array
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Final, Self
 
 from tcpstate import giving, softstate
@@ -27,11 +29,10 @@ from tcpstate.segment import SEQ_MASK, Segment
 from tcpstate.urgent import put_marks
 
 __all__ = [
+    "Ready",
     "finish_release",
-    "make_ready",
     "open_connections",
     "release_connections",
-    "release_ready",
     "retire",
     "write_ends",
 ]
@@ -272,13 +273,6 @@ def _give_back(
 _LATER: Final = frozenset({"so.keepalive", "so.mark"})
 
 
-def make_ready(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
-    """Rebuilt connections with nothing in their queues: all of the release that can be done while they are silent, and
-    in repair mode. Then :func:`release_ready`, or close them. ConnectionCallFailed."""
-    if socks:
-        _give_back(socks, records, skip=_OWN_HANDS | _LATER, shared=True)
-
-
 def _build_ready(rows: Rows) -> tuple[Column, Field, Field, Field]:
     fd, mark, reuse_address, keepalive = rows.column(), rows.room(4), rows.room(4), rows.room(4)
     rows.setsockopt(fd, Level.SOCKET, SO.DETACH_FILTER, 0, ignore=True)
@@ -293,17 +287,41 @@ def _build_ready(rows: Rows) -> tuple[Column, Field, Field, Field]:
 _ready = Reusable(_build_ready)
 
 
-def release_ready(socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
-    """Let connections live that :func:`make_ready` was called for. Their addresses are local. ConnectionCallFailed."""
-    if not socks:
-        return
-    rows, (fd, mark, reuse_address, keepalive) = _ready.of(len(socks))
-    fd.set(numbers_of(socks))
-    mark.set([number(r, "so.mark") for r in records])
-    reuse_address.set([r.reuse_address for r in records])
-    keepalive.set([number(r, "so.keepalive") for r in records])
-    with failures(socks, Names(records)):
-        rows.run()
+class Ready:
+    """Rebuilt connections with nothing in their queues, made ready: all of the release that can be done while they are
+    silent, and in repair mode. ConnectionCallFailed."""
+
+    def __init__(self, socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
+        self._socks = socks
+        self._records = records
+        if socks:
+            _give_back(socks, records, skip=_OWN_HANDS | _LATER, shared=True)
+        # as the table of calls wants them: peers wait when it is filled
+        self._fds = numbers_of(socks)
+        self._values = [
+            array("I", values)
+            for values in (
+                [number(r, "so.mark") for r in records],
+                [r.reuse_address for r in records],
+                [number(r, "so.keepalive") for r in records],
+            )
+        ]
+
+    def release(self, without: Collection[int] = ()) -> None:
+        """Let them live, but for those at these places. Their addresses are local. ConnectionCallFailed."""
+        here = [place not in without for place in range(len(self._socks))]
+        if not any(here):
+            return
+        records, socks, fds, values = self._records, self._socks, self._fds, self._values
+        if without:
+            records, socks = list(compress(records, here)), list(compress(socks, here))
+            fds, values = array("Q", compress(fds, here)), [array("I", compress(one, here)) for one in values]
+        rows, (fd, *fields) = _ready.of(len(socks))
+        fd.set(fds)
+        for field, column in zip(fields, values, strict=True):
+            field.set(column)
+        with failures(socks, Names(records)):
+            rows.run()
 
 
 def retire(socks: Sequence[socket.socket]) -> None:

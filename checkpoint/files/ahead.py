@@ -99,6 +99,9 @@ class Ahead:
         self._by_conn: dict[ConnId, int] = {}
         #: their records in the file table
         self.files: list[OpenFile] = []
+        #: their local ports and addresses
+        self.ports: set[int] = set()
+        self.local_addresses: set[str] = set()
         #: indexes of those that are what they were, as far as is known
         self.here: set[int] = set()
         #: epoll instances that watch them: their places, and the lines of fdinfo with number and index
@@ -127,6 +130,8 @@ class Ahead:
         if self._found:
             self._gate = Gate(self._by_conn)
         self.files += map(_file, self._found)
+        self.ports |= {conn.local_port for conn in self._by_conn}
+        self.local_addresses |= {conn.local for conn in self._by_conn}
         epolls = [one for pid in self._rows for one in self._read_epolls(pid)]
         return AheadFiles(
             files=self.files,
@@ -196,16 +201,6 @@ class Ahead:
     def count(self) -> int:
         """How many were told."""
         return len(self._found)
-
-    @property
-    def ports(self) -> set[int]:
-        """The local ports."""
-        return {conn.local_port for conn in self._by_conn}
-
-    @property
-    def local_addresses(self) -> set[str]:
-        """The addresses of this host."""
-        return {conn.local for conn in self._by_conn}
 
     @property
     def gone(self) -> list[int]:

@@ -31,7 +31,7 @@ from tcpstate.kernel.sockets import SO, Level
 from tcpstate.options import take_back
 from tcpstate.rebuild import Difference, rebuild_connections
 from tcpstate.record import ConnectionRecord, State
-from tcpstate.release import make_ready, release_ready, retire
+from tcpstate.release import Ready, retire
 from tcpstate.segment import Segment
 
 __all__ = ["BuiltAhead"]
@@ -49,6 +49,8 @@ class BuiltAhead:
         self.files = [file.on_devices(devices) if devices else file for file in told.files]
         self._records = [_idle(file) for file in self.files]
         self._by_conn = {record.conn_id: index for index, record in enumerate(self._records)}
+        #: their local ports
+        self.ports = {record.conn_id.local_port for record in self._records}
         self._gone: set[int] = set()
         self._changed: list[int] = []
         self._handed_over = False
@@ -65,7 +67,7 @@ class BuiltAhead:
             elapsed = max(0.0, (time.monotonic_ns() - told.read_at) / 1e9) if told.read_at else 0.0
             rebuild_connections(self._records, self._socks, elapsed=elapsed)
             self._differences = rebuild.differences(self._socks, self._records)
-            make_ready(self._socks, self._records)
+            self._ready = Ready(self._socks, self._records)
             for _ in told.epolls:
                 self._epolls.append(_new_epoll())
         except BaseException:
@@ -86,11 +88,6 @@ class BuiltAhead:
     def changed(self) -> Sequence[int]:
         """Indexes of those that were told again."""
         return self._changed
-
-    @property
-    def ports(self) -> set[int]:
-        """Their local ports."""
-        return {record.conn_id.local_port for record in self._records}
 
     def install(self, stubs: Mapping[int, Stub]) -> None:
         """Give the new processes their descriptors, and the epoll instances what they watch. CallError,
@@ -175,12 +172,7 @@ class BuiltAhead:
 
     def release(self) -> None:
         """They live: their addresses are local. ConnectionCallFailed."""
-        out = self._gone | set(self._changed)
-        if not out:
-            release_ready(self._socks, self._records)
-            return
-        here = [index for index in range(len(self._socks)) if index not in out]
-        release_ready([self._socks[i] for i in here], [self._records[i] for i in here])
+        self._ready.release(self._gone | set(self._changed))
 
     def connections_for(self, segments: Iterable[Segment]) -> list[tuple[socket.socket, ConnectionRecord]]:
         """Those that stand as they were told, and some of the segments are for."""

@@ -72,9 +72,9 @@ class Client:
 
 
 @contextlib.contextmanager
-def option_server(hosts: ThreeHosts) -> Iterator[HostProcess]:
+def option_server(hosts: ThreeHosts, *options: str) -> Iterator[HostProcess]:
     both = [hosts.net.service4, hosts.net.service6]
-    argv = [sys.executable, "-m", "tests.workloads.option_server", PORT, *both]
+    argv = [sys.executable, "-m", "tests.workloads.option_server", *options, PORT, *both]
     process = hosts.source.popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     for address in both:
         wait_listening(hosts.client, process, address, PORT)
@@ -122,6 +122,22 @@ def test_connections_that_change_until_the_last_moment(hosts: ThreeHosts, loss: 
             for client in (*still, *lively):
                 assert client.ask("state") == client.said
     for client in (*still, *lively):
+        client.sock.close()
+
+
+def test_a_listener_that_shares_its_port_with_nobody(hosts: ThreeHosts) -> None:
+    """Its connections are at the target before it, and have its port."""
+    with option_server(hosts, "--exclusive") as process, hosts.client.netns_entered():
+        clients = [Client(hosts.net.service4), Client(hosts.net.service6)]
+        pid, here, there = process.pid, hosts.source, hosts.target
+        for _ in range(2):
+            summary = migrate(here, pid, there)
+            assert summary["ahead"] >= len(clients)
+            pid, here, there = summary["target_pid"], there, here
+            clients += [Client(hosts.net.service4), Client(hosts.net.service6)]
+            for client in clients:
+                assert client.ask("state") == client.said
+    for client in clients:
         client.sock.close()
 
 

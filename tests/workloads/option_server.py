@@ -1,8 +1,8 @@
 """Does to its connections what they ask for: answers, options, descriptors; and tells how they are.
 
-python -m tests.workloads.option_server PORT ADDRESS...
+python -m tests.workloads.option_server [--exclusive] PORT ADDRESS...
 
-Requests are lines, answered by a line each::
+``--exclusive``: its listeners are without SO_REUSEADDR.  Requests are lines, answered by a line each::
 
     echo TEXT           the text
     nodelay|keepalive|oobinline|rcvlowat|linger|priority N    the option, set; the value that it has now
@@ -79,12 +79,16 @@ class Peer:
 
 
 def main() -> None:
-    port, *addresses = sys.argv[1:]
+    exclusive = "--exclusive" in sys.argv
+    port, *addresses = [word for word in sys.argv[1:] if word != "--exclusive"]
     epoll = select.epoll()
     listeners = {}
     for address in addresses:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        listener = socket.create_server((address, int(port)), family=family, backlog=128)
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, not exclusive)
+        listener.bind((address, int(port)))
+        listener.listen(128)
         listeners[listener.fileno()] = listener
         epoll.register(listener, select.EPOLLIN)
     peers: dict[int, Peer] = {}
