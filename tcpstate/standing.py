@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Final
 
 from tcpstate import options
@@ -23,7 +24,7 @@ from tcpstate.kernel.bpf.census import census
 from tcpstate.kernel.columns import Column, Field, Reusable, Rows, numbers_of
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.kernel.tcp import TcpState
-from tcpstate.reading import read_live
+from tcpstate.reading import Numbers, read_live
 from tcpstate.record import ConnectionRecord
 from tcpstate.rows import failures
 
@@ -102,13 +103,17 @@ def read_standing(
     states = read_originals(some)
     saved = options.save(some)
     begun = time.monotonic()
-    told = []
-    for i, one in zip(mine, read_live(some), strict=True):
+    told: list[Numbers] = []
+    living = [False] * len(some)
+    for at, (i, one) in enumerate(zip(mine, read_live(some), strict=True)):
         n = known[i]
+        # has it ended by now?
+        living[at] = one.number == TcpState.ESTABLISHED and any(one.peer_family)
+        if not living[at]:
+            continue
         told.append(
             # what was asked later may tell of later: then the census is not the same afterwards
             one._replace(
-                number=int(TcpState.ESTABLISHED),
                 outq=0,
                 nsd=0,
                 inq=0,
@@ -122,6 +127,8 @@ def read_standing(
                 rcv_nxt=n["rcv_nxt"],
             )
         )
+    mine, some = list(compress(mine, living)), list(compress(some, living))
+    states, saved = list(compress(states, living)), list(compress(saved, living))
     records = idle_records(told, some, states, saved, time.monotonic() - begun)
     for i, record, state in zip(mine, records, states, strict=True):
         if state.gate is Gate.FILTER and not state.filter and "so.peek_off" not in record.options:

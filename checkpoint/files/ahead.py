@@ -309,8 +309,9 @@ def _read(
             found = unchanged(read_standing(socks, before), before)
         except KernelFeatureMissing:
             raise
-        except (TcpmigError, OSError) as error:
-            # what it is about is said in the stop; the others of the portion are told then, too
+        except (TcpmigError, OSError, ValueError) as error:
+            # What it is about is said in the stop; the others of the portion are told then, too.  What was read of one
+            # that ended meanwhile may contradict itself.
             _log.debug("%d connections of pid %d are not told ahead: %s", len(socks), pid, error)
             return
         for (raw, row, sock), one in zip(taken, found, strict=True):
