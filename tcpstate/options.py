@@ -15,6 +15,7 @@ import errno
 import functools
 import socket
 import struct
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -402,6 +403,15 @@ def take_back(sock: socket.socket, keywords: Iterable[str]) -> None:
         option = BY_KEYWORD.get(keyword)
         if option is not None and keyword in defaults:
             sock.setsockopt(option.level, option.number, defaults[keyword])
+
+
+def in_force(record: ConnectionRecord, keyword: str) -> int:
+    """The first number of an option, recorded or not: then it is that of this host's fresh sockets."""
+    told = record.options.get(keyword)
+    if told is not None:
+        return told[0]
+    family = socket.AF_INET if record.conn_id.v6 is False else socket.AF_INET6
+    return int.from_bytes(_defaults(family)[keyword][:4], sys.byteorder)
 
 
 def number(record: ConnectionRecord, keyword: str) -> int:

@@ -43,16 +43,19 @@ from tcpstate.errors import KernelFeatureMissing, TcpmigError
 from tcpstate.kernel.bpf.census import census
 from tcpstate.kernel.bpf.gate import Gate
 from tcpstate.kernel.route import local_addresses
-from tcpstate.record import ConnectionRecord
+from tcpstate.options import in_force, number
+from tcpstate.record import ConnectionRecord, Family
 from tcpstate.segment import Segment
 from tcpstate.standing import Standing, read_standing, unchanged
 
-__all__ = ["Ahead", "AheadView", "tell"]
+__all__ = ["Ahead", "AheadView", "lasts", "tell"]
 
 _log = logging.getLogger(__name__)
 
 #: connections whose descriptors we have at a time: what their owners close meanwhile ends when we give it up
 _PORTION: Final = 256
+#: seconds for which probes must go unanswered before they end a connection, so that a doubt can be settled
+_DOUBT: Final = 300
 _EPOLL: Final = "anon_inode:[eventpoll]"
 
 
@@ -186,6 +189,7 @@ class Ahead:
         return (
             after.get(one.standing.cookie) == one.standing.census
             and conn.local in self._moved
+            and lasts(one.standing.record)
             and not is_loopback(conn.peer)
             and conn.peer not in local
         )
@@ -269,6 +273,15 @@ class Ahead:
         gate, self._gate = self._gate, None
         if gate is not None:
             gate.close()
+
+
+def lasts(record: ConnectionRecord) -> bool:
+    """Whether it stays what it is if nobody holds it any more: we have died after COMMIT, and its address is gone. Of
+    IPv4 probes cannot leave without their address, and unanswered ones end it in time; of IPv6 they can."""
+    if not number(record, "so.keepalive"):
+        return True
+    lasts = in_force(record, "tcp.keepintvl") * in_force(record, "tcp.keepcnt")
+    return record.family is not Family.IPV6 and lasts >= _DOUBT
 
 
 def tell(pids: Sequence[int], moved: Collection[str], policy: Policy) -> tuple[Ahead, AheadFiles] | tuple[None, None]:

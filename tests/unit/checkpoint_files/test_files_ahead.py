@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from checkpoint.errors import BadFileRecord
+from checkpoint.files.ahead import lasts
 from checkpoint.files.aheadbuild import BuiltAhead
 from checkpoint.files.descriptors import gaps
 from checkpoint.files.epoll import EpollWatch
@@ -13,7 +14,9 @@ from checkpoint.files.peers import StandIn
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.files.treefiles import AheadEpoll, AheadFiles, AheadPlace, TreeFiles
 from tcpstate import codec
+from tcpstate.connid import ConnId
 from tcpstate.errors import BadRecord
+from tcpstate.record import Family
 from tcpstate.standing import idle
 from tests.unit.checkpoint_files.test_files_queues import connection, file
 
@@ -147,3 +150,21 @@ def test_a_connection_at_rest_is_idle():
 )
 def test_whatever_else_is_not(change):
     assert not idle(REST | change)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, True),
+        ({"so.keepalive": (1,), "tcp.keepintvl": (75,), "tcp.keepcnt": (9,)}, True),
+        ({"so.keepalive": (1,), "tcp.keepintvl": (1,), "tcp.keepcnt": (9,)}, False),
+        ({"tcp.keepintvl": (1,)}, True),
+    ],
+    ids=["none", "long", "short", "off"],
+)
+def test_keepalive_must_leave_time_to_settle_a_doubt(options, expected):
+    record = dataclasses.replace(connection(b"", b"", 0), options=options)
+    assert lasts(record) is expected
+    v6 = ConnId.tcp("fd00::1", 80, "fd00::2", 5000)
+    of_ipv6 = dataclasses.replace(record, conn_id=v6, family=Family.IPV6)
+    assert lasts(of_ipv6) is ("so.keepalive" not in options)
