@@ -99,6 +99,9 @@ class Ahead:
         self._found: list[_Found] = []
         #: by process: descriptor -> (its row, index)
         self._rows: dict[int, dict[int, tuple[bytes, int]]] = {}
+        #: row -> descriptor and what the process's table has there; inode -> descriptor
+        self._places: dict[int, dict[bytes, tuple[int, tuple[int, bool]]]] = {}
+        self._inodes: dict[int, dict[int, int]] = {}
         self._by_conn: dict[ConnId, int] = {}
         #: their records in the file table
         self.files: list[OpenFile] = []
@@ -130,6 +133,9 @@ class Ahead:
         for index, one in enumerate(self._found):
             self._rows.setdefault(one.view.pid, {})[one.view.fd] = one.row, index
             self._by_conn[one.standing.record.conn_id] = index
+            place = one.view.fd, (index, one.place.cloexec)
+            self._places.setdefault(one.view.pid, {})[one.row] = place
+            self._inodes.setdefault(one.view.pid, {})[one.view.stat.st_ino] = one.view.fd
         if self._found:
             self._gate = Gate(self._by_conn)
         self.files += map(_file, self._found)
@@ -214,19 +220,16 @@ class Ahead:
     def standing(self, pid: int) -> tuple[dict[int, tuple[int, bool]], list[int]]:
         """Of a process that stands still: the descriptors that are what was told, as its table has them, and the
         numbers of all others. OSError."""
-        known = self._rows.get(pid, {})
-        table: dict[int, tuple[int, bool]] = {}
-        others = []
-        for raw in filetable.read(pid):
-            fd = int.from_bytes(raw[:4], "little")
-            told = known.get(fd)
-            if told is not None and told[0] == raw:
-                index = told[1]
-                table[fd] = index, self._found[index].place.cloexec
-            else:
-                others.append(fd)
+        known, now = self._places.get(pid, {}), filetable.read(pid)
+        # sets and dictionaries of bytes: there may be thousands, and everything stands still
+        same = known.keys() & set(now)
+        table = dict(map(known.__getitem__, same))
         self.here.update(index for index, _ in table.values())
-        return table, others
+        return table, [row.fd for row in filetable.rows([raw for raw in now if raw not in same])]
+
+    def inodes(self, pid: int) -> Mapping[int, int]:
+        """Of the connections of a process that were told: inode to descriptor."""
+        return self._inodes.get(pid, {})
 
     def epoll_kept(
         self, places: Sequence[tuple[int, int]], lines: Sequence[str]

@@ -377,9 +377,11 @@ def read_info(pid: int, fd: int) -> str:
 
 
 def parse_info(text: str) -> tuple[tuple[str, ...], dict[str, str]]:
-    """(lines, named values) of a fdinfo text."""
+    """(lines, named values) of a fdinfo text. The entries of an epoll instance, of which there may be thousands, are
+    lines only."""
     lines = tuple(text.splitlines())
-    return lines, {name: value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
+    named = (line.partition(":") for line in lines if not line.startswith("tfd:"))
+    return lines, {name: value.strip() for name, colon, value in named if colon}
 
 
 _KINDS = ("FLOCK", "OFDLCK", "POSIX", "LEASE")

@@ -93,7 +93,8 @@ class Epoll(OpenFile):
 
     @classmethod
     def capture(cls, view: FdView) -> Self:
-        view.refresh()
+        if view.table.live:
+            view.refresh()
         told, kept, dropped = -1, frozenset[str](), tuple[int, ...]()
         if view.table.ahead is not None:
             told, kept, dropped = view.table.ahead.epoll_kept(view.places, view.lines)

@@ -132,16 +132,15 @@ class FileTable:
             told, numbers = ahead.standing(pid)
         except OSError as error:
             raise FileCaptureFailed(f"its descriptors: {error.strerror}", object=f"pid {pid}") from error
-        table = self.tables.setdefault(pid, {})
-        for fd, place in told.items():
-            inode = self.entries[place[0]].stat.st_ino
-            if inode in self._by_socket:
-                # another process, captured before, has it as well by now
+        inodes = ahead.inodes(pid)
+        for inode in inodes.keys() & self._by_socket.keys():
+            # another process, captured before, has it as well by now
+            place = told.pop(inodes[inode], None)
+            if place is not None:
                 ahead.here.discard(place[0])
-                numbers.append(fd)
-            else:
-                self._by_socket[inode] = place[0]
-                table[fd] = place
+                numbers.append(inodes[inode])
+        self._by_socket.update((inode, told[fd][0]) for inode, fd in inodes.items() if fd in told)
+        self.tables.setdefault(pid, {}).update(told)
         return sorted(numbers)
 
     def _shares_table(self, pid: int) -> bool:

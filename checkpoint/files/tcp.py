@@ -92,9 +92,8 @@ class TcpGroup:
         self._ahead = table.ahead
         #: told ahead, and not what was told: known once they are frozen
         self._changed: set[int] = set()
-        for index, view in enumerate(table.entries):
-            if self._ahead is not None and index < self._ahead.count:
-                continue
+        first = 0 if self._ahead is None else self._ahead.count
+        for index, view in enumerate(table.entries[first:], first):
             listening = listens(view)
             if not (listening or is_tcp(view)) or table.policy.replaces(view.places) or is_cut(view):
                 continue
