@@ -11,8 +11,6 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 #: and what of this kernel's tests takes another way there
 INSIDE = (
     "tests/guest/inside",
-    "tests/system/test_live_copy.py",
-    "tests/system/engine/test_foreign_vdso.py",
     "tests/system/engine/test_engine_stub.py::test_a_time_namespace_that_was_unshared_is_entered",
 )
 _PYTEST = (
