@@ -25,6 +25,7 @@ COMMANDS = {
     "release": "End a hold: its connections are given up.",
     "handover": "The holding host's half of restore --from; started by restore.",
     "migrate": "Move running process trees to another host, with their connections.",
+    "drain": "All that serves here moves to another host, and back.",
     "receive": "The target's half of a migration; started by migrate.",
     "recover": "Finish or undo what a crash interrupted.",
     "conns": "Connections: who has them, what is queued in them.",

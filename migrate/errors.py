@@ -581,3 +581,12 @@ class PageBringerFailed(TcpmigError):
 
     code = "TM-0752"
     fix = "Look into its log, TCPMIG_STATE_DIR/log/*-lazy-*.log, and try again, or do without --lazy."
+
+
+class NothingDrained(TcpmigError):
+    """No process tree has a connection or listens on an address of this host that can move; or nothing that came by the
+    drain of that ID runs here any more. Nothing was done."""
+
+    code = "TM-0653"
+    outcome = Outcome.REFUSED
+    fix = "`tcpmig conns` lists the connections here; `tcpmig drain --list` lists what came here by drains."

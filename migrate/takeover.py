@@ -40,6 +40,7 @@ __all__ = [
     "consider",
     "control_addresses",
     "give_back",
+    "movable",
     "plan",
     "prefix_lengths",
     "remarks",
@@ -111,6 +112,17 @@ def remarks(option: str, used: Iterable[str], moved: Collection[str], anywhere: 
         Verdict(subject=address, kind="address", status=Status.WARN, text=text)
         for address in select("auto", used)
         if option != "auto" and address not in moved
+    ]
+
+
+def movable(netlink: Netlink, control: Collection[str]) -> list[str]:
+    """The addresses of this host that could move: not those on every host, and none that ``control`` depends on."""
+    return [
+        record.address
+        for interface in read_configuration(netlink).interfaces
+        if not interface.loopback
+        for record in interface.addresses
+        if record.scope not in (Scope.HOST, Scope.LINK) and record.address not in control
     ]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from checkpoint.verdict import Verdict, refusals
+from migrate import drains
 from migrate.clock import elapsed_since, monotonic_ns
 from migrate.driving import failure_of, logged, remote_error, signals_held
 from migrate.errors import (
@@ -106,6 +107,7 @@ class Target:
         self._journal: Journal | None = None
         self._theirs: HostFacts | None = None
         self._cut = False
+        self._drain: bytes | None = None
         self._hook = UnitHook(unit_hook, HookFacts(command="migrate", role="target")) if unit_hook else None
 
     def run(self) -> Received | None:
@@ -181,6 +183,7 @@ class Target:
             error.told = True
             raise error
         arrival.prepare(needs.peers)
+        self._drain = drains.told(check.options)
         if self._hook is not None:
             self._hook.facts = replace(
                 self._hook.facts,
@@ -238,6 +241,8 @@ class Target:
         """It is no dry run: the first message that says so has come."""
         if self._journal is None:
             self._journal = Journal.open(Role.TARGET, self._machine.migration, directory=self._state_directory)
+            if self._drain is not None:
+                self._journal.note(drains.NOTE, self._drain)
             if self._hook is not None:
                 self._journal.note("unit-hook", self._hook.note())
                 self._hook.before_stop()

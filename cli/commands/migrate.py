@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
@@ -24,7 +24,7 @@ from migrate.takeover import AddressPolicy
 from migrate.transport import DEFAULT_REMOTE_COMMAND, DEFAULT_RSH
 from migrate.unithook import LIMIT
 
-__all__ = ["migrate"]
+__all__ = ["carry_out", "migrate", "patterns"]
 
 #: moves at a time: each takes a processor while it copies
 AT_ONCE = 2
@@ -94,10 +94,33 @@ AT_ONCE = 2
 @click.option("--stop-and-copy", is_flag=True, help="No rounds: all memory is copied while the processes stand still.")
 @click.option("--dry-run", is_flag=True, help="Only ask both hosts whether it can be done, and foretell what it takes.")
 def migrate(
+    session: Session, pids: tuple[int, ...], host: str, all_matching: tuple[str, ...], address: str, **given: Any
+) -> Result:
+    """Move the process trees PID to HOST, with their connections and addresses; those of --all-matching at the same
+    time, but each for itself.
+
+    Nobody who is connected to them is disconnected. Whatever goes wrong before the very last step leaves everything as
+    it was.
+    """
+    if all_matching:
+        from migrate.matching import find, together
+
+        if pids:
+            raise UsageMistake("--all-matching finds the processes: name no PID beside it")
+        chosen = together(find(patterns(all_matching)), address=address)
+    elif pids:
+        chosen = [pids]
+    else:
+        raise UsageMistake("which processes? Name a PID, or --all-matching PATTERN")
+    return carry_out(session, chosen, host, several=bool(all_matching), address=address, **given)
+
+
+def carry_out(
     session: Session,
-    pids: tuple[int, ...],
+    chosen: Sequence[tuple[int, ...]],
     host: str,
-    all_matching: tuple[str, ...],
+    *,
+    several: bool,
     at_once: int,
     rsh: str,
     remote_command: str,
@@ -112,13 +135,14 @@ def migrate(
     compress: str,
     stop_and_copy: bool,
     dry_run: bool,
+    label: Mapping[str, str] | None = None,
     **files: Any,
 ) -> Result:
-    """Move the process trees PID to HOST, with their connections and addresses; those of --all-matching at the same
-    time, but each for itself.
+    """What the options of `migrate` say, done for these roots.
 
-    Nobody who is connected to them is disconnected. Whatever goes wrong before the very last step leaves everything as
-    it was.
+    chosen   the roots of each move
+    several  each is a move of its own, and there is one summary
+    label    told to the target, beside the options
     """
     if not files["ship"]:
         require("--ship", {"--overwrite": files["overwrite"]})
@@ -131,7 +155,7 @@ def migrate(
         unit_hook=unit_hook,
         takeover_hook=takeover_hook,
         takeover_limit=takeover_limit,
-        forwarded=places.texts(),
+        forwarded=places.texts() | dict(label or {}),
         precopy=not stop_and_copy,
         max_downtime_ms=max_downtime,
         if_busy=IfBusy(if_busy),
@@ -142,16 +166,6 @@ def migrate(
     decided = policy_of(**files)
     if any(rule.inherit for rule in decided.external):
         raise UsageMistake("--external FD=inherit is for checkpoint and restore: HOST has nothing to be inherited from")
-    if all_matching:
-        from migrate.matching import find, together
-
-        if pids:
-            raise UsageMistake("--all-matching finds the processes: name no PID beside it")
-        chosen = together(find(_patterns(all_matching)), address=address)
-    elif pids:
-        chosen = [pids]
-    else:
-        raise UsageMistake("which processes? Name a PID, or --all-matching PATTERN")
     if dry_run:
         checked = [
             check_with(one, host, rsh=rsh, remote_command=remote_command, options=options, policy=decided)
@@ -159,7 +173,7 @@ def migrate(
         ]
         found = [verdict for one in checked for verdict in (*one.here, *one.there)]
         return report(found, [one.forecast for one in checked if one.forecast], every=session.verbose)
-    if all_matching:
+    if several:
         from cli.several import Move, all_of, gathered
 
         moves = [
@@ -169,11 +183,13 @@ def migrate(
         begun = time.monotonic()
         moved = all_of(moves, at_once=at_once, verbose=session.verbose)
         return gathered(moved, seconds=time.monotonic() - begun)
+    (pids,) = chosen
     summary = move(pids, host, rsh=rsh, remote_command=remote_command, options=options, policy=decided)
     return Result(data=fields(summary), body=list(_lines(summary, host)), outcome=summary.status)
 
 
-def _patterns(texts: Sequence[str]) -> list[re.Pattern[str]]:
+def patterns(texts: Sequence[str]) -> list[re.Pattern[str]]:
+    """Regular expressions of the command line. UsageMistake."""
     try:
         return [re.compile(text) for text in texts]
     except re.error as error:

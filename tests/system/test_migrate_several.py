@@ -17,7 +17,7 @@ def _migrate(hosts: ThreeHosts, *arguments: object):
     return tcpmig(hosts.source, "migrate", *line, *arguments, hosts.target.name, timeout=120)
 
 
-def _judged(loads: list[Load]) -> list[str]:
+def judged(loads: list[Load]) -> list[str]:
     ask_all(loads, "mark")
     ask_all(loads, "finish")
     return [text for load in loads for text in load.news()]
@@ -44,7 +44,7 @@ def test_all_that_match_move_for_themselves(hosts: ThreeHosts, tmp_path: Path) -
         assert summary["connections"] == sum(move["connections"] for move in summary["moves"]) == 6
         assert all(hosts.target.state(pid) in ("R", "S") for pid in pids)
         assert all(hosts.source.state(pid) in ("", "Z") for pid in pids)
-        assert _judged(loads) == []
+        assert judged(loads) == []
 
 
 def test_one_that_is_refused_stays_and_the_others_move(hosts: ThreeHosts, tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_one_that_is_refused_stays_and_the_others_move(hosts: ThreeHosts, tmp_pa
         assert f"pid {taken.pid}: TM-" in log
         assert hosts.target.state(server.pid) in ("R", "S")
         assert hosts.source.state(taken.pid) in ("R", "S")
-        assert _judged(loads) == []
+        assert judged(loads) == []
 
 
 def test_nothing_that_matches(hosts: ThreeHosts) -> None:
