@@ -99,6 +99,9 @@ def service(hosts: ThreeHosts, net: Net, shipped: Path) -> Iterator[Service]:
         with hosts.client.netns_entered():
             sock = connected((net.service4, PORT))
         with sock:
+            # accepted, and the server at rest
+            sock.sendall(b"hello")
+            assert sock.recv(5, socket.MSG_WAITALL) == b"hello"
             yield Service(hosts, server, sock)
         server.kill()
 

