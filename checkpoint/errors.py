@@ -267,6 +267,22 @@ class ImageNotWritten(ImageError):
     fix = "Make room or choose another place with -o, then try again."
 
 
+class ParentMissing(ImageError):
+    """An incremental image does not hold the pages that had not changed since an earlier one: it names the earlier
+    ones, and one of them is not where it was."""
+
+    code = "TM-0415"
+    fix = "Put the earlier images where they were, or beside this one; `tcpmig inspect FILE` names them under PARENTS."
+
+
+class ParentDiffers(ImageError):
+    """The file that an incremental image names as an earlier one is another image: its root digest is not the one that
+    was noted."""
+
+    code = "TM-0416"
+    fix = "Put the image that was meant in its place; `tcpmig inspect FILE` shows the root digests."
+
+
 # -- the engine: which processes it does not touch (TM-0301 .. 0319) ----------------------------------------------
 
 

@@ -71,7 +71,7 @@ class LaterMemory:
     def withhold(self, frame: Frame) -> PageRun | None:
         """Leave for later what can be left of a frame of a file; what has to be written now, verified. ImageError."""
         run = frame.pages()
-        if run.space is not Space.MEMORY:
+        if run.space is not Space.MEMORY or not frame.own:
             return run
         whole = [(start, start + length) for start, length in run.runs]
         later = list(intersection(whole, self._areas.get(run.id, ())))

@@ -590,3 +590,12 @@ class NothingDrained(TcpmigError):
     code = "TM-0653"
     outcome = Outcome.REFUSED
     fix = "`tcpmig conns` lists the connections here; `tcpmig drain --list` lists what came here by drains."
+
+
+class RotationName(TcpmigError):
+    """With --every the file that -o names is a symbolic link to the newest of a row of images; a file or directory of
+    that name would be lost. Nothing was done."""
+
+    code = "TM-0654"
+    outcome = Outcome.REFUSED
+    fix = "Name another file with -o, or move the one that is there."

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from checkpoint import kernelneeds, preflight, procfs, supervisors
 from checkpoint.dump import Dump
+from checkpoint.early import EarlyPages
 from checkpoint.errors import InjectionRefused, NoSuchProcess, Refused, TrackingImpossible, TreeUnsteady
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.peers import is_loopback
@@ -28,17 +29,19 @@ from checkpoint.image.format import FrameWriter, page_frames
 from checkpoint.image.frames import Kind
 from checkpoint.image.writer import ImageFile
 from checkpoint.live import Round as LiveRound
+from checkpoint.memory.layout import MemoryLayout
 from checkpoint.namespaces.numbers import Numbers
 from migrate.clock import monotonic_ns
 from migrate.hostfacts import ACCEPT_QUEUE, AHEAD
 from migrate.messages import Needs, TreeNeed
 from migrate.parts import NoteWriter
-from migrate.rounds import Round
+from migrate.rounds import Pace, Round
 from migrate.unithook import HookUnit
 from migrate.warm import warm
 from migrate.wire import ImageWriter
 from tcpstate import acceptqueue, codec
 from tcpstate.capture import Capture, unanswered
+from tcpstate.errors import TcpmigError
 from tcpstate.segment import Segment
 
 __all__ = ["OutgoingTrees"]
@@ -48,6 +51,8 @@ _log = logging.getLogger(__name__)
 _LITTLE = 8 << 20  # bytes of memory that are not worth a thread for their digests, nor a wait until they are written
 _FEW_FILES, _FEW_PROCESSES = 256, 8  # what the target builds in milliseconds
 _AHEAD = 2  # page frames whose digests are computed while another is sent
+#: memory can be copied in the stop all the same
+_NO_ROUNDS = (TrackingImpossible, TreeUnsteady, Refused, InjectionRefused)
 _ANYWHERE = frozenset({"0.0.0.0", "::"})
 
 
@@ -155,10 +160,13 @@ class OutgoingTrees:
                 self._send_round(image, live.round(), there)
                 settle()
                 yield Round(bytes=image.written - before, ms=(monotonic_ns() - began) / 1e6), live.written()
-        except (TrackingImpossible, TreeUnsteady, Refused, InjectionRefused) as error:
-            # what refuses for good will say so in the stop
-            _log.warning("all memory is copied in the stop: %s [%s] (%s)", error.message, error.code, error.object)
-            self._dump.give_up_live()
+        except _NO_ROUNDS as error:
+            self._without_rounds(error)
+
+    def _without_rounds(self, error: TcpmigError) -> None:
+        # what refuses for good will say so in the stop
+        _log.warning("all memory is copied in the stop: %s [%s] (%s)", error.message, error.code, error.object)
+        self._dump.give_up_live()
 
     def _send_round(self, image: ImageWriter, told: LiveRound, there: Callable[[int], int]) -> None:
         self._begin(image)
@@ -243,10 +251,33 @@ class OutgoingTrees:
             _log.warning("%s", warning)
         return self._dump.exported_ns
 
-    def write(self, image: ImageFile) -> None:
-        """Everything into a file."""
+    def collect(self, early: EarlyPages, budget_ms: float) -> list[Round]:
+        """Rounds of pre-copy into a file, until what is written meanwhile fits the stop. ImageNotWritten."""
+        pace = Pace(budget_ms)
+        try:
+            live = self._dump.begin_live()
+            while True:
+                began = monotonic_ns()
+                size = early.take(live.round())
+                if not pace.another(Round(bytes=size, ms=(monotonic_ns() - began) / 1e6), live.written()):
+                    return pace.rounds
+        except _NO_ROUNDS as error:
+            self._without_rounds(error)
+            return []
+
+    def write(self, image: ImageFile, early: EarlyPages | None = None) -> None:
+        """Everything into a file; but for what ``early`` has: it is written when the rest is there."""
+        layouts: dict[int, MemoryLayout] = {}
         for kind, record in self._dump.skeleton():
-            image.record(kind, record)
+            if isinstance(record, MemoryLayout):
+                layouts[record.pid] = record
+            elif isinstance(record, TreeFiles) and early is not None:
+                early.files = record
+            # what the rounds told is not in the file: it needs no corrections
+            if kind not in (Kind.MAPS_DELTA, Kind.PAGES_DROP):
+                image.record(kind, record)
+        if early is not None:
+            early.ended(layouts, self._dump.remaining)
         image.pages(self._dump.pages(buffers=image.AHEAD + 2))
         self._dump.secure()
         image.pages(self._dump.early_queues())

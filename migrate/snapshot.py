@@ -21,9 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from checkpoint.early import EarlyPages
 from checkpoint.errors import LazyImpossible
 from checkpoint.files.listener import Listener
 from checkpoint.files.policy import NO_POLICY, Policy
+from checkpoint.image.chain import Chain, open_chain
 from checkpoint.image.frames import Kind
 from checkpoint.image.reader import ImageReader, open_image
 from checkpoint.image.writer import ImageFile
@@ -43,7 +45,9 @@ from migrate.hold import DEFAULT_TIMEOUT, HoldMade, NewHold, TakenHold
 from migrate.journal import AddressesArrive, End, Journal, Role, Step, StepKind
 from migrate.kept import KeptFrames
 from migrate.outgoing import OutgoingTrees
+from migrate.rounds import Round
 from migrate.rtnetlink import Netlink
+from migrate.summary import MAX_DOWNTIME_MS
 from migrate.takeover import AddressPlan, AddressPolicy, Arrival, plan, prefix_lengths, select
 from migrate.unithook import HookFacts, UnitHook
 from tcpstate.capture import Capture
@@ -84,6 +88,8 @@ class CheckpointSummary:
     hold         the ID of the hold that has the connections; empty if there is none
     running      whether the processes run on
     stop_ms      how long they stood still (until they were resumed, or ended)
+    rounds       transfers of memory before that
+    inherited    bytes of memory that earlier images have
     """
 
     pid: int
@@ -96,6 +102,8 @@ class CheckpointSummary:
     running: bool
     stop_ms: float
     total_ms: float
+    rounds: tuple[Round, ...] = ()
+    inherited: int = 0
     warnings: tuple[str, ...] = ()
 
 
@@ -138,6 +146,8 @@ def checkpoint(
     unit_hook: str = "",
     timeout: float = DEFAULT_TIMEOUT,
     capacity: int | None = None,
+    max_downtime_ms: float | None = MAX_DOWNTIME_MS,
+    parent: str = "",
 ) -> CheckpointSummary:
     """The trees at ``roots`` into the image file ``path``.
 
@@ -147,8 +157,10 @@ def checkpoint(
     unit_hook      a program that deals with the processes' supervisors; not called if they run on
     timeout        seconds after which a hold ends by itself; 0: never
     capacity       sockets that one holder keeps; None: as many as it can
+    max_downtime_ms  memory is copied in rounds, until what is left for the stop takes no longer; None: no rounds
+    parent         an earlier image of theirs: pages that are there already are not written again
 
-    Refused, HoldUnavailable (nothing was stopped), HolderFailed, ImageNotWritten and others
+    ImageError (of the parent), Refused, HoldUnavailable (nothing was stopped), HolderFailed, ImageNotWritten and others
     (everything runs on).
     """
     begun = time.monotonic()
@@ -156,7 +168,8 @@ def checkpoint(
     if unit_hook and not leave_running:
         hook = UnitHook(unit_hook, HookFacts(command="checkpoint", role="source", host=path, pids=tuple(roots)))
     trees = OutgoingTrees(roots, files, stay=leave_running, unit_hook=hook is not None)
-    with Netlink() as netlink, contextlib.closing(trees):
+    with Netlink() as netlink, contextlib.closing(trees), contextlib.ExitStack() as ends:
+        older = ends.enter_context(contextlib.closing(_chain(parent))) if parent else None
         needs = trees.needs()
         wanted = select(address, needs.used_addresses)
         # the addresses stay here: only a restore elsewhere takes them from whoever uses them too
@@ -185,19 +198,26 @@ def checkpoint(
                 hold.begin(journal.note, sockets)
             # opened first: a file that cannot be made stops nothing
             with ThreadPoolExecutor(1) as file.executor, file as image:
+                early = None
+                if max_downtime_ms is not None:
+                    early = ends.enter_context(contextlib.closing(EarlyPages(path, older)))
                 if hook is not None:
                     facts = replace(hook.facts, units=needs.units)
                     journal.note("unit-hook", hook.note(facts))
                     hook.before_stop(facts)
+                trees.begin(journal.note)
+                rounds = [] if early is None else trees.collect(early, max_downtime_ms or 0.0)
                 trees.prepare(journal.note)
                 trees.stop(() if leave_running else [record.address for record in chosen.records])
-                trees.write(image)
+                trees.write(image, early)
                 image.record(Kind.ADDRESSES, addresses)
                 if hold is not None:
                     image.record(Kind.HOLD, hold.made)
                 if leave_running:
                     stopped_ms = trees.stopped_ms()
                     trees.resume()
+                if early is not None:
+                    early.write(image)
             if not leave_running:
                 with signals_held():
                     if hold is not None:
@@ -236,8 +256,16 @@ def checkpoint(
             running=leave_running,
             stop_ms=stopped_ms,
             total_ms=1e3 * (time.monotonic() - begun),
+            rounds=tuple(rounds),
+            inherited=0 if early is None else early.inherited,
             warnings=tuple(trees.warnings),
         )
+
+
+def _chain(path: str) -> Chain:
+    """An image and those that it builds on, verified. ImageError."""
+    with ThreadPoolExecutor(os.cpu_count()) as executor:
+        return open_chain(open_image(path, executor=executor), executor=executor)
 
 
 def _refuse(chosen: AddressPlan) -> None:
@@ -273,6 +301,8 @@ def restore(
             bringer = ends.enter_context(contextlib.closing(Bringer(identity, os.path.abspath(path))))
         executor = ends.enter_context(ThreadPoolExecutor(os.cpu_count()))
         image = ends.enter_context(open_image(path, executor=executor, later=lazy))
+        chain = open_chain(image, executor=executor)
+        ends.callback(chain.close)
         addresses, made = _last(image, Kind.ADDRESSES, Addresses), _last(image, Kind.HOLD, HoldMade)
         held = None if made is None or origin is not None else _held_here(made)
         if held is not None:
@@ -311,7 +341,7 @@ def restore(
         try:
             if held is not None:
                 held.noted(journal.note)
-            for frame in image.frames:
+            for frame in chain.frames():
                 kept.keep(frame)
                 rebuilt.apply(frame)
             rebuilt.end()  # open_image has seen it

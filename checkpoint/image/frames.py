@@ -110,6 +110,8 @@ class Kind(enum.StrEnum):
     MAPS_DELTA   memory of a process that was told in LIVE and was made anew since: what is left there is void
     FILES_DELTA  entries of FILES that came or changed; sockets, as frozen at the end
     ADDRESSES    addresses that the connections need, of an image in a file; of a migration the protocol tells them
+    PARENTS      earlier images that this one takes pages from (checkpoint.image.chain); of an image in a file
+    INHERITED    pages of memory that are in one of them
     HOLD         where the connections are held that the checkpoint did not end; of an image in a file
     END          index, root digest and, optionally, a signature; always the last
     """
@@ -128,6 +130,8 @@ class Kind(enum.StrEnum):
     MAPS_DELTA = "MAPS_DELTA"
     FILES_DELTA = "FILES_DELTA"
     ADDRESSES = "ADDRESSES"
+    PARENTS = "PARENTS"
+    INHERITED = "INHERITED"
     HOLD = "HOLD"
     END = "END"
 
@@ -349,6 +353,11 @@ class Frame:
                 object=f"frame at offset {self.offset}",
             )
         return PageRun(space=runs.space, id=runs.id, runs=runs.runs, data=self.data)
+
+    @property
+    def own(self) -> bool:
+        """Whether it stands in the image itself, and not for pages of an earlier one (checkpoint.image.chain)."""
+        return bool(self._raw)
 
     def verify(self) -> None:
         """Of a frame whose data were not verified yet. ImageDamaged."""
