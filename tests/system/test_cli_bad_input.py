@@ -28,7 +28,7 @@ PORT = 7009
 SERVER = f"""
 import socket, sys
 listener = socket.create_server((sys.argv[1], {PORT}))
-data = open(sys.argv[2]) if len(sys.argv) > 2 else None
+kept = open(sys.argv[2]) if len(sys.argv) > 2 else None
 connection, _ = listener.accept()
 while data := connection.recv(65536):
     connection.sendall(data)

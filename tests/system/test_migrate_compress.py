@@ -15,7 +15,7 @@ from tests.hosts.tcpmig import migrate
 from tests.workloads.servers import wait_listening
 
 PORT = 7107
-SIZE = 48 << 20
+SIZE = 32 << 20
 SERVER = """
 import hashlib, random, socket, sys
 listener = socket.create_server((sys.argv[1], int(sys.argv[2])))
@@ -34,7 +34,7 @@ def test_a_slow_line_carries_less_than_there_is(hosts: ThreeHosts, compress: str
     argv = [sys.executable, "-IS", "-c", SERVER, address, PORT, SIZE]
     process = hosts.source.popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_listening(hosts.client, process, address, PORT)
-    slow = shlex.join([sys.executable, "-IS", str(ROOT / "tests/hosts/slowline.py"), "60e6"])
+    slow = shlex.join([sys.executable, "-IS", str(ROOT / "tests/hosts/slowline.py"), "15e6"])
     with hosts.client.netns_entered():
         sock = socket.create_connection((address, PORT), timeout=30)
     with sock:
