@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from cli.command import command
-from cli.commands.migrate import carry_out, migrate, patterns
+from cli.commands.migrate import carry_out, expressions, migrate
 from cli.errors import UsageMistake
 from cli.session import Result, Session, Table
 from migrate.errors import NothingDrained
@@ -62,7 +62,7 @@ def drain(
 
         with Netlink() as netlink:
             addresses = movable(netlink, control_addresses(netlink, os.getpid(), host))
-        found, stay = serving(addresses, patterns(also), patterns(keep))
+        found, stay = serving(addresses, expressions(also), expressions(keep))
         if not found:
             raise NothingDrained("nothing that could move serves here", object=", ".join(addresses))
     for root in stay:

@@ -24,7 +24,7 @@ from migrate.takeover import AddressPolicy
 from migrate.transport import DEFAULT_REMOTE_COMMAND, DEFAULT_RSH
 from migrate.unithook import LIMIT
 
-__all__ = ["carry_out", "migrate", "patterns"]
+__all__ = ["carry_out", "expressions", "migrate"]
 
 #: moves at a time: each takes a processor while it copies
 AT_ONCE = 2
@@ -107,7 +107,7 @@ def migrate(
 
         if pids:
             raise UsageMistake("--all-matching finds the processes: name no PID beside it")
-        chosen = together(find(patterns(all_matching)), address=address)
+        chosen = together(find(expressions(all_matching)), address=address)
     elif pids:
         chosen = [pids]
     else:
@@ -188,7 +188,7 @@ def carry_out(
     return Result(data=fields(summary), body=list(_lines(summary, host)), outcome=summary.status)
 
 
-def patterns(texts: Sequence[str]) -> list[re.Pattern[str]]:
+def expressions(texts: Sequence[str]) -> list[re.Pattern[str]]:
     """Regular expressions of the command line. UsageMistake."""
     try:
         return [re.compile(text) for text in texts]
