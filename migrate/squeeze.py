@@ -3,7 +3,7 @@ the caller's.
 
 What a line carries and what compression gains is measured on the bytes themselves, all the time: a chunk is sent
 compressed if compressing it and sending what is left takes less time than sending it as it is.  On a line as fast as
-memory the answer is no, and costs one trial in :data:`_TRIAL` chunks once the line has shown what it can do.
+memory the answer is no, and costs :data:`_TRIALS` of the time once the line has shown what it can do.
 
 Source: RFC 8878 (zstd).
 """
@@ -26,8 +26,8 @@ FEATURE: Final = "zstd"
 _LEVEL = 1
 #: shorter chunks are records, or little in every case
 SHORTEST = 64 << 10
-#: one chunk in so many is compressed to see what it gains, as long as none is
-_TRIAL = 64
+#: the part of the time that may go into compressing a chunk now and then to see what it gains, as long as none is
+_TRIALS = 0.02
 #: bytes after which the line has shown its rate: what the buffers on the way take at once says nothing
 _SHOWN = 8 << 20
 #: seconds of sending that a rate is measured over, at least, ..
@@ -59,13 +59,15 @@ class Squeeze:
         self.line = 0.0
         #: bytes per second that are compressed, and what is left of one; 0: not known yet
         self.pace, self.left = 0.0, 1.0
-        self._since_trial = _TRIAL
+        #: seconds of sending that must pass before the next trial
+        self._patience = 0.0
         #: bytes before and after, of the chunks that went compressed
         self.squeezed = (0, 0)
 
     def sent(self, count: int, seconds: float) -> None:
         """``count`` bytes have gone into the line as they were, which took so long."""
         self._shown += count
+        self._patience -= seconds
         if self._shown <= _SHOWN:
             return
         bytes_, took = self._window[0] + count, self._window[1] + seconds
@@ -89,8 +91,7 @@ class Squeeze:
             return None
         began = self._clock()
         if not self.pays:
-            self._since_trial += 1
-            if self._since_trial < _TRIAL:
+            if self._patience > 0:
                 return None
         elif began > self._measured + _AGAIN:
             self._shown = 0
@@ -98,9 +99,10 @@ class Squeeze:
             return None
         elif self._measured == math.inf:
             return None
-        self._since_trial = 0
         packed: bytes = self._compress(b"".join(pieces))
-        pace, left = length / max(self._clock() - began, 1e-9), len(packed) / length
+        took = max(self._clock() - began, 1e-9)
+        pace, left = length / took, len(packed) / length
+        self._patience = took / _TRIALS
         # half of it new: memory changes its nature from one mapping to the next
         self.pace, self.left = ((self.pace + pace) / 2, (self.left + left) / 2) if self.pace else (pace, left)
         if len(packed) >= length:
