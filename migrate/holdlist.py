@@ -8,7 +8,8 @@ import socket
 import time
 from dataclasses import dataclass
 
-from migrate import holdstore, lazystore
+from migrate import forwardends, forwardstore, holdstore, lazystore
+from migrate.forwardstore import ForwardRecord
 from migrate.holdstore import HoldRecord
 from migrate.lazystore import Lazy
 from tcpstate import frozen
@@ -17,7 +18,7 @@ from tcpstate.kernel import route
 from tcpstate.silence import MARK
 from tcpstate.uses.hold import PREFIX, standing
 
-__all__ = ["Frozen", "Hold", "HoldState", "Rule", "Standing", "describe", "survey"]
+__all__ = ["Forwarding", "Frozen", "Hold", "HoldState", "Rule", "Standing", "describe", "survey"]
 
 
 class HoldState(enum.Enum):
@@ -77,6 +78,29 @@ class Frozen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Forwarding:
+    """One end of a forwarding.
+
+    role         ``home`` (this host has the addresses) or ``away`` (it runs the processes)
+    state        ``forwarding``, ``off``, ``unfinished`` (its migration is at work, or died: `tcpmig recover`) or
+                 ``broken`` (somebody has taken its tunnel or its programs away)
+    host         the other host, as far as it is known
+    connections  at home: those that moved and are not closed, new ones apart
+    ports        at home: where new connections are forwarded
+    """
+
+    forward: str
+    role: str
+    state: str
+    age: float
+    host: str
+    far: str
+    addresses: tuple[str, ...]
+    connections: tuple[str, ...] = ()
+    ports: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
     """All of it."""
 
@@ -84,10 +108,11 @@ class Standing:
     rules: tuple[Rule, ...]
     frozen: tuple[Frozen, ...]
     lazy: tuple[Lazy, ...] = ()
+    forwards: tuple[Forwarding, ...] = ()
 
 
 def survey() -> Standing:
-    """What there is. OSError."""
+    """What there is; a forwarding that has nothing left to forward ends. OSError."""
     records = holdstore.holds()
     tables = standing()
     here = [record for record in records if record.here]
@@ -99,6 +124,35 @@ def survey() -> Standing:
             *(_frozen(entry, here=False) for entry in frozen.elsewhere()),
         ),
         lazy=tuple(lazystore.survey()),
+        forwards=tuple(told for record in forwardstore.forwards() if (told := _forwarding(record)) is not None),
+    )
+
+
+def _forwarding(record: ForwardRecord) -> Forwarding | None:
+    """One end; None if it has just ended."""
+    state, connections, ports = "forwarding", list[str](), list[str]()
+    if not record.complete:
+        state = "unfinished"
+    else:
+        try:
+            if forwardends.sweep(record):
+                return None
+            with forwardends.Mouth(record) as maps:
+                state = "forwarding" if maps.on else "off"
+                connections = [str(entry.connection) for entry in maps.entries()]
+                ports = [f"[{a}]:{p}" if ":" in a else f"{a}:{p}" for a, p in maps.ports()]
+        except FileNotFoundError:
+            state = "broken"
+    return Forwarding(
+        forward=record.forward,
+        role=record.role.value,
+        state=state,
+        age=round(record.age, 3),
+        host=record.host,
+        far=record.far,
+        addresses=record.addresses,
+        connections=tuple(sorted(connections)),
+        ports=tuple(ports),
     )
 
 

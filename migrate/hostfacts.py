@@ -23,6 +23,7 @@ from tcpstate import acceptqueue
 __all__ = [
     "ACCEPT_QUEUE",
     "AHEAD",
+    "FORWARD",
     "PROBE",
     "features",
     "host_facts",
@@ -38,6 +39,9 @@ ACCEPT_QUEUE: Final = "accept-queue"
 AHEAD: Final = "connections-ahead"
 #: the same: this program answers Probe
 PROBE: Final = "probe"
+
+#: the same: this program takes in processes whose connections are forwarded to it
+FORWARD: Final = "forward"
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _DEFAULT_STATE = "/var/lib/tcpmig"
@@ -67,7 +71,7 @@ def without(needs: Needs, patterns: Sequence[str]) -> Needs:
 def features() -> frozenset[str]:
     """What the kernel and this program can do here that another host may want to know before anything is stopped. The
     first time takes up to a second (the kernel's BTF is read)."""
-    ours = frozenset({PROBE, AHEAD, squeeze.FEATURE})
+    ours = frozenset({PROBE, AHEAD, FORWARD, squeeze.FEATURE})
     return ours if acceptqueue.missing() else ours | {ACCEPT_QUEUE}
 
 

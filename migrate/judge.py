@@ -7,6 +7,7 @@ import ipaddress
 from collections.abc import Collection, Mapping
 
 from checkpoint.verdict import Status, Verdict
+from migrate import forwardstore
 from migrate.addresses import AddressRecord, Configuration
 from migrate.dependents import Dependents
 from migrate.errors import (
@@ -15,10 +16,12 @@ from migrate.errors import (
     AddressInUseByOthers,
     AddressNotMovable,
     AddressUsedByHost,
+    ForwardedElsewhere,
 )
 from migrate.rtnetlink import AddressFlag, AddressOrigin, Netlink
 from migrate.usage import AddressUser
 from tcpstate.errors import TcpmigError
+from tcpstate.kernel.bpf.steer import Role
 from tcpstate.kernel.route import refusals
 
 __all__ = ["AddressPolicy", "judge", "tunnel_ends"]
@@ -67,6 +70,8 @@ def _unmovable(record: AddressRecord, here: Configuration) -> TcpmigError | None
     text = str(record)
     address = ipaddress.ip_address(record.address)
     holders = here.all(record.address)
+    if forwardstore.of_address(record.address, Role.AWAY) is not None:
+        return ForwardedElsewhere("it is forwarded to here", object=text)
     if len(holders) > 1:
         names = " and ".join(interface.name for interface in holders)
         return AddressConfiguredTwice(f"it is configured on {names}", object=text)
@@ -121,4 +126,9 @@ def tunnel_ends(netlink: Netlink) -> dict[str, list[str]]:
         for name, value in data["attrs"] if isinstance(data, dict) else ():
             if name.endswith(("_LOCAL", "_LOCAL6")) and isinstance(value, str):
                 found.setdefault(value, []).append(str(link.get("ifname")))
+    for record in forwardstore.forwards():
+        if record.role is Role.HOME:
+            # its connections live elsewhere, and need it here
+            for address in record.addresses:
+                found.setdefault(address, []).append(f"forwarding {record.forward}")
     return found

@@ -33,6 +33,7 @@ __all__ = [
     "Difference",
     "Done",
     "Failure",
+    "ForwardNeed",
     "Hello",
     "HostFacts",
     "Keepalive",
@@ -113,6 +114,29 @@ class TreeNeed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardNeed:
+    """``--address forward``: the addresses stay at home.
+
+    forward      its ID: that of the migration which began it
+    home, away   the tunnel's ends: addresses of the host that has the addresses, and of the one that runs the processes
+    addresses    that are forwarded
+    coming_home  the move ends it: the target is home
+    """
+
+    forward: str
+    home: str
+    away: str
+    addresses: tuple[str, ...]
+    coming_home: bool = False
+
+    def __post_init__(self) -> None:
+        for text in (self.home, self.away, *self.addresses):
+            ipaddress.ip_address(text)
+        if not self.addresses:
+            raise ValueError("no address is forwarded")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
     """What has to be true at the target: N trees and M addresses, moved together or not at all.
 
@@ -132,6 +156,7 @@ class Needs:
     features        names of kernel features without which the state cannot be rebuilt
     units           services at the source that the processes are in; for the hook there
     devices         interfaces, by their names at the source, that connections are bound to
+    forward         how connections are forwarded, in place of addresses that move
     """
 
     trees: tuple[TreeNeed, ...]
@@ -151,6 +176,7 @@ class Needs:
     units: tuple[HookUnit, ...] = ()
     cpu: CpuState | None = None
     devices: tuple[str, ...] = ()
+    forward: ForwardNeed | None = None
 
     def by_our_numbers(self, pids: dict[int, int]) -> dict[int, int]:
         """At the source: by the roots' numbers there, what comes by those that they have themselves."""

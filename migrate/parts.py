@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from checkpoint.files.held import HeldSocket
 from checkpoint.traces import NoteWriter
 from checkpoint.verdict import Verdict
 from migrate.messages import Comparison, Lost, Needs
@@ -106,6 +107,9 @@ class Outgoing(Protocol):
     @property
     def ahead(self) -> int:
         """How many of them were built before the stop, and are the same; known after :meth:`freeze`."""
+
+    def held(self) -> list[HeldSocket]:
+        """After :meth:`freeze`: the connections to other hosts, and the listeners."""
 
     def segments(self) -> Sequence[bytes]:
         """The segments captured since the last call. After :meth:`discard` too, until :meth:`close`."""

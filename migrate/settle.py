@@ -30,6 +30,8 @@ from migrate.arrival import PROBE_WAIT, Arrival, ArrivalRecord, take_away
 from migrate.departure import Departure, DepartureRecord, give_back
 from migrate.driving import logged
 from migrate.errors import AddressElsewhere, KeptFramesLost, RecoverIncomplete
+from migrate.forwarding import NOTE as FORWARD_NOTE
+from migrate.forwarding import settle_source, settle_target
 from migrate.hold import NOTE as HOLD
 from migrate.hold import TakenHold
 from migrate.holdend import lift
@@ -82,6 +84,7 @@ def resume_original(view: JournalView, journal: Journal) -> None:
     undo.wait_untraced(processes)
     # before the connections are given back: its rule would drop what their peers send
     steps.make("ending the hold", lambda: _end_hold(view))
+    steps.make("ending what was to be forwarded", lambda: settle_source(view.notes(FORWARD_NOTE), gone=False))
     leave = view.last(AddressesLeave)
     with Netlink() as netlink:
         if leave is not None:
@@ -150,6 +153,8 @@ def discard_original(view: JournalView, journal: Journal) -> None:
         if leave is not None:
             # before the connections: an address without its sockets answers with resets
             _leave(netlink, leave.departure)
+    # the same holds for one that is forwarded
+    settle_source(view.notes(FORWARD_NOTE), gone=True)
     tree = traces.tree
     if tree is not None:
         if view.opened.role is not Role.CHECKPOINT:
@@ -201,6 +206,7 @@ def end_rebuilt(view: JournalView, journal: Journal) -> None:
             if not traces.stubs.held:
                 _discard_all(processes)
         steps.make("ending what was rebuilt", lambda: undo.end(processes))
+    steps.make("forwarding as before", lambda: settle_target(view.notes(FORWARD_NOTE), arrived=False))
     _clear(traces, steps)
     _tell_hook(view, UnitHook.aborted)
     steps.complain(view.opened.migration)
@@ -221,6 +227,8 @@ def finish_rebuilt(view: JournalView, journal: Journal) -> dict[int, int]:
     undo.wait_untraced(stubs.processes)
     arrive = view.last(AddressesArrive)
     record = ArrivalRecord(landings=()) if arrive is None else arrive.arrival
+    # what comes home is let in, and what is forwarded to here: their sockets stand, deaf still
+    settle_target(view.notes(FORWARD_NOTE), arrived=True)
     if view.reached(StepKind.RUNNING) or not alive(stubs.processes):
         _log.info("they were let go, or have ended")
     elif running(stubs.processes):
@@ -296,7 +304,9 @@ def _arrivals(record: ArrivalRecord) -> Iterator[list[Arrival]]:
             present.adopt(there)
             found.append(present)
         if missing:
-            arrival = ends.enter_context(Arrival([x.record for x in missing]))
+            # by the names of this host: each to where it was to land
+            devices = {x.record.interface: x.record.interface for x in missing}
+            arrival = ends.enter_context(Arrival([x.record for x in missing], map_dev=devices))
             for refused in refusals(arrival.check(())):
                 raise AddressElsewhere(refused.text, object=refused.subject)
             arrival.prepare()

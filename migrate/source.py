@@ -18,11 +18,10 @@ from dataclasses import replace
 from typing import TypeVar
 
 from checkpoint.files.identity import Beacons
-from checkpoint.verdict import refusals
+from migrate.addressing import plan_addresses
 from migrate.clock import Offset, monotonic_ns
 from migrate.driving import failure_of, logged, remote_error, signals_held
 from migrate.errors import (
-    AddressNotTaken,
     InDoubt,
     LinkLost,
     LinkSilent,
@@ -31,12 +30,12 @@ from migrate.errors import (
     TargetAborted,
     TargetRefused,
     TargetStuck,
-    from_remote,
     refused,
     undone,
 )
 from migrate.fileoptions import shared_and_apart
 from migrate.forecast import Forecast, foresee, line_rate
+from migrate.forwarding import SourceForward
 from migrate.hostfacts import PROBE, host_facts, without
 from migrate.journal import AddressesLeave, End, Journal, Place, Role, Step, StepKind
 from migrate.messages import (
@@ -69,7 +68,7 @@ from migrate.rtnetlink import Netlink
 from migrate.sourcehooks import SourceHooks
 from migrate.squeeze import agreed
 from migrate.summary import Checked, SourceOptions, Summary
-from migrate.takeover import AddressPlan, Departure, consider, control_addresses
+from migrate.takeover import AddressPlan, Departure, control_addresses
 from migrate.transport import Remote
 from migrate.wire import ImageWriter
 from tcpstate.errors import TcpmigError
@@ -110,7 +109,8 @@ class Source:
         self._departure: Departure | None = None
         self._there: Place | None = None
         self._hooks = SourceHooks(self._options, self.migration, remote.host)
-        self._not_taken: AddressNotTaken | None = None
+        self._not_taken = ""
+        self._forwarding = SourceForward()
         self._phases: dict[str, float] = {}
         self._began = monotonic_ns()
         self._stopped_ns = self._told_ns = 0
@@ -167,15 +167,11 @@ class Source:
                 self._outgoing.meet(self._offered)
             needs = without(self._outgoing.needs(), self._options.cpu_unused)
             control = control_addresses(netlink, self._remote.pid, self._remote.host)
-            pids = {pid for tree in needs.trees for pid in tree.pids}
-            option, used = self._options.address, needs.used_addresses
-            addresses = consider(netlink, option, used, needs.anywhere, pids, control, self._options.policy)
-            for refusal in refusals(addresses.verdicts):
-                raise from_remote(
-                    refusal.code, refusal.text, refusal.subject, refusal.fix, otherwise=TargetRefused, where=""
-                )
+            self._forwarding, addresses = plan_addresses(
+                netlink, self.migration, needs, control, self._remote.host, self._options, self._offered
+            )
             self._hooks.judge(addresses.records)
-            needs = replace(needs, addresses=addresses.records, macs=addresses.macs)
+            needs = replace(needs, addresses=addresses.records, macs=addresses.macs, forward=self._forwarding.need)
             with Beacons(map(os.path.dirname, needs.written)) as beacons:
                 self._say(
                     Check(
@@ -229,6 +225,7 @@ class Source:
         with self._phase("prepare"):
             # with the first one the target's hook is called: before new connections are held off
             self._measure(1)
+            self._forwarding.prepare(journal.note, checked.needs.connections)
             outgoing.prepare(journal.note)
             # again: routes may have changed, and this is what will be given back
             self._departure = departure = Departure(netlink, moved)
@@ -237,7 +234,7 @@ class Source:
         before = image.written
         self._stopped_ns = monotonic_ns()
         with self._phase("stop"):
-            outgoing.stop(moved)
+            outgoing.stop(moved or self._forwarding.addresses)
         with self._phase("copy"):
             little = outgoing.send(image)
             image.flush()
@@ -252,6 +249,7 @@ class Source:
         with self._phase("rebuild"):
             exported_ns = max(0, self._offset.there(exported_ns))
             self._say(Prepare(migration=self.migration, exported_ns=exported_ns, image_bytes=image.written))
+            self._forwarding.fill(outgoing.held)
             # The target is busy now, and so the disk's time costs nothing.  Written before COMMIT is certain, this only
             # makes `recover` ask the target where it need not have asked.
             journal.append(AddressesLeave(departure=departure.record), Step(step=StepKind.COMMIT))
@@ -260,6 +258,7 @@ class Source:
         with self._phase("commit"):
             signals.enter_context(signals_held())
             departure.remove()
+            self._forwarding.take_over()
             first = list(captured(outgoing.segments(), first=True))
             # in one system call: the target must not wait for the segments
             self._transmit(Commit(migration=self.migration, token=self._machine.token), *first)
@@ -273,11 +272,11 @@ class Source:
                 journal.step(StepKind.RUNNING, pids=pids)
             self._afterwards(departure, pids)
         with logged("closing the journal"):
-            if self._not_taken is None:
-                journal.finish(End.MOVED)
-            else:
+            if self._not_taken:
                 # `recover` calls the hook again
                 journal.leave()
+            else:
+                journal.finish(End.MOVED)
         return Summary(
             outcome="partial" if running.lost or self._not_taken else "done",
             migration=self.migration,
@@ -293,7 +292,8 @@ class Source:
             bytes_sent=self._channel.bytes_sent,
             phases=self._phases,
             lost=running.lost,
-            not_taken="" if self._not_taken is None else self._not_taken.message,
+            forward=self._forwarding.name,
+            not_taken=self._not_taken,
         )
 
     def _copy_live(self, image: ImageWriter, moved: tuple[str, ...]) -> list[Round]:
@@ -385,17 +385,16 @@ class Source:
         """They run there: nothing that fails here changes that."""
         with logged("discarding the original"):
             self._outgoing.discard()
-        try:
-            self._hooks.take(pids, self._pass_on)
-        except AddressNotTaken as error:
-            self._not_taken = error
-            _log.warning("%s. %s", error.message, error.fix)
+        with logged("settling what is forwarded"):
+            self._forwarding.settle()
+        self._not_taken = self._hooks.take(pids, self._pass_on)
         with logged("the unit hook"):
             self._hooks.committed(pids)
         with logged("putting back what depended on the addresses"):
             departure.settle()
         with logged("passing on late segments"):
-            end = time.monotonic() + STRAGGLERS
+            # what is forwarded goes there by itself
+            end = time.monotonic() + (0.0 if self._forwarding.lasts else STRAGGLERS)
             while (left := end - time.monotonic()) > 0:
                 self._forward()
                 time.sleep(min(left, CAPTURE_LOOK))
@@ -434,6 +433,7 @@ class Source:
             error.message += f"; and undoing failed: {failures[0]}"
 
     def _restore_addresses(self) -> None:
+        self._forwarding.undo()
         if self._departure is not None:
             self._departure.restore()
 

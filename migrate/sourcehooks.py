@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from migrate import takeoverhook
-from migrate.errors import NothingToTakeOver
+from migrate.errors import AddressNotTaken, NothingToTakeOver
 from migrate.journal import Journal
 from migrate.messages import Needs
 from migrate.summary import SourceOptions
@@ -14,6 +15,8 @@ from migrate.takeoverhook import TakeoverHook
 from migrate.unithook import HookFacts, UnitHook
 
 __all__ = ["SourceHooks"]
+
+_log = logging.getLogger(__name__)
 
 
 class SourceHooks:
@@ -48,10 +51,17 @@ class SourceHooks:
         if self._takeover is not None:
             self._takeover.check()
 
-    def take(self, pids: Mapping[int, int], meanwhile: Callable[[], None]) -> None:
-        """They run there (``pids``: here to there); ``meanwhile`` is called while the hook runs. AddressNotTaken."""
-        if self._takeover is not None:
+    def take(self, pids: Mapping[int, int], meanwhile: Callable[[], None]) -> str:
+        """They run there (``pids``: here to there); ``meanwhile`` is called while the hook runs. Why the addresses were
+        not brought there, or nothing."""
+        if self._takeover is None:
+            return ""
+        try:
             self._takeover.take(_pids_there(self._takeover.facts, pids), meanwhile)
+        except AddressNotTaken as error:
+            _log.warning("%s. %s", error.message, error.fix)
+            return error.message
+        return ""
 
     def committed(self, pids: Mapping[int, int]) -> None:
         """The originals are gone. UnitHookFailed."""

@@ -23,7 +23,8 @@ MAX_DOWNTIME_MS = 10.0
 class SourceOptions:
     """What the command line says.
 
-    address         ``--address``: auto, none, or addresses
+    address         ``--address``: auto, none, forward, or addresses
+    forward_to      ``--forward-to``: an address of the target; empty: that of its name
     policy          ``--address-policy``
     map_dev         ``--map-dev``: interface here to interface there
     precopy         memory is copied in rounds before the stop
@@ -39,6 +40,7 @@ class SourceOptions:
     """
 
     address: str = "auto"
+    forward_to: str = ""
     policy: AddressPolicy = AddressPolicy.REFUSE
     map_dev: dict[str, str] = field(default_factory=dict)
     precopy: bool = True
@@ -66,6 +68,7 @@ class Summary:
     ahead            connections that were built before the stop, and were the same at its end
     phases           milliseconds of each phase
     lost             connections that did not come through
+    forward          ID of the forwarding that was begun or ended, or empty
     not_taken        why the addresses are not there: the takeover hook failed
     """
 
@@ -83,6 +86,7 @@ class Summary:
     bytes_sent: int
     phases: dict[str, float]
     lost: tuple[Lost, ...] = ()
+    forward: str = ""
     not_taken: str = ""
 
     @property

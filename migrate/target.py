@@ -29,6 +29,7 @@ from migrate.errors import (
     undone,
 )
 from migrate.fileoptions import device_texts
+from migrate.forwarding import TargetForward
 from migrate.hostfacts import features, host_facts, judge_host
 from migrate.journal import AddressesArrive, End, Journal, Role, Step, StepKind
 from migrate.messages import (
@@ -108,6 +109,7 @@ class Target:
         self._theirs: HostFacts | None = None
         self._cut = False
         self._drain: bytes | None = None
+        self._forward: TargetForward | None = None
         self._hook = UnitHook(unit_hook, HookFacts(command="migrate", role="target")) if unit_hook else None
 
     def run(self) -> Received | None:
@@ -176,6 +178,9 @@ class Target:
         verdicts += self._incoming.check(needs, check.options | device_texts(check.map_dev))
         self._arrival = arrival = Arrival(needs.addresses, map_dev=check.map_dev)
         verdicts += arrival.check(needs.macs)
+        if needs.forward is not None:
+            self._forward = TargetForward(needs.forward, check.migration)
+            verdicts += self._forward.check()
         for first in refusals(verdicts):
             failure = Failure(code=first.code, message=first.text, object=first.subject, fix=first.fix)
             self._say(Refused(migration=check.migration, failure=failure, items=tuple(verdicts)))
@@ -246,6 +251,8 @@ class Target:
             if self._hook is not None:
                 self._journal.note("unit-hook", self._hook.note())
                 self._hook.before_stop()
+            if self._forward is not None:
+                self._arrival = self._forward.prepare(self._journal.note, self._the_arrival)
             self._incoming.prepare(self._journal.note)
 
     def _take_over(self) -> Arrived:
@@ -257,6 +264,8 @@ class Target:
         incoming.keep()
         self._the_journal.append(AddressesArrive(arrival=arrival.record), Step(step=StepKind.STARTED))
         self._tell(Started(migration=migration, token=token))
+        if self._forward is not None:
+            self._forward.take_over()
         arrival.add()
         machine.release()
         incoming.release()
@@ -314,6 +323,9 @@ class Target:
         arrival = self._the_arrival
         with logged("giving addresses their flags"):
             arrival.settle()
+        if self._forward is not None:
+            with logged("settling what is forwarded"):
+                self._forward.settle()
         done = False
         deadline = time.monotonic() + self._channel.silence
         while time.monotonic() < deadline:
@@ -351,6 +363,8 @@ class Target:
     def _undo(self, error: BaseException) -> None:
         failures: list[Exception] = []
         steps = [self._incoming.discard]
+        if self._forward is not None:
+            steps.insert(0, self._forward.undo)
         if self._arrival is not None:
             steps.insert(0, self._arrival.remove)
         for step in steps:

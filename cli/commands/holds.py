@@ -7,7 +7,7 @@ import click
 from cli.command import command
 from cli.fields import fields
 from cli.session import Result, Session, Table
-from migrate.holdlist import Hold, survey
+from migrate.holdlist import Forwarding, Hold, survey
 from migrate.lazystore import Lazy
 
 __all__ = ["holds"]
@@ -16,7 +16,7 @@ __all__ = ["holds"]
 @command("holds")
 def holds(session: Session) -> Result:
     """What checkpoints hold here, and everything else of ours that stands: drop rules, routing rules, frozen
-    connections, processes whose memory still comes (--lazy).
+    connections, forwarded ones, processes whose memory still comes (--lazy).
     """
     found = survey()
     body: list[str | Table] = []
@@ -27,6 +27,10 @@ def holds(session: Session) -> Result:
         body.append(Table(columns=columns, rows=rows, styles=styles))
     if found.rules:
         body.append(Table(columns=["RULE", "NAME", "OF"], rows=[[r.kind, r.name, r.owner or "-"] for r in found.rules]))
+    if found.forwards:
+        columns = ["FORWARDING", "ROLE", "STATE", "AGE", "OTHER END", "ADDRESSES", "CONNECTIONS", "PORTS"]
+        styles = {"broken": "red", "unfinished": "yellow", "off": "yellow"}
+        body.append(Table(columns=columns, rows=[_forward_row(one) for one in found.forwards], styles=styles))
     if found.frozen:
         rows = [[f.connection, str(f.pid), _span(f.age), "" if f.here else "elsewhere"] for f in found.frozen]
         body.append(Table(columns=["FROZEN", "PID", "AGE", ""], rows=rows))
@@ -35,6 +39,13 @@ def holds(session: Session) -> Result:
         styles = {"dead": "red", "waiting": "yellow"}
         body.append(Table(columns=columns, rows=[_lazy_row(one) for one in found.lazy], styles=styles))
     return Result(data=fields(found), body=body or ["nothing is held here"])
+
+
+def _forward_row(one: Forwarding) -> list[str]:
+    other = f"{one.host} {one.far}".strip()
+    home = one.role == "home"
+    left = [str(len(one.connections)) if home else "-", " ".join(one.ports) or "-"]
+    return [one.forward, one.role, one.state, _span(one.age), other, " ".join(one.addresses), *left]
 
 
 def _row(hold: Hold) -> list[str]:

@@ -16,6 +16,7 @@ from cli.errors import UsageMistake
 from cli.fields import fields
 from cli.filepolicy import file_places, file_policy, places_of, policy_of, require
 from cli.session import Result, Session
+from migrate.forwarding import OPTION as FORWARD
 from migrate.rounds import IfBusy
 from migrate.run import check as check_with
 from migrate.run import migrate as move
@@ -53,7 +54,13 @@ AT_ONCE = 2
     default=DEFAULT_REMOTE_COMMAND,
     help=f"What it runs on HOST.  [default: {DEFAULT_REMOTE_COMMAND}]",
 )
-@click.option("--address", metavar="auto|none|ADDR,...", default="auto", help="Which addresses move.  [default: auto]")
+@click.option(
+    "--address",
+    metavar="auto|none|forward|ADDR,...",
+    default="auto",
+    help="Which addresses move; forward: none, this host forwards the connections.  [default: auto]",
+)
+@click.option("--forward-to", metavar="ADDR", default="", help="With --address forward: an address of HOST.")
 @click.option(
     "--address-policy",
     type=click.Choice([policy.value for policy in AddressPolicy]),
@@ -125,6 +132,7 @@ def carry_out(
     rsh: str,
     remote_command: str,
     address: str,
+    forward_to: str,
     address_policy: str,
     cpu_unused: tuple[str, ...],
     unit_hook: str,
@@ -144,11 +152,14 @@ def carry_out(
     several  each is a move of its own, and there is one summary
     label    told to the target, beside the options
     """
+    if address != FORWARD:
+        require("--address forward", {"--forward-to": forward_to})
     if not files["ship"]:
         require("--ship", {"--overwrite": files["overwrite"]})
     places = places_of(**files)
     options = SourceOptions(
         address=address,
+        forward_to=forward_to,
         policy=AddressPolicy(address_policy),
         map_dev=places.devices,
         cpu_unused=patterns(cpu_unused),
@@ -203,6 +214,8 @@ def _lines(summary: Summary, host: str) -> list[str]:
         f"pid {summary.pid} runs on {host}{where}: {moved}",
         f"{summary.bytes_sent} bytes in {summary.total_ms:.0f} ms",
     ]
+    if summary.forward:
+        lines.append(f"forwarding {summary.forward}: `tcpmig holds` shows it")
     if summary.not_taken:
         lines.append(f"their clients do not reach them: {summary.not_taken}; then `tcpmig recover {summary.migration}`")
     return lines + [f"lost: {lost.connection}: {lost.reason}" for lost in summary.lost]

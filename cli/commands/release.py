@@ -6,8 +6,10 @@ import click
 
 from cli.command import command
 from cli.session import Result, Session
-from migrate import holdstore
+from migrate import forwardstore, holdstore
+from migrate.forwarding import release as end_forward
 from migrate.hold import release as end
+from tcpstate.kernel.bpf.steer import Role
 
 __all__ = ["release"]
 
@@ -16,11 +18,18 @@ __all__ = ["release"]
 @click.argument("hold", metavar="ID")
 @click.option("--reset/--silent", default=True, help="Tell the peers at once, by a reset, or say nothing.  [reset]")
 def release(session: Session, hold: str, reset: bool) -> Result:
-    """End the hold ID (its beginning will do): the connections that it keeps are given up.
+    """End the hold or the forwarding ID (its beginning will do): its connections are given up.
 
-    The image stays. With --silent each peer finds out when it next sends something: this host then answers with a
-    reset.
+    The image of a hold stays. With --silent each peer finds out when it next sends something: this host then answers
+    with a reset; so it is with a forwarding in any case.
     """
+    forward = forwardstore.named(hold)
+    if forward is not None:
+        end_forward(forward)
+        body = [f"forwarding {forward.forward} has ended: this host answers for {' '.join(forward.addresses)}"]
+        if forward.role is Role.AWAY:
+            body = [f"forwarding {forward.forward} has ended here: {' '.join(forward.addresses)} left this host"]
+        return Result(data={"forward": forward.forward, "role": forward.role.value}, body=body)
     record = holdstore.named(hold)
     end(record, reset=reset)
     how = "reset" if reset else "given up silently"

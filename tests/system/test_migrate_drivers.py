@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint.files.held import HeldSocket
 from checkpoint.traces import NoteWriter
 from checkpoint.verdict import Status, Verdict
 from migrate.errors import (
@@ -137,6 +138,9 @@ class FakeOutgoing:
         self.world.reach("freeze")
         image.write([b"tail"])
         return time.monotonic_ns()
+
+    def held(self) -> list[HeldSocket]:
+        return []
 
     def segments(self) -> Sequence[bytes]:
         self.captured += 1

@@ -43,8 +43,11 @@ class Helper(enum.IntEnum):
     """Helpers of the kernel that we call (uapi linux/bpf.h, ___BPF_FUNC_MAPPER)."""
 
     MAP_LOOKUP = 1
+    MAP_UPDATE = 2
     MAP_DELETE = 3
     KTIME_GET_NS = 5
+    SKB_STORE_BYTES = 9
+    REDIRECT = 23
     SKB_LOAD_BYTES = 26
     GET_SOCKET_COOKIE = 46
     SKB_LOAD_BYTES_RELATIVE = 68
@@ -56,6 +59,7 @@ class Helper(enum.IntEnum):
     SEQ_WRITE = 127
     SKC_TO_TCP_SOCK = 137
     SKC_TO_TCP_REQUEST_SOCK = 139
+    REDIRECT_NEIGH = 152
     SOCK_FROM_FILE = 162
 
 

@@ -1,7 +1,7 @@
 """bpf(2): maps, programs, links and iterators, as descriptors.
 
 Source: include/uapi/linux/bpf.h, union bpf_attr; kernel/bpf/syscall.c.  Whatever is made here lasts as long as its
-descriptor (or what uses it): nothing is pinned, so nothing outlives a tool that is killed.
+descriptor (or what uses it), and so does not outlive a tool that is killed; but for what is pinned.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 import struct
+from collections.abc import Iterator
 from typing import Final
 
 from tcpstate.kernel import batch
@@ -26,11 +27,14 @@ __all__ = [
     "create_map",
     "delete",
     "iterate",
+    "keys",
     "link",
     "load",
     "load_btf",
     "lookup",
     "map_memory",
+    "pin",
+    "pinned",
     "run",
     "update",
 ]
@@ -51,7 +55,10 @@ class _Cmd(enum.IntEnum):
     MAP_LOOKUP_ELEM = 1
     MAP_UPDATE_ELEM = 2
     MAP_DELETE_ELEM = 3
+    MAP_GET_NEXT_KEY = 4
     PROG_LOAD = 5
+    OBJ_PIN = 6
+    OBJ_GET = 7
     PROG_TEST_RUN = 10
     BTF_LOAD = 18
     LINK_CREATE = 28
@@ -63,6 +70,7 @@ class MapType(enum.IntEnum):
 
     HASH = 1
     ARRAY = 2
+    LRU_HASH = 9
     STRUCT_OPS = 26
 
 
@@ -151,6 +159,37 @@ def lookup(fd: int, key: bytes, size: int) -> bytes | None:
 def delete(fd: int, key: bytes) -> None:
     """Remove an element. Refused (ENOENT: there is none)."""
     _element(_Cmd.MAP_DELETE_ELEM, fd, key, 0)
+
+
+def keys(fd: int, size: int) -> Iterator[bytes]:
+    """The keys of a hash map, of ``size`` bytes each; begin anew if one is removed meanwhile that was not the last one
+    given. Refused."""
+    following = ctypes.create_string_buffer(size)
+    key: bytes | None = None
+    while True:
+        at = ctypes.create_string_buffer(key, size) if key is not None else None
+        attr = struct.pack("=IIQQ", fd, 0, 0 if at is None else ctypes.addressof(at), ctypes.addressof(following))
+        try:
+            _call(_Cmd.MAP_GET_NEXT_KEY, attr, 32)
+        except Refused as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return
+        key = following.raw
+        yield key
+
+
+def pin(fd: int, path: str) -> None:
+    """Keep a map, program or link under this name in a bpffs; it ends when nothing has it open and the name is gone.
+    Refused."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    _call(_Cmd.OBJ_PIN, struct.pack("=QII", ctypes.addressof(name), fd, 0))
+
+
+def pinned(path: str) -> int:
+    """What was pinned under this name. Refused (ENOENT: nothing)."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    return _made(_call(_Cmd.OBJ_GET, struct.pack("=QII", ctypes.addressof(name), 0, 0)))
 
 
 def map_memory(fd: int, size: int) -> mmap.mmap:
