@@ -1,19 +1,24 @@
 """Threads in code of the kernel's own, the vdso: where another kernel's takes its place nobody may be in it.
 
 At the source a thread that was stopped there walks out, step by step; its functions take a microsecond and do not wait.
-What a signal handler will return to cannot be walked: at the target such a process is refused, if its vdso is another
-there.  The same frames on the stacks hold vector registers in the layout of the source's CPU, and are put right.
+But they begin anew when the kernel has changed the time meanwhile, at each tick, so a few of them may never come out:
+they are left where they are, which matters only where the vdso is another one.  No signal is held back on the way: our
+death must not leave a thread deaf.  What a signal handler will return to cannot be walked: at the target such a process
+is refused, if its vdso is another there.  The same frames on the stacks hold vector registers in the layout of the
+source's CPU, and are put right.
 """
 
 from __future__ import annotations
 
+import logging
 import signal
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from checkpoint import arch
-from checkpoint.errors import ExtendedStateForeign, HandlerInVdso, HandlerOnOtherCpu, LazyImpossible, StopTimeout
+from checkpoint.errors import ExtendedStateForeign, HandlerInVdso, HandlerOnOtherCpu, LazyImpossible
 from checkpoint.kernel import ptrace
 from checkpoint.kernel.ptrace import Event
 from checkpoint.memory import special
@@ -28,10 +33,12 @@ if TYPE_CHECKING:
 
 __all__ = ["settle", "walk_out"]
 
-#: seconds in which a thread must have come out
-_OUT_TIMEOUT: Final = 2.0
+_log = logging.getLogger(__name__)
+
+#: seconds in which the threads of a process are led out; the others stay
+_PATIENCE: Final = 0.03
 _STEP_TIMEOUT: Final = 1.0
-_ALL_SIGNALS: Final = (1 << 64) - 1
+_SIGINFO_HEAD: Final = struct.Struct("<iii")  # si_signo, si_errno, si_code
 #: how much of a stack is searched for the frames of signal handlers
 _STACK_SEARCHED: Final = 1 << 20
 #: handlers that interrupted each other
@@ -39,11 +46,14 @@ _MOST_FRAMES: Final = 64
 
 
 def walk_out(process: Process) -> None:
-    """Let the threads of a stopped process that stand in the vdso leave it. StopTimeout."""
+    """Let the threads of a stopped process that stand in the vdso leave it, as far as they do in time. StopTimeout if
+    one does not even take a step."""
     ranges = [(vma.start, vma.end) for vma in process.maps if vma.name == VDSO]
     inside = [thread for thread in process.threads if _in(ranges, thread.registers.ip)]
-    for thread in inside:
-        _walk_out(thread, ranges)
+    deadline = time.monotonic() + _PATIENCE
+    left = [thread for thread in inside if not _walk_out(thread, ranges, deadline)]
+    if left:
+        _log.debug("%s: %d threads stand in the vdso", f"pid {process.pid}", len(left))
     if inside:
         process.note()
 
@@ -52,23 +62,24 @@ def _in(ranges: Sequence[tuple[int, int]], ip: int) -> bool:
     return any(start <= ip < end for start, end in ranges)
 
 
-def _walk_out(thread: Thread, ranges: Sequence[tuple[int, int]]) -> None:
-    """Signals wait meanwhile: a handler would return into it."""
-    deadline = time.monotonic() + _OUT_TIMEOUT
-    mask = thread.get_sigmask()
-    thread.set_sigmask(_ALL_SIGNALS)
+def _walk_out(thread: Thread, ranges: Sequence[tuple[int, int]], deadline: float) -> bool:
+    """Whether it has come out."""
     deliver = 0
     try:
-        while _in(ranges, thread.get_registers().ip):
-            if time.monotonic() > deadline:
-                raise StopTimeout("a thread does not come out of the vdso", object=thread.name)
+        while _in(ranges, thread.get_registers().ip) or deliver:
+            if time.monotonic() > deadline and not deliver:
+                return False
             ptrace.step(thread.tid, deliver)
             stop = thread.wait(_STEP_TIMEOUT)
-            # a signal that was on its way goes back to its queue, being blocked now
-            deliver = stop.signal if stop.event == Event.SIGNAL and stop.signal != signal.SIGTRAP else 0
+            deliver = stop.signal if stop.event == Event.SIGNAL and not _is_step(thread, stop.signal) else 0
     finally:
         thread.set_registers(thread.get_registers().not_stepping())
-        thread.set_sigmask(mask)
+    return True
+
+
+def _is_step(thread: Thread, number: int) -> bool:
+    """Whether a signal is the end of a step, and not one that somebody has sent."""
+    return number == signal.SIGTRAP and _SIGINFO_HEAD.unpack_from(ptrace.signal_info(thread.tid))[2] > 0
 
 
 def settle(stub: Stub, layout: MemoryLayout, states: Sequence[Registers], *, whole: bool) -> None:
