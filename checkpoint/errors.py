@@ -7,7 +7,9 @@ from tcpstate.errors import Outcome, TcpmigError
 __all__ = [
     "AddressGapMissing",
     "AddressTaken",
+    "AioNotMade",
     "AioRing",
+    "AioUnderWay",
     "AlreadyTraced",
     "BacklogNotDrained",
     "BadExternal",
@@ -712,11 +714,29 @@ class UserfaultMapping(Refused):
 
 
 class AioRing(Refused):
-    """The process has an asynchronous I/O context (io_setup(2)). Requests under way in it cannot be read from
-    outside."""
+    """The process has an asynchronous I/O context (io_setup(2)) that cannot be told whole: the kernel lends us no BPF
+    iterator to see whether requests are under way, the ring is mapped only in part or protected otherwise, it was
+    inherited from another process, or there are more than 64 contexts."""
 
     code = "TM-0375"
     fix = "Restart the program with native asynchronous I/O switched off (often an option of the program)."
+
+
+class AioUnderWay(Refused):
+    """Requests are under way in an asynchronous I/O context (io_submit(2)): what the kernel does for them cannot be
+    moved. Transfers end by themselves, and the stop waits a moment for them; a request that waits for a file to become
+    ready (IOCB_CMD_POLL) may wait for ever."""
+
+    code = "TM-0776"
+    fix = "Try again; a program that waits by IOCB_CMD_POLL has to be restarted to wait in another way."
+
+
+class AioNotMade(TcpmigError):
+    """An asynchronous I/O context could not be made again: fs.aio-max-nr is reached here, or this host has so many CPUs
+    that the kernel makes every ring longer than this one was."""
+
+    code = "TM-0777"
+    fix = "Raise fs.aio-max-nr at the target, or choose a target with no more CPUs."
 
 
 class SysvSharedMemory(Refused):

@@ -271,7 +271,7 @@ class LiveCopy:
         process.forget_maps()
         process.stat = procfs.read_stat(pid)
         heap = next((vma.end for vma in process.maps if vma.name == "[heap]"), process.stat.start_brk)
-        return layout.capture(process, files, brk=heap)
+        return layout.capture(process, files, brk=heap, rings=False)
 
     def _collect(self, told: LiveTree | None, now: MemoryLayout, files: TreeFiles) -> tuple[Remaining, MemoryLayout]:
         """What has to be told of one process, and its layout without what cannot be tracked: that comes at the end."""

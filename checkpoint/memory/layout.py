@@ -29,14 +29,15 @@ from checkpoint.kernel.mman import (
     PrSetVma,
     droppable_known,
 )
-from checkpoint.memory import scan, segments, special, vdso, verdicts
+from checkpoint.memory import aio, scan, segments, special, vdso, verdicts
+from checkpoint.memory.aio import Ring
+from checkpoint.memory.fields import MemoryFields
 from checkpoint.memory.huge import map_flags, page_shift
 from checkpoint.memory.vma import PAGE, SPECIAL_NAMES, VDSO, VSYSCALL, Vma, with_flags, without
 from tcpstate.kernel.calls import CallError, CallTable, Result
 from tcpstate.kernel.machine import SYS
 
 if TYPE_CHECKING:
-    from checkpoint.procfs import Stat
     from checkpoint.spawn import Stub
     from checkpoint.tracee import Process
 
@@ -139,55 +140,13 @@ class Mapping:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryFields:
-    """What the kernel knows of a memory as a whole: addresses, in the order of struct prctl_mm_map."""
-
-    start_code: int
-    end_code: int
-    start_data: int
-    end_data: int
-    start_brk: int
-    brk: int
-    start_stack: int
-    arg_start: int
-    arg_end: int
-    env_start: int
-    env_end: int
-
-    def __post_init__(self) -> None:
-        for name in self.__slots__:
-            if not 0 <= getattr(self, name) <= USER_END:
-                raise ValueError(f"{name} cannot be {getattr(self, name):#x}")
-
-    @classmethod
-    def of(cls, stat: Stat, brk: int) -> MemoryFields:
-        """From /proc/PID/stat and the answer of brk(2)."""
-        return cls(
-            start_code=stat.start_code,
-            end_code=stat.end_code,
-            start_data=stat.start_data,
-            end_data=stat.end_data,
-            start_brk=stat.start_brk,
-            brk=brk,
-            start_stack=stat.start_stack,
-            arg_start=stat.arg_start,
-            arg_end=stat.arg_end,
-            env_start=stat.env_start,
-            env_end=stat.env_end,
-        )
-
-    def words(self) -> tuple[int, ...]:
-        """The addresses in their order."""
-        return tuple(getattr(self, name) for name in self.__slots__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryLayout:
     """The record of one process's memory.
 
     pid       as in TREE
     mappings  by address, not overlapping
     guards    (start, end) of guard regions in them
+    rings     of asynchronous I/O contexts, which lie between the mappings
     fields    addresses that the kernel keeps
     auxv      the auxiliary vector
     exe       path of the program
@@ -203,6 +162,7 @@ class MemoryLayout:
     exe: str
     exe_file: int
     vdso: bytes
+    rings: tuple[Ring, ...] = ()
 
     def __post_init__(self) -> None:
         end = 0
@@ -210,6 +170,7 @@ class MemoryLayout:
             if mapping.start < end:
                 raise ValueError(f"{mapping} overlaps the one before it")
             end = mapping.end
+        aio.require_apart(self.rings, self.areas)
         special = [mapping.name for mapping in self.mappings if mapping.special]
         if len(special) != len(set(special)):
             raise ValueError(f"mappings of the kernel's own come twice: {special}")
@@ -221,6 +182,12 @@ class MemoryLayout:
             raise ValueError("auxiliary vector or pid out of range")
         if self.exe_file < 0:
             raise ValueError(f"exe_file cannot be {self.exe_file}")
+
+    @property
+    def areas(self) -> list[tuple[int, int]]:
+        """(start, end) of all that the process has in its memory."""
+        mapped = [(mapping.start, mapping.end) for mapping in self.mappings]
+        return mapped + [(ring.start, ring.end) for ring in self.rings]
 
     @property
     def files(self) -> set[int]:
@@ -252,6 +219,7 @@ def capture(
     pid: int | None = None,
     before: Iterable[Vma] = (),
     ours: Iterable[tuple[int, int]] = (),
+    rings: bool = True,
 ) -> MemoryLayout:
     """The layout of a stopped process.
 
@@ -260,6 +228,7 @@ def capture(
     pid     its number in the image, if another
     before  what vma.read_smaps() gave shortly before the stop: saves reading it in the stop
     ours    (start, end) of memory that the engine has put there: left out
+    rings   take the rings of asynchronous I/O contexts as well: not while it runs
 
     Refused for a mapping that cannot be moved.
     """
@@ -273,6 +242,7 @@ def capture(
         vmas = [vma._replace(flags=vma.flags - TRACKING_FLAGS) for vma in vmas]
     for vma in vmas:
         verdicts.check(process.pid, vma)
+    contexts, vmas = aio.apart(vmas)
     exe = os.readlink(f"/proc/{process.pid}/exe")
     mappings, exe_file = [], None
     for vma in vmas:
@@ -295,6 +265,7 @@ def capture(
         exe=exe,
         exe_file=exe_file,
         vdso=vdso.code(code) if code else b"",
+        rings=aio.capture(process, contexts) if rings else (),
     )
 
 
@@ -324,6 +295,7 @@ def build(layout: MemoryLayout, stub: Stub, descriptor_of: Descriptors) -> None:
     rebuild(layout, stub, calls, descriptor_of)
     _run(layout, stub, calls)
     special.lead_on(layout, stub)
+    aio.rebuild(layout.rings, stub)
 
 
 def _run(layout: MemoryLayout, stub: Stub, calls: CallTable) -> None:
@@ -368,13 +340,14 @@ def change(
     # the program's file stays what it is
     _memory_fields(layout, stub, calls, None)
     _run(layout, stub, calls)
+    aio.rebuild(layout.rings, stub)
 
 
 def _check_window(layout: MemoryLayout, stub: Stub) -> None:
     low, high = stub.window
-    for mapping in layout.mappings:
-        if mapping.start < high and mapping.end > low:
-            raise BadLayout(f"{mapping} lies where the stub works", object=f"pid {layout.pid}")
+    for start, end in layout.areas:
+        if start < high and end > low:
+            raise BadLayout(f"{start:x}-{end:x} lies where the stub works", object=f"pid {layout.pid}")
 
 
 def _place(layout: MemoryLayout, stub: Stub, calls: CallTable, descriptor_of: Descriptors) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from checkpoint.errors import (
-    AioRing,
     DeviceMapping,
     HugePageMapping,
     Refused,
@@ -25,6 +24,7 @@ from checkpoint.errors import (
     UserfaultMapping,
 )
 from checkpoint.kernel.mman import Prot
+from checkpoint.memory import aio
 from checkpoint.memory.vma import VSYSCALL, Vma, read_smaps
 from checkpoint.verdict import Verdict
 
@@ -41,7 +41,6 @@ class _Rule(NamedTuple):
 #: the first that fits is told
 _RULES = (
     _Rule(SecretMemory, "secret memory", names=("/secretmem",)),
-    _Rule(AioRing, "an asynchronous I/O context", names=("/[aio]",)),
     _Rule(UnsupportedMemory, "probes", names=("[uprobes]",)),
     _Rule(UnsupportedMemory, "memory of a kernel facility", names=("anon_inode:",)),
     _Rule(UnsupportedMemory, "the ring of a socket", names=("socket:",)),
@@ -114,6 +113,10 @@ def verdicts(pid: int, smaps: Iterable[Vma] | None = None) -> list[Verdict]:
             check(pid, vma)
         except Refused as error:
             found.append(Verdict.refuse(error, "mapping"))
+    try:
+        aio.examine(pid, vmas)
+    except Refused as error:
+        found.append(Verdict.refuse(error, "mapping"))
     exe = escaped(os.readlink(f"/proc/{pid}/exe"))
     if not any(vma.name == exe for vma in vmas):
         found.append(Verdict.refuse(unmapped_exe(pid, exe), "mapping"))

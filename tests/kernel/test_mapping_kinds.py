@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from checkpoint.errors import (
-    AioRing,
     DeviceMapping,
     HugePageMapping,
     Refused,
@@ -52,7 +51,6 @@ KINDS: dict[str, tuple[type[Refused], str]] = {
         HugePageMapping,
         "n = call(29, 0, 2 << 20, 0o1000 | 0o4000 | 0o10000 | 0o600); libc.shmat(n, None, 0); libc.shmctl(n, 0, None)",
     ),
-    "aio": (AioRing, "context = ctypes.c_ulong(0); call(206, 8, ctypes.byref(context))"),
     "userfaultfd": (
         UserfaultMapping,
         "u = call(323, 1); b = ctypes.create_string_buffer(struct.pack('<QQQ', 0xAA, 0, 0));"

@@ -40,6 +40,19 @@ lib, room = ctypes.PyDLL(None), ctypes.create_string_buffer(1)
 prctl, write, read = lib.prctl, lib.write, lib.read
 prctl(22, 1), write(1, b"ready\\n", 6), read(r, room, 1)
 """
+AIO = """
+context = ctypes.c_ulong(0)
+call(206, 8, ctypes.byref(context))
+"""
+#: a request that is done when there is something in an empty pipe
+AIO_POLL = (
+    AIO
+    + """
+r, w = os.pipe()
+request = ctypes.create_string_buffer(struct.pack("=QIIHhIQQqQII", 1, 0, 0, 5, 0, r, 1, 0, 0, 0, 0, 0), 64)
+call(209, context.value, 1, (ctypes.c_ulong * 1)(ctypes.addressof(request)))
+"""
+)
 #: (what it is, code, a word of the verdict's text, the program)
 KINDS = (
     ("io_uring", "TM-0340", "io_uring", "call(425, 4, ctypes.create_string_buffer(120))"),
@@ -51,6 +64,15 @@ KINDS = (
         USERFAULTFD
         + "call(16, fd, 0xC020AA00, ctypes.create_string_buffer(struct.pack('<QQQQ', pages(), 4096, 1, 0), 32))",
     ),
+    ("a request that waits in an AIO context", "TM-0776", "wait for files", AIO_POLL),
+    ("a parent's AIO context", "TM-0375", "another process's", AIO + "os.fork()"),
+    (
+        "a part of the ring of an AIO context",
+        "TM-0375",
+        "not mapped",
+        AIO.replace("8", "400") + "call(11, context, 4096)",
+    ),
+    ("a protected ring of an AIO context", "TM-0375", "not mapped", AIO + "call(10, context, 4096, 1)"),
     ("sealed memory", "TM-0377", "sealed", "call(462, pages(), 4096, 0)"),
     (
         "a perf event",

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint.errors import (
-    AioRing,
     BadLayout,
     DeviceMapping,
     HugePageMapping,
@@ -110,7 +109,6 @@ def test_our_own_maps_agree_with_our_own_smaps() -> None:
     ("name", "flags", "pkey", "error"),
     [
         ("/secretmem (deleted)", "", 0, SecretMemory),
-        ("/[aio] (deleted)", "", 0, AioRing),
         ("[uprobes]", "", 0, UnsupportedMemory),
         ("anon_inode:[io_uring]", "", 0, UnsupportedMemory),
         ("anon_inode:[perf_event]", "", 0, UnsupportedMemory),

@@ -61,6 +61,7 @@ class Helper(enum.IntEnum):
     SKC_TO_TCP_REQUEST_SOCK = 139
     REDIRECT_NEIGH = 152
     SOCK_FROM_FILE = 162
+    MAP_LOOKUP_PERCPU = 195  # 5.19
 
 
 class Asm:
@@ -95,6 +96,15 @@ class Asm:
     def add(self, to: int, number: int) -> Self:
         """to += number"""
         return self._add(_ADD_NUMBER, to, number=number)
+
+    def add_register(self, to: int, source: int) -> Self:
+        """to += source"""
+        return self._add(_ADD, to, source)
+
+    def wide(self, to: int, number: int) -> Self:
+        """to = number (64 bits)"""
+        self._add(_LOAD_WIDE, to, number=number & 0xFFFFFFFF)
+        return self._add(0, number=number >> 32)
 
     def mask(self, to: int, number: int) -> Self:
         """to &= number"""

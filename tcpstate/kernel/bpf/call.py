@@ -70,6 +70,7 @@ class MapType(enum.IntEnum):
 
     HASH = 1
     ARRAY = 2
+    PERCPU_ARRAY = 6
     LRU_HASH = 9
     STRUCT_OPS = 26
 

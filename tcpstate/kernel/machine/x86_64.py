@@ -167,6 +167,9 @@ class SYS(enum.IntEnum):
     sched_getaffinity = 204
     set_thread_area = 205
     io_setup = 206
+    io_destroy = 207
+    io_getevents = 208
+    io_submit = 209
     get_thread_area = 211
     epoll_create = 213
     set_tid_address = 218

@@ -20,7 +20,7 @@ from checkpoint.files import table as files_table
 from checkpoint.files.base import OpenFile, kind_name
 from checkpoint.ipc.base import SystemV
 from checkpoint.ipc.table import KINDS as IPC_KINDS
-from checkpoint.memory import layout
+from checkpoint.memory import aio, layout
 from checkpoint.memory.pages import PageWriter
 from checkpoint.state import pending, registers, table
 from checkpoint.state.base import State, kind_of
@@ -115,6 +115,7 @@ def _memory() -> dict[str, Switch]:
     return found | {
         "memory/guards": _layout(lambda one: _replaced(one, guards=())),
         "memory/names": _layout(_no_names),
+        "memory/rings": _patch(aio, "rebuild"),
         "memory/fields": _patch(layout, "_memory_fields"),
         "memory/pages": _patch(PageWriter, "write", lambda self, run: 0),
     }
