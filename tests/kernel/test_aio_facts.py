@@ -1,4 +1,4 @@
-"""What the engine relies on for native asynchronous I/O: contexts as a BPF iterator shows them, and how a ring moves."""
+"""What the engine relies on for native asynchronous I/O: contexts as a BPF iterator shows them, and rings that move."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ prctl(22, 1), write(1, b"ready\\n", 6), read(r, room, 1)
 """
 AIO = """
 context = ctypes.c_ulong(0)
-call(206, 8, ctypes.byref(context))
+call(206, 400, ctypes.byref(context))
 """
 #: a request that is done when there is something in an empty pipe
 AIO_POLL = (
@@ -70,7 +70,7 @@ KINDS = (
         "a part of the ring of an AIO context",
         "TM-0375",
         "not mapped",
-        AIO.replace("8", "400") + "call(11, context, 4096)",
+        AIO + "call(11, context.value + 4096, 4096)",
     ),
     ("a protected ring of an AIO context", "TM-0375", "not mapped", AIO + "call(10, context, 4096, 1)"),
     ("sealed memory", "TM-0377", "sealed", "call(462, pages(), 4096, 0)"),

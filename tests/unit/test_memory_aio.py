@@ -27,7 +27,7 @@ def test_what_nobody_has_fetched(head: int, tail: int, unread: int) -> None:
     [{"nr": 126}, {"head": 127}, {"tail": 127}, {"magic": 1}, {"number": aio.MOST}],
 )
 def test_a_head_that_does_not_fit_is_refused(wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="ring|context"):
+    with pytest.raises(ValueError, match=r"ring|context"):
         ring(**wrong)
 
 
@@ -44,7 +44,7 @@ def test_a_head_that_does_not_fit_is_refused(wrong: dict[str, int]) -> None:
     ],
 )
 def test_a_record_out_of_range_is_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="ring|context"):
+    with pytest.raises(ValueError, match=r"ring|context"):
         dataclasses.replace(ring(), **wrong)
 
 
