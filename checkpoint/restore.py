@@ -230,6 +230,8 @@ class Restore:
         gc.disable()  # a collection would cost milliseconds in which the original stands still
         if not self._clocks_go_on:
             self._enter_clocks(self._tree.clocks, 0)
+            # their clocks stood until now: what has passed here before has not passed for them
+            self._arrived_ns = time.monotonic_ns()
         taken = [area for one in self._layouts.values() for area in one.areas]
         held = {} if self._held is None else self._held(self._files)
         if any(isinstance(file, TcpFile) and file.conn_id for file in self._files.files):

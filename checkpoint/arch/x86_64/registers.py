@@ -58,13 +58,14 @@ class Restart(enum.IntEnum):
 
 
 # Calls that return EINTR when a thread is stopped and continued, where they should restart: signal(7), "Interruption of
-# system calls and library functions by stop signals", and the socket calls with a time-out set by SO_RCVTIMEO or
-# SO_SNDTIMEO (sock_intr_errno in include/net/sock.h).
+# system calls and library functions by stop signals", and the calls on sockets with a time-out set by SO_RCVTIMEO or
+# SO_SNDTIMEO (sock_intr_errno in include/net/sock.h).  Of all of them EINTR says that nothing was done.
 _SPURIOUS = frozenset(
     {
         SYS.epoll_wait,
         SYS.epoll_pwait,
         SYS.epoll_pwait2,
+        SYS.io_getevents,
         SYS.semop,
         SYS.semtimedop,
         SYS.rt_sigtimedwait,
@@ -81,6 +82,8 @@ _SPURIOUS = frozenset(
         SYS.accept,
         SYS.accept4,
         SYS.connect,
+        SYS.sendfile,
+        SYS.splice,
     }
 )
 
