@@ -140,6 +140,7 @@ class Dump:
             try:
                 # the flags of mappings take milliseconds per gigabyte: in the stop only changes are read
                 self._foreseen[pid] = foresee(pid)
+                table.make_ready(pid)
             except (NoSuchProcess, FileNotFoundError, ProcessLookupError):
                 _log.debug("pid %d ended before the stop", pid)
 

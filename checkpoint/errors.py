@@ -45,6 +45,7 @@ __all__ = [
     "ImageNotWritten",
     "ImageTruncated",
     "ImageUnreadable",
+    "InLandlockDomain",
     "InitProcess",
     "InjectionRefused",
     "InjectionTimeout",
@@ -874,6 +875,14 @@ class ConfinedBySecurityModule(Refused):
 
     code = "TM-0322"
     fix = "Run tcpmig under the label of the process, or the process unconfined."
+
+
+class InLandlockDomain(Refused):
+    """A thread has restricted itself by Landlock (landlock_restrict_self(2)). The kernel does not tell to what, so a
+    rebuilt one would be free to do what it had given up. That it did is only seen when it stands still."""
+
+    code = "TM-0778"
+    fix = "Start the program without its sandbox, if it has an option for that, or do not move it."
 
 
 class ForeignNamespace(Refused):

@@ -38,6 +38,7 @@ from checkpoint.kernel.clone import (
     CloneFlag,
     pack_tids,
 )
+from checkpoint.kernel.program import executable
 from checkpoint.kernel.ptrace import Option
 from checkpoint.memory.vma import PAGE
 from checkpoint.thread import Thread, wait_status
@@ -64,7 +65,6 @@ _ALL_SIGNALS: Final = (1 << 64) - 1
 _STOP_TIMEOUT: Final = 5.0
 _LAST_FD: Final = 0xFFFFFFFF
 _NAME: Final = "tcpmig-stub"
-_MFD_EXEC: Final = 0x10  # include/uapi/linux/memfd.h, 6.3
 _LEAST_ERRNO: Final = -4095
 
 
@@ -359,8 +359,7 @@ def spawn_stub(pid: int | None, avoid: Iterable[tuple[int, int]]) -> Stub:
     tool = os.pidfd_open(os.getpid())
     program = -1
     try:
-        program = _memfd()
-        os.write(program, stub_elf(base, tool))
+        program = executable(_NAME, stub_elf(base, tool))
         os.set_inheritable(tool, True)
         number = births.run(lambda: _start(program, pid))
         return _first_steps(number, window, tool)
@@ -390,18 +389,6 @@ def _first_steps(number: int, window: tuple[int, int], tool: int) -> Stub:
             stub._ended()
         raise
     return stub
-
-
-def _memfd() -> int:
-    flags = os.MFD_CLOEXEC
-    try:
-        return os.memfd_create(_NAME, flags | _MFD_EXEC)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise SpawnFailed(
-                f"no program can be executed from memory: {error.strerror}", fix="Set vm.memfd_noexec to 0 or 1."
-            ) from error
-    return os.memfd_create(_NAME, flags)  # before 6.3 every one can be executed
 
 
 def _start(program: int, pid: int | None) -> int:

@@ -14,6 +14,7 @@ import ctypes
 import enum
 import os
 import re
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
@@ -54,6 +55,11 @@ class Of(enum.IntEnum):
     FILE = 0
     MOUNT = 0x10
     FILESYSTEM = 0x100
+
+
+_UNREAD: Final = "fanotify events wait to be read"
+#: seconds that the check gives a program for a moment without any
+_PATIENCE: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,13 +108,18 @@ class Fanotify(OpenFile):
         if _group(view)[0] & _CLASSES:
             raise UnsupportedFile("fanotify that is asked for permission", object=view.object)
         _marks(view)
+        # a program that reads them has read those of one moment soon, though others may have come
+        deadline = time.monotonic() + _PATIENCE
+        while _waits(view):
+            if time.monotonic() > deadline:
+                raise UnsupportedFile(_UNREAD, object=view.object)
+            time.sleep(_PATIENCE / 50)
         return ""
 
     @classmethod
     def capture(cls, view: FdView) -> Self:
-        cls.examine(view)
-        if ioctl_int(view.dup, Ioctl.SIOCINQ):
-            raise UnsupportedFile("fanotify events wait to be read", object=view.object)
+        if _waits(view):
+            raise UnsupportedFile(_UNREAD, object=view.object)
         group, events = _group(view)
         return cls(group=group, events=events, marks=tuple(_marks(view)), **view.common())
 
@@ -125,6 +136,10 @@ class Fanotify(OpenFile):
             _add(fd, host.path(mark.path), mark)
         set_flags(fd, self.flags)
         return fd
+
+
+def _waits(view: FdView) -> bool:
+    return ioctl_int(view.dup, Ioctl.SIOCINQ) > 0
 
 
 def _add(fd: int, path: str, mark: Mark) -> None:

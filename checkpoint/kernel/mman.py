@@ -67,6 +67,7 @@ class Advice(enum.IntEnum):
     NOHUGEPAGE = 15
     DONTDUMP = 16
     WIPEONFORK = 18
+    POPULATE_WRITE = 23  # 5.14
     GUARD_INSTALL = 102  # 6.13
 
 

@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 #: flags of smaps that a rebuilt mapping is given again
-KEPT_FLAGS = frozenset({"nr", "gd", "dp", "dc", "dd", "wf", "hg", "nh", "mg", "sr", "rr", "lo", "lf", "ht"})
+KEPT_FLAGS = frozenset({"ac", "nr", "gd", "dp", "dc", "dd", "wf", "hg", "nh", "mg", "sr", "rr", "lo", "lf", "ht"})
 #: flags that are made by madvise, and whether the kernel may do without (what it cannot follow changes no result)
 _ADVICE = {
     "dc": (Advice.DONTFORK, False),
@@ -278,15 +278,18 @@ def _mapping(vma: Vma, file: int | None, huge: int) -> Mapping:
         file=file,
         offset=0 if file is None else vma.offset,
         name=vma.name,
-        flags=() if vma.special else _kept(vma.flags),
+        flags=() if vma.special else _kept(vma.flags, bool(vma.prot & Prot.WRITE)),
         huge=huge,
     )
 
 
 @functools.cache
-def _kept(flags: frozenset[str]) -> tuple[str, ...]:
-    """Those that a rebuilt mapping is given again. A process has few sets of flags, and many mappings."""
-    return tuple(sorted(flags & KEPT_FLAGS))
+def _kept(flags: frozenset[str], writable: bool) -> tuple[str, ...]:
+    """Those that a rebuilt mapping is given again. A process has few sets of flags, and many mappings.
+
+    That its memory is accounted for, one that may be written has by itself.
+    """
+    return tuple(sorted(flags & KEPT_FLAGS - {"ac"} if writable else flags & KEPT_FLAGS))
 
 
 def build(layout: MemoryLayout, stub: Stub, descriptor_of: Descriptors) -> None:
@@ -394,7 +397,18 @@ def _map(calls: CallTable, mapping: Mapping, fd: int | Result) -> None:
         flags |= Map.NORESERVE
     if "gd" in mapping.flags:
         flags |= Map.GROWSDOWN
-    calls.call(SYS.mmap, mapping.start, mapping.size, mapping.prot, flags, fd, mapping.offset, label=f"mmap {mapping}")
+    # It was writable once. Only so, should it be again, can the kernel join it with its neighbours: mremap refuses what
+    # lies in two mappings (mm/vma.c, is_mergeable_vma).
+    accounted = "ac" in mapping.flags and not mapping.shared
+    prot = Prot.READ | Prot.WRITE if accounted else mapping.prot
+    calls.call(SYS.mmap, mapping.start, mapping.size, prot, flags, fd, mapping.offset, label=f"mmap {mapping}")
+    if accounted and mapping.anonymous:
+        # of memory that nothing was ever written to the kernel forgets it (mm/mprotect.c); what is written goes again
+        label = f"first page of {mapping}"
+        calls.call(SYS.madvise, mapping.start, PAGE, Advice.POPULATE_WRITE, label=label)
+        calls.call(SYS.madvise, mapping.start, mapping.size, Advice.DONTNEED, label=label)
+    if accounted:
+        calls.call(SYS.mprotect, mapping.start, mapping.size, mapping.prot, label=f"mprotect {mapping}")
 
 
 def _attributes(calls: CallTable, mapping: Mapping) -> None:

@@ -25,6 +25,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final, Self
 
+from checkpoint.state import landlock
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, register, unsigned
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.capability import CAPABILITY_BITS, capset_data, capset_header, names
@@ -115,7 +116,9 @@ class Credentials(State):
     def capture(cls, task: TaskView) -> Capture[Self]:
         status = task.status
         securebits = task.calls.call(SYS.prctl, Pr.GET_SECUREBITS, label="read the securebits")
+        confined = landlock.ask(task)
         yield
+        landlock.refuse_confined(task, confined)
         return cls.of(status, securebits.value)
 
     @classmethod

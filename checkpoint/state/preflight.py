@@ -1,7 +1,7 @@
 """What of a process's state cannot be moved, found in /proc before anything is stopped.
 
 What only a stopped thread shows is refused when it is captured (a seccomp filter with user notification) or by the
-engine (32-bit code, dispatched system calls).  Not seen at all, and not moved: keys, audit IDs, a Landlock domain.
+engine (32-bit code, dispatched system calls, a Landlock domain).  Not seen at all, and not moved: keys, audit IDs.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from checkpoint import procfs
 from checkpoint.errors import StateRefused, StateUnreadable
 from checkpoint.kernel.signals import tgkill
-from checkpoint.state import clocks, pending, registers
+from checkpoint.state import clocks, landlock, pending, registers
 from checkpoint.state.addresses import ClearChildTid, RestartableSequences, RobustList
 from checkpoint.state.base import ProcessView, State, TaskBuilder, TaskView, kind_of
 from checkpoint.state.cgroup import Cgroups
@@ -37,6 +37,7 @@ from checkpoint.state.hardening import MachineCheckPolicy, SpeculationControls, 
 from checkpoint.state.itimers import IntervalTimers
 from checkpoint.state.kernel_files import CoredumpFilter, OomScoreAdjustment
 from checkpoint.state.keyring import SessionKeyring
+from checkpoint.state.large_registers import LargeRegisters
 from checkpoint.state.lasting import Dumpable, ParentDeathSignal
 from checkpoint.state.limits import ResourceLimits
 from checkpoint.state.membarrier import Membarrier
@@ -67,6 +68,7 @@ __all__ = [
     "build",
     "capture",
     "install",
+    "make_ready",
     "rebuild_first",
     "rebuild_process",
     "rebuild_thread",
@@ -77,6 +79,7 @@ S = TypeVar("S", bound=State)
 #: of a process, rebuilt while it has one thread only
 FIRST_STATES: Final[tuple[type[State], ...]] = (
     Membarrier,  # with several threads each registration takes an RCU grace period, 2 to 15 ms
+    LargeRegisters,  # while there is no alternate stack that would be too small
     SessionKeyring,  # each thread has the keyring that it was born with
 )
 
@@ -192,6 +195,11 @@ def _get(states: tuple[State, ...], kind: type[S]) -> S:
         if type(state) is kind:
             return state
     raise LookupError(f"no {kind_of(kind)!r} here")
+
+
+def make_ready(pid: int) -> None:
+    """What takes milliseconds and can be done before a process is stopped. NoSuchProcess, OSError."""
+    landlock.make_ready(pid)
 
 
 def capture(process: Process, injection: Injection, more: CallTable | None = None) -> ProcessState:

@@ -93,6 +93,12 @@ KINDS = (
         "permission",
         "call(300, 4, 0)",
     ),
+    (
+        "fanotify events that nobody reads",
+        "TM-0340",
+        "wait to be read",
+        "fd = call(300, 0, 0); call(301, fd, 1, 0x20, -100, b'/etc/hostname'); open('/etc/hostname').close()",
+    ),
     ("a namespace", "TM-0340", "namespace", "os.open('/proc/self/ns/net', os.O_RDONLY)"),
     ("a device", "TM-0340", "device", "os.open('/dev/kmsg', os.O_RDONLY | os.O_NONBLOCK)"),
     (

@@ -62,6 +62,8 @@ class Case:
     exercises  the modules without which it must fail, as tests/system/state/without.py calls them
     alone      it cannot share a process tree with other cases
     differs    regular expressions for lines of the comparison that rightly differ; each with its reason beside it
+    external   what the user says of descriptors (--external)
+    ship       names of files that travel along (--ship): the target has others in their place
     """
 
     name: str
@@ -69,17 +71,25 @@ class Case:
     exercises: tuple[str, ...]
     alone: bool = False
     differs: tuple[str, ...] = ()
+    external: tuple[str, ...] = ()
+    ship: tuple[str, ...] = ()
 
 
 CASES: dict[str, Case] = {}
 
 
-def case(*exercises: str, alone: bool = False, differs: tuple[str, ...] = ()) -> Callable[[Program], Program]:
+def case(
+    *exercises: str,
+    alone: bool = False,
+    differs: tuple[str, ...] = (),
+    external: tuple[str, ...] = (),
+    ship: tuple[str, ...] = (),
+) -> Callable[[Program], Program]:
     """Decorator: enter the function in the table."""
 
     def add(program: Program) -> Program:
         name = f"{program.__module__.rpartition('.')[2]}.{program.__name__}"
-        CASES[name] = Case(name, program, exercises, alone, differs)
+        CASES[name] = Case(name, program, exercises, alone, differs, external, ship)
         return program
 
     return add

@@ -4,7 +4,7 @@ Each cycle is done by a fork of this process, which has imported everything: so 
 tree is written to an image file, ended, and restored from it.  In the stop, before and after, everything that /proc
 shows of each process is read, and every byte of its memory: what differs is told.
 
-    {"pid": N, "image": PATH, "without": [..], "whole": BOOL}
+    {"pid": N, "image": PATH, "without": [..], "whole": BOOL, "external": [..], "ship": [..]}
       ->  {"ms": [stop, restore], "differs": [..], "warnings": [..]}  or  {"error": TEXT}
 """
 
@@ -22,6 +22,7 @@ import pyroute2  # noqa: F401  # what the tool imports late is imported before t
 
 from checkpoint import procfs
 from checkpoint.dump import Dump
+from checkpoint.files.policy import External, Policy
 from checkpoint.image.frames import Kind
 from checkpoint.image.reader import open_image
 from checkpoint.image.writer import ImageFile
@@ -38,9 +39,28 @@ def differences(was: Any, now: Any, path: str = "") -> list[str]:
     return [] if was == now else [f"{path}: {was!r} -> {now!r}"]
 
 
-def cycle(pid: int, image: Path, whole: bool) -> dict[str, Any]:
+def decided(order: dict[str, Any]) -> Policy:
+    """What a user would have said, and a target told: it has all directories, but not the files that are to travel."""
+    external = tuple(External.parse(rule) for rule in order["external"])
+    if not order["ship"]:
+        return Policy(external=external)
+    links = [link for pid in procfs.tree(order["pid"]) for link in open_files(pid)]
+    apart = frozenset(link for link in links if os.path.basename(link) in order["ship"])
+    return Policy(external=external, ship=True, shared=frozenset(map(os.path.dirname, links)), apart=apart)
+
+
+def open_files(pid: int) -> list[str]:
+    """Paths of all that a process has open or mapped."""
+    found = []
+    for place in ("fd", "map_files"):
+        for name in os.listdir(f"/proc/{pid}/{place}"):
+            found.append(os.readlink(f"/proc/{pid}/{place}/{name}"))
+    return found
+
+
+def cycle(pid: int, image: Path, whole: bool, policy: Policy) -> dict[str, Any]:
     """Out and in again."""
-    dump = Dump([pid])
+    dump = Dump([pid], policy)
     try:
         dump.prepare()
         dump.find_listeners()
@@ -120,7 +140,7 @@ def serve() -> None:
         if child == 0:
             try:
                 without.apply(order["without"])
-                answer = cycle(order["pid"], Path(order["image"]), order["whole"])
+                answer = cycle(order["pid"], Path(order["image"]), order["whole"], decided(order))
             except BaseException as error:
                 answer = {"error": f"{error}\n{traceback.format_exc()}"}
             with os.fdopen(writing, "wb") as pipe:

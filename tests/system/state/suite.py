@@ -75,12 +75,21 @@ class Bench:
         self._pool.close()
         self._log.close()
 
-    def cycle(self, pid: int, without: Sequence[str] = ()) -> dict[str, Any]:
+    def cycle(
+        self, pid: int, without: Sequence[str] = (), external: Sequence[str] = (), ship: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """One checkpoint and one restore; what the cycler says."""
         process = self._cycler
         assert process.stdin is not None
         assert process.stdout is not None
-        order = {"pid": pid, "image": str(self.folder / "image"), "without": list(without), "whole": self.whole}
+        order = {
+            "pid": pid,
+            "image": str(self.folder / "image"),
+            "without": list(without),
+            "whole": self.whole,
+            "external": list(external),
+            "ship": list(ship),
+        }
         process.stdin.write(json.dumps(order).encode() + b"\n")
         line = b""
         while not line.endswith(b"\n"):
@@ -141,7 +150,9 @@ class Bench:
             return problems
         for number in range(cycles):
             time.sleep(chance.uniform(0, LONGEST_RUN))
-            told = self.cycle(root, without)
+            external = [rule for case in cases for rule in case.external]
+            ship = [name for case in cases for name in case.ship]
+            told = self.cycle(root, without, external, ship)
             where = f"cycle {number + 1}"
             if "error" in told:
                 for case in cases:

@@ -9,6 +9,7 @@ A kind of file that does nothing gives an open /dev/null; a kind of state queues
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 from collections.abc import Callable
@@ -20,12 +21,14 @@ from checkpoint.files import table as files_table
 from checkpoint.files.base import OpenFile, kind_name
 from checkpoint.ipc.base import SystemV
 from checkpoint.ipc.table import KINDS as IPC_KINDS
+from checkpoint.kernel.mman import PrSetVma
 from checkpoint.memory import aio, layout
 from checkpoint.memory.pages import PageWriter
 from checkpoint.state import pending, registers, table
 from checkpoint.state.base import State, kind_of
+from tcpstate.kernel.prctl import Pr, Speculation, SpeculationState
 
-__all__ = ["apply", "modules"]
+__all__ = ["apply", "beyond_this_machine", "modules"]
 
 Switch = Callable[[], None]
 
@@ -161,6 +164,22 @@ def modules() -> dict[str, Switch]:
     files["files/file"] = _plain_file
     objects = {f"ipc/{_dashed(kind_of(kind))}": _ipc(kind) for kind in IPC_KINDS}
     return files | states | objects | _memory() | _aspects()
+
+
+def beyond_this_machine() -> set[str]:
+    """Modules whose loss nothing can show here, since the kernel or the CPU has nothing of theirs."""
+    found = set()
+    libc = ctypes.CDLL(None)
+    # an empty name for no memory: any kernel that has names takes it
+    if libc.prctl(PrSetVma.OPTION, PrSetVma.ANON_NAME, 0, 0, 0):
+        found.add("memory/names")
+    told = [libc.prctl(Pr.GET_SPECULATION_CTRL, which, 0, 0, 0) for which in Speculation]
+    with open("/proc/cpuinfo", encoding="ascii") as file:
+        if "amx_tile" not in file.read():
+            found.add("state/large-registers")
+    if not any(value > 0 and value & SpeculationState.PRCTL for value in told):
+        found.add("state/speculation-controls")
+    return found
 
 
 def apply(names: list[str]) -> None:

@@ -22,6 +22,7 @@ from checkpoint.state.hardening import MachineCheckPolicy, SpeculationControls, 
 from checkpoint.state.itimers import IntervalTimer, IntervalTimers
 from checkpoint.state.kernel_files import CoredumpFilter, OomScoreAdjustment
 from checkpoint.state.keyring import SessionKeyring
+from checkpoint.state.large_registers import LargeRegisters
 from checkpoint.state.lasting import Dumpable, ParentDeathSignal
 from checkpoint.state.limits import Limit, ResourceLimits
 from checkpoint.state.membarrier import Membarrier, MembarrierCommand
@@ -99,6 +100,7 @@ TIMER = st.builds(
 
 STRATEGIES: dict[type[State], st.SearchStrategy[State]] = {
     Filesystem: st.builds(Filesystem, cwd=PATH, root=st.none() | PATH, umask=st.integers(0, 0o777)),
+    LargeRegisters: st.builds(LargeRegisters, granted=st.sampled_from([0, 1 << 18])),
     ChildSubreaper: st.builds(ChildSubreaper, enabled=st.booleans()),
     MemorySwitches: st.builds(
         MemorySwitches, thp_disable=U32, merge=st.booleans(), lock_future=st.sampled_from([0, 2, 6])

@@ -48,3 +48,50 @@ def bytes_in_a_pipe(here: Here) -> Iterator[None]:
     assert os.read(r, 9999) == b"x" * 5000
     os.write(w, b"y")
     assert os.read(r, 9) == b"y"
+
+
+@case("files/external", alone=True, external=("77=/dev/zero",), differs=(r"/descriptors/77",))
+def what_the_user_puts_in_its_place(here: Here) -> Iterator[None]:
+    """The kernel's log could not follow."""
+    fd = os.open("/dev/kmsg", os.O_WRONLY | os.O_NONBLOCK)
+    os.dup2(fd, 77)
+    os.close(fd)
+    yield
+    assert os.path.samestat(os.fstat(77), os.stat("/dev/zero"))
+
+
+@case("files/shipped-file", alone=True, ship=("written",))
+def a_file_that_travels_along(here: Here) -> Iterator[None]:
+    path = here.path("written")
+    fd = os.open(path, os.O_CREAT | os.O_RDWR, 0o640)
+    os.write(fd, b"to be kept")
+    second = os.open(path, os.O_RDONLY)
+    before = os.stat(path)
+    yield
+    after = os.stat(path)
+    assert before.st_ino != after.st_ino, "it was made anew"
+    assert (after.st_mode, after.st_mtime_ns, after.st_size) == (before.st_mode, before.st_mtime_ns, before.st_size)
+    for each in (fd, second):
+        assert os.path.samestat(os.fstat(each), after)
+        assert os.pread(each, 99, 0) == b"to be kept"
+    os.write(fd, b", and more")
+    assert os.read(second, 99) == b"to be kept, and more"
+
+
+@case("files/file", "files/directory")
+def files_of_the_kernel(here: Here) -> Iterator[None]:
+    """Of /proc, /sys and a cgroup: they tell of what is now."""
+    with open("/proc/self/mounts") as mounts:
+        group = next(line.split()[1] for line in mounts if line.split()[2] in ("cgroup", "cgroup2"))
+    version = os.open("/proc/version", os.O_RDONLY)
+    cpus = os.open("/sys/devices/system/cpu/possible", os.O_RDONLY)
+    members = os.open(f"{group}/cgroup.procs", os.O_RDONLY)
+    folder = os.open("/proc/sys", os.O_RDONLY | os.O_DIRECTORY)
+    first = os.read(version, 3)
+    yield
+    with open("/proc/version", "rb") as file:
+        assert first + os.read(version, 999) == file.read()
+    with open("/sys/devices/system/cpu/possible", "rb") as file:
+        assert os.read(cpus, 99) == file.read()
+    assert b"\n" in os.read(members, 65536)
+    assert "kernel" in os.listdir(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import signal
@@ -75,6 +76,39 @@ def huge_pages_wanted(here: Here) -> Iterator[None]:
 @case("memory/nh")
 def huge_pages_not_wanted(here: Here) -> Iterator[None]:
     yield from advised(15, "nh")
+
+
+@case("memory/ac")
+def protected_for_a_while(here: Here) -> Iterator[None]:
+    """A part that could be written and again can be is one mapping with the rest: mremap takes no two."""
+    area = anonymous(8)
+    for page in range(8):
+        put(area + page * 4096, b"written")
+    call(MPROTECT, area + 2 * 4096, 3 * 4096, READ)
+    yield
+    call(MPROTECT, area + 2 * 4096, 3 * 4096, READ | WRITE)
+    moved = call(MREMAP, area, 8 * 4096, 16 * 4096, 1)
+    assert all(at(moved + page * 4096, 7) == b"written" for page in range(8))
+
+
+@case("memory/mg")
+def pages_of_equal_content_may_be_merged(here: Here) -> Iterator[None]:
+    yield from advised(12, "mg")
+
+
+@case("memory/names")
+def a_name_for_memory(here: Here) -> Iterator[None]:
+    area = anonymous(3)
+    name = ctypes.create_string_buffer(b"my own")
+    try:
+        call(157, 0x53564D41, 0, area, 3 * 4096, ctypes.addressof(name))
+    except OSError as error:
+        assert error.errno == errno.EINVAL, "a kernel without such names (CONFIG_ANON_VMA_NAME)"
+        yield
+        return
+    yield
+    with open("/proc/self/maps") as maps:
+        assert any(line.startswith(f"{area:x}-") and line.endswith("[anon:my own]\n") for line in maps)
 
 
 @case("memory/sr")

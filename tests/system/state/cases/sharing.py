@@ -160,7 +160,7 @@ def a_grandchild_past_its_parent(here: Here) -> Iterator[None]:
 TAKER = r"/descriptors/\d+: .*POSIX  ADVISORY  WRITE"
 
 
-@case("aspect/sharing", "aspect/epoll-entries", "aspect/record-locks", differs=(TAKER,))
+@case("aspect/epoll-entries", "aspect/record-locks", differs=(TAKER,))
 def what_a_common_table_has(here: Here) -> Iterator[None]:
     """Entries of epoll instances, and record locks, belong to the table."""
     path = here.path("locked")

@@ -136,7 +136,7 @@ def an_alternate_stack_for_each_thread(here: Here) -> Iterator[None]:
         each.verify()
 
 
-@case("state/registers", "state/signal-handlers")
+@case("state/registers", "state/signal-handlers", "state/alternate-signal-stack")
 def inside_a_handler(here: Here) -> Iterator[None]:
     """The cycles find the thread in a signal handler of the C level's choice: its frame is on the stack."""
     here.execute("in_handler")
