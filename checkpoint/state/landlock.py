@@ -73,6 +73,10 @@ def ask(task: TaskView) -> Result | None:
     """Queue the question; None where it needs none, or nobody could be asked about."""
     if not available():
         return None
+    if len(task.status["NSpid"].split()) > 1:
+        # no number of its PID namespace leads to a process of ours
+        _log.info("whether %s, in a PID namespace of its own, is in a Landlock domain cannot be told", task)
+        return None
     witness = _witness_for(task.status)
     if witness is None:
         return None

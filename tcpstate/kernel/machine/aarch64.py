@@ -17,6 +17,9 @@ class SYS(enum.IntEnum):
     """System call numbers."""
 
     io_setup = 0
+    io_destroy = 1
+    io_submit = 2
+    io_getevents = 4
     getcwd = 17
     eventfd2 = 19
     epoll_create1 = 20
