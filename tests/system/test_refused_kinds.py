@@ -65,7 +65,7 @@ KINDS = (
         + "call(16, fd, 0xC020AA00, ctypes.create_string_buffer(struct.pack('<QQQQ', pages(), 4096, 1, 0), 32))",
     ),
     ("a request that waits in an AIO context", "TM-0776", "wait for files", AIO_POLL),
-    ("a parent's AIO context", "TM-0375", "another process's", AIO + "os.fork()"),
+    ("a parent's AIO context", "TM-0375", "another process's", AIO + "os.fork() or call(157, 1, 9)"),
     (
         "a part of the ring of an AIO context",
         "TM-0375",
