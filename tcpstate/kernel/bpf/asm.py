@@ -97,10 +97,6 @@ class Asm:
         """to += number"""
         return self._add(_ADD_NUMBER, to, number=number)
 
-    def add_register(self, to: int, source: int) -> Self:
-        """to += source"""
-        return self._add(_ADD, to, source)
-
     def wide(self, to: int, number: int) -> Self:
         """to = number (64 bits)"""
         self._add(_LOAD_WIDE, to, number=number & 0xFFFFFFFF)
