@@ -52,6 +52,7 @@ from checkpoint.image.frames import Kind
 from checkpoint.indoors import walk_out
 from checkpoint.inject import Injection
 from checkpoint.ipc import table as ipc
+from checkpoint.latermemory import leave
 from checkpoint.live import LiveCopy, Remaining
 from checkpoint.live import foresee as foresee_tracked
 from checkpoint.memory import layout, pages
@@ -101,6 +102,7 @@ class Dump:
         self._live: LiveCopy | None = None
         self._ahead: Ahead | None = None
         self.remaining: dict[int, Remaining] = {}  #: what the target lacks, by PID, after :meth:`skeleton`
+        self.leaves_pages, self.later = False, 0  #: pages stay here (set it before :meth:`skeleton`); bytes that do
         self._holdoff: Holdoff | None = None
         self._listeners: list[socket.socket] = []
         self._places: list[list[tuple[int, int]]] = []
@@ -111,7 +113,7 @@ class Dump:
         self._layouts: dict[int, MemoryLayout] = {}
         self._states: dict[int, ProcessState] = {}
         self._ipc = ipc.Objects()
-        self._numbers = Numbers()
+        self.numbers = Numbers()
         self._spaces = Spaces()
         self._last = LastSegments(())
         self._collecting = gc.isenabled()
@@ -280,7 +282,7 @@ class Dump:
         return self._group
 
     def _capture(self, tree: Tree) -> None:
-        self._numbers = Numbers([*self.pids, *(zombie.pid for zombie in tree.zombies)])
+        self.numbers = Numbers([*self.pids, *(zombie.pid for zombie in tree.zombies)])
         self._table = FileTable(policy=self._policy, ahead=self._ahead)
         self._table.evidence = self._evidence
         for process in tree.processes:
@@ -312,8 +314,7 @@ class Dump:
 
     def skeleton(self) -> Iterator[tuple[Kind, object]]:
         """The records from which everything but bytes and connections can be built."""
-        tree = self._tree
-        number, files = self._numbers, self._files
+        tree, number, files = self._tree, self.numbers, self._files
         yield Kind.MANIFEST, manifest(tree, self.roots, number)
         records = process_records(tree, self._states)
         objects = number.objects(self._ipc.records)
@@ -329,6 +330,9 @@ class Dump:
         for left in self.remaining.values():
             for runs in left.drops:
                 yield Kind.PAGES_DROP, number.dropped(runs)
+        for runs in leave(tree.processes, self._layouts, self.remaining) if self.leaves_pages else ():
+            self.later += runs.length
+            yield Kind.PAGES_LATER, number.dropped(runs)
 
     def pages(self, *, buffers: int = 1) -> Iterator[PageRun]:
         """Contents of files that travel along, then the memory of every process. A run is valid until the
@@ -340,7 +344,7 @@ class Dump:
                 read = pages.read_runs(process, pid, self.remaining[pid].ranges, buffers=buffers)
             else:
                 read = pages.read(process, self._layouts[pid], buffers=buffers)
-            yield from self._numbers.pages(read)
+            yield from self.numbers.pages(read)
 
     def early_queues(self) -> Iterator[PageRun]:
         """What large receive queues hold, last before :meth:`freeze`: their peers have filled what room there was."""
@@ -392,7 +396,7 @@ class Dump:
     def delta(self, *, clocks_stand: bool = False) -> FilesDelta:
         """The connections as exported, and other files that changed since the stop (see FileTable.recapture())."""
         files = self._files_table.recapture(clocks_stand=clocks_stand)
-        return FilesDelta(files=self._numbers.some_files(files | self._connections.records()))
+        return FilesDelta(files=self.numbers.some_files(files | self._connections.records()))
 
     # -- the two ends ---------------------------------------------------------------------------------------------
 
@@ -459,14 +463,16 @@ class Dump:
         self._group = self._holdoff = None
         self._kill()
 
-    def discard(self) -> None:
-        """The copy runs: end the connections without a packet, then the processes. The addresses must be gone."""
-        group, self._group = self._group, None
-        if group is not None:
-            group.discard()
+    def discard(self, *, keep_memory: bool = False) -> None:
+        """The copy runs: end the connections without a packet, then the processes; with ``keep_memory`` these stand
+        still until :meth:`end`, for the copy lacks pages of theirs. The addresses must be gone."""
+        if self._group is not None:
+            self._group.discard()
+        self._group = None
         self._off.unshelve()
         self._holdoff = None  # its listeners go with the processes
-        self._kill()
+        if not keep_memory:
+            self._kill()
 
     def _kill(self) -> None:
         tree, self.tree = self.tree, None

@@ -52,12 +52,13 @@ Sourced = tuple[int, int, memoryview]
 class PageSource(Protocol):
     """Where pages come from. Whatever fails raises a TcpmigError or OSError, and may be tried again."""
 
-    def fileno(self) -> int:
-        """What becomes readable when pages come; -1: they are there as soon as they are wanted."""
+    @property
+    def immediate(self) -> bool:
+        """Whether pages are there as soon as they are wanted."""
         ...
 
-    def want(self, pid: int, origin: int, size: int, *, urgent: bool) -> None:
-        """They are needed: at once, or some time."""
+    def want(self, pid: int, origin: int, size: int, *, urgent: bool) -> bool:
+        """They are needed, at once or some time; False if they are on their way already."""
         ...
 
     def ready(self) -> Iterator[Sourced]:
@@ -71,6 +72,10 @@ class PageSource(Protocol):
 
     def forget(self) -> None:
         """Nothing is wanted any more: after a failure everything is asked for again."""
+        ...
+
+    def look(self) -> None:
+        """Now and then: does it still work?"""
         ...
 
 
@@ -102,8 +107,8 @@ class PageServer:
         self._told = 0.0
         for number in self._living:
             self._watch(number)
-        if source.fileno() >= 0:
-            self._poll.register(source.fileno(), select.POLLIN)
+        #: all that is missing has been asked for
+        self._asked_all = False
 
     def also(self, fd: int, call: Callable[[], None]) -> None:
         """Call it whenever ``fd`` is readable, or its other end is gone."""
@@ -141,14 +146,17 @@ class PageServer:
             self._again = 0.0
             self._asked.extend(self._stuck)
             self._stuck.clear()
-        if self._asked:
+        if self._asked and (self._source.immediate or not self._again):
             self._in_a_row += 1
             self._answer()
-            return
+            if self._source.immediate:
+                return
         self._in_a_row = 0
         if self._again:
             return
         try:
+            self._source.look()
+            self._arrive()
             self._push()
             self._arrive()
         except (TcpmigError, OSError) as error:
@@ -158,13 +166,15 @@ class PageServer:
 
     def _patience(self) -> float:
         """Milliseconds to wait for messages."""
-        if self._asked:
+        if self._asked and self._source.immediate:
             return 0
         if self._again:
             return max(0.0, 1e3 * (self._again - time.monotonic()))
+        if self._asked:
+            return 0
         if 0 < self._in_a_row <= _IN_A_ROW:
             return _GRACE_MS
-        return 0 if self._source.room else 1e3 * _AGAIN
+        return 0 if self._source.room and not self._asked_all else 1e3 * _AGAIN
 
     def _look(self, timeout: float) -> None:
         """Read messages until there are none."""
@@ -249,6 +259,7 @@ class PageServer:
         self._arrive()
 
     def _push(self) -> None:
+        self._asked_all = False
         for number in sorted(self._living):
             space = self.spaces[number]
             while self._source.room and space.missing:
@@ -256,9 +267,11 @@ class PageServer:
                 if piece is None:
                     break
                 space.cursor = piece.end
-                self._source.want(space.pid, piece.origin, piece.size, urgent=False)
-                if self._source.fileno() < 0:
+                if not self._source.want(space.pid, piece.origin, piece.size, urgent=False):
+                    break
+                if self._source.immediate:
                     return  # one at a time: somebody may ask meanwhile
+        self._asked_all = self._source.room
 
     def _arrive(self) -> None:
         for pid, origin, data in self._source.ready():
@@ -311,6 +324,19 @@ class PageServer:
             self._log.worker = os.getpid()
             self._log.missing = self.missing
             self._log.tell()
+
+    def interrupted(self) -> None:
+        """What was asked for will not come: the line is cut. Who waits asks again."""
+        self._asked.clear()
+        self._stuck.clear()
+        for number in sorted(self._living):
+            self.spaces[number].cursor = 0
+            self.spaces[number].wake_all()
+
+    def go_on(self) -> None:
+        """There is a line again: do not wait any longer."""
+        if self._again:
+            self._again = time.monotonic()
 
     # -- taking over
 

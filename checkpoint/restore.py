@@ -72,7 +72,7 @@ class Restore:
     note   told, before anything that would outlast our death is changed, what undoing it takes (checkpoint.traces)
     overwrite  shipped files replace differing ones
     external   what is put in the place of files that did not follow
-    bringer    brings pages of memory after the processes have begun to run; None: all is written before
+    bringer    brings pages of an image file after the processes have begun to run; None: all is written before
     new_pids   the tree gets a PID namespace, if it has none of its own: its numbers may be taken here
     """
 
@@ -93,8 +93,7 @@ class Restore:
         self._new_pids = new_pids
         self._overwrite = overwrite
         self._external = tuple(external)
-        self._bringer = bringer
-        self._later = None if bringer is None else LaterMemory()
+        self._bringer, self.later = bringer, None if bringer is None else LaterMemory()
         self.warnings: list[str] = []
         self.manifest: Manifest | None = None
         self.stubs: dict[int, Stub] = {}
@@ -141,7 +140,7 @@ class Restore:
         """Take one frame in, and do what it allows. ImageError, ImageIncomplete, BadLayout, PidTaken, ..."""
         match frame.kind:
             case Kind.PAGES:
-                run = frame.pages() if self._later is None else self._later.withhold(frame)
+                run = frame.pages() if self.later is None else self.later.take(frame)
                 if run is not None and self._write(run):
                     return  # the frame's buffer is in use until the connections are rebuilt
             case Kind.MANIFEST:
@@ -152,6 +151,9 @@ class Restore:
                 self._build_ahead(frame.decode(AheadFiles))
             case Kind.MAPS_DELTA:
                 self._ground.forget(frame.decode(MapsDelta))
+            case Kind.PAGES_LATER:
+                self._drop(frame.runs())  # what came of them in an earlier round is old
+                self._waiting.told(frame.runs())
             case Kind.PAGES_DROP:
                 self._drop(frame.decode(Runs))
             case Kind.TREE:
@@ -217,6 +219,16 @@ class Restore:
         clocks.enter(wanted, elapsed)
         self._clocks_go_on = True
 
+    def bring(self, bringer: PageBringer) -> None:
+        """Somebody will bring the pages that PAGES_LATER tells of. Before the first frame."""
+        self._bringer, self.later = bringer, LaterMemory(from_file=False)
+
+    @property
+    def _waiting(self) -> LaterMemory:
+        if self.later is None:
+            raise ImageIncomplete("pages were left for later, and nobody is here to bring them")
+        return self.later
+
     def _drop(self, runs: Runs) -> None:
         if self._processes_complete:
             raise ImageIncomplete("pages were dropped after the end of the copy")
@@ -268,8 +280,8 @@ class Restore:
             else:
                 layout.build(one, self.stubs[pid], self._rebuilder.descriptor)
                 self._ground.is_now(one)
-            if self._later is not None:
-                self._later.laid_out(one)
+            if self.later is not None:
+                self.later.laid_out(one)
         # last those whose tables others share: the descriptor by which files are taken is closed with them
         for record in sorted(self._living(), key=lambda record: not record.task.files):
             pid = record.task.pid
@@ -315,9 +327,8 @@ class Restore:
         be done to files is done in our own process."""
         if self._rebuilder is None or self._processes_complete:
             raise ImageIncomplete("the end of the copy came where it is not expected")
-        if self._later is not None and self._bringer is not None:
-            # all that is written at once has been; from here on the kernel itself may need what was left for later
-            self._later.arm(self.stubs, self._bringer)
+        if self.later is not None and self._bringer is not None:
+            self.later.arm(self.stubs, self._bringer)  # from here on the kernel itself may need what was left
         ipc.used(self._ipc, self.stubs)  # while they still may
         for record in self._living():
             self._settle(record)
@@ -388,7 +399,7 @@ class Restore:
         if state is not None:
             registers = [thread.get(Registers) for thread in state.threads]
             one = self._layouts[record.task.pid]
-            settle(self.stubs[record.task.pid], one, registers, whole=self._later is None)
+            settle(self.stubs[record.task.pid], one, registers, whole=self.later is None)
 
     def _give_state(self, record: ProcessRecord) -> None:
         state = record.state
@@ -408,11 +419,6 @@ class Restore:
         """The processes outlive the tool from now on."""
         for stub in self.stubs.values():
             stub.survive_tool()
-
-    @property
-    def later(self) -> int:
-        """Bytes of memory that come later."""
-        return 0 if self._later is None else self._later.bytes
 
     @property
     def ports(self) -> set[int]:

@@ -3,7 +3,7 @@
 ::
 
     tool                                worker                      guard
-    fork, early: nothing is open yet
+    fork, early: nothing is open yet    (pages of a line: listens)
     begin: memories, where pages are ->  serves them
     seal                             ->  forks                   -> waits for the worker's end
     (ends)                               all pages are there: DONE, ends   ends
@@ -40,9 +40,11 @@ from checkpoint.memory.missing import Missing
 from checkpoint.memory.pagelog import PageLog, State
 from checkpoint.memory.ranges import Range
 from checkpoint.pageserver import PageServer, PageSource
-from migrate import lazystore, outlive
+from migrate import holdline, lazystore, outlive
 from migrate.errors import PageBringerFailed
+from migrate.pageline import PageLine
 from tcpstate import codec
+from tcpstate.errors import TcpmigError
 
 __all__ = ["Bringer"]
 
@@ -50,7 +52,7 @@ _log = logging.getLogger(__name__)
 
 #: descriptors in one message; the kernel takes 253 (SCM_MAX_FD)
 _AT_ONCE: Final = 200
-_BEGIN, _SEAL, _DESCRIPTORS = b"begin", b"seal", b"descriptors"
+_LISTENS, _BEGIN, _SEAL, _DESCRIPTORS = b"listens", b"begin", b"seal", b"descriptors"
 _LONGEST: Final = 64
 #: seconds after which the tool gives the worker up
 _ANSWER: Final = 30.0
@@ -68,10 +70,11 @@ class _Memory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Work:
-    """What has to be done; the descriptors are, in this order: the image's, and a userfaultfd and a pagemap of each."""
+    """What has to be done; the descriptors are, in this order: the image's, if pages come from one, and a userfaultfd
+    and a pagemap of each memory."""
 
-    lazy: str
     source: str
+    from_file: bool
     processes: tuple[int, ...]
     memories: tuple[_Memory, ...]
     index: FileIndex
@@ -90,17 +93,19 @@ class _Finished(BaseException):
 
 
 class Bringer:
-    """The tool's end: a ``checkpoint.latermemory.PageBringer`` for pages of an image file.
+    """The tool's end: a ``checkpoint.latermemory.PageBringer``.
 
     Made before anything is opened that the worker must not have. PageBringerFailed.
 
-    lazy   the ID
-    path   of the image
+    lazy    the ID
+    source  where the pages are, for people: a path of an image (then :meth:`reads` comes before :meth:`begin`), or a
+            host
+    line    they come over a line that will be handed over (:mod:`migrate.pageline`)
     """
 
-    def __init__(self, lazy: str, path: str) -> None:
+    def __init__(self, lazy: str, source: str, *, line: bool = False) -> None:
         self.lazy = lazy
-        self._path = path
+        self._source = source
         self._begun = False
         self._image = -1
         try:
@@ -109,9 +114,11 @@ class Bringer:
         except OSError as error:
             raise PageBringerFailed(f"it cannot be started: {error.strerror}") from error
         if not pid:
-            _become_worker(theirs, lazy)
+            _become_worker(theirs, lazy, line=line)
         theirs.close()
         self._sock.settimeout(_ANSWER)
+        if line:
+            self._hear(_LISTENS)
 
     def reads(self, descriptor: int) -> None:
         """The open image; the caller's."""
@@ -123,9 +130,10 @@ class Bringer:
             _Memory(pid=one.pid, missing=array.array("Q", [x for r in one.missing for x in r]).tobytes())
             for one in armed
         )
+        image = [] if self._image < 0 else [self._image]
         work = _Work(
-            lazy=self.lazy,
-            source=self._path,
+            source=self._source,
+            from_file=bool(image),
             processes=tuple(one.here for one in armed),
             memories=memories,
             index=index,
@@ -134,7 +142,7 @@ class Bringer:
         try:
             with os.fdopen(os.dup(told), "wb") as file:
                 file.write(codec.pack(work))
-            descriptors = [told, self._image, *(fd for one in armed for fd in (one.fd, one.pagemap))]
+            descriptors = [told, *image, *(fd for one in armed for fd in (one.fd, one.pagemap))]
             try:
                 for start in range(0, len(descriptors), _AT_ONCE):
                     socket.send_fds(self._sock, [_DESCRIPTORS], descriptors[start : start + _AT_ONCE])
@@ -153,6 +161,12 @@ class Bringer:
     def _ask(self, what: bytes) -> None:
         try:
             self._sock.send(what)
+        except OSError as error:
+            raise PageBringerFailed(f"it does not listen: {error}") from error
+        self._hear(what)
+
+    def _hear(self, what: bytes) -> None:
+        try:
             answer = self._sock.recv(_LONGEST)
         except OSError as error:
             raise PageBringerFailed(f"it does not answer: {error}") from error
@@ -164,7 +178,7 @@ class Bringer:
         self._sock.close()
 
 
-def _become_worker(sock: socket.socket, lazy: str) -> None:
+def _become_worker(sock: socket.socket, lazy: str, *, line: bool) -> None:
     """The life of the fork; does not return."""
     status = 1
     try:
@@ -176,7 +190,7 @@ def _become_worker(sock: socket.socket, lazy: str) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         cgroup = outlive.prepare("lazy", lazy)
         try:
-            _Duty(sock, lazy).live()
+            _Duty(sock, lazy, line=line).live()
         finally:
             outlive.go_home(cgroup)
         status = 0
@@ -191,8 +205,15 @@ def _become_worker(sock: socket.socket, lazy: str) -> None:
 class _Duty:
     """Worker or guard."""
 
-    def __init__(self, sock: socket.socket, lazy: str) -> None:
+    def __init__(self, sock: socket.socket, lazy: str, *, line: bool) -> None:
         self._sock: socket.socket | None = sock
+        self._listener: socket.socket | None = None
+        self._pages: PageLine | None = None
+        #: who has handed the line over, and lives as long as it is used
+        self._dialled: socket.socket | None = None
+        if line:
+            self._listener = holdline.bind(lazystore.socket_path(lazy))
+            sock.send(_LISTENS)
         self._lazy = lazy
         self._sealed = False
         self._again = False
@@ -208,6 +229,7 @@ class _Duty:
         """Until nothing is left to be done."""
         found = self._receive()
         if found is None:
+            lazystore.forget(self._lazy)
             return
         work, self._descriptors = found
         self._work = work
@@ -253,13 +275,21 @@ class _Duty:
     # -- the worker
 
     def _serve(self) -> None:
+        first = int(self._work.from_file)
+        pairs = zip(self._descriptors[first::2], self._descriptors[first + 1 :: 2], strict=True)
         spaces = [
-            LazySpace(one.pid, self._descriptors[1 + 2 * i], Missing(self._missing[i]), self._descriptors[2 + 2 * i])
-            for i, one in enumerate(self._work.memories)
+            LazySpace(one.pid, fd, Missing(ranges), pagemap)
+            for one, ranges, (fd, pagemap) in zip(self._work.memories, self._missing, pairs, strict=True)
         ]
         if self._sealed and not self._guard:
             self._new_guard()
-        source: PageSource = ImagePages(self._descriptors[0], self._work.index, self._work.source)
+        source: PageSource
+        if self._work.from_file:
+            source = ImagePages(self._descriptors[0], self._work.index, self._work.source)
+        else:
+            if self._pages is not None:
+                self._pages.close()
+            source = self._pages = PageLine()
         self._server = server = PageServer(spaces, source, self._log, self._forked)
         if self._again:
             server.resume(self._children)
@@ -269,9 +299,65 @@ class _Duty:
                 self._answer(_BEGIN)
         if self._guard:
             server.also(self._guard_fd, self._guard_died)
+        if self._listener is not None:
+            server.also(self._listener.fileno(), self._take_line)
         server.run()
         while not self._sealed:
             self._hear()
+        self._dismiss(server)
+        if self._pages is not None:
+            # not earlier: their memory is like any other by now
+            self._pages.over()
+
+    def _dismiss(self, server: PageServer) -> None:
+        """Nothing is missing: the guard ends, and the last descriptors are closed."""
+        self._log.state = State.DONE
+        self._log.tell()
+        if self._line is not None:
+            self._line.close()
+        if _readable(self._guard_fd, timeout=1e3 * _ANSWER):
+            os.waitpid(self._guard, 0)
+        self._server = None
+        for space in server.spaces:
+            space.close()
+
+    def _take_line(self) -> None:
+        """`tcpmig receive` hands a line over."""
+        if self._listener is None or self._pages is None or self._server is None:
+            return
+        sock, _ = self._listener.accept()
+        sock.settimeout(_ANSWER)
+        try:
+            _, fds, _, _ = socket.recv_fds(sock, _LONGEST, 2)
+        except OSError as error:
+            _log.warning("a line was not handed over: %s", error)
+            fds = []
+        if len(fds) != 2:
+            sock.close()
+            return
+        self._pages.connect(fds[0], fds[1], self._line_gone)
+        self._dialled = sock
+        self._server.also(fds[0], self._line_speaks)
+
+    def _line_speaks(self) -> None:
+        if self._pages is None or self._server is None:
+            return
+        usable = self._pages.usable
+        try:
+            self._pages.read()
+        except TcpmigError as error:
+            _log.warning("%s", error)
+        if not usable and self._pages.usable:
+            self._server.go_on()
+
+    def _line_gone(self, descriptor: int) -> None:
+        """It is about to be closed."""
+        if self._server is not None:
+            self._server.no_more(descriptor)
+            self._server.interrupted()
+        if self._dialled is not None:
+            self._dialled.close()
+            self._dialled = None
 
     def _hear(self) -> None:
         """A word of the tool's."""
@@ -343,6 +429,9 @@ class _Duty:
         if self._guard:
             os.close(self._guard_fd)
         self._line, self._guard, self._server, self._guard_fd = None, 0, None, -1
+        if self._pages is not None:
+            # only a copy: the worker uses it
+            self._pages.close()
         while True:
             _readable(worker, line.fileno())
             with contextlib.suppress(BlockingIOError):
@@ -351,12 +440,12 @@ class _Duty:
                     self._children += fds
                     if not data:
                         break
+            if self._log.done:
+                raise _Finished
             if _readable(worker, timeout=0):
                 break
         line.close()
         os.close(worker)
-        if self._log.done:
-            raise _Finished
         _log.warning("the worker has died: this process takes over")
         raise _TakeOver
 

@@ -51,6 +51,8 @@ __all__ = [
     "NothingToRecover",
     "NothingToTakeOver",
     "PageBringerFailed",
+    "PageLineLost",
+    "PagesPending",
     "PreparedDiffers",
     "ProtocolError",
     "RecoverIncomplete",
@@ -638,6 +640,24 @@ class MoveDied(TcpmigError):
     code = "TM-0652"
     outcome = Outcome.IN_DOUBT
     fix = "Run `tcpmig recover` on both hosts."
+
+
+class PageLineLost(TcpmigError):
+    """The line on which pages of memory come from the host where the processes were (migrate --lazy) is cut, or was
+    never there. Who needs such a page waits."""
+
+    code = "TM-0753"
+    fix = "Wait until the source dials again, or run `tcpmig recover` there."
+
+
+class PagesPending(TcpmigError):
+    """The processes run at the target, and pages of their memory that are still here (migrate --lazy) cannot get
+    there: the line was lost for a minute, or those who bring the pages there were killed. The originals are kept,
+    stopped and without connections: they must not be run again."""
+
+    code = "TM-0754"
+    outcome = Outcome.IN_DOUBT
+    fix = "Run `tcpmig recover ID` here when the line can be had again; if the copy is gone, kill the originals."
 
 
 class PageBringerFailed(TcpmigError):

@@ -47,6 +47,8 @@ __all__ = [
     "Watch",
     "bind",
     "connect",
+    "reach",
+    "received",
 ]
 
 _LENGTH = struct.Struct("<I")
@@ -273,8 +275,8 @@ def bind(path: Path) -> socket.socket:
     return sock
 
 
-def connect(path: Path) -> HoldLine:
-    """The line to who listens there. OSError (nobody does), HolderFailed."""
+def reach(path: Path) -> socket.socket:
+    """A connection to who listens there. OSError (nobody does)."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _short(path) as name:
@@ -282,7 +284,12 @@ def connect(path: Path) -> HoldLine:
     except BaseException:
         sock.close()
         raise
-    return HoldLine(sock, path.name)
+    return sock
+
+
+def connect(path: Path) -> HoldLine:
+    """The line to who listens there. OSError (nobody does), HolderFailed."""
+    return HoldLine(reach(path), path.name)
 
 
 class _short:  # noqa: N801  (a context manager)

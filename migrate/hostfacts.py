@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from checkpoint import kernelneeds
+from checkpoint.memory import lazy
 from checkpoint.verdict import Verdict
 from migrate import squeeze
 from migrate.errors import AnotherMachine
@@ -24,6 +25,7 @@ __all__ = [
     "ACCEPT_QUEUE",
     "AHEAD",
     "FORWARD",
+    "LAZY",
     "PROBE",
     "features",
     "host_facts",
@@ -42,6 +44,8 @@ PROBE: Final = "probe"
 
 #: the same: this program takes in processes whose connections are forwarded to it
 FORWARD: Final = "forward"
+#: the same, and the option of Check that has the migration's ID: pages can come after the processes have begun to run
+LAZY: Final = "lazy"
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _DEFAULT_STATE = "/var/lib/tcpmig"
@@ -71,7 +75,7 @@ def without(needs: Needs, patterns: Sequence[str]) -> Needs:
 def features() -> frozenset[str]:
     """What the kernel and this program can do here that another host may want to know before anything is stopped. The
     first time takes up to a second (the kernel's BTF is read)."""
-    ours = frozenset({PROBE, AHEAD, FORWARD, squeeze.FEATURE})
+    ours = frozenset({PROBE, AHEAD, FORWARD, squeeze.FEATURE} | (set() if lazy.available() else {LAZY}))
     return ours if acceptqueue.missing() else ours | {ACCEPT_QUEUE}
 
 

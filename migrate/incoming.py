@@ -5,19 +5,24 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from checkpoint import hostcheck
-from checkpoint.errors import FileMissing, InterfaceMissing, PairWithoutAddress, PidTaken
+from checkpoint.errors import FileMissing, InterfaceMissing, LazyImpossible, PairWithoutAddress, PidTaken
 from checkpoint.files.verdicts import judge_here
 from checkpoint.image.format import FrameReader
+from checkpoint.memory.lazy import available
 from checkpoint.restore import Restore
 from checkpoint.traces import NoteWriter
 from checkpoint.verdict import Verdict, refusals
+from migrate.bringer import Bringer
 from migrate.clock import monotonic_ns
+from migrate.errors import ProtocolError
 from migrate.fileoptions import FileOptions, devices_told
+from migrate.hostfacts import LAZY
 from migrate.kept import KeptFrames
 from migrate.messages import Comparison, Difference, Lost, Needs
 from migrate.parts import Arrived
@@ -48,6 +53,7 @@ class IncomingTrees:
         self._connected = False
         self._pairs: list[tuple[str, str]] = []
         self._kept: KeptFrames | None = None
+        self._bringer: Bringer | None = None
 
     # -- the image ------------------------------------------------------------------------------------------------
 
@@ -67,10 +73,11 @@ class IncomingTrees:
 
     def check(self, needs: Needs, options: dict[str, str]) -> list[Verdict]:
         """A verdict on this host, and on every PID and path."""
+        found = self._expect_pages(options)
         warm()
         self._connected = needs.connections > 0
         self._pairs = _pairs(needs)
-        found = refusals(hostcheck.check())
+        found += refusals(hostcheck.check())
         for tree in needs.trees:
             taken = None if tree.inner else hostcheck.first_user(tree.tids)
             found.append(
@@ -95,6 +102,20 @@ class IncomingTrees:
         found += [_judge_device(name, devices.get(name, name)) for name in needs.devices]
         moving = {record.address for record in needs.addresses}
         return found + [_judge_pair(address) for address in needs.paired if address not in moving]
+
+    def _expect_pages(self, options: dict[str, str]) -> list[Verdict]:
+        """Pages may come after the processes have begun to run: who brings them is made before anything is opened."""
+        lazy = options.get(LAZY)
+        if lazy is None:
+            return []
+        lacking = available()
+        if lacking:
+            return [Verdict.refuse(LazyImpossible(f"the target's kernel lacks {lacking}"), "memory")]
+        if not re.fullmatch(r"[0-9a-f]{32}", lazy):
+            raise ProtocolError("the migration has another kind of name")
+        self._bringer = Bringer(lazy, "the host where they were", line=True)
+        self._restore.bring(self._bringer)
+        return []
 
     def prepare(self, note: NoteWriter) -> None:
         """What can be done before the stop."""
@@ -121,6 +142,8 @@ class IncomingTrees:
 
     def keep(self) -> None:
         """The processes outlive this program."""
+        if self._bringer is not None:
+            self._bringer.seal()
         self._restore.survive()
 
     def release(self) -> None:
@@ -171,6 +194,8 @@ class IncomingTrees:
         if self._capture is not None:
             self._capture.close()
         self._restore.close()
+        if self._bringer is not None:
+            self._bringer.close()
         if self._kept is not None:
             self._kept.close()
         self._executor.shutdown()

@@ -1,10 +1,11 @@
-"""What is known of processes of this host whose pages still come: two files each in ``TCPMIG_RUNTIME_DIR/lazy``, mode
+"""What is known of processes of this host whose pages still come: some files each in ``TCPMIG_RUNTIME_DIR/lazy``, mode
 0600, root's.
 
 ::
 
     ID.lazy    LazyRecord; there as long as pages are missing
     ID.pages   how it goes (checkpoint.memory.pagelog)
+    ID.sock    where who brings them hears of a line to the host where they are (migrate.pageline)
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tcpstate import codec
 from tcpstate.errors import BadRecord
 from tcpstate.frozen import runtime_dir
 
-__all__ = ["Lazy", "LazyRecord", "LazyState", "folder", "forget", "pages_path", "remember", "survey"]
+__all__ = ["Lazy", "LazyRecord", "LazyState", "folder", "forget", "pages_path", "remember", "socket_path", "survey"]
 
 _log = logging.getLogger(__name__)
 
@@ -114,6 +115,11 @@ def pages_path(lazy: str) -> Path:
     return folder() / f"{lazy}.pages"
 
 
+def socket_path(lazy: str) -> Path:
+    """Where who brings the pages listens."""
+    return folder() / f"{lazy}.sock"
+
+
 def remember(lazy: str, source: str, processes: tuple[int, ...]) -> None:
     """Write the record. OSError."""
     facts = host_facts()
@@ -129,7 +135,7 @@ def remember(lazy: str, source: str, processes: tuple[int, ...]) -> None:
 
 def forget(lazy: str) -> None:
     """All pages are there, or nobody needs them."""
-    for kind in ("lazy", "pages", "new"):
+    for kind in ("lazy", "pages", "sock", "new"):
         (runtime_dir() / "lazy" / f"{lazy}.{kind}").unlink(missing_ok=True)
 
 

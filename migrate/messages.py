@@ -33,6 +33,8 @@ __all__ = [
     "Difference",
     "Done",
     "Failure",
+    "Fetch",
+    "Fetched",
     "ForwardNeed",
     "Hello",
     "HostFacts",
@@ -42,6 +44,7 @@ __all__ = [
     "Measured",
     "Message",
     "Needs",
+    "PagesThere",
     "Prepare",
     "Prepared",
     "Refused",
@@ -441,6 +444,31 @@ class Standing(enum.Enum):
     HELD = "held"  # it is this host's, and not let go yet
     RUNS = "runs"  # it runs here, or did until it ended by itself
     LOST = "lost"  # it was this host's, which has been booted since
+
+
+class PagesThere(enum.Enum):
+    """How it stands at the target with pages that were left for later."""
+
+    WANTED = "wanted"  # the line is handed to who brings them
+    COMPLETE = "complete"  # none is missing any more, or nobody is there to miss one
+    LOST = "lost"  # those who brought them were killed, both at once: what had not come is empty there
+
+
+@member(Message, "fetch")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetch(Message):
+    """Source, in place of Check: fetch pages of this migration over this line (:mod:`migrate.pageline`)."""
+
+    migration: str
+
+
+@member(Message, "fetched")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetched(Message):
+    """Target: the answer to Fetch."""
+
+    migration: str
+    there: PagesThere
 
 
 @member(Message, "ask")

@@ -31,6 +31,7 @@ from checkpoint.image.writer import ImageFile
 from checkpoint.live import Round as LiveRound
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.namespaces.numbers import Numbers
+from checkpoint.throttle import Throttle
 from migrate.clock import monotonic_ns
 from migrate.hostfacts import ACCEPT_QUEUE, AHEAD
 from migrate.messages import Needs, TreeNeed
@@ -83,6 +84,7 @@ class OutgoingTrees:
         self._began = False
         #: whether the target builds connections before the stop
         self._ahead = False
+        self._throttle = Throttle(roots)
 
     def meet(self, features: frozenset[str]) -> None:
         """What waits to be accepted can move if both kernels can put it back: here, should all be undone."""
@@ -157,7 +159,10 @@ class OutgoingTrees:
             live = self._dump.begin_live()
             while True:
                 began, before = monotonic_ns(), image.written
-                self._send_round(image, live.round(), there)
+                with self._throttle.paused():
+                    # a tree that has changed is stopped by us
+                    told = live.round()
+                self._send_round(image, told, there)
                 settle()
                 yield Round(bytes=image.written - before, ms=(monotonic_ns() - began) / 1e6), live.written()
         except _NO_ROUNDS as error:
@@ -210,6 +215,7 @@ class OutgoingTrees:
 
     def stop(self, moved: Sequence[str]) -> None:
         """Everything stands still."""
+        self._throttle.end()
         self._dump.stop(moved)
         # Not only from the freeze on: nobody reads now, and what a full receive queue has no room for the kernel drops
         # although the peer was allowed to send it (TCPRcvQDrop). The peer would run into its retransmission time-out.
@@ -330,6 +336,7 @@ class OutgoingTrees:
 
     def resume(self) -> None:
         """Everything as it was; what was captured is delivered here."""
+        self._throttle.end()
         self._dump.resume(self.captured())
 
     def hold(self) -> None:
@@ -344,12 +351,31 @@ class OutgoingTrees:
         """The originals end, and somebody keeps their connections."""
         self._dump.end()
 
-    def discard(self) -> None:
-        """The originals end."""
-        self._dump.discard()
+    def throttle(self, share: float) -> None:
+        """Let them run only this part of the time, until the stop."""
+        self._throttle.set(share)
+
+    def leave_pages(self) -> None:
+        """Pages that can stay here for now do."""
+        self._dump.leaves_pages = True
+
+    @property
+    def later(self) -> int:
+        """Bytes of memory that stay here for now."""
+        return self._dump.later
+
+    @property
+    def numbered(self) -> dict[int, int]:
+        """The processes: number in the image to ours."""
+        return {self._dump.numbers(pid): pid for pid in self._dump.pids}
+
+    def discard(self, *, keep_memory: bool = False) -> None:
+        """The originals end; with ``keep_memory`` only their connections do."""
+        self._dump.discard(keep_memory=keep_memory)
 
     def close(self) -> None:
         """The captures, and what else is open."""
+        self._throttle.end()
         for capture in (self._syns, self._segments):
             if capture is not None:
                 capture.close()

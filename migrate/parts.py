@@ -120,8 +120,28 @@ class Outgoing(Protocol):
     def hold(self) -> None:
         """In doubt: leave everything as it is, stopped and silent, also after this program has ended."""
 
-    def discard(self) -> None:
-        """Step 9: they run at the target. End the originals without a packet. The addresses are gone."""
+    def throttle(self, share: float) -> None:
+        """Step 2, between rounds: let the processes run only this part of the time, until step 3."""
+
+    def leave_pages(self) -> None:
+        """Before step 3: memory that can be had later stays here for now."""
+
+    @property
+    def later(self) -> int:
+        """After step 5: bytes that do."""
+
+    @property
+    def numbered(self) -> dict[int, int]:
+        """After step 3: the processes, number in the image to ours."""
+
+    def discard(self, *, keep_memory: bool = False) -> None:
+        """Step 9: they run at the target. End the originals without a packet. The addresses are gone.
+
+        keep_memory  the processes stand still until :meth:`end`
+        """
+
+    def end(self) -> None:
+        """The target has all of their memory: they end."""
 
     def close(self) -> None:
         """Close what is open here. Last, in every case."""

@@ -42,6 +42,8 @@ the source holds and will ask.
 
     ASK                 ----->            in place of CHECK: what became of an earlier migration?
                         <-----            TOLD
+    FETCH               ----->            in place of CHECK: this line is for pages that were left for later
+                        <-----            FETCHED             (migrate/pageline.py goes on)
 
 ABORT may cross COMMIT on the line: the target gave up while it waited.  So a source in doubt accepts ABORT, and a
 target that aborted ignores COMMIT and whatever else is still on its way.  RUNNING, STARTED and STUCK carry the token of
@@ -66,6 +68,8 @@ from migrate.messages import (
     Check,
     Commit,
     Done,
+    Fetch,
+    Fetched,
     Hello,
     Keepalive,
     Measure,
@@ -141,6 +145,7 @@ _SOURCE_SENDS: dict[tuple[SourceState, _What], SourceState] = {
     (_S.START, Hello): _S.GREETED,
     (_S.AGREED, Check): _S.CHECKING,
     (_S.AGREED, Ask): _S.ASKING,
+    (_S.AGREED, Fetch): _S.ASKING,
     (_S.CHECKED, Measure): _S.CHECKED,
     (_S.CHECKED, Probe): _S.CHECKED,
     (_S.CHECKED, Image): _S.SENDING,
@@ -158,6 +163,7 @@ _SOURCE_RECEIVES: dict[tuple[SourceState, _What], SourceState] = {
     (_S.GREETED, Hello): _S.AGREED,
     (_S.CHECKING, Verdicts): _S.CHECKED,
     (_S.ASKING, Told): _S.ANSWERED,
+    (_S.ASKING, Fetched): _S.ANSWERED,
     (_S.CHECKING, Refused): _S.REFUSED,
     (_S.CHECKED, Measured): _S.CHECKED,
     (_S.CHECKED, Probed): _S.CHECKED,
@@ -177,6 +183,7 @@ _TARGET_SENDS: dict[tuple[TargetState, _What], TargetState] = {
     (_T.GREETED, Hello): _T.AGREED,
     (_T.CHECKING, Verdicts): _T.READY,
     (_T.ASKED, Told): _T.ANSWERED,
+    (_T.ASKED, Fetched): _T.ANSWERED,
     (_T.CHECKING, Refused): _T.REFUSED,
     (_T.READY, Measured): _T.READY,
     (_T.READY, Probed): _T.READY,
@@ -204,6 +211,7 @@ _TARGET_RECEIVES: dict[tuple[TargetState, _What], TargetState] = {
     (_T.START, Hello): _T.GREETED,
     (_T.AGREED, Check): _T.CHECKING,
     (_T.AGREED, Ask): _T.ASKED,
+    (_T.AGREED, Fetch): _T.ASKED,
     (_T.READY, Measure): _T.READY,
     (_T.READY, Probe): _T.READY,
     (_T.READY, Image): _T.RECEIVING,
@@ -326,7 +334,7 @@ class SourceMachine:
         elif isinstance(message, Measured):
             if message.number > self._asked:
                 raise ProtocolError(f"Measured answers question {message.number}, which was not asked")
-        elif isinstance(message, Verdicts | Refused | Prepared | Started | Running | Stuck | Abort | Told):
+        elif isinstance(message, Verdicts | Refused | Prepared | Started | Running | Stuck | Abort | Told | Fetched):
             if message.migration != self.migration:
                 raise ProtocolError(f"{type(message).__name__} belongs to another migration")
             if isinstance(message, Started | Running | Stuck):
@@ -413,7 +421,7 @@ class TargetMachine:
     def _examine(self, message: Message) -> None:
         if isinstance(message, Hello):
             self._theirs = message
-        elif isinstance(message, Check | Ask):
+        elif isinstance(message, Check | Ask | Fetch):
             if not message.migration:
                 raise ProtocolError("the migration has no name")
             self.migration = message.migration

@@ -2,7 +2,8 @@
 
 A round takes as long as its bytes; what the processes write meanwhile is the next one's.  So rounds shrink as long as
 the line is faster than the processes write, until what remains fits the stop.  If they do not shrink any more the user
-has said what to do: to copy the rest in the stop, however long it takes, or to leave the processes where they are.
+has said what to do: to copy the rest in the stop, however long it takes, to leave the processes where they are, to let
+them run there before the rest has come, or to slow them down until the rounds get there.
 
 Source: C. Clark et al., Live Migration of Virtual Machines (NSDI 2005), section 3.
 """
@@ -27,6 +28,8 @@ _MOST = 30
 _SHRINKS = 0.8
 #: .. and so many of them in a row are enough
 _IDLE_ROUNDS = 3
+#: processes that are slowed down run so much of the time at least
+_LEAST_SHARE = 0.05
 #: bytes that are always little enough
 _LITTLE = 256 << 10
 #: bytes per second, as long as nothing was measured
@@ -38,6 +41,8 @@ class IfBusy(enum.Enum):
 
     STOP = "stop"  # the rest is copied while they stand still
     REFUSE = "refuse"  # they stay
+    POSTCOPY = "postcopy"  # they go, and the rest is copied while they run there
+    THROTTLE = "throttle"  # they are slowed down, and if that is not enough, the rest is copied in the stop
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +57,15 @@ class Pace:
     """The rounds of one migration.
 
     budget_ms  how long the copy in the stop may take
+    throttles  the processes may be slowed down
     """
 
-    def __init__(self, budget_ms: float) -> None:
+    def __init__(self, budget_ms: float, *, throttles: bool = False) -> None:
         self._budget_ms = budget_ms
+        self._throttles = throttles
+        #: the part of the time that the processes are to run
+        self.share = 1.0
+        self._since = 0
         self._left: list[int] = []
         self._rates: list[float] = []
         self.rounds: list[Round] = []
@@ -78,15 +88,19 @@ class Pace:
         last = self.rounds[-1].ms if self.rounds else 0.0
         return 1e3 * self.written.get(pid, 0) / last if last else 0.0
 
+    def busiest(self) -> tuple[int, str]:
+        """The process that wrote most during the last round, and what that means, in words."""
+        pid = max(self.written, key=lambda pid: self.written[pid])
+        return pid, (
+            f"it writes {self.write_rate(pid) / 1e6:.0f} MB/s, and the line carries {self.rate / 1e6:.0f} MB/s: "
+            f"the copy in the stop takes about {self.predicted_ms():.0f} ms"
+        )
+
     def judge(self, if_busy: IfBusy) -> None:
         """Say that the rest is too much, if it is. WritesTooFast if that is not to be."""
         if not self.busy:
             return
-        pid = max(self.written, key=lambda pid: self.written[pid])
-        text = (
-            f"it writes {self.write_rate(pid) / 1e6:.0f} MB/s, and the line carries {self.rate / 1e6:.0f} MB/s: "
-            f"the copy in the stop takes about {self.predicted_ms():.0f} ms"
-        )
+        pid, text = self.busiest()
         if if_busy is IfBusy.REFUSE:
             raise WritesTooFast(text, object=f"pid {pid}")
         _log.warning("pid %d: %s", pid, text)
@@ -101,9 +115,15 @@ class Pace:
         left = self._left[-1]
         if left <= _LITTLE or self.predicted_ms() <= self._budget_ms:
             return False
-        recent = self._left[-_IDLE_ROUNDS - 1 :]
+        recent = self._left[self._since :][-_IDLE_ROUNDS - 1 :]
         idle = len(recent) > _IDLE_ROUNDS and all(
             after > _SHRINKS * before for before, after in itertools.pairwise(recent)
         )
+        if idle and self._throttles and self.share > _LEAST_SHARE:
+            # what they write in a round should be half of it at most
+            write_rate = 1e3 * left / sent.ms if sent.ms else self.rate
+            self.share = max(_LEAST_SHARE, self.share * min(0.5, 0.5 * self.rate / write_rate))
+            self._since = len(self._left)
+            idle = False
         self.busy = idle or len(self.rounds) >= _MOST
         return not self.busy

@@ -38,9 +38,11 @@ from migrate.holdend import lift
 from migrate.holdstore import HoldRecord
 from migrate.journal import AddressesArrive, AddressesLeave, End, Journal, JournalView, Role, Step, StepKind
 from migrate.kept import read_kept
+from migrate.pageline import NOTE, LeftPages, PageGiver
 from migrate.rtnetlink import Netlink
 from migrate.takeoverhook import TakeoverHook
 from migrate.traces import Traces
+from migrate.transport import DEFAULT_REMOTE_COMMAND, DEFAULT_RSH, Remote
 from migrate.unithook import UnitHook
 from tcpstate import codec
 from tcpstate.discard import discard_connections
@@ -160,6 +162,9 @@ def discard_original(view: JournalView, journal: Journal) -> None:
         if view.opened.role is not Role.CHECKPOINT:
             # Not if it fails: a process that ends with living connections resets them.  Those of a checkpoint are held.
             undo.discard(tree)
+        if view.notes(NOTE):
+            # the copy lacks pages that only they have: nothing is ended before
+            _give_pages(view, tree.processes)
         steps.make("ending the original", lambda: undo.end(tree.processes))
         if traces.shelf is not None:
             # in repair mode they end without a word
@@ -179,6 +184,21 @@ def discard_original(view: JournalView, journal: Journal) -> None:
 
 def _take(data: bytes, pids: tuple[int, ...]) -> None:
     TakeoverHook.noted(data).take(pids)
+
+
+def _give_pages(view: JournalView, processes: Sequence[Traced]) -> None:
+    """Memory that was left here goes there. PagesPending, RemoteStartFailed, ..."""
+    opened = view.opened
+    rsh, command = opened.rsh or DEFAULT_RSH, opened.remote_command or DEFAULT_REMOTE_COMMAND
+    with contextlib.closing(
+        PageGiver(opened.migration, lambda: Remote(opened.host, rsh=rsh, remote_command=command))
+    ) as giver:
+        if giver.connect():
+            (note,) = view.notes(NOTE)[-1:]
+            living = {one.pid for one in alive(processes)}
+            left = codec.unpack(LeftPages, note).processes
+            giver.start({number: pid for number, pid in left.items() if pid in living})
+            giver.wait()
 
 
 def _leave(netlink: Netlink, record: DepartureRecord) -> None:

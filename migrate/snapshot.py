@@ -399,7 +399,7 @@ def restore(
             held=taken,
             addresses=tuple(landing.record.address for landing in arrival.record.landings),
             total_ms=1e3 * (time.monotonic() - begun),
-            later=rebuilt.later,
+            later=0 if rebuilt.later is None else rebuilt.later.bytes,
             warnings=tuple(rebuilt.warnings),
         )
 

@@ -13,22 +13,20 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeVar
 
+from checkpoint.errors import LazyImpossible
 from checkpoint.files.identity import Beacons
 from migrate.addressing import plan_addresses
-from migrate.clock import Offset, monotonic_ns
+from migrate.clock import monotonic_ns
 from migrate.driving import failure_of, logged, remote_error, signals_held
 from migrate.errors import (
     InDoubt,
     LinkLost,
     LinkSilent,
     PreparedDiffers,
-    ProtocolError,
     TargetAborted,
-    TargetRefused,
     TargetStuck,
     refused,
     undone,
@@ -36,7 +34,7 @@ from migrate.errors import (
 from migrate.fileoptions import shared_and_apart
 from migrate.forecast import Forecast, foresee, line_rate
 from migrate.forwarding import SourceForward
-from migrate.hostfacts import PROBE, host_facts, without
+from migrate.hostfacts import LAZY, PROBE, host_facts, without
 from migrate.journal import AddressesLeave, End, Journal, Place, Role, Step, StepKind
 from migrate.messages import (
     HIGHEST_VERSION,
@@ -49,28 +47,28 @@ from migrate.messages import (
     Failure,
     Hello,
     Keepalive,
-    Measure,
-    Measured,
     Message,
     Prepare,
     Prepared,
-    Refused,
     Running,
     Started,
     Stuck,
     Verdicts,
     captured,
 )
+from migrate.pageline import NOTE, LeftPages, PageGiver, giver_of
 from migrate.parts import Outgoing
 from migrate.protocol import SourceMachine
-from migrate.rounds import Pace, Round
+from migrate.rounds import IfBusy, Pace, Round
 from migrate.rtnetlink import Netlink
 from migrate.sourcehooks import SourceHooks
 from migrate.squeeze import agreed
 from migrate.summary import Checked, SourceOptions, Summary
 from migrate.takeover import AddressPlan, Departure, control_addresses
+from migrate.talk import SourceTalk
 from migrate.transport import Remote
 from migrate.wire import ImageWriter
+from tcpstate import codec
 from tcpstate.errors import TcpmigError
 
 __all__ = ["Source"]
@@ -89,29 +87,25 @@ STRAGGLERS = 0.25
 _M = TypeVar("_M", bound=Message)
 
 
-class Source:
+class Source(SourceTalk):
     """One migration from here to ``remote``. Call :meth:`run`, or :meth:`check` for a dry run; once.
 
     The caller closes ``remote``.
     """
 
     def __init__(self, outgoing: Outgoing, remote: Remote, options: SourceOptions | None = None) -> None:
-        self._outgoing = outgoing
-        self._remote = remote
-        self._channel = remote.channel
-        self._options = options or SourceOptions()
         self.migration = secrets.token_hex(16)
-        self._machine = SourceMachine(self.migration, secrets.token_bytes(TOKEN_SIZE))
-        self._offset = Offset()
+        super().__init__(remote, SourceMachine(self.migration, secrets.token_bytes(TOKEN_SIZE)))
+        self._outgoing = outgoing
+        self._options = options or SourceOptions()
         self._journal: Journal | None = None
-        self._asked: Checked | None = None
-        self._refused: Checked | None = None
         self._departure: Departure | None = None
         self._there: Place | None = None
         self._hooks = SourceHooks(self._options, self.migration, remote.host)
         self._not_taken = ""
         self._forwarding = SourceForward()
-        self._phases: dict[str, float] = {}
+        self._giver: PageGiver | None = None
+        self._share = 1.0
         self._began = monotonic_ns()
         self._stopped_ns = self._told_ns = 0
         self._copying = False
@@ -152,6 +146,8 @@ class Source:
                         undone(error)
                 raise
             finally:
+                if self._giver is not None:
+                    self._giver.close()
                 self._outgoing.close()
 
     def _check(self, netlink: Netlink) -> tuple[Checked, AddressPlan]:
@@ -164,6 +160,8 @@ class Source:
             self._there = Place.of(theirs.host) if isinstance(theirs, Hello) else None
             if isinstance(theirs, Hello):
                 self._offered = theirs.host.features
+                if self._options.may_leave and LAZY not in self._offered:
+                    raise refused(LazyImpossible("pages cannot come later there", object=self._remote.host))
                 self._outgoing.meet(self._offered)
             needs = without(self._outgoing.needs(), self._options.cpu_unused)
             control = control_addresses(netlink, self._remote.pid, self._remote.host)
@@ -178,7 +176,7 @@ class Source:
                         migration=self.migration,
                         needs=replace(needs, beacons=beacons.names),
                         map_dev=self._options.map_dev,
-                        options=self._options.forwarded,
+                        options=self._options.forwarded | ({LAZY: self.migration} if self._options.may_leave else {}),
                     )
                 )
                 self._asked = Checked(needs=needs, here=addresses.verdicts, there=())
@@ -221,7 +219,12 @@ class Source:
                 self._hooks.before_stop(checked.needs, moved, journal)
         packer = agreed(options.compress, self._offered)
         image = ImageWriter(self._channel, self._machine.send_image, self._attend, packer)
-        rounds = self._copy_live(image, moved) if options.precopy else []
+        if options.may_leave:
+            with self._phase("line"):
+                self._giver = giver_of(self.migration, self._remote.host, options)
+        rounds = self._copy_live(image, moved) if options.precopy and not options.lazy else []
+        if options.lazy:
+            outgoing.leave_pages()
         with self._phase("prepare"):
             # with the first one the target's hook is called: before new connections are held off
             self._measure(1)
@@ -237,6 +240,7 @@ class Source:
             outgoing.stop(moved or self._forwarding.addresses)
         with self._phase("copy"):
             little = outgoing.send(image)
+            self._answer_for_pages(journal)
             image.flush()
             if not little:
                 # The target answers when it has built all that came: what takes it long is done while the connections
@@ -271,6 +275,7 @@ class Source:
             with logged("journalling that they run there"):
                 journal.step(StepKind.RUNNING, pids=pids)
             self._afterwards(departure, pids)
+        self._give_pages()
         with logged("closing the journal"):
             if self._not_taken:
                 # `recover` calls the hook again
@@ -294,7 +299,25 @@ class Source:
             lost=running.lost,
             forward=self._forwarding.name,
             not_taken=self._not_taken,
+            later=outgoing.later,
+            share=self._share,
         )
+
+    def _answer_for_pages(self, journal: Journal) -> None:
+        """Pages that stay here are asked for from now on, even before the processes run there."""
+        if self._giver is not None and self._outgoing.later:
+            journal.note(NOTE, codec.pack(LeftPages(processes=self._outgoing.numbered)))
+            self._giver.start(self._outgoing.numbered)
+
+    def _give_pages(self) -> None:
+        """Until they have all there is. PagesPending: what they lack stays here."""
+        if self._giver is None or not self._outgoing.later:
+            return
+        _log.info("%.1f MB of memory come later", self._outgoing.later / 1e6)
+        with self._phase("pages"):
+            self._giver.wait()
+        with logged("ending the originals"):
+            self._outgoing.end()
 
     def _copy_live(self, image: ImageWriter, moved: tuple[str, ...]) -> list[Round]:
         """Rounds of pre-copy, until what remains fits the stop; then idle connections. WritesTooFast."""
@@ -302,7 +325,8 @@ class Source:
             self._measure(MEASUREMENTS)
             # nothing is stopped, but there is something at the target that has to be undone
             self._copying = True
-            pace = Pace(self._options.max_downtime_ms)
+            pace = Pace(self._options.max_downtime_ms, throttles=self._options.if_busy is IfBusy.THROTTLE)
+            self._share = pace.share
 
             # a clock that is a little late there jumps a little; one that is early would run backwards
             def there(here: int) -> int:
@@ -319,17 +343,17 @@ class Source:
                 )
                 if not pace.another(sent, written):
                     break
+                if pace.share < self._share:
+                    self._share = pace.share
+                    pid, text = pace.busiest()
+                    _log.warning("pid %d: %s; from now on it runs %.0f %% of the time", pid, text, 100 * pace.share)
+                    self._outgoing.throttle(pace.share)
             pace.judge(self._options.if_busy)
+            if pace.busy and self._options.if_busy is IfBusy.POSTCOPY:
+                self._outgoing.leave_pages()
             self._outgoing.copy_ahead(image, moved, there, lambda: self._measure(1))
             self._copying = False
             return pace.rounds
-
-    def _measure(self, count: int) -> None:
-        for number in range(count):
-            sent = monotonic_ns()
-            self._say(Measure(number=number))
-            answer = self._hear(Measured)
-            self._offset.exchange(sent, answer.clock_ns, monotonic_ns())
 
     def _examine(self, prepared: Prepared) -> None:
         for found in prepared.comparison.differences:
@@ -384,7 +408,7 @@ class Source:
     def _afterwards(self, departure: Departure, pids: dict[int, int]) -> None:
         """They run there: nothing that fails here changes that."""
         with logged("discarding the original"):
-            self._outgoing.discard()
+            self._outgoing.discard(keep_memory=self._outgoing.later > 0)
         with logged("settling what is forwarded"):
             self._forwarding.settle()
         self._not_taken = self._hooks.take(pids, self._pass_on)
@@ -404,7 +428,13 @@ class Source:
 
     def _fail(self, error: BaseException) -> None:
         """Undo, or hold, whatever the state of the protocol asks for."""
-        if self._machine.may_discard:
+        if self._machine.may_discard and self._outgoing.later:
+            _log.warning("the originals are kept, stopped: `tcpmig recover %s` sends their memory", self.migration)
+            with logged("holding"):
+                self._outgoing.hold()
+            if self._journal is not None:
+                self._journal.leave()
+        elif self._machine.may_discard:
             # RUNNING was heard: the original must go, whatever else went wrong
             _log.warning("after the move: %s", error)
             with logged("discarding the original"):
@@ -449,50 +479,3 @@ class Source:
         if self._journal is not None:
             self._journal.append(Step(step=StepKind.ABORTED))
             self._journal.finish(End.ABORTED)
-
-    # --- messages
-
-    def _say(self, message: Message) -> None:
-        self._channel.send(self._machine.send(message))
-
-    def _expect(self, message: object) -> Message:
-        if not isinstance(message, Message):
-            raise ProtocolError("image bytes came from the target")
-        return message
-
-    def _hear(self, kind: type[_M]) -> _M:
-        """The next message, which must be of this kind; what else may come raises."""
-        while True:
-            message = self._machine.receive(self._expect(self._channel.receive()))
-            if isinstance(message, kind):
-                return message
-            self._object(message)
-
-    def _object(self, message: Message) -> None:
-        if isinstance(message, Abort):
-            raise remote_error(message.failure, TargetAborted)
-        if isinstance(message, Refused):
-            if self._asked is not None:
-                self._refused = replace(self._asked, there=message.items)
-            raise refused(remote_error(message.failure, TargetRefused))
-        if not isinstance(message, Keepalive):
-            raise ProtocolError(f"{type(message).__name__} was not asked for")
-
-    def _attend(self) -> None:
-        """Between two frames of the image: has the target given up?"""
-        self._channel.look()
-        while self._channel.pending:
-            self._object(self._machine.receive(self._expect(self._channel.receive())))
-
-    @contextlib.contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        start = monotonic_ns()
-        try:
-            yield
-        except LinkLost as error:
-            # the target's last words, if it had time for them, are the better reason
-            if self._channel.pending:
-                self._attend()
-            raise error
-        finally:
-            self._phases[name] = (monotonic_ns() - start) / 1e6

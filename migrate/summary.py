@@ -30,6 +30,7 @@ class SourceOptions:
     precopy         memory is copied in rounds before the stop
     max_downtime_ms  ``--max-downtime``: how long the copy that remains for the stop may take, as far as can be told
     if_busy         ``--if-busy``: what if that cannot be reached
+    lazy            ``--lazy``: no rounds; they run there at once, and memory comes later
     compress        the line may carry compressed bytes, where that is quicker
     forwarded       options for the rebuilding side, by name
     cpu_unused      ``--cpu-unused``: patterns of CPU features that the processes do without
@@ -46,6 +47,7 @@ class SourceOptions:
     precopy: bool = True
     max_downtime_ms: float = MAX_DOWNTIME_MS
     if_busy: IfBusy = IfBusy.STOP
+    lazy: bool = False
     compress: bool = True
     forwarded: dict[str, str] = field(default_factory=dict)
     cpu_unused: tuple[str, ...] = ()
@@ -55,6 +57,11 @@ class SourceOptions:
     rsh: str = ""
     remote_command: str = ""
     state_directory: Path | None = None
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether it may come to that memory comes later."""
+        return self.lazy or self.if_busy is IfBusy.POSTCOPY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +77,8 @@ class Summary:
     lost             connections that did not come through
     forward          ID of the forwarding that was begun or ended, or empty
     not_taken        why the addresses are not there: the takeover hook failed
+    later            bytes of memory that came after they ran there
+    share            of the time that they ran during the last rounds (``--if-busy throttle``)
     """
 
     outcome: str
@@ -88,6 +97,8 @@ class Summary:
     lost: tuple[Lost, ...] = ()
     forward: str = ""
     not_taken: str = ""
+    later: int = 0
+    share: float = 1.0
 
     @property
     def status(self) -> Outcome:

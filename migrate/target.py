@@ -42,6 +42,8 @@ from migrate.messages import (
     Commit,
     Done,
     Failure,
+    Fetch,
+    Fetched,
     Hello,
     HostFacts,
     Keepalive,
@@ -58,6 +60,7 @@ from migrate.messages import (
     Stuck,
     Verdicts,
 )
+from migrate.pageline import hand_over, pages_there
 from migrate.parts import Arrived, Incoming
 from migrate.protocol import TargetMachine, TargetState, agree
 from migrate.takeover import Arrival
@@ -164,13 +167,15 @@ class Target:
         """Step 1; None if there was only a question to be answered. Raises the first refusal, after the source has been
         told all of them."""
         try:
-            check = self._hear(Check, Ask)
+            check = self._hear(Check, Ask, Fetch)
         except LinkLost:
             # it tells its user why: the path to here is no news of ours
             _log.info("the source ended before it asked for anything")
             return None
         if isinstance(check, Ask):
             self._answer(check)
+        if isinstance(check, Fetch):
+            self._pass_on(check)
         if not isinstance(check, Check):
             return None
         needs = check.needs
@@ -206,6 +211,13 @@ class Target:
         from migrate.asking import answer
 
         self._say(answer(ask, self._say_alive, directory=self._state_directory))
+
+    def _pass_on(self, fetch: Fetch) -> None:
+        """This line is for pages: who brings them gets it."""
+        there, sock = pages_there(fetch.migration)
+        self._say(Fetched(migration=fetch.migration, there=there))
+        if sock is not None:
+            hand_over(sock, *self._channel.descriptors)
 
     def _say_alive(self) -> None:
         self._say(Keepalive())

@@ -107,6 +107,15 @@ class Remote:
         """The process of the remote shell."""
         return self._child.pid
 
+    @property
+    def descriptor(self) -> int:
+        """Our end of the line, for who uses it beside the channel."""
+        return self._socket.fileno()
+
+    def relay(self) -> None:
+        """Pass on what the child has written to its standard error."""
+        self._relay()
+
     def first(self, timeout: float = CONNECT_WAIT) -> Message:
         """The target's first message. RemoteStartFailed, with the child's last words, if the line ends before it;
         NotTcpmig, BadFrame."""

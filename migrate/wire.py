@@ -195,6 +195,11 @@ class Channel:
             with contextlib.suppress(OSError):
                 os.set_blocking(fd, blocking)
 
+    @property
+    def descriptors(self) -> tuple[int, int]:
+        """What is read from and written to, for who goes on with the line when nothing more is to be said."""
+        return self._read_fd, self._write_fd
+
     # --- sending
 
     def send(self, *messages: Message) -> None:

@@ -101,21 +101,26 @@ class ImagePages:
         #: data and the buffer that they are in, by number of the frame
         self._kept: collections.OrderedDict[int, tuple[memoryview, memoryview]] = collections.OrderedDict()
 
-    def fileno(self) -> int:
+    @property
+    def immediate(self) -> bool:
         """Nothing has to be waited for."""
-        return -1
+        return True
+
+    def look(self) -> None:
+        """What is wrong with it shows when it is read."""
 
     @property
     def room(self) -> bool:
         """One at a time."""
         return not self._wanted
 
-    def want(self, pid: int, origin: int, size: int, *, urgent: bool) -> None:
+    def want(self, pid: int, origin: int, size: int, *, urgent: bool) -> bool:
         """To be read."""
         if urgent:
             self._wanted.appendleft((pid, origin, size))
         else:
             self._wanted.append((pid, origin, size))
+        return True
 
     def forget(self) -> None:
         """Not any more."""

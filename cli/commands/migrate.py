@@ -90,8 +90,10 @@ AT_ONCE = 2
     "--if-busy",
     type=click.Choice([what.value for what in IfBusy]),
     default=IfBusy.STOP.value,
-    help="What if the process writes too fast for that: stop and copy the rest, or leave it.  [default: stop]",
+    help="What if the process writes too fast for that: stop and copy the rest, leave it, let it run there before the "
+    "rest has come, or slow it down.  [default: stop]",
 )
+@click.option("--lazy", is_flag=True, help="No rounds: they run there at once, and memory comes when it is needed.")
 @click.option(
     "--compress",
     type=click.Choice(["auto", "never"]),
@@ -140,6 +142,7 @@ def carry_out(
     takeover_limit: float,
     max_downtime: float,
     if_busy: str,
+    lazy: bool,
     compress: str,
     stop_and_copy: bool,
     dry_run: bool,
@@ -156,6 +159,8 @@ def carry_out(
         require("--address forward", {"--forward-to": forward_to})
     if not files["ship"]:
         require("--ship", {"--overwrite": files["overwrite"]})
+    if lazy and stop_and_copy:
+        raise UsageMistake("--lazy copies memory after the stop, --stop-and-copy in it: name one of them")
     places = places_of(**files)
     options = SourceOptions(
         address=address,
@@ -170,6 +175,7 @@ def carry_out(
         precopy=not stop_and_copy,
         max_downtime_ms=max_downtime,
         if_busy=IfBusy(if_busy),
+        lazy=lazy,
         compress=compress == "auto",
         rsh=rsh,
         remote_command=remote_command,
@@ -218,4 +224,6 @@ def _lines(summary: Summary, host: str) -> list[str]:
         lines.append(f"forwarding {summary.forward}: `tcpmig holds` shows it")
     if summary.not_taken:
         lines.append(f"their clients do not reach them: {summary.not_taken}; then `tcpmig recover {summary.migration}`")
+    if summary.later:
+        lines.append(f"{summary.later} bytes of memory came while it ran there")
     return lines + [f"lost: {lost.connection}: {lost.reason}" for lost in summary.lost]

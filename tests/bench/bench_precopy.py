@@ -1,15 +1,20 @@
-"""The stop of a process by the size of its memory and by how fast it writes: with rounds of pre-copy, and without.
+"""What a move costs by the size of a process's memory and by how fast it writes: with rounds of pre-copy, without, and
+with memory that comes later.
 
-``python tests/bench/bench_precopy.py [MIB ...]`` (as root; 64, 256 and 1024).  The process writes at random.  The floor
-is memcpy of the same bytes in the same run.  Nothing is judged by the clock.
+``python -m tests.bench.bench_precopy [MIB ...]`` (as root; 64, 256 and 1024; 8192 takes 20 GB).  The process writes
+pages at random, and counts in a loop in the time that it has left: ``slower`` is by how much less it counted per second
+while the command ran and it did not stand still, than before.  ``sent`` is bytes on the line over bytes of memory.  The
+floor is memcpy of the same bytes in the same run.  Nothing is judged by the clock.
 """
 
 from __future__ import annotations
 
 import ctypes
+import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 
 from tests.hosts import ThreeHosts, three_hosts
@@ -28,7 +33,7 @@ block = random.Random(1).randbytes(1 << 20)
 for at in range(0, size, len(block)): memory[at : at + len(block)] = block
 listener = socket.create_server((address, port)); listener.setblocking(False)
 chance = random.Random(2)
-peers, done = [], 0
+peers, done, counted = [], 0, 0
 while True:
     began = time.monotonic()
     for _ in range(int(rate * 0.005 / 4096)):
@@ -38,9 +43,10 @@ while True:
     except BlockingIOError: pass
     for peer in peers:
         try:
-            if peer.recv(1): peer.sendall(b"%d %d\\n" % (done, time.monotonic_ns()))
+            if peer.recv(1): peer.sendall(b"%19d\\n" % counted)
         except (BlockingIOError, ConnectionError): pass
-    time.sleep(max(0.0, began + 0.005 - time.monotonic()))
+    until = began + 0.005
+    while time.monotonic() < until: counted += 1
 """
 
 
@@ -54,6 +60,36 @@ def memcpy_ms(size: int) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
+class Watch:
+    """Asks the process how far it has counted, every 20 ms, from the third host."""
+
+    def __init__(self, hosts: ThreeHosts) -> None:
+        with hosts.client.netns_entered():
+            self._sock = socket.create_connection((hosts.net.service4, PORT))
+        self._seen: list[tuple[float, int]] = []
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._over.wait(0.02):
+            self._sock.sendall(b"?")
+            answer = self._sock.recv(20, socket.MSG_WAITALL)
+            self._seen.append((time.monotonic(), int(answer)))
+
+    def rate(self, start: float, end: float, stood: float = 0.0) -> float:
+        """Counted per second between two times, without ``stood`` seconds of them."""
+        part = [one for one in self._seen if start <= one[0] <= end]
+        if len(part) < 2:
+            return 0.0
+        return (part[-1][1] - part[0][1]) / max(1e-3, part[-1][0] - part[0][0] - stood)
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+        self._sock.close()
+
+
 def measure(hosts: ThreeHosts, size: int, rate: int, *options: object) -> None:
     here, there = hosts.source, hosts.target
     if not here.sh("ip -j addr show to " + hosts.net.service4).strip("[]{}, \n"):
@@ -62,31 +98,40 @@ def measure(hosts: ThreeHosts, size: int, rate: int, *options: object) -> None:
     process = here.popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_listening(hosts.client, process, hosts.net.service4, PORT)
     pid = process.pid
-    stops, totals, sent, rounds = [], [], [], []
+    stops, totals, sent, rounds, slower = [], [], [], [], []
+    watch = Watch(hosts)
     for _ in range(MOVES):
+        time.sleep(1.0)
+        began = time.monotonic()
         summary = migrate(here, pid, there, options=options, timeout=170)
+        before = watch.rate(began - 0.9, began)
+        slower.append(1 - watch.rate(began, time.monotonic(), summary["stop_ms"] / 1e3) / before if before else 0.0)
         pid, here, there = summary["target_pid"], there, here
         stops.append(summary["stop_ms"])
         totals.append(summary["total_ms"])
         sent.append(summary["bytes_sent"] / (size << 20))
         rounds.append(len(summary["rounds"]))
+    watch.close()
     here.sh(f"kill -9 {pid}")
     here.wait_until_gone(pid)
     how = " ".join(map(str, options)) or "rounds"
     figures = f"{statistics.median(stops):8.1f} {max(stops):8.1f} {statistics.median(totals):9.0f}"
-    figures += f" {statistics.median(sent):9.2f} {max(rounds):6d} {memcpy_ms(size << 20):9.1f}"
+    figures += f" {statistics.median(sent):6.2f} {100 * statistics.median(slower):8.0f} {max(rounds):6d}"
+    figures += f" {memcpy_ms(size << 20):9.1f}"
     print(f"{size:5d} {rate:5d} {how:16s} {figures}", flush=True)
 
 
 def main() -> None:
     sizes = [int(text) for text in sys.argv[1:]] or SIZES
-    print("  MiB  MB/s how              stop ms  max stop  total ms  sent/MiB rounds memcpy ms")
+    print("  MiB  MB/s how              stop ms  max stop  total ms   sent slower % rounds memcpy ms")
     for size in sizes:
         for rate in RATES:
             with three_hosts() as hosts:
                 measure(hosts, size, rate)
         with three_hosts() as hosts:
             measure(hosts, size, RATES[0], "--stop-and-copy")
+        with three_hosts() as hosts:
+            measure(hosts, size, RATES[-1], "--lazy")
 
 
 if __name__ == "__main__":

@@ -45,11 +45,14 @@ class OnDemand:
         self._wanted: list[tuple[int, int, int]] = []
         self.room = False
 
-    def fileno(self) -> int:
-        return -1
+        self.immediate = True
 
-    def want(self, pid: int, origin: int, size: int, *, urgent: bool) -> None:
+    def look(self) -> None:
+        """Nothing can be wrong."""
+
+    def want(self, pid: int, origin: int, size: int, *, urgent: bool) -> bool:
         self._wanted.append((pid, origin, size))
+        return True
 
     def ready(self) -> Iterator[Sourced]:
         while self._wanted:

@@ -82,6 +82,8 @@ class World:
 class FakeOutgoing:
     connections = 3
     ahead = 1
+    later = 0
+    numbered: Mapping[int, int] = {}
     addresses: tuple[str, ...] = ("127.0.0.1",)
 
     def __init__(self, world: World) -> None:
@@ -153,7 +155,17 @@ class FakeOutgoing:
     def hold(self) -> None:
         self.world.reach("hold")
 
-    def discard(self) -> None:
+    def throttle(self, share: float) -> None:
+        raise AssertionError("nobody is slowed down")
+
+    def leave_pages(self) -> None:
+        raise AssertionError("nothing is left for later")
+
+    def end(self) -> None:
+        raise AssertionError("nothing was left for later")
+
+    def discard(self, *, keep_memory: bool = False) -> None:
+        assert not keep_memory
         self.world.here = "gone"
         self.world.reach("discard")
 

@@ -120,6 +120,27 @@ def test_who_writes_too_fast_is_named_and_may_stay(hosts: ThreeHosts) -> None:
     assert migrate(hosts.source, process.pid, hosts.target, options=["--max-downtime", 1])["outcome"] == "done"
 
 
+def test_who_writes_too_fast_is_slowed_down_and_runs_freely_there(hosts: ThreeHosts) -> None:
+    process = start(hosts, 64, more=WRITER)
+    summary = migrate(hosts.source, process.pid, hosts.target, options=["--max-downtime", 1, "--if-busy", "throttle"])
+    assert summary["outcome"] == "done"
+    assert 0 < summary["share"] < 1
+    assert hosts.target.state(process.pid) in ("R", "S")
+
+
+def test_who_writes_too_fast_may_go_before_all_of_its_memory(hosts: ThreeHosts) -> None:
+    process = start(hosts, 64, more=WRITER)
+    with talking(hosts.client, hosts.net.service4) as sock:
+        options = ["--max-downtime", 1, "--if-busy", "postcopy"]
+        summary = migrate(hosts.source, process.pid, hosts.target, options=options)
+        assert len(summary["rounds"]) > 1
+        # what had come in a round, and was written since, came later
+        assert summary["later"] > 1 << 20
+        assert summary["rounds"][-1]["bytes"] < 16 << 20
+        sock.sendall(b"?")
+        assert len(sock.recv(1)) == 1
+
+
 CHILDREN = """
 if os.fork() == 0:
     while True:

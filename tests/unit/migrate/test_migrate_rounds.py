@@ -11,12 +11,13 @@ MB = 1 << 20
 
 
 def run(pace: Pace, size: int, line: float, writes: float) -> int:
-    """Rounds over a line of ``line`` bytes/s of a process of ``size`` bytes that writes ``writes`` bytes/s."""
+    """Rounds over a line of ``line`` bytes/s of a process of ``size`` bytes that writes ``writes`` bytes/s, or less if
+    it is slowed down."""
     left = float(size)
     for number in range(1, 1000):
         seconds = left / line
         sent = Round(bytes=int(left), ms=1e3 * seconds)
-        left = min(float(size), writes * seconds)
+        left = min(float(size), writes * pace.share * seconds)
         if not pace.another(sent, {1: int(left)}):
             return number
     raise AssertionError("the rounds never end")
@@ -40,6 +41,27 @@ def test_who_writes_faster_than_the_line_is_named() -> None:
     assert run(pace, 1000 * MB, 1e8, 5e8) < 10
     assert pace.busy
     assert pace.write_rate(1) > 9e7
+
+
+def test_who_is_slowed_down_enough_fits() -> None:
+    pace = Pace(10, throttles=True)
+    assert run(pace, 1000 * MB, 1e8, 5e8) <= 30
+    assert not pace.busy
+    assert 0.05 <= pace.share <= 0.2
+    assert pace.predicted_ms() <= 10
+
+
+def test_who_need_not_be_is_not_slowed_down() -> None:
+    pace = Pace(10, throttles=True)
+    run(pace, 1000 * MB, 1e9, 2e8)
+    assert pace.share == 1
+
+
+def test_who_writes_too_fast_even_so_is_named() -> None:
+    pace = Pace(1, throttles=True)
+    run(pace, 1000 * MB, 1e7, 5e9)
+    assert pace.busy
+    assert pace.share == 0.05
 
 
 def test_a_longer_stop_takes_fewer_rounds() -> None:
