@@ -26,6 +26,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from checkpoint import newpids
 from checkpoint.errors import ImageIncomplete, RebuildDiffers
@@ -362,15 +363,8 @@ class Restore:
 
     def _secure(self, rebuilder: Rebuilder) -> None:
         """Nothing is injected any more: from :meth:`survive` on our death leaves the processes stopped."""
-        records = {record.task.pid: record for record in self._living()}
-        processes = [
-            Traced(
-                pid=stub.pid,
-                start_time=stub.stat.start_time,
-                stop_signal=records[pid].stop_signal if pid in records else 0,
-            )
-            for pid, stub in self.stubs.items()
-        ]
+        stops = {record.task.pid: record.stop_signal for record in self._living()}
+        processes = [replace(Traced.of(stub), stop_signal=stops.get(pid, 0)) for pid, stub in self.stubs.items()]
         names = [StagedName(staged=staged, real=real) for staged, real in rebuilder.staged]
         held = {index: one.file.quiet for index, one in rebuilder.held.items() if one.file.quiet is not None}
         stubs = Stubs(
