@@ -283,7 +283,8 @@ class OutgoingTrees:
             if kind not in (Kind.MAPS_DELTA, Kind.PAGES_DROP):
                 image.record(kind, record)
         if early is not None:
-            early.ended(layouts, self._dump.remaining)
+            # by the PIDs that the records have
+            early.ended(layouts, {self._dump.numbers(pid): left for pid, left in self._dump.remaining.items()})
         image.pages(self._dump.pages(buffers=image.AHEAD + 2))
         self._dump.secure()
         image.pages(self._dump.early_queues())
