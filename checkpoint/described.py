@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from checkpoint.files.base import OpenFile
 from checkpoint.files.pty import masters_of
@@ -118,14 +118,19 @@ def task_of(stat: Stat, masters: set[int], sharing: Sharing, wait_code: int | No
 
 
 def frozen_tree(
-    tree: Tree, connections: Sequence[Original], table: FileTable, records: Sequence[OpenFile], objects: Sequence[str]
+    tree: Tree,
+    connections: Sequence[Original],
+    table: FileTable,
+    records: Sequence[OpenFile],
+    objects: Callable[[Iterable[str]], list[str]],
 ) -> FrozenTree:
-    """What is noted of a tree before it is kept stopped."""
+    """What is noted of a tree before it is kept stopped. ``objects``: adds to the notes of segments those of other
+    System V objects (ipc.table.Objects.notes)."""
     return FrozenTree(
         processes=[Traced.of(process) for process in tree.processes],
         connections=list(connections),
         locks=given_up_locks(table.entries, records),
-        objects=[record.note for record in records if isinstance(record, SysvSegment)] + list(objects),
+        objects=objects(record.note for record in records if isinstance(record, SysvSegment)),
         more=table.ahead is not None,
     )
 

@@ -296,12 +296,12 @@ class Dump:
                 self._states[process.pid] = table.capture(process, injection, calls)
             self._table.add_process(process)
             self._layouts[process.pid] = layout.capture(process, self._table, brk=brk.value)
-        self._spaces = Spaces.of(self.roots)
         self._ipc.capture(self.pids)
         self._group = TcpGroup(self._table, self._blackhole)
         if (sockets := peeked(self._table.entries)).sockets:
             write(self.note, Trace.PEEKED, sockets)
         try:
+            self._spaces = Spaces.of(self.roots)
             self._files = self._table.records()
             self._group.find_peers(self._local)
             refuse_new(self._files.files, self._policy)

@@ -17,6 +17,7 @@ __all__ = [
     "BadImageRecord",
     "BadLayout",
     "BadPathMap",
+    "BridgeMissing",
     "CgroupFrozen",
     "ClocksNotContinued",
     "ConfinedBySecurityModule",
@@ -50,6 +51,7 @@ __all__ = [
     "InjectionRefused",
     "InjectionTimeout",
     "InterfaceMissing",
+    "IpcLeftOver",
     "IpcNotMade",
     "IpcShared",
     "IpcTaken",
@@ -64,10 +66,12 @@ __all__ = [
     "MayNotTrace",
     "MemoryUnreadable",
     "MemoryUnwritable",
+    "MountNotMovable",
     "NamespaceNotMade",
     "NamespaceShared",
     "NamespacesMoveAlone",
     "NestedNamespace",
+    "NetworkNotMovable",
     "NoSuchProcess",
     "NotTheInit",
     "OtherImageVersion",
@@ -930,6 +934,39 @@ class NamespaceNotMade(TcpmigError):
 
     code = "TM-0724"
     fix = "See the named call; compare /proc/sys/user/max_*_namespaces of the two hosts, and run tcpmig as root."
+
+
+class IpcLeftOver(Refused):
+    """The tree has an IPC namespace of its own, and in it is something that no process has open, and that cannot be
+    moved: a shared memory segment that nobody has attached, or a POSIX message queue. It would be lost."""
+
+    code = "TM-0725"
+    fix = "Remove it inside the namespace (`ipcrm`, mq_unlink), or attach the segment."
+
+
+class MountNotMovable(Refused):
+    """The tree has a mount namespace of its own with a mount that cannot be made again: another root file system
+    (pivot_root), an overlay or a disk that only the tree has mounted, a file system in memory with files in it, or
+    mounts that propagate into other namespaces."""
+
+    code = "TM-0726"
+    fix = "Unmount it, or run tcpmig inside the namespaces (nsenter) on both hosts."
+
+
+class NetworkNotMovable(Refused):
+    """The tree has a network namespace of its own with something in it that cannot be made again: an interface other
+    than a veth whose outer end is on this host, or rules of a packet filter."""
+
+    code = "TM-0727"
+    fix = "Take it away inside the namespace, or run tcpmig inside (nsenter), on both hosts."
+
+
+class BridgeMissing(Refused):
+    """A link of the tree's network namespace leads into a bridge, or into none, and there is no bridge of that name at
+    the target."""
+
+    code = "TM-0728"
+    fix = "Name a bridge of the target: --veth NAME=BRIDGE, NAME being the link inside of the namespace."
 
 
 class KernelWorkers(Refused):

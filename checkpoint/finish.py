@@ -30,6 +30,7 @@ from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.image.frames import PageRun
 from checkpoint.ipc.table import remove_noted as remove_object
+from checkpoint.namespaces.spaces import Kind, entered
 from checkpoint.records import FilesDelta
 from checkpoint.traces import Made, Stubs, Traced, alive
 from checkpoint.undo import taken
@@ -132,7 +133,10 @@ class Finish:
                 sock.detach()
             for sock, _ in others:
                 sock.close()
-        self._rebuilder.release_files()
+        # System V objects are those of the processes' namespace
+        alone = alive(self._stubs.processes)
+        with entered(alone[0].pid, frozenset({Kind.IPC})) if alone else contextlib.nullcontext():
+            self._rebuilder.release_files()
         for name in self._stubs.names:
             try:
                 os.rename(name.staged, name.real)

@@ -112,7 +112,7 @@ class Ground:
     def _settle(self, root: Stub, spaces: Spaces) -> None:
         if self.init is not None:
             settle(root)
-        spaces.enter(root)
+        spaces.enter(root, self._path)
 
     @property
     def init(self) -> Stub | None:

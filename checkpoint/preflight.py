@@ -24,6 +24,7 @@ from checkpoint.memory import segments
 from checkpoint.memory import verdicts as memory
 from checkpoint.namespaces import verdicts as namespaces
 from checkpoint.namespaces.numbers import Numbers
+from checkpoint.namespaces.spaces import Kind, entered, own_kinds
 from checkpoint.state import preflight as state
 from checkpoint.tree import plan
 from checkpoint.verdict import Status, Verdict, refusals
@@ -77,7 +78,15 @@ def check(roots: Sequence[int], policy: Policy = NO_POLICY) -> list[Verdict]:
         found += refuse.verdicts(root)
     if refusals(found):
         return found
+    with entered(roots[0]):
+        return found + _check_members(roots, policy)
+
+
+def _check_members(roots: Sequence[int], policy: Policy) -> list[Verdict]:
+    """On trees that can be touched. In the namespaces of the first, if it has some: a tree that has moves alone."""
+    found: list[Verdict] = []
     members = pids(roots)
+    found += namespaces.verdicts(roots, members)
     for pid in members:
         try:
             judged = [*state.verdicts(pid, members=members), *memory.verdicts(pid)]
@@ -88,10 +97,9 @@ def check(roots: Sequence[int], policy: Policy = NO_POLICY) -> list[Verdict]:
         # what was read of a descendant while it ended is not true of anything
         if procfs.lives(pid):
             found += judged
-    found += namespaces.verdicts(roots, members)
     found += _births(members)
     found += segments.verdicts(members)
-    found += ipc.verdicts(members)
+    found += ipc.verdicts(members, whole=any(Kind.IPC in own_kinds(root) for root in roots))
     found += files.verdicts(members, policy)
     found += [_judge(one, policy) for one in connections(members)]
     return found

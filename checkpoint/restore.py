@@ -21,6 +21,7 @@ stopped (a SIGSTOP is queued to each thread).
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
@@ -50,7 +51,6 @@ from checkpoint.memory.layout import MemoryLayout
 from checkpoint.records import FilesDelta, LiveTree, Manifest, MapsDelta, ProcessRecord, TreeRecord
 from checkpoint.spawn import Stub
 from checkpoint.state import clocks, table
-from checkpoint.state.cgroup import Cgroups
 from checkpoint.state.registers import Registers
 from checkpoint.traces import Made, NoteWriter, Rules, StagedName, Stubs, Trace, Traced, write
 from tcpstate.rebuild import Difference
@@ -115,6 +115,7 @@ class Restore:
         self._ground = self._new_ground()
         self._clocks_go_on = False
         self._ipc: list[SystemV] = []
+        self._inside = contextlib.ExitStack()
 
     def _keep_warning(self, text: str) -> None:
         self.warnings.append(text)
@@ -266,13 +267,20 @@ class Restore:
             stubs=self.stubs,
             ahead=self._ahead,
         )
+        self._rebuilder.own_ipc = own_ipc = self._tree.spaces.ipc is not None
         if self._check:
             for warning in self._rebuilder.check():
                 self._warn(warning)
-        ipc.check(self._tree.ipc)
+        if not own_ipc:
+            ipc.check(self._tree.ipc)
         if not goes_on:
             self._ground.grow_anew(self._tree.processes, taken, self._tree.spaces)
-        ipc.make(self._tree.ipc, lambda path: write(self.note, Trace.MADE, Made(path=path)), self._ipc.append)
+        # the tree stands in its namespaces: so do we, as far as its objects and files are made in them
+        first, own_mounts = next(iter(self.stubs.values())).pid, self._tree.spaces.mounts is not None
+        self._rebuilder.root = f"/proc/{first}/root" if own_mounts or self.init else ""
+        self._tree.spaces.join(first, self._inside)
+        note_path = None if own_ipc else lambda path: write(self.note, Trace.MADE, Made(path=path))
+        ipc.make(self._tree.ipc, note_path, self._ipc.append)
         self._bear_named_threads(self._files)
         self._rebuilder.rebuild()
         for pid, one in self._layouts.items():
@@ -343,18 +351,10 @@ class Restore:
             stub.leave()
             if record.state is not None:
                 table.install(stub, record.state)
-        self._complete_init()
+        if self._ground.init is not None and self.manifest is not None:
+            newpids.complete(self._ground.init, self.manifest.roots[0], self._living(), self._warn)
         self._processes_complete = True
         self._secure(self._rebuilder)
-
-    def _complete_init(self) -> None:
-        """The first process of a PID namespace that the tree did not have."""
-        init = self._ground.init
-        if init is None or self.manifest is None:
-            return
-        root = next(record for record in self._living() if record.task.pid == self.manifest.roots[0])
-        if root.state is not None:
-            newpids.complete(init, root.task.pid, root.state.get(Cgroups), self._warn)
 
     @property
     def init(self) -> int:
@@ -476,6 +476,7 @@ class Restore:
             self._rebuilder = None
         ipc.remove(self._ipc)
         self._ipc.clear()
+        self._inside.close()
         self._ground.close()
         self._blackhole.remove()
         gc.enable()
@@ -491,6 +492,7 @@ class Restore:
         if self._rebuilder is not None:
             self._rebuilder.close()
             self._rebuilder = None
+        self._inside.close()
         self._ground.close()
         self._blackhole.remove()
         gc.enable()

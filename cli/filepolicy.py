@@ -65,6 +65,12 @@ def file_places(function: _F) -> _F:
             multiple=True,
             help="What is on interface OLD (addresses, sockets bound to it) is on NEW there.",
         ),
+        click.option(
+            "--veth",
+            metavar="NAME=BRIDGE",
+            multiple=True,
+            help="The link NAME of the tree's own network namespace leads into BRIDGE there.",
+        ),
     )
 
 
@@ -94,6 +100,7 @@ def places_of(
     path_map: tuple[str, ...],
     overwrite: bool,
     map_dev: tuple[str, ...],
+    veth: tuple[str, ...] = (),
     ship: bool = False,
     external: tuple[str, ...] = (),
     **_: object,
@@ -105,7 +112,8 @@ def places_of(
         ship=ship,
         overwrite=overwrite,
         external=tuple(map(External.parse, external)),
-        devices=dict(map(_pair, map_dev)),
+        devices=dict(_pair("--map-dev OLD=NEW", text) for text in map_dev),
+        bridges=dict(_pair("--veth NAME=BRIDGE", text) for text in veth),
     )
 
 
@@ -120,8 +128,8 @@ def require(wanted: str, given: Mapping[str, object]) -> None:
         raise UsageMistake(f"{' and '.join(names)} {'want' if len(names) > 1 else 'wants'} {wanted} as well")
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _pair(option: str, text: str) -> tuple[str, str]:
     old, equals, new = text.partition("=")
     if not (old and equals and new):
-        raise UsageMistake("--map-dev wants OLD=NEW", object=text)
+        raise UsageMistake(option.replace(" ", " wants "), object=text)
     return old, new

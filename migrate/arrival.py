@@ -37,6 +37,7 @@ from migrate.errors import AddressChangeFailed, AddressNotLocal, AddressTakenAtT
 from migrate.routes import RouteRecord, portable_route, portable_rule, route_body, rule_body
 from migrate.rtnetlink import (
     AddressFlag,
+    LinkFlag,
     MessageType,
     Netlink,
     Request,
@@ -182,7 +183,7 @@ class Arrival:
             label = record.label.replace(record.interface, interface.name, 1)[:15]
             record = replace(record, interface=interface.name, label=label)
             self._landings.append(Landing(record=record, interface=interface.index))
-            if interface.resolves:
+            if interface.resolves and interface.flags & LinkFlag.RUNNING:
                 probed.setdefault(interface.index, (interface, []))[1].append(record)
         taken: dict[str, str] = {}
         for interface, records in probed.values():

@@ -29,6 +29,7 @@ from migrate.messages import (
 from migrate.protocol import SourceMachine
 from migrate.settle import end_rebuilt, finish_rebuilt
 from migrate.transport import DEFAULT_REMOTE_COMMAND, DEFAULT_RSH, Remote
+from migrate.whereabouts import in_its_network
 from tcpstate.errors import TcpmigError
 
 __all__ = ["Answer", "answer", "ask"]
@@ -92,9 +93,10 @@ def answer(question: Ask, still_at_it: Callable[[], None], *, directory: Path | 
         view = read_journal(view.path)
     if view is None:
         return Told(migration=question.migration, standing=Standing.UNKNOWN)
-    standing = stands(view)
-    to_do = view.closed is None and view.mine and standing in (Standing.HELD, Standing.ABORTED)
-    return _settled(view) if question.settle and to_do else _told(view, standing)
+    with in_its_network(view) as view:
+        standing = stands(view)
+        to_do = view.closed is None and view.mine and standing in (Standing.HELD, Standing.ABORTED)
+        return _settled(view) if question.settle and to_do else _told(view, standing)
 
 
 def stands(view: JournalView) -> Standing:

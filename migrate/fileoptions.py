@@ -19,6 +19,7 @@ __all__ = ["FileOptions", "device_texts", "devices_told", "shared_and_apart"]
 
 _MAP = "map:"
 _DEVICE = "device:"
+_BRIDGE = "bridge:"
 _SHIP = "ship"
 _OVERWRITE = "overwrite"
 _YES = "yes"
@@ -32,6 +33,7 @@ class FileOptions:
     ship       files that are open for writing travel along where they are not shared
     overwrite  also where another file is at their place
     external   restore: what is put in the place of files that did not follow
+    bridges    ``--veth``: links of the tree's network namespace to bridges there
     devices    ``--map-dev``: interface names of the source to those there; they travel apart (:func:`device_texts`)
     """
 
@@ -39,11 +41,13 @@ class FileOptions:
     ship: bool = False
     overwrite: bool = False
     external: tuple[External, ...] = ()
+    bridges: dict[str, str] = field(default_factory=dict)
     devices: dict[str, str] = field(default_factory=dict)
 
     def texts(self) -> dict[str, str]:
         """For the message."""
         found = {f"{_MAP}{old}": new for old, new in self.path.pairs.items()}
+        found |= {f"{_BRIDGE}{link}": bridge for link, bridge in self.bridges.items()}
         found |= {_SHIP: _YES} if self.ship else {}
         return found | ({_OVERWRITE: _YES} if self.overwrite else {})
 
@@ -51,7 +55,12 @@ class FileOptions:
     def told(cls, texts: Mapping[str, str]) -> FileOptions:
         """Of the message. BadPathMap."""
         pairs = [(name.removeprefix(_MAP), value) for name, value in texts.items() if name.startswith(_MAP)]
-        return cls(path=PathMap(pairs), ship=texts.get(_SHIP) == _YES, overwrite=texts.get(_OVERWRITE) == _YES)
+        return cls(
+            path=PathMap(pairs),
+            ship=texts.get(_SHIP) == _YES,
+            overwrite=texts.get(_OVERWRITE) == _YES,
+            bridges={name.removeprefix(_BRIDGE): to for name, to in texts.items() if name.startswith(_BRIDGE)},
+        )
 
 
 def device_texts(map_dev: Mapping[str, str]) -> dict[str, str]:

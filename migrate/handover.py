@@ -31,6 +31,7 @@ from typing import TypeVar
 
 from checkpoint import procfs
 from checkpoint.errors import NoSuchProcess
+from checkpoint.namespaces.spaces import entered_network
 from checkpoint.verdict import refusals
 from migrate import holdstore
 from migrate.addresses import read_configuration
@@ -229,6 +230,8 @@ def hand_over() -> None:
         try:
             _agree(channel.receive())
             ask = _expect(channel, AskHold, "restore")
+            # a tree's own network namespace is where its connections are held
+            ends.enter_context(entered_network(holdstore.network_of(ask.hold)))
             record = holdstore.find(ask.hold)
             if record is None:
                 _only_gone(ask)

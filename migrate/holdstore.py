@@ -185,6 +185,17 @@ def find(hold: str) -> HoldRecord | None:
     return record if record.here else None
 
 
+def network_of(hold: str) -> int:
+    """The network namespace that a hold is in, if it is of this boot; else that of the calling thread."""
+    path = runtime_dir() / "holds" / f"{hold}.hold"
+    facts = host_facts()
+    if _ID.fullmatch(hold) and path.exists():
+        record = read(path)
+        if record.boot_id == facts.boot_id:
+            return record.network
+    return facts.network
+
+
 def named(text: str) -> HoldRecord:
     """The hold that a person means: its ID, or the beginning of it if there is only one such. NoSuchHold."""
     found = [record for record in holds() if record.hold.startswith(text.lower())] if text else []

@@ -15,6 +15,7 @@ from checkpoint.errors import FileMissing, InterfaceMissing, LazyImpossible, Pai
 from checkpoint.files.verdicts import judge_here
 from checkpoint.image.format import FrameReader
 from checkpoint.memory.lazy import available
+from checkpoint.namespaces.network import NewNetwork
 from checkpoint.restore import Restore
 from checkpoint.traces import NoteWriter
 from checkpoint.verdict import Verdict, refusals
@@ -54,6 +55,7 @@ class IncomingTrees:
         self._pairs: list[tuple[str, str]] = []
         self._kept: KeptFrames | None = None
         self._bringer: Bringer | None = None
+        self._network: NewNetwork | None = None
 
     # -- the image ------------------------------------------------------------------------------------------------
 
@@ -88,6 +90,8 @@ class IncomingTrees:
                 )
             )
         told = FileOptions.told(options)
+        if needs.network is not None:
+            found += self._enter_network(NewNetwork(needs.network, told.bridges))
         devices = devices_told(options)
         self._restore.place(told.path, overwrite=told.overwrite, devices=devices)
         found += judge_here(
@@ -117,6 +121,15 @@ class IncomingTrees:
         self._restore.bring(self._bringer)
         return []
 
+    def _enter_network(self, network: NewNetwork) -> list[Verdict]:
+        """A network namespace like the tree's, in which we are from now on: addresses, sockets and processes of it are
+        made there."""
+        missing = [Verdict.refuse(error, "network namespace") for error in network.check()]
+        if not missing:
+            network.enter()
+            self._network = network
+        return missing
+
     def prepare(self, note: NoteWriter) -> None:
         """What can be done before the stop."""
         self._restore.note = note
@@ -144,11 +157,16 @@ class IncomingTrees:
         """The processes outlive this program."""
         if self._bringer is not None:
             self._bringer.seal()
+        if self._network is not None:
+            # the original is silent, and has no addresses any more
+            self._network.connect()
         self._restore.survive()
 
     def release(self) -> None:
         """Connections send and answer."""
         self._restore.release()
+        if self._network is not None:
+            self._network.settle()
 
     def replay(self, segments: Sequence[bytes]) -> None:
         """What the source captured and, the first time, what was captured here before the release.
@@ -199,6 +217,8 @@ class IncomingTrees:
         if self._kept is not None:
             self._kept.close()
         self._executor.shutdown()
+        if self._network is not None:
+            self._network.close()
 
 
 def _pairs(needs: Needs) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import checkpoint.files.kinds  # noqa: F401  (makes every kind of open file known to the codec)
 from checkpoint.files.base import OpenFile
 from checkpoint.files.regular import RegularFile
+from checkpoint.namespaces.network import Network
 from checkpoint.verdict import Verdict
 from migrate.addresses import AddressRecord
 from migrate.unithook import HookUnit
@@ -160,6 +161,7 @@ class Needs:
     units           services at the source that the processes are in; for the hook there
     devices         interfaces, by their names at the source, that connections are bound to
     forward         how connections are forwarded, in place of addresses that move
+    network         the tree's own network namespace; None: it is in its host's
     """
 
     trees: tuple[TreeNeed, ...]
@@ -180,6 +182,7 @@ class Needs:
     cpu: CpuState | None = None
     devices: tuple[str, ...] = ()
     forward: ForwardNeed | None = None
+    network: Network | None = None
 
     def by_our_numbers(self, pids: dict[int, int]) -> dict[int, int]:
         """At the source: by the roots' numbers there, what comes by those that they have themselves."""

@@ -31,6 +31,7 @@ from checkpoint.image.writer import ImageFile
 from checkpoint.live import Round as LiveRound
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.namespaces.numbers import Numbers
+from checkpoint.namespaces.spaces import Spaces, own_network
 from checkpoint.throttle import Throttle
 from migrate.clock import monotonic_ns
 from migrate.hostfacts import ACCEPT_QUEUE, AHEAD
@@ -132,6 +133,7 @@ class OutgoingTrees:
             features=kernelneeds.needed(members),
             units=tuple(_hook_unit(one) for one in supervisors.supervised(members)),
             devices=tuple(sorted(devices)),
+            network=own_network(self._roots[0]),
         )
 
     def share(self, shared: Sequence[str], apart: Sequence[str]) -> None:
@@ -419,4 +421,5 @@ def _directories(members: Sequence[int]) -> set[str]:
         for name in ("cwd", "root"):
             with contextlib.suppress(OSError):
                 found.add(os.readlink(f"/proc/{pid}/{name}"))
-    return found
+    spaces = Spaces.of(members[:1])
+    return found if spaces.mounts is None else found | spaces.mounts.directories

@@ -28,6 +28,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from checkpoint.namespaces.spaces import at_home
 from migrate.asking import ask
 from migrate.errors import (
     JournalInUse,
@@ -40,6 +41,7 @@ from migrate.journal import Journal, JournalView, Role, StepKind, journals, read
 from migrate.messages import Standing
 from migrate.settle import discard_original, end_rebuilt, finish_rebuilt, give_up_hold, resume_original
 from migrate.traces import Traces
+from migrate.whereabouts import in_its_network
 from tcpstate.errors import Outcome, TcpmigError
 
 __all__ = ["Assume", "Item", "Report", "State", "recover", "survey"]
@@ -151,11 +153,15 @@ def recover(
     views = survey(directory)
     if name:
         views = [_named(views, name)]
-    items = [_item(view) for view in views]
-    if assume is not None:
-        return Report(items=tuple(_assumed(view, item, assume) for view, item in zip(views, items, strict=True)))
-    act = _foretell if dry_run else _settle
-    return Report(items=tuple(act(view, item) for view, item in zip(views, items, strict=True)))
+    items = []
+    for each in views:
+        with in_its_network(each) as view:
+            item = _item(view)
+            if assume is not None:
+                items.append(_assumed(view, item, assume))
+            else:
+                items.append(_foretell(view, item) if dry_run else _settle(view, item))
+    return Report(items=tuple(items))
 
 
 def _named(views: Sequence[JournalView], name: str) -> JournalView:
@@ -186,7 +192,8 @@ def _foretell(view: JournalView, item: Item) -> Item:
     if item.state is not State.DOUBT:
         return replace(item, done=_WORDS.get(item.state, ""))
     try:
-        standing = ask(view, settle=False).told.standing
+        with at_home():
+            standing = ask(view, settle=False).told.standing
     except TcpmigError as error:
         return _failed(item, Unsettled(f"{item.host} cannot be asked: {error.message}", object=item.id))
     return replace(item, done=f"{item.host} says: {standing.value}")
@@ -244,7 +251,8 @@ def _decide(view: JournalView, item: Item, journal: Journal) -> State:
     if state is not State.DOUBT:
         return state
     try:
-        answer = ask(view, settle=True)
+        with at_home():
+            answer = ask(view, settle=True)
     except TcpmigError as error:
         raise Unsettled(f"{item.host} cannot be asked: {error.message}", object=item.id) from error
     told = answer.told

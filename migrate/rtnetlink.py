@@ -161,6 +161,7 @@ class LinkFlag(enum.IntFlag):
 
     UP = 0x1
     LOOPBACK = 0x8
+    RUNNING = 0x40
     NOARP = 0x80
 
 

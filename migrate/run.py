@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from checkpoint.files.policy import NO_POLICY, Policy
+from checkpoint.namespaces.spaces import Kind, entered, own_kinds
+from migrate.addresses import read_configuration
 from migrate.incoming import IncomingTrees
 from migrate.outgoing import OutgoingTrees
+from migrate.rtnetlink import Netlink
 from migrate.source import Source
 from migrate.summary import Checked, SourceOptions, Summary
+from migrate.takeover import all_addresses
 from migrate.target import Received, Target
 from migrate.transport import DEFAULT_REMOTE_COMMAND, DEFAULT_RSH, Remote
 from migrate.wire import Channel
@@ -29,8 +34,8 @@ def migrate(
 ) -> Summary:
     """Move the process trees at ``roots`` to ``host``. Raises the TcpmigError that ended it; see
     :meth:`migrate.source.Source.run`."""
-    with Remote(host, rsh=rsh, remote_command=remote_command) as remote:
-        return Source(_trees(roots, policy, options), remote, options).run()
+    with Remote(host, rsh=rsh, remote_command=remote_command) as remote, entered(roots[0]):
+        return Source(_trees(roots, policy, options), remote, _with_network(roots, options)).run()
 
 
 def check(
@@ -43,8 +48,21 @@ def check(
     policy: Policy = NO_POLICY,
 ) -> Checked:
     """Could they be moved? Both hosts are asked; nothing is stopped or changed. Raises the first refusal."""
-    with Remote(host, rsh=rsh, remote_command=remote_command) as remote:
-        return Source(_trees(roots, policy, options), remote, options).check()
+    with Remote(host, rsh=rsh, remote_command=remote_command) as remote, entered(roots[0]):
+        return Source(_trees(roots, policy, options), remote, _with_network(roots, options)).check()
+
+
+def _with_network(roots: Sequence[int], options: SourceOptions | None) -> SourceOptions:
+    """What the options mean for a tree in a network namespace of its own, in which we are: all of its addresses move,
+    and its links have the same names there."""
+    options = options or SourceOptions()
+    if Kind.NET not in own_kinds(roots[0]):
+        return options
+    with Netlink() as netlink:
+        here = read_configuration(netlink)
+        address = all_addresses(netlink) if options.address == "auto" else options.address
+    names = {interface.name: interface.name for interface in here.interfaces if not interface.loopback}
+    return replace(options, address=address, map_dev=names | options.map_dev)
 
 
 def _trees(roots: Sequence[int], policy: Policy, options: SourceOptions | None) -> OutgoingTrees:

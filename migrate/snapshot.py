@@ -30,6 +30,8 @@ from checkpoint.image.frames import Kind
 from checkpoint.image.reader import ImageReader, open_image
 from checkpoint.image.writer import ImageFile
 from checkpoint.memory.lazy import available
+from checkpoint.namespaces.network import Network
+from checkpoint.namespaces.spaces import entered
 from checkpoint.preflight import pids as members_of
 from checkpoint.restore import Restore
 from checkpoint.traces import Made, Trace, write
@@ -45,10 +47,11 @@ from migrate.hold import DEFAULT_TIMEOUT, HoldMade, NewHold, TakenHold
 from migrate.journal import AddressesArrive, End, Journal, Role, Step, StepKind
 from migrate.kept import KeptFrames
 from migrate.outgoing import OutgoingTrees
+from migrate.ownnetwork import enter_network, probe
 from migrate.rounds import Round
 from migrate.rtnetlink import Netlink
 from migrate.summary import MAX_DOWNTIME_MS
-from migrate.takeover import AddressPlan, AddressPolicy, Arrival, plan, prefix_lengths, select
+from migrate.takeover import AddressPlan, AddressPolicy, Arrival, all_addresses, plan, prefix_lengths, select
 from migrate.unithook import HookFacts, UnitHook
 from tcpstate.capture import Capture
 from tcpstate.errors import Outcome
@@ -68,13 +71,15 @@ _NAME_THE_ORIGIN = (
 class Addresses:
     """The record ADDRESSES: what has to be local where the image is restored.
 
-    moved  whether they were taken from the origin's host, and so have to be added
-    peers  the other ends of the connections
+    moved    whether they were taken from the origin's host, and so have to be added
+    peers    the other ends of the connections
+    network  the tree's own network namespace, which has the addresses; None: its host has them
     """
 
     records: tuple[AddressRecord, ...] = ()
     moved: bool = False
     peers: tuple[str, ...] = ()
+    network: Network | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,16 +173,28 @@ def checkpoint(
     if unit_hook and not leave_running:
         hook = UnitHook(unit_hook, HookFacts(command="checkpoint", role="source", host=path, pids=tuple(roots)))
     trees = OutgoingTrees(roots, files, stay=leave_running, unit_hook=hook is not None)
-    with Netlink() as netlink, contextlib.closing(trees), contextlib.ExitStack() as ends:
+    with (
+        entered(roots[0]),
+        Netlink() as netlink,
+        contextlib.closing(trees),
+        contextlib.ExitStack() as ends,
+    ):
         older = ends.enter_context(contextlib.closing(_chain(parent))) if parent else None
         needs = trees.needs()
+        if needs.network is not None and address == "auto":
+            address = all_addresses(netlink)
         wanted = select(address, needs.used_addresses)
         # the addresses stay here: only a restore elsewhere takes them from whoever uses them too
         allow, lengths = AddressPolicy.ALLOW, prefix_lengths(address)
         chosen = plan(netlink, wanted, pids=members_of(roots), control={}, policy=allow, lengths=lengths)
         if not leave_running:
             _refuse(chosen)
-        addresses = Addresses(records=chosen.records, moved=not leave_running, peers=needs.peers)
+        addresses = Addresses(
+            records=chosen.records,
+            moved=not leave_running or needs.network is not None,
+            peers=needs.peers,
+            network=needs.network,
+        )
         identity = secrets.token_hex(16)
         journal = Journal.open(Role.CHECKPOINT, identity, roots=tuple(roots), image=os.path.abspath(path))
         hold: NewHold | None = None
@@ -304,6 +321,9 @@ def restore(
         chain = open_chain(image, executor=executor)
         ends.callback(chain.close)
         addresses, made = _last(image, Kind.ADDRESSES, Addresses), _last(image, Kind.HOLD, HoldMade)
+        files = files or FileOptions()
+        own = None if addresses is None else addresses.network
+        network = enter_network(ends, own, made if origin is None else None, files)
         held = None if made is None or origin is not None else _held_here(made)
         if held is not None:
             ends.enter_context(held)
@@ -313,11 +333,13 @@ def restore(
                 raise NotHeld("the connections of this image are not held anywhere", object=path)
             macs = origin.ask(made, [record.address for record in _records(addresses)])
         coming = _records(addresses) if take_addresses else ()
+        if network is not None:
+            probe(network, coming, macs)
         if made is not None and made.here:
             # it is this host's image: what is local is so because it never left
             coming = _not_local(coming)
-        files = files or FileOptions()
-        arrival = ends.enter_context(Arrival(coming, map_dev=files.devices))
+        names = {} if network is None else network.network.names
+        arrival = ends.enter_context(Arrival(coming, map_dev=names | files.devices))
         verdicts = arrival.check(macs)
         for first in refusals(verdicts):
             held_there = first.code == AddressTakenAtTarget.code and made is not None and origin is None
@@ -354,6 +376,8 @@ def restore(
                 segments += origin.give_up()
             if bringer is not None:
                 bringer.seal()
+            if network is not None:
+                network.connect()
             rebuilt.survive()
             journal.append(AddressesArrive(arrival=arrival.record), Step(step=StepKind.STARTED))
             arrival.add()
@@ -369,6 +393,8 @@ def restore(
             raise
         connections = rebuilt.connections
         rebuilt.release()
+        if network is not None:
+            network.settle()
         with logged("announcing the addresses"):
             arrival.announce(time.monotonic())
         with logged("sockets that were connecting"):

@@ -37,6 +37,7 @@ __all__ = [
     "ArrivalRecord",
     "Departure",
     "DepartureRecord",
+    "all_addresses",
     "consider",
     "control_addresses",
     "give_back",
@@ -85,6 +86,18 @@ def select(option: str, used: Iterable[str]) -> tuple[str, ...]:
             continue
         found[str(address)] = None
     return tuple(found)
+
+
+def all_addresses(netlink: Netlink) -> str:
+    """For ``--address``: all that move with a network namespace: neither the loopback's, nor those that a link has by
+    itself."""
+    found = [
+        record.address
+        for interface in read_configuration(netlink).interfaces
+        for record in interface.addresses
+        if not interface.loopback and not ipaddress.ip_address(record.address).is_link_local
+    ]
+    return ",".join(found) or "none"
 
 
 def prefix_lengths(option: str) -> dict[str, int]:

@@ -66,6 +66,7 @@ __all__ = ["Rebuilder"]
 _log = logging.getLogger(__name__)
 
 _OWNER: Final = struct.Struct("<ii")  # struct f_owner_ex
+_NOBODY: Final = 1 << 22  # a number that no process has (PID_MAX_LIMIT)
 
 
 def _has_another(record: OpenFile) -> bool:
@@ -92,6 +93,8 @@ class Rebuilder:
     ahead      connections that were built before the stop: the first of the files
 
     stubs      the new processes, by the PIDs of the source: what is to be theirs from the beginning is made in them
+    root       our path of the tree's root directory, if its mount namespace is its own: its files are opened below it
+    own_ipc    the tree has an IPC namespace of its own, and we are in it: nothing is taken in there, nor outlasts it
     terminals  pseudo terminals that are somebody's controlling terminal already, by number; they stay the caller's
 
     Kinds use: ``files`` (all records), ``descriptor``, ``content``, ``shared`` (things that several descriptions have
@@ -138,6 +141,8 @@ class Rebuilder:
         self.written = {f.path for f in self.files if isinstance(f, RegularFile) and f.written}
         self.shipments: list[Shipment] = []
         self.path = path
+        self.root = ""
+        self.own_ipc = False
         self.warn = warn
         self.note_path = note_path
         self.blackhole = Blackhole() if blackhole is None else blackhole
@@ -262,6 +267,10 @@ class Rebuilder:
         if pos:
             os.lseek(fd, pos, os.SEEK_SET)
 
+    def place(self, path: str) -> str:
+        """Where we open a file of the tree: by the mounts that are its own, if it has some."""
+        return self.root + self.path(path)
+
     def number(self, pid: int) -> int:
         """What we call a process, thread, group or session of the tree; 0: it has no number, or is not there."""
         return number_here(self.stubs, pid)
@@ -338,19 +347,13 @@ class Rebuilder:
             return
         if owner.pid:
             try:
-                fcntl.fcntl(fd, Fcntl.SETOWN_EX, _OWNER.pack(owner.type, self._there(owner.pid)))
+                fcntl.fcntl(fd, Fcntl.SETOWN_EX, _OWNER.pack(owner.type, self.number(owner.pid) or _NOBODY))
             except ProcessLookupError:
                 self.warn(f"pid {owner.pid}, who was told of a file's readiness by signal, does not exist")
         if owner.signal:
             fcntl.fcntl(fd, Fcntl.SETSIG, owner.signal)
         if record.flags & FileFlag.ASYNC:
             fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | FileFlag.ASYNC)
-
-    def _there(self, pid: int) -> int:
-        here = self.number(pid)
-        if not here:
-            raise ProcessLookupError(pid)
-        return here
 
     def write_content(self, index: int, runs: Sequence[tuple[int, int]], data: bytes | memoryview) -> None:
         """Bytes of a content: ``runs`` are (offset, length), ``data`` what belongs there, one after the other."""

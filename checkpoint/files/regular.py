@@ -155,7 +155,7 @@ class PathOnly(OpenFile):
         return ""
 
     def rebuild(self, host: Rebuilder) -> int:
-        path = host.path(self.path)
+        path = host.place(self.path)
         return _open(path, self.flags | FileFlag.PATH, path)
 
 
@@ -396,7 +396,7 @@ class RegularFile(OpenFile):
         return f"{path} has changed: {self.marks.beside(here)}"
 
     def rebuild(self, host: Rebuilder) -> int:
-        path = host.path(self.path)
+        path = host.place(self.path)
         # the type is looked at first: opening a fifo of that name would wait for ever
         _found(path, "regular file")
         fd = _open(path, self.flags, path)
@@ -433,7 +433,7 @@ class Directory(OpenFile):
         return ""
 
     def rebuild(self, host: Rebuilder) -> int:
-        path = host.path(self.path)
+        path = host.place(self.path)
         fd = _open(path, self.flags | FileFlag.DIRECTORY, path)
         _seek(fd, self.pos, path)
         return fd

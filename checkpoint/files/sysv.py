@@ -79,7 +79,7 @@ class SysvSegment(OpenFile):
         )
 
     def check(self, host: Rebuilder) -> str:
-        if sysv.look(self.number) is not None:
+        if not host.own_ipc and sysv.look(self.number) is not None:
             raise SegmentTaken(f"there is a segment with the ID {self.number} here", object=self._name)
         return ""
 
@@ -102,7 +102,7 @@ class SysvSegment(OpenFile):
 
     def _make(self, host: Rebuilder) -> int:
         size = host.records.contents[self.content].size
-        if host.note_path is not None:
+        if host.note_path is not None and not host.own_ipc:
             host.note_path(self.note)
         try:
             if not sysv.create(self.number, self.key, size, self.mode):

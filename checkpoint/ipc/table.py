@@ -26,6 +26,7 @@ from checkpoint.ipc.base import SystemV
 from checkpoint.ipc.queues import MessageQueue
 from checkpoint.ipc.semaphores import SemaphoreSet
 from checkpoint.kernel.sysvipc import Listed
+from checkpoint.namespaces.spaces import Kind, own_kinds
 from checkpoint.verdict import Status, Verdict
 from tcpstate.errors import KernelFeatureMissing
 from tcpstate.kernel.calls import CallError
@@ -62,8 +63,13 @@ def _waiting(pids: Iterable[int]) -> dict[tuple[int, int], set[int]]:
     return found
 
 
-def _of_tree(pids: Sequence[int], before: _Known = frozenset()) -> list[tuple[type[SystemV], Listed, set[int]]]:
-    """(kind, object, its living users outside of the tree) of each object that the tree uses, or used ``before``."""
+def _of_tree(
+    pids: Sequence[int], before: _Known = frozenset(), *, whole: bool = False
+) -> list[tuple[type[SystemV], Listed, set[int]]]:
+    """(kind, object, its living users outside of the tree) of each object that the tree uses, or used ``before``.
+
+    whole  the IPC namespace is the tree's own: all objects in it are
+    """
     listed = [(kind, one) for kind in KINDS for one in kind.listed()]
     if not listed:
         return []
@@ -78,7 +84,7 @@ def _of_tree(pids: Sequence[int], before: _Known = frozenset()) -> list[tuple[ty
             raise
         for call in kind.waits:
             users |= waiting.get((call, one.number), set())
-        if users & set(pids) or (kind.what, one.number) in before:
+        if whole or users & set(pids) or (kind.what, one.number) in before:
             found.append((kind, one, {pid for pid in users - set(pids) if procfs.lives(pid)}))
     return found
 
@@ -88,10 +94,10 @@ def _shared(kind: type[SystemV], one: Listed, others: set[int]) -> IpcShared:
     return IpcShared(f"it is used by {names} outside of the tree, too", object=f"{kind.what} {one.number}")
 
 
-def verdicts(pids: Sequence[int]) -> list[Verdict]:
-    """One verdict for each object that the tree uses."""
+def verdicts(pids: Sequence[int], *, whole: bool = False) -> list[Verdict]:
+    """One verdict for each object that the tree uses; ``whole``: all that are in its own namespace."""
     try:
-        objects = _of_tree(pids)
+        objects = _of_tree(pids, whole=whole)
     except KernelFeatureMissing as error:
         return [Verdict.refuse(error, "semaphores")]
     found = []
@@ -105,20 +111,27 @@ def verdicts(pids: Sequence[int]) -> list[Verdict]:
 
 
 class Objects:
-    """The objects of a tree on its way out. ``records``: what :meth:`capture` found."""
+    """The objects of a tree on its way out.
+
+    records  what :meth:`capture` found
+    whole    the IPC namespace is the tree's own, as :meth:`look` has found: all objects in it are, and go with it
+    """
 
     def __init__(self) -> None:
         self.records: tuple[SystemV, ...] = ()
+        self.whole = False
         self._before: _Known = frozenset()
 
     def look(self, pids: Sequence[int]) -> None:
-        """While the processes run: who waits in an object shows only now. KernelFeatureMissing."""
-        self._before = frozenset((kind.what, one.number) for kind, one, _ in _of_tree(pids))
+        """While the processes run, the first of them the root: who waits in an object shows only now.
+        KernelFeatureMissing."""
+        self.whole = bool(pids) and Kind.IPC in own_kinds(pids[0])
+        self._before = frozenset((kind.what, one.number) for kind, one, _ in _of_tree(pids, whole=self.whole))
 
     def capture(self, pids: Sequence[int]) -> None:
         """The processes stand still. IpcShared, StateUnreadable, KernelFeatureMissing."""
         found = []
-        for kind, one, others in _of_tree(pids, self._before):
+        for kind, one, others in _of_tree(pids, self._before, whole=self.whole):
             if others:
                 raise _shared(kind, one, others)
             try:
@@ -128,10 +141,10 @@ class Objects:
                 raise StateUnreadable(f"it cannot be read: {error.strerror}", object=name) from error
         self.records = tuple(found)
 
-    @property
-    def notes(self) -> list[str]:
-        """What :func:`remove_noted` knows them by."""
-        return [_note(one) for one in self.records]
+    def notes(self, segments: Iterable[str]) -> list[str]:
+        """What :func:`remove_noted` knows them by, with the notes of shared memory segments; of a namespace that goes
+        with the tree nothing has to be removed."""
+        return [] if self.whole else [*segments, *map(_note, self.records)]
 
     def remove(self) -> None:
         """The processes are gone, and their copies are elsewhere or in an image. May be repeated."""

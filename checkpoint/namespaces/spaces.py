@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from checkpoint.errors import NamespaceNotMade, NoSuchProcess
+from checkpoint.errors import NamespaceNotMade, NetworkNotMovable, NoSuchProcess
 from checkpoint.kernel.clone import CloneFlag
+from checkpoint.namespaces import network
+from checkpoint.namespaces.ipc import IpcSettings
+from checkpoint.namespaces.mounts import Mounts
+from checkpoint.namespaces.network import Network
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.calls import CallError, CallTable
 from tcpstate.kernel.machine import SYS
@@ -25,7 +29,21 @@ from tcpstate.kernel.machine import SYS
 if TYPE_CHECKING:
     from checkpoint.spawn import Stub
 
-__all__ = ["NO_SPACES", "Kind", "Spaces", "Uts", "inside", "own_kinds", "same_space"]
+__all__ = [
+    "NO_SPACES",
+    "Kind",
+    "Spaces",
+    "Uts",
+    "at_home",
+    "entered",
+    "entered_network",
+    "inside",
+    "network_reasons",
+    "own_kinds",
+    "own_network",
+    "run_in",
+    "same_space",
+]
 
 #: __NEW_UTS_LEN, include/uapi/linux/utsname.h
 _NAME_MAX: Final = 64
@@ -48,6 +66,10 @@ class Kind(enum.StrEnum):
         return CloneFlag.NEWNS if self is Kind.MNT else CloneFlag[f"NEW{self.name}"]
 
 
+#: System V objects and the settings of IPC; sockets, addresses and links
+_SEEN_INSIDE: Final = frozenset({Kind.IPC, Kind.NET})
+
+
 def _link(pid: int | str, name: str) -> str:
     """What tells a namespace from others; empty if the kernel has no such kind. NoSuchProcess."""
     try:
@@ -64,9 +86,66 @@ def same_space(name: str, first: int | str, second: int | str) -> bool:
     return _link(first, name) == _link(second, name)
 
 
+#: the namespaces that are ours while we are in a tree's (:func:`entered`), and descriptors of them
+_home: dict[Kind, str] = {}
+_ways_home: dict[Kind, int] = {}
+
+
 def own_kinds(root: int) -> frozenset[Kind]:
-    """The kinds of which a process is in another namespace than we. NoSuchProcess."""
-    return frozenset(kind for kind in Kind if not same_space(kind, root, "thread-self"))
+    """The kinds of which a process is in another namespace than we, or than we were before :func:`entered`.
+    NoSuchProcess."""
+    return frozenset(kind for kind in Kind if _link(root, kind) != (_home.get(kind) or _link("thread-self", kind)))
+
+
+@contextmanager
+def entered(root: int, kinds: frozenset[Kind] = _SEEN_INSIDE) -> Iterator[None]:
+    """The calling thread is in those namespaces of a process that are its own and that have things in them which are
+    only seen from inside, as long as the block lasts. NoSuchProcess, OSError."""
+    with ExitStack() as stack:
+        for kind in (kinds & own_kinds(root)) - _home.keys():
+            home, way = _link("thread-self", kind), os.open(f"/proc/thread-self/ns/{kind}", os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, way)
+            stack.enter_context(inside(root, kind))
+            _home[kind], _ways_home[kind] = home, way
+            stack.callback(_home.pop, kind)
+            stack.callback(_ways_home.pop, kind)
+        yield
+
+
+@contextmanager
+def entered_network(inode: int) -> Iterator[bool]:
+    """The calling thread is in the network namespace with this inode number, if a process here is in it, as long as
+    the block lasts. Whether it is. OSError."""
+    if os.stat("/proc/thread-self/ns/net").st_ino == inode:
+        yield True
+        return
+    pid = next((pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _network_of(pid) == inode), 0)
+    with entered(pid, frozenset({Kind.NET})) if pid else nullcontext():
+        yield bool(pid)
+
+
+@contextmanager
+def at_home() -> Iterator[None]:
+    """The calling thread is in the network namespace that it was started in, as long as the block lasts."""
+    with network.entered(_ways_home[Kind.NET]) if Kind.NET in _ways_home else nullcontext():
+        yield
+
+
+def _network_of(pid: int) -> int:
+    try:
+        return os.stat(f"/proc/{pid}/ns/net").st_ino
+    except OSError:
+        return 0  # it has ended, or is not ours to see
+
+
+def own_network(root: int) -> Network | None:
+    """The network namespace of a tree, if it is its own and :func:`entered`. NetworkNotMovable, OSError."""
+    return Network.of(_ways_home[Kind.NET]) if Kind.NET in own_kinds(root) else None
+
+
+def network_reasons() -> list[NetworkNotMovable]:
+    """What speaks against it, inside of it. OSError."""
+    return list(network.judge(_ways_home[Kind.NET]))
 
 
 @contextmanager
@@ -119,26 +198,56 @@ class Uts:
 class Spaces:
     """The namespaces that are a tree's own.
 
-    pids  a PID namespace: the tree's root is its first process
-    uts   a UTS namespace; None: the host's
+    pids    a PID namespace: the tree's root is its first process
+    uts     a UTS namespace; None: the host's
+    ipc     an IPC namespace; None: the host's
+    mounts  a mount namespace; None: the host's
     """
 
     pids: bool = False
     uts: Uts | None = None
+    ipc: IpcSettings | None = None
+    mounts: Mounts | None = None
 
     @classmethod
     def of(cls, roots: Sequence[int]) -> Spaces:
         """Those of trees that may move (verdicts() has said so). NoSuchProcess, OSError."""
         root = roots[0]
         own = own_kinds(root)
-        return cls(pids=Kind.PID in own, uts=Uts.of(root) if Kind.UTS in own else None)
+        return cls(
+            pids=Kind.PID in own,
+            uts=Uts.of(root) if Kind.UTS in own else None,
+            ipc=_settings(root) if Kind.IPC in own else None,
+            mounts=Mounts.of(root) if Kind.MNT in own else None,
+        )
 
-    def enter(self, stub: Stub) -> None:
-        """Let a root that was just born enter new ones; in a PID namespace it was born. NamespaceNotMade."""
+    def enter(self, stub: Stub, path: Callable[[str], str]) -> None:
+        """Let a root that was just born enter new ones; in a PID namespace it was born. NamespaceNotMade.
+
+        path  maps a path of the source to one here
+        """
         calls = CallTable()
         if self.uts is not None:
             self.uts.enter(calls)
+        if self.ipc is not None:
+            calls.call(SYS.unshare, CloneFlag.NEWIPC, label="unshare the IPC namespace")
+        if self.mounts is not None:
+            self.mounts.enter(calls, path)
         run_in(stub, calls)
+        if self.ipc is not None:
+            with inside(stub.pid, Kind.IPC):
+                self.ipc.give()
+
+    def join(self, pid: int, stack: ExitStack) -> None:
+        """The calling thread is in that of a rebuilt process's namespaces which things are made in for it, until the
+        stack is unwound. OSError."""
+        if self.ipc is not None:
+            stack.enter_context(inside(pid, Kind.IPC))
+
+
+def _settings(root: int) -> IpcSettings:
+    with inside(root, Kind.IPC):
+        return IpcSettings.read()
 
 
 NO_SPACES: Final = Spaces()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from checkpoint import procfs
@@ -19,14 +19,17 @@ from checkpoint.errors import (
     NoSuchProcess,
     NotTheInit,
 )
-from checkpoint.namespaces.spaces import Kind, own_kinds, same_space
+from checkpoint.namespaces.ipc import left_over
+from checkpoint.namespaces.mounts import judge
+from checkpoint.namespaces.spaces import Kind, entered, inside, network_reasons, own_kinds, same_space
 from checkpoint.tree import INIT
 from checkpoint.verdict import Status, Verdict
+from tcpstate.errors import TcpmigError
 
 __all__ = ["verdicts"]
 
 #: kinds that are made anew for the rebuilt tree
-_MADE: Final = frozenset({Kind.PID, Kind.UTS})
+_MADE: Final = frozenset({Kind.PID, Kind.UTS, Kind.IPC, Kind.MNT, Kind.NET})
 #: nobody else may be in them: the others are copied, and stay where they are
 _ALONE: Final = frozenset({Kind.PID})
 #: the rebuilt process is in the tool's, and is told so
@@ -77,6 +80,19 @@ def _judge(kind: Kind, root: int, members: Sequence[int]) -> Iterator[Verdict]:
             inner = NotTheInit(f"it has the number {numbers[-1]} in a PID namespace", object=name)
             yield Verdict.refuse(inner, what)
             return
+    reasons: Iterable[TcpmigError] = ()
+    if kind is Kind.MNT:
+        reasons = judge(root)
+    elif kind is Kind.IPC:
+        with inside(root, kind):
+            reasons = list(left_over())
+    elif kind is Kind.NET:
+        with entered(root):
+            reasons = network_reasons()
+    bad = [Verdict.refuse(error, what) for error in reasons]
+    if bad:
+        yield from bad
+        return
     others = _others(kind, root, members) if kind in _ALONE else []
     if others:
         shown = ", ".join(f"pid {pid}" for pid in others[:3])

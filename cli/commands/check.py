@@ -58,6 +58,7 @@ def check(
         of_there = {"--rsh": rsh, "--remote-command": remote_command, "--address": address != "auto"}
         of_there |= {"--map": files["path_map"], "--map-dev": files["map_dev"], "--overwrite": files["overwrite"]}
         of_there |= {"--cpu-unused": bool(cpu_unused)}
+        of_there |= {"--veth": files["veth"]}
         require("--to HOST", of_there)
     if not files["ship"]:
         require("--ship", {"--overwrite": files["overwrite"]})

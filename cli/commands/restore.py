@@ -65,6 +65,7 @@ def restore(
     path_map: tuple[str, ...],
     overwrite: bool,
     map_dev: tuple[str, ...],
+    veth: tuple[str, ...],
     external: tuple[str, ...],
 ) -> Result | None:
     """Let the processes of the image FILE run again, here, with their PIDs, connections and addresses.
@@ -76,7 +77,7 @@ def restore(
     if origin is None:
         of_there = {"--rsh": rsh != DEFAULT_RSH, "--remote-command": remote_command != DEFAULT_REMOTE_COMMAND}
         require("--from HOST", of_there | {"--address-policy": address_policy != AddressPolicy.REFUSE.value})
-    places = places_of(path_map=path_map, overwrite=overwrite, map_dev=map_dev, external=external)
+    places = places_of(path_map=path_map, overwrite=overwrite, map_dev=map_dev, veth=veth, external=external)
     with contextlib.ExitStack() as ends:
         out = ends.enter_context(_pid_file(pid_file))
         there = None

@@ -364,8 +364,15 @@ class NfTables(Netlink):
 
     def tables(self) -> list[str]:
         """The names of all tables of the family inet."""
+        return self._tables(_family())
+
+    def of_all_families(self) -> list[str]:
+        """The names of all tables."""
+        return self._tables(_GENERIC.pack(socket.AF_UNSPEC, 0, 0))
+
+    def _tables(self, family: bytes) -> list[str]:
         names = []
-        for body in self.dump(_Message.GETTABLE, _family()):
+        for body in self.dump(_Message.GETTABLE, family):
             found = dict(attributes(body, _GENERIC.size))
             names.append(found[_Table.NAME].rstrip(b"\0").decode(errors="replace"))
         return names

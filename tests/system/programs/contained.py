@@ -45,7 +45,44 @@ def myself() -> dict[str, object]:
         "directory": os.getcwd(),
         "root": sorted(os.listdir("/")),
         "user": os.getuid(),
+        "self": os.readlink("/proc/self"),
+        "mounts": mounts(),
+        "objects": system_v(),
     }
+
+
+def mounts() -> list[str]:
+    """What is mounted, with what options, without numbers; of control groups all is shown from one's own."""
+    with open("/proc/self/mountinfo") as file:
+        lines = [line.split(" - ") for line in file]
+    return [" ".join([*left.split()[3:6], right.split()[0]]) for left, right in lines if "cgroup" not in right]
+
+
+def system_v() -> list[list[str]]:
+    """IDs, keys, sizes and users of System V objects, as ipcs shows them, and the settings of their namespace."""
+    found = []
+    for name in ("shm", "sem", "msg"):
+        with open(f"/proc/sysvipc/{name}") as file:
+            found += [line.split()[:4] for line in file]
+    with open("/proc/sys/kernel/msgmax") as file:
+        return [*found, [file.read()]]
+
+
+def make_system_v() -> None:
+    """A segment that we attach, a set of semaphores and a queue with a message, which nobody uses from now on."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.shmat.restype = ctypes.c_void_p
+    segment = libc.shmget(1234, 8192, 0o1600)
+    address = libc.shmat(segment, None, 0)
+    ctypes.memmove(address, b"segment", 7)
+    if os.fork() == 0:  # the last user is somebody who is no more
+        libc.semget(1235, 3, 0o1600)
+        queue = libc.msgget(1236, 0o1600)
+        libc.msgsnd(queue, struct.pack("l7s", 5, b"message"), 7, 0)
+        os._exit(0)
+    os.wait()
+    with open("/proc/sys/kernel/msgmax", "w") as file:
+        file.write("9000")
 
 
 def child(line: socket.socket) -> None:
@@ -112,6 +149,8 @@ def _signal(pidfd: int) -> bool:
 
 
 if __name__ == "__main__":
+    if os.environ.get("SYSTEM_V"):
+        make_system_v()
     if len(sys.argv) > 3:
         socket.sethostname(sys.argv[3])
     if len(sys.argv) > 4:

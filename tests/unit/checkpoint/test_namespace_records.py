@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from dataclasses import dataclass
@@ -19,12 +20,18 @@ from checkpoint.files.treefiles import TreeFiles
 from checkpoint.files.unixqueue import Message
 from checkpoint.ipc.queues import MessageQueue
 from checkpoint.ipc.semaphores import SemaphoreSet, Undo
+from checkpoint.kernel.mountinfo import parse
+from checkpoint.kernel.mounts import MountFlag
 from checkpoint.namespaces.here import number_here
+from checkpoint.namespaces.ipc import IpcSettings
+from checkpoint.namespaces.mounts import Mount, Mounts
+from checkpoint.namespaces.network import Link, Network
 from checkpoint.namespaces.numbers import Numbers
 from checkpoint.namespaces.spaces import NO_SPACES, Spaces, Uts
 from checkpoint.newpids import with_init
 from checkpoint.tree import Task
 from tcpstate.codec import pack, unpack
+from tcpstate.kernel.calls import CallTable
 
 COMMON: dict[str, Any] = {"number": 7, "key": -5, "mode": 0o640, "uid": 1, "gid": 2}
 INNER = {100: 1, 101: 2, 102: 3}
@@ -74,7 +81,20 @@ def test_in_our_namespace_nothing_is_renumbered() -> None:
     assert (same(100), same.task(task)) == (100, task)
 
 
-@pytest.mark.parametrize("spaces", [NO_SPACES, Spaces(pids=True, uts=Uts(host=b"h" * 64, domain=b""))])
+MOUNT = Mount(kind="tmpfs", source="none", at="/mnt", flags=MountFlag.NOSUID, data="size=1024k")
+BIND = Mount(kind="", source="/etc", at="/opt", flags=MountFlag.RDONLY | MountFlag.RELATIME)
+LINK = Link(name="eth0", mac="02:00:00:00:77:01", mtu=1500, up=True, outer="vc0", bridge="br0")
+
+
+@pytest.mark.parametrize(
+    "spaces",
+    [
+        NO_SPACES,
+        Spaces(pids=True, uts=Uts(host=b"h" * 64, domain=b"")),
+        Spaces(ipc=IpcSettings(values={"kernel/msgmax": "8192", "kernel/sem": "32000\t1024000000 500 32000"})),
+        Spaces(mounts=Mounts(slave=True, added=(MOUNT, BIND))),
+    ],
+)
 def test_written_and_read(spaces: Spaces) -> None:
     assert unpack(Spaces, pack(spaces)) == spaces
 
@@ -116,3 +136,55 @@ def test_numbers_here() -> None:
     assert number_here({50: Numbered(50)}, 51) == 51
     assert number_here({}, 7) == 7
     assert number_here({1: Numbered(900)}, 0) == 0
+
+
+def test_networks_are_written_and_read() -> None:
+    network = Network(loopback=True, links=(LINK,), settings={"ipv4/conf/eth0.1/forwarding": "1"})
+    assert unpack(Network, pack(network)) == network
+    assert network.names == {"eth0": "eth0"}
+
+
+@pytest.mark.parametrize("change", [{"name": "a/b"}, {"mac": "02:00"}, {"mtu": 1}, {"bridge": "x" * 16}, {"outer": ""}])
+def test_impossible_links(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="link"):
+        dataclasses.replace(LINK, **change)
+
+
+@pytest.mark.parametrize("name", ["../kernel/x", "ipv4/../../kernel/core_pattern", "kernel/x", "ipv4", "ipv4/a b"])
+def test_settings_of_something_else(name: str) -> None:
+    with pytest.raises(ValueError, match="no setting"):
+        Network(loopback=True, settings={name: "1"})
+    with pytest.raises(ValueError, match="no setting"):
+        IpcSettings(values={name: "1"})
+
+
+def test_an_ipc_setting_is_a_number() -> None:
+    with pytest.raises(ValueError, match="no setting"):
+        IpcSettings(values={"kernel/msgmax": "|/bin/sh"})
+
+
+def test_two_links_of_one_name() -> None:
+    with pytest.raises(ValueError, match="two links"):
+        Network(loopback=True, links=(LINK, LINK))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"kind": "ext4"}, {"at": "mnt"}, {"flags": int(MountFlag.MOVE)}, {"data": "a\0"}, {"kind": "", "source": "x"}],
+)
+def test_impossible_mounts(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="mount"):
+        dataclasses.replace(MOUNT, **change)
+
+
+def test_a_line_of_mountinfo() -> None:
+    found = parse(r"36 35 98:0 /mnt1 /with\040blank rw,noatime master:1 shared:2 - ext3 /dev/root rw,errors=continue")
+    assert (found.key, found.options) == (("/with blank", "/mnt1", "98:0", "ext3"), ("rw", "noatime"))
+    assert (found.propagation, found.super) == (("master:1", "shared:2"), ("rw", "errors=continue"))
+
+
+def test_calls_that_make_mounts() -> None:
+    calls = CallTable()
+    Mounts(slave=False, added=(MOUNT, BIND)).enter(calls, lambda path: "/elsewhere" + path)
+    # unshare, private; the file system; the directory, and its flags
+    assert len(calls) == 2 + 1 + 2
