@@ -2,7 +2,7 @@
 
 A census (:mod:`tcpstate.kernel.bpf.census`) before and one after whatever else is asked of a connection: if they agree,
 nothing has happened to it in between, and its record is as exact as one that was exported in repair mode.  The later
-census is kept: :func:`changed` compares the connection with it, whenever that is.
+census is kept: :func:`unchanged` compares the connection with it, whenever that is.
 
 Only what is plainly idle has a record here: established, nothing in its queues, nothing lost or out of order, room on
 both sides, no keys, no filter, nothing corked or urgent.  Everything else is left to the export.
