@@ -42,8 +42,8 @@ unit: $(VENV)  ## the tests that need no root and no network
 test:  ## every test (root)
 	@scripts/need-root test
 	@$(MAKE) --no-print-directory packages $(VENV)
-	$(PYTEST) $(BESIDE) -m "not alone" tests/unit tests/kernel tests/system
-	$(PYTEST) -m alone tests/system
+	$(PYTEST) $(BESIDE) -m "not alone and not long" tests/unit tests/kernel tests/system
+	$(PYTEST) -m "alone and not long" tests/system
 
 bench:  ## the measurements, with a table (root)
 	@scripts/need-root bench
@@ -54,6 +54,7 @@ campaign:  ## hundreds of migrations under load and loss; takes long (root)
 	@scripts/need-root campaign
 	@scripts/packages campaign
 	@$(MAKE) --no-print-directory $(VENV)
+	$(PYTEST) -m long tests/system
 	$(PYTEST) tests/campaign --timeout=3600
 
 fuzz: $(VENV)  ## a million inputs, and with atheris as many again as it is told, to all that reads files and wires

@@ -170,6 +170,7 @@ MOMENTS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("moment", "way"), [(0, "there"), (1, "there"), (2, "home")])
 def test_a_death_is_settled_by_recover(hosts: ThreeHosts, tmp_path: Path, moment: int, way: str) -> None:
     die_and_recover(hosts, tmp_path, *MOMENTS[moment], way)

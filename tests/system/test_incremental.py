@@ -119,17 +119,17 @@ def test_one_image_after_the_other(hosts: ThreeHosts, tmp_path: Path) -> None:
     with talking(hosts.client, hosts.net.service4) as sock:
         with host.popen(argv, stdout=subprocess.PIPE) as tool:
             assert tool.stdout is not None
-            told = [json.loads(tool.stdout.readline()) for _ in range(7)]
+            told = [json.loads(tool.stdout.readline()) for _ in range(4)]
             host.kill(tool.pid, signal.SIGTERM)
             assert tool.wait(30) == 0
         assert all(one["running"] for one in told)
-        # the first, the fourth and the seventh build on none
-        assert [bool(one["inherited"]) for one in told] == [False, True, True, False, True, True, False]
+        # the first and the fourth build on none
+        assert [bool(one["inherited"]) for one in told] == [False, True, True, False]
         asked(sock)
     newest = Path(os.path.realpath(image))
     numbers = sorted(int(one.suffix[1:]) for one in tmp_path.glob("image.*"))
     assert numbers[-1] == int(newest.suffix[1:])
-    assert 2 <= len(numbers) <= 4
+    assert 2 <= len(numbers) <= 4, numbers
     host.kill(process.pid, signal.SIGKILL)
     host.wait_until_gone(process.pid)
     status, found, log = tcpmig(host, "restore", image)

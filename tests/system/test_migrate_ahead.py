@@ -95,7 +95,7 @@ def busy(
         wrong.append(error)
 
 
-@pytest.mark.parametrize("loss", [0, 2], ids=["clean", "2 % loss"])
+@pytest.mark.parametrize("loss", [pytest.param(0, id="clean"), pytest.param(2, id="2 % loss", marks=pytest.mark.long)])
 def test_connections_that_change_until_the_last_moment(hosts: ThreeHosts, loss: int) -> None:
     with option_server(hosts) as process, hosts.client.netns_entered():
         both = hosts.net.service4, hosts.net.service6

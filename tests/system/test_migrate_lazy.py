@@ -113,6 +113,7 @@ def test_it_runs_there_with_its_connection_and_is_whole_in_the_end(scene: Scene)
     scene.hosts.source.kill(scene.server.pid, signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_a_line_that_is_cut_is_dialled_again_and_servers_are_replaced(scene: Scene) -> None:
     with scene.hosts.source.popen(scene.command()) as tool:
         one = scene.under_way()

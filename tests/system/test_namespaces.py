@@ -151,7 +151,7 @@ def test_the_names_of_a_uts_namespace_move(hosts: ThreeHosts) -> None:
         assert server.host.run(["hostname"]).stdout.strip() == "target"
 
 
-@pytest.mark.parametrize("where", ["source", "target"])
+@pytest.mark.parametrize("where", ["source", pytest.param("target", marks=pytest.mark.long)])
 def test_a_pid_namespace_in_an_image(hosts: ThreeHosts, tmp_path: Path, where: str) -> None:
     with contained(hosts, "--pid", "--uts", names=("inside", "")) as server:
         before = server.ask()
@@ -297,6 +297,7 @@ def test_a_container_moves_there_and_back(hosts: ThreeHosts, tmp_path: Path) -> 
             assert sock.recv(100) == b":4\r\n"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("place", "number", "status"), [("freeze", 5, -9), ("release", 4, 5)])
 def test_a_death_in_a_network_namespace(
     hosts: ThreeHosts, tmp_path: Path, place: str, number: int, status: int
@@ -315,6 +316,7 @@ def test_a_death_in_a_network_namespace(
         assert of_this_host(server.ask()) == of_this_host(before)
 
 
+@pytest.mark.long
 def test_a_container_comes_back_elsewhere(hosts: ThreeHosts, tmp_path: Path) -> None:
     with networked(hosts, *CONTAINER) as server:
         before = server.ask()
