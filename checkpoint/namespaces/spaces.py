@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from checkpoint import procfs
 from checkpoint.errors import NamespaceNotMade, NetworkNotMovable, NoSuchProcess
 from checkpoint.kernel.clone import CloneFlag
 from checkpoint.namespaces import network
@@ -75,7 +76,8 @@ def _link(pid: int | str, name: str) -> str:
     try:
         return os.readlink(f"/proc/{pid}/ns/{name}")
     except (FileNotFoundError, ProcessLookupError) as error:
-        if os.path.exists(f"/proc/{pid}/ns"):
+        # one that is about to end is still there, but in no namespace any more
+        if isinstance(pid, str) or procfs.lives(pid):
             return ""
         raise NoSuchProcess("the process does not exist, or has just ended", object=f"pid {pid}") from error
 

@@ -115,7 +115,7 @@ def _others(kind: Kind, root: int, members: Sequence[int]) -> list[int]:
 
 def _apart(pid: int, root: int) -> Iterator[Verdict]:
     """On a process that is elsewhere than its root."""
-    if procfs.read_stat(pid).zombie:
+    if not procfs.lives(pid):
         return
     for name in (*Kind, "time"):
         if pid != root and not same_space(name, pid, root):
@@ -133,5 +133,5 @@ def _same_for_children(name: str, pid: int) -> bool:
     try:
         return os.readlink(f"/proc/{pid}/ns/{name}") == os.readlink(f"/proc/{pid}/ns/{name}_for_children")
     except FileNotFoundError:
-        # the process has ended; a kernel without this kind; or a namespace whose first process has not been born
-        return name == "time" or not os.path.exists(f"/proc/{pid}/ns")
+        # the process ends; a kernel without this kind; or a namespace whose first process has not been born
+        return name == "time" or not procfs.lives(pid)
