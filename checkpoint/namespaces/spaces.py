@@ -94,8 +94,10 @@ _ways_home: dict[Kind, int] = {}
 
 
 def own_kinds(root: int) -> frozenset[Kind]:
-    """The kinds of which a process is in another namespace than we, or than we were before :func:`entered`.
-    NoSuchProcess."""
+    """The kinds of which a process is in another namespace than we, or than we were before :func:`entered`; none if it
+    is a zombie. NoSuchProcess."""
+    if procfs.read_stat(root).zombie:
+        return frozenset()
     return frozenset(kind for kind in Kind if _link(root, kind) != (_home.get(kind) or _link("thread-self", kind)))
 
 
