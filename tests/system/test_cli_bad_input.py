@@ -347,8 +347,8 @@ def test_ctrl_c_before_the_end_leaves_everything_as_it_was(service: Service) -> 
             time.sleep(0.02)
         migration.send_signal(signal.SIGINT)
         found = json.loads(migration.stdout.readline())
-        assert migration.wait(15) == FAILED
-    assert (found["outcome"], found["code"]) == ("failed", "TM-0111")
+        status = migration.wait(15)
+    assert (status, found["outcome"], found["code"]) == (FAILED, "failed", "TM-0111"), found
     while set(service.hosts.target.processes()) != before[2]:
         time.sleep(0.02)
     service.assert_untouched(before)
