@@ -182,10 +182,8 @@ def resolve(log: Sequence[Piece]) -> list[Piece]:
             number = next(waiting, None)
         while open_ and open_[0][1].end <= start:
             heapq.heappop(open_)
-        if not open_ or open_[0][1].place is None:
-            continue
-        one = open_[0][1]
-        if one.place is None:
+        one = open_[0][1] if open_ else None
+        if one is None or one.place is None:
             continue
         place = one.place + start - one.start
         last = found[-1] if found else None

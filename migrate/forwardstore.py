@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import os
 import re
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
+from migrate import records
 from migrate.errors import ForwardChangeFailed
 from migrate.hostfacts import host_facts
 from tcpstate import codec
@@ -88,25 +87,11 @@ class ForwardRecord:
         return 0x74000000 | self.number
 
 
-def _directory() -> Path:
-    path = runtime_dir() / "forwards"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = path.stat()
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise ForwardChangeFailed("others may write into the directory of forwardings", object=str(path))
-    return path
-
-
 def write(record: ForwardRecord) -> None:
     """Write a record, in place of what was there. ForwardChangeFailed."""
     try:
-        path = _directory() / f"{record.forward}.{record.role.value}"
-        fresh = path.with_suffix(".new")
-        fresh.unlink(missing_ok=True)
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(codec.pack(record))
-        fresh.rename(path)
+        folder = records.private_directory("forwards", "the directory of forwardings", ForwardChangeFailed)
+        records.replace(folder / f"{record.forward}.{record.role.value}", codec.pack(record))
     except OSError as error:
         what = f"its record cannot be written: {error.strerror}"
         raise ForwardChangeFailed(what, object=f"forwarding {record.forward}") from error
@@ -127,11 +112,7 @@ def forwards() -> list[ForwardRecord]:
         if path.suffix == ".new":
             continue
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            with os.fdopen(descriptor, "rb") as file:
-                if os.fstat(file.fileno()).st_uid != os.geteuid():
-                    raise BadRecord("it belongs to somebody else", object=str(path))
-                record = codec.unpack(ForwardRecord, file.read())
+            record = codec.unpack(ForwardRecord, records.read_own(path))
         except FileNotFoundError:
             _log.debug("%s has just ended", path.stem)
         except (BadRecord, ValueError) as error:

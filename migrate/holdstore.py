@@ -23,6 +23,7 @@ from pathlib import Path
 
 from checkpoint import procfs
 from checkpoint.errors import NoSuchProcess
+from migrate import records
 from migrate.addresses import AddressRecord
 from migrate.errors import HoldBusy, HoldRecordDamaged, HoldUnavailable, NoSuchHold
 from migrate.hostfacts import host_facts
@@ -119,15 +120,7 @@ class HoldRecord:
 
 def directory() -> Path:
     """Where they are; made if it is not there. HoldUnavailable."""
-    path = runtime_dir() / "holds"
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.stat()
-    except OSError as error:
-        raise HoldUnavailable(f"the directory of holds cannot be made: {error.strerror}", object=str(path)) from error
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise HoldUnavailable("others may write into the directory of holds", object=str(path))
-    return path
+    return records.private_directory("holds", "the directory of holds", HoldUnavailable)
 
 
 def socket_path(hold: str, shard: int) -> Path:
@@ -138,28 +131,18 @@ def socket_path(hold: str, shard: int) -> Path:
 def write(record: HoldRecord) -> None:
     """Write a record, in place of what was there. HoldUnavailable."""
     path = directory() / f"{record.hold}.hold"
-    fresh = path.with_suffix(".new")
     try:
-        fresh.unlink(missing_ok=True)
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(codec.pack(record))
-        fresh.rename(path)
+        records.replace(path, codec.pack(record))
     except OSError as error:
         raise HoldUnavailable(f"its record cannot be written: {error.strerror}", object=str(path)) from error
 
 
 def read(path: Path) -> HoldRecord:
     """One record. HoldRecordDamaged; FileNotFoundError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if status.st_uid != os.geteuid():
-            raise HoldRecordDamaged("it belongs to somebody else", object=str(path))
-        try:
-            return codec.unpack(HoldRecord, file.read())
-        except BadRecord as error:
-            raise HoldRecordDamaged(error.message, object=str(path)) from error
+    try:
+        return codec.unpack(HoldRecord, records.read_own(path))
+    except BadRecord as error:
+        raise HoldRecordDamaged(error.message, object=str(path)) from error
 
 
 def holds() -> list[HoldRecord]:

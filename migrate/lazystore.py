@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import enum
 import logging
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from checkpoint import procfs
 from checkpoint.errors import NoSuchProcess
 from checkpoint.memory.pagelog import State, read_progress
+from migrate import records
 from migrate.errors import PageBringerFailed
 from migrate.hostfacts import host_facts
 from tcpstate import codec
@@ -99,15 +99,7 @@ class Lazy:
 
 def folder() -> Path:
     """Where the files are; made if it is not there. PageBringerFailed."""
-    path = runtime_dir() / "lazy"
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.stat()
-    except OSError as error:
-        raise PageBringerFailed(f"its directory cannot be made: {error.strerror}", object=str(path)) from error
-    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise PageBringerFailed("others may write into its directory", object=str(path))
-    return path
+    return records.private_directory("lazy", "its directory", PageBringerFailed)
 
 
 def pages_path(lazy: str) -> Path:
@@ -126,11 +118,7 @@ def remember(lazy: str, source: str, processes: tuple[int, ...]) -> None:
     record = LazyRecord(
         lazy=lazy, boot_id=facts.boot_id, pids=facts.pids, since=time.time(), source=source, processes=processes
     )
-    fresh = folder() / f"{lazy}.new"
-    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(codec.pack(record))
-    fresh.rename(fresh.with_suffix(".lazy"))
+    records.replace(folder() / f"{lazy}.lazy", codec.pack(record))
 
 
 def forget(lazy: str) -> None:
@@ -145,7 +133,7 @@ def survey() -> list[Lazy]:
     place = runtime_dir() / "lazy"
     for path in sorted(place.glob("*.lazy")) if place.is_dir() else []:
         try:
-            record = codec.unpack(LazyRecord, path.read_bytes())
+            record = codec.unpack(LazyRecord, records.read_own(path))
         except FileNotFoundError:
             continue  # it has just been done
         except BadRecord as error:

@@ -30,6 +30,7 @@ from typing import Final
 
 from checkpoint.errors import MemoryUnreadable
 from checkpoint.image.frames import DATA_MAX
+from checkpoint.image.writer import write_all
 from checkpoint.memory import pages
 from checkpoint.memory.ranges import Range
 from checkpoint.memory.vma import PAGE
@@ -392,7 +393,7 @@ class PageGiver:
         os.set_blocking(fd, True)
         poll = select.poll()
         poll.register(fd, select.POLLIN)
-        _send(fd, _GO)
+        write_all(fd, [_GO])
         heard = bytearray()
         last = time.monotonic()
         while not self._stop.is_set():
@@ -422,7 +423,7 @@ class PageGiver:
         if process is None or not 0 < size <= DATA_MAX or (origin | size) % PAGE:
             raise ProtocolError(f"pages of process {pid} at {origin:#x} were never left for later")
         for run in pages.read_runs(process, pid, [(origin, origin + size)]):
-            _send(fd, _ANSWER.pack(_PAGE, pid, origin, size, zlib.crc32(run.data)), run.data)
+            write_all(fd, [_ANSWER.pack(_PAGE, pid, origin, size, zlib.crc32(run.data)), run.data])
         self.bytes += size
 
 
@@ -437,13 +438,3 @@ def giver_of(migration: str, host: str, options: SourceOptions) -> PageGiver:
         giver.close()
         raise
     return giver
-
-
-def _send(fd: int, *parts: bytes | memoryview) -> None:
-    views = [memoryview(part) for part in parts]
-    while views:
-        count = os.writev(fd, views)
-        while views and count >= len(views[0]):
-            count -= len(views.pop(0))
-        if count:
-            views[0] = views[0][count:]

@@ -115,6 +115,7 @@ class Chain:
         self.parents = list(parents)
         self.named = list(named)
         self._own: dict[int, Own] = {}
+        self._inherits: dict[int, list[tuple[int, int, int]]] | None = None
 
     def close(self) -> None:
         """All of them."""
@@ -203,8 +204,6 @@ class Chain:
             for mine in self._inherits.values():
                 mine.sort()
         return self._inherits
-
-    _inherits: dict[int, list[tuple[int, int, int]]] | None = None
 
     def heirs(self, path: str) -> list[Parent]:
         """PARENTS of an image at ``path`` that builds on this one: those of this one, then this one itself."""

@@ -12,7 +12,7 @@ from typing import Self
 from checkpoint.errors import ImageNotWritten
 from checkpoint.image.format import Buffer, FrameWriter, Kind, PageRun, page_frames
 
-__all__ = ["ImageFile"]
+__all__ = ["ImageFile", "write_all"]
 
 _MODE = 0o600
 #: buffers that one writev may take (IOV_MAX, limits.h)
@@ -110,7 +110,7 @@ class ImageFile:
     def _put(self, buffers: list[Buffer]) -> None:
         try:
             for first in range(0, len(buffers), _IOV_MAX):
-                _write_all(self._fd, buffers[first : first + _IOV_MAX])
+                write_all(self._fd, buffers[first : first + _IOV_MAX])
         except OSError as error:
             raise self._failed(error) from error
 
@@ -129,7 +129,8 @@ class ImageFile:
             self._directory = -1
 
 
-def _write_all(fd: int, buffers: list[Buffer]) -> None:
+def write_all(fd: int, buffers: Iterable[Buffer]) -> None:
+    """All of these bytes, in as few system calls as the other end takes them in. OSError."""
     views = [memoryview(b) for b in buffers if len(b)]
     while views:
         count = os.writev(fd, views)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from checkpoint.errors import NoSuchProcess
+from cli import rounds
 from cli.command import command
 from cli.errors import UsageMistake
 from cli.fields import fields
@@ -19,7 +20,6 @@ from migrate.hold import DEFAULT_TIMEOUT
 from migrate.rotating import FULL, KEEP, Plan, Rotation
 from migrate.snapshot import CheckpointSummary
 from migrate.snapshot import checkpoint as dump
-from migrate.summary import MAX_DOWNTIME_MS
 from tcpstate.errors import TcpmigError
 
 __all__ = ["checkpoint"]
@@ -77,14 +77,8 @@ class Duration(click.ParamType):  # type: ignore[type-arg]
     default=None,
     help=f"With --every: how often one builds on none.  [default: {FULL}]",
 )
-@click.option(
-    "--max-downtime",
-    metavar="MS",
-    type=click.FloatRange(0),
-    default=MAX_DOWNTIME_MS,
-    help=f"Copy memory in rounds until what is left for the stop takes no longer.  [default: {MAX_DOWNTIME_MS:g}]",
-)
-@click.option("--stop-and-copy", is_flag=True, help="No rounds: all memory is copied while the processes stand still.")
+@rounds.max_downtime
+@rounds.stop_and_copy
 @file_policy
 @click.option("--unit-hook", metavar="CMD", default="", help="A program that deals with their supervisor.")
 def checkpoint(

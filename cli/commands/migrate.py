@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from cli import rounds
 from cli.command import command
 from cli.commands.check import report
 from cli.cpu import cpu_unused, patterns
@@ -20,7 +21,7 @@ from migrate.forwarding import OPTION as FORWARD
 from migrate.rounds import IfBusy
 from migrate.run import check as check_with
 from migrate.run import migrate as move
-from migrate.summary import MAX_DOWNTIME_MS, SourceOptions, Summary
+from migrate.summary import SourceOptions, Summary
 from migrate.takeover import AddressPolicy
 from migrate.transport import DEFAULT_REMOTE_COMMAND, DEFAULT_RSH
 from migrate.unithook import LIMIT
@@ -79,13 +80,7 @@ AT_ONCE = 2
     help=f"How long it may take each time.  [default: {LIMIT:g}]",
 )
 @file_places
-@click.option(
-    "--max-downtime",
-    metavar="MS",
-    type=click.FloatRange(0),
-    default=MAX_DOWNTIME_MS,
-    help=f"Copy memory in rounds until what is left for the stop takes no longer.  [default: {MAX_DOWNTIME_MS:g}]",
-)
+@rounds.max_downtime
 @click.option(
     "--if-busy",
     type=click.Choice([what.value for what in IfBusy]),
@@ -100,7 +95,7 @@ AT_ONCE = 2
     default="auto",
     help="Compress memory (zstd) where the line is so slow that it pays.  [default: auto]",
 )
-@click.option("--stop-and-copy", is_flag=True, help="No rounds: all memory is copied while the processes stand still.")
+@rounds.stop_and_copy
 @click.option("--dry-run", is_flag=True, help="Only ask both hosts whether it can be done, and foretell what it takes.")
 def migrate(
     session: Session, pids: tuple[int, ...], host: str, all_matching: tuple[str, ...], address: str, **given: Any
