@@ -17,6 +17,7 @@ __all__ = [
     "ZOMBIE_STATES",
     "FdInfo",
     "Stat",
+    "call_of",
     "children",
     "exists",
     "fdinfo",
@@ -286,6 +287,15 @@ def read_cgroups(pid: int) -> list[str]:
 def read_timers(pid: int) -> str:
     """/proc/PID/timers: the POSIX timers as text (CONFIG_CHECKPOINT_RESTORE)."""
     return _read(pid, "timers")
+
+
+def call_of(pid: int, tid: int) -> int | None:
+    """The number of the system call that a thread waits in; None if it runs, or we may not know."""
+    try:
+        first = _read(pid, f"task/{tid}/syscall").partition(" ")[0]
+    except (NoSuchProcess, OSError):
+        return None  # it has ended, or is not ours to look at: stopping it will tell
+    return int(first) if first.isdigit() else None
 
 
 def users_of_number(number: int) -> list[str]:

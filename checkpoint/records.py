@@ -16,7 +16,7 @@ from checkpoint.files.table import TreeFiles
 from checkpoint.files.treefiles import AheadFiles
 from checkpoint.image.frames import End
 from checkpoint.ipc.base import SystemV
-from checkpoint.kernel import restart_block
+from checkpoint.kernel import callwatch, restart_block
 from checkpoint.memory.delta import same_process
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.namespaces.spaces import NO_SPACES, Spaces
@@ -228,5 +228,6 @@ def prepare() -> None:
     """Work out beforehand how the records of an image are written and read, and how sleeps are: 12 ms that the stop
     would pay else."""
     restart_block.prepare()
+    callwatch.prepare()
     image = (Manifest, TreeRecord, TreeFiles, MemoryLayout, MapsDelta, FilesDelta, End)
     codec.prepare(*image, LiveTree, AheadFiles, ConnectionRecord, FrozenTree)

@@ -23,7 +23,7 @@ import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Self
 
-from checkpoint import births, procfs
+from checkpoint import births, procfs, waiting
 from checkpoint.arch import CALL_AT, SPAWN, USER_END, beginning, stub_elf
 from checkpoint.boot import Boot
 from checkpoint.errors import AddressGapMissing, PidTaken, SpawnFailed
@@ -307,6 +307,7 @@ class Stub(Process):
         for thread in self._to_swallow:
             self._swallow_sigstop(thread)
         for thread in self.threads:
+            waiting.go_on(self, thread)
             thread.detach()
         self.close()
 

@@ -17,7 +17,7 @@ from checkpoint.errors import ProcessDied, StopTimeout
 from checkpoint.kernel import ptrace
 from checkpoint.kernel.ptrace import Event, Option, RseqConfig
 
-__all__ = ["Stop", "Thread", "wait_status"]
+__all__ = ["Stop", "Thread", "signal_of", "wait_status"]
 
 # A batch of calls takes tens of microseconds, less than a sleep does: look that often before sleeping.
 _LOOKS: Final = 20
@@ -89,10 +89,12 @@ class Thread:
                 it was in none, or nobody knows
     sigmask     the signals that it blocks, as of the stop; bit n-1 for signal n
     rseq        its restartable-sequences area, None if it has none
+    until       when it has waited long enough in that call (arch.Wait), nanoseconds of our CLOCK_MONOTONIC; None: it does
+                not wait in one, or nobody knows
     slept       what the call returned that a rebuilt thread was given to sleep in (checkpoint.sleep); None: nothing
     """
 
-    __slots__ = ("_inner", "call", "pid", "registers", "rseq", "sigmask", "slept", "stop", "tid")
+    __slots__ = ("_inner", "call", "pid", "registers", "rseq", "sigmask", "slept", "stop", "tid", "until")
 
     registers: Registers
     sigmask: int
@@ -103,6 +105,7 @@ class Thread:
         self.tid = tid
         self.stop: Stop | None = None
         self.call: int | None = None
+        self.until: int | None = None
         self.slept: int | None = None
         self._inner: int | None = None
 
@@ -189,6 +192,11 @@ class Thread:
 
 
 _GENERAL_SIZE: Final = 512
+
+
+def signal_of(info: bytes) -> int:
+    """The number of the signal that a siginfo_t tells of (its first field)."""
+    return int.from_bytes(info[:4], "little")
 
 
 def _end_in_words(status: int) -> str:

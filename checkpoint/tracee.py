@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from checkpoint import procfs
+from checkpoint import procfs, waiting
 from checkpoint.arch import CODE_BEFORE, Registers, going_on, require_native, restarted_call
 from checkpoint.errors import (
     LeaderExited,
@@ -32,13 +32,14 @@ from checkpoint.errors import (
     VforkParent,
 )
 from checkpoint.kernel import ptrace
+from checkpoint.kernel.callwatch import CallWatch
 from checkpoint.kernel.kcmp import KcmpType, kcmp
 from checkpoint.kernel.ptrace import Event, Option
 from checkpoint.kernel.rseq import abort_address
 from checkpoint.memory.vma import Vma, read_maps
 from checkpoint.procfs import Stat
 from checkpoint.refuse import refuse_process, refuse_root, refuse_traced
-from checkpoint.thread import Stop, Thread, wait_status
+from checkpoint.thread import Stop, Thread, signal_of, wait_status
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
 
@@ -67,10 +68,12 @@ class Process:
     stop_signal  the signal that holds it in a stop of its own (state T), 0 if none does
     foreseen     what memory.vma.foresee() gave before the stop; ``maps`` takes it over
     tracked      our own tracking of writes is on, and shows in the flags of its mappings
+    watch        looks at its threads before they are stopped; None: nobody does
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, watch: CallWatch | None = None) -> None:
         self.pid = pid
+        self.watch = watch
         self.foreseen: Mapping[bytes, Vma] = {}
         self.tracked = False
         self.threads: list[Thread] = []
@@ -188,6 +191,7 @@ class Process:
             if not new:
                 break
             fresh = []
+            waiting.look_at(self.watch, self.pid, new)
             for tid in new:
                 if (thread := self._seize(tid)) is None:
                     passed.add(tid)
@@ -290,6 +294,7 @@ class Process:
             # At once: should the tool die now, the thread shall not see the EINTR either.
             thread.set_registers(thread.registers)
         thread.call = self._call(thread.tid, found)
+        thread.until = waiting.end_of(self, thread)
         thread.sigmask = thread.get_sigmask()
         thread.rseq = ptrace.get_rseq(thread.tid)
         if thread.rseq is not None:
@@ -345,6 +350,8 @@ class Process:
             # seized, and still on its way to its first stop
             thread.interrupt()
             thread.await_interrupt(_LATE_STOP_TIMEOUT)
+            self._note(thread)
+        waiting.go_on(self, thread)
         thread.detach()
 
     def _swallow_sigstop(self, thread: Thread) -> None:
@@ -360,6 +367,8 @@ class Process:
                 # a SIGCONT came in between: the thread runs, as it should, but with us
                 thread.interrupt()
                 thread.await_interrupt(STOP_TIMEOUT)
+                self._note(thread)
+                thread.until = None  # what it does now may be another call
                 return
             if stop.event == Event.SIGNAL and stop.signal == signal.SIGSTOP:
                 return
@@ -388,11 +397,6 @@ class Process:
             return None
 
 
-def signal_of(info: bytes) -> int:
-    """The number of the signal that a siginfo_t tells of (its first field)."""
-    return int.from_bytes(info[:4], "little")
-
-
 class Tree:
     """Processes that are stopped together.
 
@@ -403,6 +407,7 @@ class Tree:
     def __init__(self, processes: Iterable[Process] = ()) -> None:
         self.processes: list[Process] = list(processes)
         self.zombies: list[Stat] = []
+        self._watch = CallWatch()
 
     @classmethod
     def stop(cls, roots: Iterable[int], *, timeout: float = STOP_TIMEOUT) -> Tree:
@@ -442,7 +447,7 @@ class Tree:
 
     def _stop_one(self, pid: int, deadline: float, *, required: bool) -> bool:
         """Stop one process; whether it is there to be stopped. NoSuchProcess if it is not but ``required``."""
-        process = Process(pid)
+        process = Process(pid, self._watch)
         self.processes.append(process)  # at once, so that it is let go if anything fails
         try:
             if procfs.read_stat(pid).zombie:
@@ -483,9 +488,11 @@ class Tree:
         for process in self.processes:
             process.resume()
         self.processes = []
+        self._watch.close()
 
     def kill(self) -> None:
         """End everything, children first: an init of a PID namespace waits for its descendants, which we hold."""
         for process in reversed(self.processes):
             process.kill()
         self.processes = []
+        self._watch.close()

@@ -2,7 +2,7 @@
 
 Registers and interrupted system calls:
 
-``Registers``          frozen; ``pack``, ``unpack``, ``ip``, ``sp``, ``call``, ``result``, ``moved``, ``not_stepping``
+``Registers``          frozen; ``pack``, ``unpack``, ``ip``, ``sp``, ``thread_pointer``, ``call``, ``result``, ``moved``, ``not_stepping``
 ``AUDIT_ARCH``         this machine's number for seccomp filters
 ``XSTATE_SET``         the register set (ptrace NT_*) of FP and vector registers
 ``require_native``     refuses tasks of another mode
@@ -14,6 +14,8 @@ Registers and interrupted system calls:
 ``sleep_of``           the ``Sleep`` for a relative time that a thread is in, with the ``Note`` that the kernel has
 ``beginning``          registers that begin a call at ``CALL_AT`` in an engine
 ``asleep``             what a thread goes on with that has begun it again (``BLOCK``: the kernel has a note)
+``wait_of``            the ``Wait`` for a time, one of ``WAITS``, of which the kernel has none
+``KERNEL_STACK_POINTER``  which member of struct task_struct it is
 ``signal_frames``      the ``Frame`` of each signal handler that runs, from a stack; ``convert_frame``: for this CPU
 ``same_layout``        whether such frames of another CPU are right on this one
 ``xstate_layout``      where this CPU has which ``Component`` of FP and vector registers
@@ -80,6 +82,7 @@ if _MACHINE == "x86_64":
     )
     from checkpoint.arch.x86_64.stub import SPAWN, USER_END, stub_elf
     from checkpoint.arch.x86_64.vdso import vdso_call, vdso_jump, vdso_stays
+    from checkpoint.arch.x86_64.waits import KERNEL_STACK_POINTER, WAITS, Wait, wait_of
     from checkpoint.arch.x86_64.xstate import (
         Component,
         Frame,
@@ -105,15 +108,18 @@ __all__ = [
     "CODE_BEFORE",
     "ENGINE_SIZE",
     "ENGINE_STOP",
+    "KERNEL_STACK_POINTER",
     "POLLFD_SIZE",
     "SPAWN",
     "USER_END",
+    "WAITS",
     "XSTATE_SET",
     "Component",
     "Frame",
     "Note",
     "Registers",
     "Sleep",
+    "Wait",
     "asleep",
     "beginning",
     "boot_call",
@@ -141,5 +147,6 @@ __all__ = [
     "vdso_call",
     "vdso_jump",
     "vdso_stays",
+    "wait_of",
     "xstate_layout",
 ]

@@ -2,7 +2,8 @@
 
 A system call that the stop interrupted is made again: ``arch.for_restore`` has adjusted the registers for a thread that
 the kernel knows no restart block of.  A sleep for a relative time is begun again with the time that was left of it, and
-interrupted at once (:mod:`checkpoint.sleep`): then the kernel has its restart block again.  Only where the kernel of
+interrupted at once: then the kernel has its restart block again.  Of other calls it keeps no note; those begin anew with
+what was left, which somebody has looked at before the stop (:mod:`checkpoint.kernel.callwatch`).  Only where the kernel of
 the source did not tell that time does a sleep of which nobody wrote it down (nanosleep without a second argument, a
 futex wait with a time-out) last its whole time once more.
 
@@ -12,6 +13,7 @@ Source: PTRACE_GETREGSET; Linux arch/*/kernel/ptrace.c.
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
@@ -71,7 +73,9 @@ class Registers(State):
             call = arch.known_again(registers, restart_block.noted(task.tid))
         sleep = arch.sleep_of(registers, call)
         left = None if sleep is None else restart_block.left(task.tid, sleep.note)
-        known = sleep is not None and left is not None
+        if sleep is None and task.thread.until is not None:
+            left = task.thread.until - time.monotonic_ns()
+        known = left is not None
         return cls(
             machine=os.uname().machine,
             general=arch.for_restore(registers, left, call).pack(),
@@ -79,7 +83,7 @@ class Registers(State):
             layout=arch.xstate_layout(),
             blocked=task.thread.sigmask,
             call=call if known else None,
-            left=max(left, 0) if known and left is not None else 0,
+            left=0 if left is None else max(left, 0),
             asleep=registers.pack() if known else b"",
         )
 
@@ -103,6 +107,8 @@ def fall_asleep(stub: Stub, thread: tracee.Thread, state: Registers, elapsed: in
     """
     sleep = state.interrupted()
     if sleep is None:
+        if state.call is not None:
+            thread.until = time.monotonic_ns() + max(state.left - elapsed, 0)
         return
     # not none at all: that would be another call to poll, and no sleep to nobody
     args, data = sleep.with_time(max(state.left - elapsed, _SHORTEST), stub.spare)

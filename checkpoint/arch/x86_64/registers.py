@@ -142,6 +142,11 @@ class Registers:
         return self.rsp
 
     @property
+    def thread_pointer(self) -> int:
+        """What the C library finds the thread's own data by: they lie at the upper end of the stack that it has made."""
+        return self.fs_base
+
+    @property
     def call(self) -> int | None:
         """The number of the system call that the thread was stopped in; None if it was in none."""
         return None if self.orig_rax >> 63 else self.orig_rax

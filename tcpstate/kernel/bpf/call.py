@@ -33,6 +33,7 @@ __all__ = [
     "load_btf",
     "lookup",
     "map_memory",
+    "open_tracepoint",
     "pin",
     "pinned",
     "run",
@@ -60,6 +61,7 @@ class _Cmd(enum.IntEnum):
     OBJ_PIN = 6
     OBJ_GET = 7
     PROG_TEST_RUN = 10
+    RAW_TRACEPOINT_OPEN = 17
     BTF_LOAD = 18
     LINK_CREATE = 28
     ITER_CREATE = 33
@@ -87,6 +89,7 @@ class ProgramType(enum.IntEnum):
 
     SOCKET_FILTER = 1
     SCHED_CLS = 3
+    RAW_TRACEPOINT = 17
     TRACING = 26
     STRUCT_OPS = 27
     SYSCALL = 31
@@ -247,6 +250,13 @@ def link(program: int, target: int, attach: Attach, *, info: bytes = b"") -> int
     told = ctypes.create_string_buffer(info, len(info)) if info else None
     at = 0 if told is None else ctypes.addressof(told)
     return _made(_call(_Cmd.LINK_CREATE, struct.pack("=IIIIQI", program, target, attach, 0, at, len(info))))
+
+
+def open_tracepoint(program: int, name: str) -> int:
+    """Run a RAW_TRACEPOINT program at each event of that name, in all processes, as long as the descriptor returned is
+    there. Refused."""
+    label = ctypes.create_string_buffer(name.encode())
+    return _made(_call(_Cmd.RAW_TRACEPOINT_OPEN, struct.pack("=QI4x", ctypes.addressof(label), program)))
 
 
 def iterate(link_fd: int) -> bytes:
