@@ -41,8 +41,8 @@ from checkpoint.kernel.clone import (
 from checkpoint.kernel.program import executable
 from checkpoint.kernel.ptrace import Option
 from checkpoint.memory.vma import PAGE
-from checkpoint.thread import Thread, wait_status
-from checkpoint.tracee import Process, signal_of
+from checkpoint.thread import Thread, signal_of, wait_status
+from checkpoint.tracee import Process
 from tcpstate.kernel.batch import libc, syscall
 from tcpstate.kernel.calls import CallError, CallTable
 from tcpstate.kernel.machine import SYS

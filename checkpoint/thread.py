@@ -89,8 +89,8 @@ class Thread:
                 it was in none, or nobody knows
     sigmask     the signals that it blocks, as of the stop; bit n-1 for signal n
     rseq        its restartable-sequences area, None if it has none
-    until       when it has waited long enough in that call (arch.Wait), nanoseconds of our CLOCK_MONOTONIC; None: it does
-                not wait in one, or nobody knows
+    until       when it has waited long enough in that call (arch.Wait), by our CLOCK_MONOTONIC in nanoseconds; None:
+                it does not wait in one, or nobody knows
     slept       what the call returned that a rebuilt thread was given to sleep in (checkpoint.sleep); None: nothing
     """
 

@@ -2,7 +2,8 @@
 
 Registers and interrupted system calls:
 
-``Registers``          frozen; ``pack``, ``unpack``, ``ip``, ``sp``, ``thread_pointer``, ``call``, ``result``, ``moved``, ``not_stepping``
+``Registers``          frozen; ``pack``, ``unpack``, ``ip``, ``sp``, ``thread_pointer``, ``call``, ``result``,
+                       ``moved``, ``not_stepping``
 ``AUDIT_ARCH``         this machine's number for seccomp filters
 ``XSTATE_SET``         the register set (ptrace NT_*) of FP and vector registers
 ``require_native``     refuses tasks of another mode

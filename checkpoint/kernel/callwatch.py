@@ -27,7 +27,7 @@ from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
 from tcpstate.kernel.bpf.btf import BadBtf
 from tcpstate.kernel.bpf.layout import Layout, layout
 
-__all__ = ["CallWatch", "prepare", "timer_on"]
+__all__ = ["CallWatch", "Places", "prepare", "timer_on"]
 
 _log = logging.getLogger(__name__)
 
@@ -122,7 +122,9 @@ def timer_on(stack: bytes, places: Places, task: int, now: int) -> int | None:
     at = stack.find(wanted := _KEY.pack(task), places.task)
     while at >= 0:
         start = at - places.task
-        soft, expires = (int.from_bytes(stack[start + p : start + p + 8], "little") for p in (places.soft, places.expires))
+        soft, expires = (
+            int.from_bytes(stack[start + p : start + p + 8], "little") for p in (places.soft, places.expires)
+        )
         function = int.from_bytes(stack[start + places.function : start + places.function + 8], "little")
         sane = now - _LATE < soft <= expires < soft + _SLACK
         if stack[start + places.state] == _ENQUEUED and function >= _KERNEL and sane:
@@ -163,8 +165,8 @@ class CallWatch:
         except OSError as error:
             _log.info("when the call of thread %d times out cannot be read: %s", tid, error)
             return
-        # Their clock is the host's, ours may be that of a time namespace.  Read after theirs: the end is rather too late
-        # than too early.
+        # Their clock is the host's, ours may be that of a time namespace.  It is read after theirs: the end is rather
+        # too late than too early.
         ours = time.monotonic_ns()
         if len(data) < _HEAD.size:
             return  # it has ended

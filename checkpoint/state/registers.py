@@ -2,10 +2,10 @@
 
 A system call that the stop interrupted is made again: ``arch.for_restore`` has adjusted the registers for a thread that
 the kernel knows no restart block of.  A sleep for a relative time is begun again with the time that was left of it, and
-interrupted at once: then the kernel has its restart block again.  Of other calls it keeps no note; those begin anew with
-what was left, which somebody has looked at before the stop (:mod:`checkpoint.kernel.callwatch`).  Only where the kernel of
-the source did not tell that time does a sleep of which nobody wrote it down (nanosleep without a second argument, a
-futex wait with a time-out) last its whole time once more.
+interrupted at once: then the kernel has its restart block again.  Of other calls it keeps no note; those begin anew
+with what was left, which was looked at before the stop (:mod:`checkpoint.waiting`).  Only where the source's kernel did
+not tell that time does a sleep of which nobody wrote it down (nanosleep without a second argument, a futex wait with a
+time-out) last its whole time once more.
 
 Source: PTRACE_GETREGSET; Linux arch/*/kernel/ptrace.c.
 """

@@ -1,9 +1,9 @@
 """Whether a program still wants a register after a system call: read off its code.
 
-The kernel gives all registers back as they were but for rax, rcx and r11, and so compilers count on it: whoever begins a
+The kernel gives all registers back as they were but for rax, rcx and r11, and compilers count on it: whoever begins a
 call again with another argument must know that nobody looks at the register afterwards.  The code after the call is
-followed along all its paths until each has overwritten the register, has returned from the function (r10, rdx and r8 are
-a callee's to spoil: System V ABI AMD64, 3.2.1) or can go no further.  What is not understood counts as a use.
+followed along all its paths until each has overwritten the register, has returned from the function (r10, rdx and r8
+are a callee's to spoil: System V ABI AMD64, 3.2.1) or can go no further.  What is not understood counts as a use.
 
 Source: Intel SDM 2, chapter 2 and appendix A.
 """

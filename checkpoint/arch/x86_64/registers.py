@@ -143,7 +143,7 @@ class Registers:
 
     @property
     def thread_pointer(self) -> int:
-        """What the C library finds the thread's own data by: they lie at the upper end of the stack that it has made."""
+        """By what the C library finds the thread's own data: at the upper end of the stack that it has made."""
         return self.fs_base
 
     @property
