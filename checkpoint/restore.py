@@ -34,7 +34,6 @@ from checkpoint.errors import ImageIncomplete, RebuildDiffers
 from checkpoint.files.aheadbuild import BuiltAhead
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.install import install
-from checkpoint.files.pidfd import PidFd
 from checkpoint.files.policy import External
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.table import TreeFiles
@@ -298,7 +297,7 @@ class Restore:
 
     def _bear_named_threads(self, files: TreeFiles) -> None:
         """Threads that an open file refers to must be there before it."""
-        named = {file.thread for file in files.files if isinstance(file, PidFd)} - {0}
+        named = frozenset[int]().union(*(file.tids for file in files.files))
         for record in self._living() if named else ():
             state = record.state
             if state is not None and named & {thread.tid for thread in state.threads[1:]}:

@@ -12,6 +12,7 @@ Source: ptrace(2); kernel/ptrace.c, kernel/signal.c.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -23,6 +24,7 @@ from typing import Final
 from checkpoint import procfs, waiting
 from checkpoint.arch import CODE_BEFORE, Registers, going_on, require_native, restarted_call
 from checkpoint.errors import (
+    ForeignMode,
     LeaderExited,
     MayNotTrace,
     NoSuchProcess,
@@ -350,7 +352,8 @@ class Process:
             # seized, and still on its way to its first stop
             thread.interrupt()
             thread.await_interrupt(_LATE_STOP_TIMEOUT)
-            self._note(thread)
+            with contextlib.suppress(ForeignMode):  # of such it is not known what an EINTR means
+                self._note(thread)
         waiting.go_on(self, thread)
         thread.detach()
 
@@ -465,8 +468,7 @@ class Tree:
         """Parents first, else in the order found."""
         inside = {each.pid for each in self.processes}
         todo = self.processes
-        done: list[Process] = []
-        placed: set[int] = set()
+        done, placed = list[Process](), set[int]()
         while todo:
             ready = [each for each in todo if each.stat.ppid not in inside or each.stat.ppid in placed]
             placed.update(each.pid for each in ready)

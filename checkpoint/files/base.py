@@ -279,6 +279,11 @@ class OpenFile:
         return AccessMode.of(self.flags)
 
     @property
+    def tids(self) -> frozenset[int]:
+        """The threads that it refers to: they must be there before it."""
+        return frozenset()
+
+    @property
     def tcp_port(self) -> int:
         """The local port of a TCP connection or listener; 0 for all else."""
         return 0

@@ -21,6 +21,7 @@ from checkpoint.files.netlink import NetlinkFile
 from checkpoint.files.packet import PacketFile
 from checkpoint.files.pidfd import PidFd
 from checkpoint.files.pipe import Pipe
+from checkpoint.files.procfile import ProcFile
 from checkpoint.files.pty import PtyMaster, PtySlave
 from checkpoint.files.raw import RawFile
 from checkpoint.files.regular import DeletedFile, Directory, PathOnly, RegularFile, SharedHugePages, SharedMemory
@@ -38,6 +39,7 @@ __all__ = ["KINDS", "kind_for"]
 #: most particular first: the first that fits takes the file
 KINDS: Final[tuple[type[OpenFile], ...]] = (
     External,
+    ProcFile,
     PathOnly,
     PtyMaster,
     PtySlave,

@@ -58,9 +58,8 @@ class PidFd(OpenFile):
         return fd
 
     @property
-    def thread(self) -> int:
-        """The number of the thread that it names; 0: it names a process, or nobody."""
-        return self.pid if self.flags & _THREAD and self.pid != _REAPED else 0
+    def tids(self) -> frozenset[int]:
+        return frozenset({self.pid} if self.flags & _THREAD else ()) - {_REAPED}
 
     def _of_tree(self, host: Rebuilder) -> int:
         try:

@@ -211,7 +211,7 @@ class SharedHugePages(OpenFile):
     mode=stat.S_IFREG,
     match=lambda view: (
         view.stat.st_nlink == 0
-        and not view.link.startswith(("/memfd:", "/SYSV", "/[aio]", "/anon_hug"))
+        and not view.link.startswith(("/memfd:", "/SYSV", "/[aio]", "/anon_hug", "/secretmem"))
         and not is_message_queue(view)
     ),
 )
@@ -248,7 +248,9 @@ class DeletedFile(OpenFile):
     "file",
     link=r"/.*",
     mode=stat.S_IFREG,
-    match=lambda view: not view.link.startswith(("/memfd:", "/SYSV", "/[aio]")) and not is_message_queue(view),
+    match=lambda view: (
+        not view.link.startswith(("/memfd:", "/SYSV", "/[aio]", "/secretmem")) and not is_message_queue(view)
+    ),
 )
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegularFile(OpenFile):

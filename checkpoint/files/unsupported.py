@@ -49,6 +49,10 @@ _FAMILIES: Final = {
 }
 
 
+#: protocols of internet sockets (uapi linux/in.h)
+_PROTOCOLS: Final = {33: "DCCP", 132: "SCTP", 136: "UDP-Lite"}
+
+
 def why(view: FdView) -> TcpmigError:
     """The refusal of a file without a kind."""
     if stat.S_ISSOCK(view.stat.st_mode):
@@ -77,8 +81,9 @@ def _socket(view: FdView) -> TcpmigError:
     named = _FAMILIES.get(int(sock.family))
     if named is not None:
         return UnsupportedFile(f"{named} (protocol {sock.proto})", object=view.object)
+    name = f"{_PROTOCOLS[sock.proto]} socket" if sock.proto in _PROTOCOLS else "socket"
     return UnsupportedProtocol(
-        f"socket of family {int(sock.family)}, type {int(sock.type)}, protocol {sock.proto}", object=view.object
+        f"{name} of family {int(sock.family)}, type {int(sock.type)}, protocol {sock.proto}", object=view.object
     )
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from state_moves import running
 
 from checkpoint import preflight
+from checkpoint.errors import ForeignMode
+from checkpoint.procfs import read_stat
+from checkpoint.tracee import Tree
 from checkpoint.verdict import Status
+from tests.tscnet import wait_until
 
 HEAD = """
 import ctypes, mmap, os, signal, struct, sys, threading, time
@@ -100,6 +106,23 @@ KINDS = (
         "fd = call(300, 0, 0); call(301, fd, 1, 0x20, -100, b'/etc/hostname'); open('/etc/hostname').close()",
     ),
     ("a namespace", "TM-0340", "namespace", "os.open('/proc/self/ns/net', os.O_RDONLY)"),
+    ("a file of another process", "TM-0341", "process 1", "os.open('/proc/1/status', os.O_RDONLY)"),
+    ("frames of memory", "TM-0340", "pagemap", "os.open('/proc/self/pagemap', os.O_RDONLY)"),
+    ("memory opened for writing", "TM-0340", "for writing", "os.open('/proc/thread-self/mem', os.O_RDWR)"),
+    ("what a descriptor is", "TM-0340", "each who opens it", "os.open('/proc/self/fdinfo/0', os.O_RDONLY)"),
+    (
+        "a file of a process that has ended",
+        "TM-0340",
+        "has ended",
+        "pid = os.fork() or os._exit(0); fd = os.open(f'/proc/{pid}/stat', 0); os.waitpid(pid, 0)",
+    ),
+    ("secret memory", "TM-0340", "secret memory", "fd = call(447, 0)"),
+    (
+        "secret memory that is mapped",
+        "TM-0373",
+        "secret memory",
+        "fd = call(447, 0); os.ftruncate(fd, 4096); pages(flags=1, fd=fd); os.close(fd)",
+    ),
     ("a device", "TM-0340", "device", "os.open('/dev/kmsg', os.O_RDONLY | os.O_NONBLOCK)"),
     (
         "a POSIX message queue",
@@ -131,6 +154,33 @@ def test_refused(code: str, word: str, program: str) -> None:
     with running(*python(program)) as pid:
         found = told(pid)
     assert [each for each, text in found if word in text] == [code], found
+
+
+#: a program for i386 that waits for a signal: pause by int $0x80
+_WAITS_IN_32_BITS = bytes.fromhex("b81d000000 cd80 ebf7")
+
+
+def test_a_32_bit_program(tmp_path: Path) -> None:
+    size = 84 + len(_WAITS_IN_32_BITS)
+    head = b"\x7fELF\x01\x01\x01" + bytes(9)
+    head += struct.pack("<HHIIIIIHHHHHH", 2, 3, 1, 0x8048054, 52, 0, 0, 52, 32, 1, 0, 0, 0)
+    head += struct.pack("<8I", 1, 0, 0x8048000, 0x8048000, size, size, 5, 4096)
+    program = tmp_path / "small"
+    program.write_bytes(head + _WAITS_IN_32_BITS)
+    program.chmod(0o755)
+    with subprocess.Popen([program]) as process:
+        try:
+            wait_until(lambda: read_stat(process.pid).state == "S")
+            found = told(process.pid)
+            assert ("TM-0309", "its program is not a 64-bit one") in found, found
+            before = read_stat(process.pid).start_time
+            with pytest.raises(ForeignMode):
+                Tree.stop([process.pid])
+            # it goes on as it did
+            wait_until(lambda: read_stat(process.pid).state == "S")
+            assert read_stat(process.pid).start_time == before
+        finally:
+            process.kill()
 
 
 @pytest.fixture

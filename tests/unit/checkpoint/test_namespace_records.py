@@ -16,6 +16,7 @@ from checkpoint.files.base import AsyncOwner, OpenFile
 from checkpoint.files.epoll import Epoll, EpollWatch
 from checkpoint.files.peercred import PeerCredentials
 from checkpoint.files.pidfd import PidFd
+from checkpoint.files.procfile import ProcFile
 from checkpoint.files.treefiles import TreeFiles
 from checkpoint.files.unixqueue import Message
 from checkpoint.ipc.queues import MessageQueue
@@ -48,15 +49,17 @@ def test_files_name_processes_as_the_tree_does() -> None:
         Epoll(flags=0, owner=owner, watches=(watch,)),
         PidFd(flags=0, pid=102),
         PidFd(flags=0, pid=-1),
+        ProcFile(flags=0, pid=101, thread=102, name="stat"),
     ]
     told = TreeFiles(files=files, contents=[], tables={100: {4: (0, False)}}).renumbered(number)
     assert told.tables == {1: {4: (0, False)}}
-    epoll, there, reaped = told.files
+    epoll, there, reaped, shown = told.files
     assert isinstance(epoll, Epoll)
     assert isinstance(there, PidFd)
     assert isinstance(reaped, PidFd)
     assert (epoll.watches[0].pid, epoll.owner) == (1, AsyncOwner(type=OwnerType.PROCESS, pid=2, signal=0))
     assert (there.pid, reaped.pid) == (3, -1)
+    assert shown == ProcFile(flags=0, pid=2, thread=3, name="stat")
 
 
 def test_credentials_of_outsiders_have_no_number() -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
+import stat
 import struct
 import typing
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from checkpoint.errors import UnsupportedProtocol
 from checkpoint.files import abi, multicast, udpsend, unixdiag
 from checkpoint.files.abi import LockType, OwnerType, TimerSpec
-from checkpoint.files.base import AsyncOwner, FileLock, OpenFile, PosixLock, locks_of, parse_info
+from checkpoint.files.base import AsyncOwner, FdView, FileLock, OpenFile, PosixLock, locks_of, parse_info
 from checkpoint.files.content import Content, ContentKind
 from checkpoint.files.device import Device
 from checkpoint.files.epoll import Epoll, EpollWatch
@@ -24,7 +29,7 @@ from checkpoint.files.fifo import Fifo
 from checkpoint.files.identity import Evidence
 from checkpoint.files.inet import Endpoint
 from checkpoint.files.inotify import Inotify, Watch
-from checkpoint.files.kinds import KINDS
+from checkpoint.files.kinds import KINDS, kind_for
 from checkpoint.files.listener import Listener
 from checkpoint.files.memfd import Memfd
 from checkpoint.files.multicast import Membership
@@ -32,6 +37,8 @@ from checkpoint.files.netlink import NetlinkFile
 from checkpoint.files.packet import Listening, PacketFile
 from checkpoint.files.pidfd import PidFd
 from checkpoint.files.pipe import Pipe, PipeQueue
+from checkpoint.files.policy import NO_POLICY
+from checkpoint.files.procfile import ProcFile
 from checkpoint.files.pty import PtyMaster, PtySlave
 from checkpoint.files.raw import RawFile
 from checkpoint.files.regular import DeletedFile, Directory, PathOnly, RegularFile, SharedHugePages, SharedMemory
@@ -128,6 +135,7 @@ RECORDS: list[OpenFile] = [
     ),
     PtySlave(flags=2, number=3, own=True),
     PidFd(flags=2, pid=-1),
+    ProcFile(flags=0, pid=7, thread=8, name="net/tcp"),
     NetlinkFile(
         flags=2,
         type=socket.SOCK_RAW,
@@ -165,6 +173,38 @@ RECORDS: list[OpenFile] = [
 
 def test_every_kind_is_here() -> None:
     assert {type(record) for record in RECORDS} | {Unsupported} == set(KINDS) == set(codec.members(OpenFile).values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pid": 0},
+        {"pid": 1 << 22},
+        {"thread": -1},
+        *({"name": bad} for bad in ("/x", "a/../b", "fd/3", "root/etc/x", "\0")),
+    ],
+)
+def test_files_of_a_process_that_cannot_be(change: dict[str, object]) -> None:
+    known = {"flags": 0, "pid": 7, "thread": 0, "name": "status"}
+    ProcFile(**known)
+    with pytest.raises(ValueError, match=r"out of range|path below|leads out"):
+        ProcFile(**(known | change))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "word"),
+    [((2, 1, 132), "SCTP"), ((10, 5, 132), "SCTP"), ((2, 6, 33), "DCCP"), ((2, 2, 136), "UDP-Lite")],
+)
+def test_sockets_of_other_protocols_are_refused_by_their_names(protocol: tuple[int, int, int], word: str) -> None:
+    sock: Any = SimpleNamespace(family=protocol[0], type=protocol[1], proto=protocol[2])
+    here: Any = os.stat_result((stat.S_IFSOCK | 0o777, *[0] * 9))
+    table: Any = SimpleNamespace(policy=NO_POLICY)
+    view = FdView(
+        pid=7, fd=3, dup=9, magic="/proc/7/fd/3", link="socket:[1]", flags=2, pos=0, info={}, lines=(), stat=here,
+        table=table, places=[(7, 3)], _socket=sock, _protocol=protocol,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedProtocol, match=word):
+        kind_for(view).examine(view)
 
 
 @pytest.mark.parametrize(
