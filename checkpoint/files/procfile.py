@@ -35,7 +35,8 @@ _WRITABLE: Final = frozenset({"comm", "coredump_filter", "oom_adj", "oom_score_a
 #: shows frames of physical memory if its opener may see them
 _BY_OPENER: Final = frozenset({"pagemap"})
 #: links to elsewhere, and what there is only for a descriptor that is open
-_ELSEWHERE: Final = frozenset({"cwd", "exe", "fd", "fdinfo", "map_files", "ns", "root"})
+_LINKS: Final = frozenset({"cwd", "exe", "root"})
+_ELSEWHERE: Final = _LINKS | {"fd", "fdinfo", "map_files", "ns"}
 _MOST: Final = 1 << 22
 
 
@@ -68,7 +69,7 @@ class ProcFile(OpenFile):
         parts = self.name.split("/")
         if self.name and not all(part and part not in (".", "..") and "\0" not in part for part in parts):
             raise ValueError(f"{self.name!r} is not a path below a process")
-        if len(parts) > 1 and parts[0] in _ELSEWHERE:
+        if parts[0] in _LINKS or (len(parts) > 1 and parts[0] in _ELSEWHERE):
             raise ValueError(f"{self.name!r} leads out of /proc")
 
     def renumbered(self, number: Callable[[int], int]) -> Self:
@@ -93,7 +94,7 @@ class ProcFile(OpenFile):
         task = f"/task/{host.number(self.thread)}" if self.thread else ""
         path = "/".join([f"/proc/{host.number(self.pid)}{task}", *([self.name] if self.name else [])])
         try:
-            fd = os.open(path, self.flags & (REOPEN_FLAGS | FileFlag.PATH) | os.O_CLOEXEC | os.O_NOFOLLOW)
+            fd = os.open(path, self.flags & (REOPEN_FLAGS | FileFlag.PATH) | os.O_CLOEXEC)
             if self.pos:
                 os.lseek(fd, self.pos, os.SEEK_SET)
         except OSError as error:

@@ -181,7 +181,7 @@ def test_every_kind_is_here() -> None:
         {"pid": 0},
         {"pid": 1 << 22},
         {"thread": -1},
-        *({"name": bad} for bad in ("/x", "a/../b", "fd/3", "root/etc/x", "\0")),
+        *({"name": bad} for bad in ("/x", "a/../b", "fd/3", "exe", "root/etc/x", "\0")),
     ],
 )
 def test_files_of_a_process_that_cannot_be(change: dict[str, object]) -> None:

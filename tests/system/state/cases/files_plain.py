@@ -116,7 +116,6 @@ def files_of_the_tree_in_proc(here: Here) -> Iterator[None]:
     )
     opened = {name: os.open(f"/proc/{name}", os.O_RDONLY) for name in names}
     opened |= {"place": os.open("/proc/self", os.O_PATH), "comm": os.open("/proc/self/comm", os.O_RDWR)}
-    opened |= {"sys": os.open("/sys/kernel/mm/transparent_hugepage/enabled", os.O_RDONLY)}
     links = {name: os.readlink(f"/proc/self/fd/{fd}") for name, fd in opened.items()}
     os.read(opened["self/maps"], 100)
     yield
@@ -132,22 +131,5 @@ def files_of_the_tree_in_proc(here: Here) -> Iterator[None]:
     assert os.readlink("exe", dir_fd=opened["place"]) == os.readlink("/proc/self/exe")
     os.write(opened["comm"], b"renamed")
     assert os.pread(opened["comm"], 99, 0) == b"renamed\n"
-    assert b"never" in os.read(opened["sys"], 99)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-
-
-@case("files/file")
-def files_of_the_kernels_own(here: Here) -> Iterator[None]:
-    """By their path: /proc, /sys and those of a cgroup that is there."""
-    with open("/proc/self/mountinfo") as mounts:
-        groups = next(line.split()[4] for line in mounts if " - cgroup" in line)
-    paths = ("/proc/meminfo", "/proc/sys/kernel/osrelease", "/sys/kernel/mm/transparent_hugepage/enabled")
-    paths += (f"{groups}/cgroup.procs",)
-    opened = {path: os.open(path, os.O_RDONLY) for path in paths}
-    started = {path: os.read(fd, 4) for path, fd in opened.items()}
-    yield
-    for path, fd in opened.items():
-        assert os.readlink(f"/proc/self/fd/{fd}") == path
-        assert os.lseek(fd, 0, os.SEEK_CUR) == len(started[path])
-        assert len(os.pread(fd, 4, 0)) > 0
