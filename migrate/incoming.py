@@ -30,8 +30,10 @@ from migrate.parts import Arrived
 from migrate.warm import warm
 from tcpstate import codec, softstate
 from tcpstate.capture import Capture
+from tcpstate.connid import ConnId
 from tcpstate.kernel.route import is_local
 from tcpstate.kernel.sockets import is_v6
+from tcpstate.locate import look_up
 from tcpstate.segment import Segment
 
 __all__ = ["IncomingTrees"]
@@ -51,6 +53,8 @@ class IncomingTrees:
         self._reader = FrameReader(executor=self._executor, stream=True)
         self._capture: Capture | None = None
         self._replayed = False
+        #: the connections that replayed SYNs began, and these SYNs' sequence numbers
+        self._begun: set[tuple[ConnId, int]] = set()
         self._connected = False
         self._pairs: list[tuple[str, str]] = []
         self._kept: KeptFrames | None = None
@@ -171,7 +175,9 @@ class IncomingTrees:
     def replay(self, segments: Sequence[bytes]) -> None:
         """What the source captured and, the first time, what was captured here before the release.
 
-        Not later: what arrives after the release is answered, and a SYN that was must not come again.
+        Not later: what arrives after the release is answered.  Nor may anything come that the host would answer with a
+        reset: a second copy of a SYN, when the first one's connection has come and gone; segments of a connection that
+        has ended meanwhile.
         """
         arrived = [codec.unpack(Segment, segment) for segment in segments]
         first, self._replayed = not self._replayed, True
@@ -180,11 +186,23 @@ class IncomingTrees:
             self._capture.stop()
         if first:
             self._restore.connect(arrived)
-        self._restore.replay(arrived)
+        else:
+            # the processes run, and a peer whose segment came here the long way has perhaps sent it again itself
+            arrived = [one for one in arrived if one.begins or look_up(one.conn_id) is not None]
+        self._restore.replay([one for one in arrived if not self._is_again(one)])
         if first:
             # The addresses are announced by now.  Earlier, a peer that had waited for room would send all it has to
             # where they were.
             self._restore.tell_windows()
+
+    def _is_again(self, segment: Segment) -> bool:
+        """Whether it is a SYN that was replayed already: both hosts may see one frame, or one host twice."""
+        if not segment.begins:
+            return False
+        beginning = (segment.conn_id, segment.seq)
+        again = beginning in self._begun
+        self._begun.add(beginning)
+        return again
 
     def run(self) -> Arrived:
         """Let them go."""

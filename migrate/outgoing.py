@@ -295,7 +295,7 @@ class OutgoingTrees:
         image.record(Kind.FILES_DELTA, self._dump.delta(clocks_stand=True))
 
     def _freeze(self) -> None:
-        self._refused = self._dump.freeze([] if self._segments is None else self._segments.segments())
+        self._refused = self._dump.freeze(self._later_segments())
 
     def _capture_all(self) -> None:
         if self._dump.ports:
@@ -335,7 +335,14 @@ class OutgoingTrees:
         # not before the stop: the answer to a SYN may be under way when the SYN is seen
         found = [] if self._syns is None else unanswered(self._syns.segments())
         refused, self._refused = self._refused, []
-        return found + refused + ([] if self._segments is None else self._segments.segments())
+        return found + refused + self._later_segments()
+
+    def _later_segments(self) -> list[Segment]:
+        """What arrived since the stop; but for SYNs where another capture has them: one that comes between two looks
+        would be told in this call by the one, in the next by the other."""
+        if self._segments is None:
+            return []
+        return self._segments.segments(None if self._syns is None else lambda segment: not segment.begins)
 
     def resume(self) -> None:
         """Everything as it was; what was captured is delivered here."""

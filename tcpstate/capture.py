@@ -36,6 +36,7 @@ from tcpstate.kernel.packet import (
     ARPHRD_LOOPBACK,
     AUXDATA_SPACE,
     ETH_P_ALL,
+    PACKET_HOST,
     PACKET_OUTGOING,
     SOL_PACKET,
     Packet,
@@ -69,8 +70,8 @@ _DROP: Instruction = (Op.RETURN, 0, 0, 0)
 
 
 def _filter(*, syn_only: bool, ports: Collection[int] | None) -> tuple[Instruction, ...]:
-    """Arriving TCP, not over loopback (what :func:`replay` injects comes that way), of ``ports``; ``syn_only``: only
-    SYNs, and the SYN-ACKs that leave.
+    """Arriving TCP for this host, not over loopback (what :func:`replay` injects comes that way), of ``ports``;
+    ``syn_only``: only SYNs, and the SYN-ACKs that leave.
 
     The program sees a packet from its IP header on.
     """
@@ -79,7 +80,10 @@ def _filter(*, syn_only: bool, ports: Collection[int] | None) -> tuple[Instructi
     return (
         (Op.LOAD_WORD, 0, 0, Ancillary.PKTTYPE),
         (Op.JUMP_EQUAL, 0, 1, PACKET_OUTGOING),
-        (Op.JUMP, 0, 0, len(arriving)),
+        (Op.JUMP, 0, 0, 2 + len(arriving)),
+        # what a switch floods, or a promiscuous interface overhears, is for another host: that one may answer
+        (Op.JUMP_EQUAL, 1, 0, PACKET_HOST),
+        _DROP,
         *arriving,
         *leaving,
     )
@@ -257,7 +261,7 @@ def unanswered(segments: Iterable[Segment]) -> list[Segment]:
     return [
         s
         for s in found
-        if s.flags & both == Flag.SYN
+        if s.begins
         and (s.source, s.source_port, s.destination, s.destination_port, (s.seq + 1) & SEQ_MASK) not in answers
     ]
 
@@ -299,7 +303,7 @@ def replay(
         if record is not None and not (segment.flags & Flag.SYN):
             if not _worth(segment, record):
                 continue
-        elif not (segment.flags & (Flag.SYN | Flag.ACK) == Flag.SYN or (unknown is not None and unknown(segment))):
+        elif not (segment.begins or (unknown is not None and unknown(segment))):
             continue
         # a bridge and its port both bring a packet, and so do a bond and its members
         if segment in seen:

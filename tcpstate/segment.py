@@ -111,6 +111,11 @@ class Segment:
         return ConnId("tcp", self.destination, self.destination_port, self.source, self.source_port)
 
     @property
+    def begins(self) -> bool:
+        """Whether it asks for a new connection: SYN without ACK (RFC 9293 3.5)."""
+        return self.flags & (Flag.SYN | Flag.ACK) == Flag.SYN
+
+    @property
     def sequence_length(self) -> int:
         """Sequence numbers that it occupies: data, SYN and FIN."""
         return len(self.payload) + bool(self.flags & Flag.SYN) + bool(self.flags & Flag.FIN)

@@ -20,7 +20,7 @@ from tests.ring import PacketRing
 
 __all__ = ["Flag", "Packet", "PacketReport", "Watcher", "parse"]
 
-LOG = 400  # remarkable packets that are kept for a failure's message
+LOG = 20_000  # remarkable packets that are kept for a failure's message: half a minute of many short connections
 HALF = 1 << 31  # half of the sequence space
 MASK = 0xFFFFFFFF
 SETTLE = 0.05  # seconds until a packet that was sent now is surely out of the ring
@@ -165,9 +165,13 @@ class Watcher:
         return report
 
     def log(self, lines: int = 60) -> str:
-        """The last remarkable packets (RST, SYN, FIN, data again), a line each."""
+        """The remarkable packets (RST, SYN, FIN, data again) of connections that were reset, then the last of all, a
+        line each."""
         with self._lock:
-            return "\n".join(str(packet) for packet in list(self._log)[-lines:])
+            kept = list(self._log)
+        reset = {frozenset((packet.source, packet.destination)) for packet in kept if packet.flags & Flag.RST}
+        story = [packet for packet in kept if frozenset((packet.source, packet.destination)) in reset]
+        return "\n".join([*map(str, story), "the last of all:", *map(str, kept[-lines:])])
 
     def close(self) -> None:
         """End the watch."""

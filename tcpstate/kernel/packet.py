@@ -14,6 +14,7 @@ __all__ = [
     "ARPHRD_LOOPBACK",
     "AUXDATA_SPACE",
     "ETH_P_ALL",
+    "PACKET_HOST",
     "PACKET_OUTGOING",
     "SOL_PACKET",
     "Packet",
@@ -25,7 +26,9 @@ SOL_PACKET = 263
 
 ETH_P_ALL = 3
 ARPHRD_LOOPBACK = 772
-#: sll_pkttype of what this host sends
+#: sll_pkttype of what is for this host; on a bridge's port only the bridge's own copy is, if their addresses differ
+PACKET_HOST = 0
+#: and of what this host sends
 PACKET_OUTGOING = 4
 
 

@@ -143,6 +143,8 @@ def test_it_moves_and_hears_what_is_injected(hosts, kind, state):
 def test_a_captured_syn_reaches_a_listener_on_an_interface(hosts, kind):
     """What holds off connections to a listener is undone by injecting their SYNs."""
     b, c = hosts.b, hosts.c
+    # one each: half-open connections outlive a closed listener until their timer looks (a second)
+    port = 7100 + [*FAMILIES, "link-local"].index(kind)
     family, mapped = FAMILIES.get(kind, (socket.AF_INET6, False))
     with contextlib.ExitStack() as ends, Watcher(c, keep=lambda s: s.flags & Flag.RST) as watcher:
         place(b, NEW, kind, "add")
@@ -150,15 +152,15 @@ def test_a_captured_syn_reaches_a_listener_on_an_interface(hosts, kind):
         listener = ends.enter_context(b.socket(socket.AF_INET6 if mapped else family, socket.SOCK_STREAM))
         listener.setsockopt(Level.SOCKET, SO.BINDTODEVICE, NEW.encode())
         with b:
-            name = (service(kind), 7100, 0, socket.if_nametoindex(NEW)) if kind == "link-local" else None
-            listener.bind(name or (("::ffff:" if mapped else "") + service(kind), 7100))
+            name = (service(kind), port, 0, socket.if_nametoindex(NEW)) if kind == "link-local" else None
+            listener.bind(name or (("::ffff:" if mapped else "") + service(kind), port))
         listener.listen()
         peer = {"link-local": "fe80::9", "ipv6": "fd77::3"}.get(kind, "10.77.0.3")
         syn = Segment(
             source=peer,
             source_port=4321,
             destination=service(kind),
-            destination_port=7100,
+            destination_port=port,
             seq=1,
             ack=0,
             flags=Flag.SYN,
@@ -166,5 +168,5 @@ def test_a_captured_syn_reaches_a_listener_on_an_interface(hosts, kind):
         )
         with b, away(hosts, 3):
             assert replay([syn, dataclasses.replace(syn, source_port=4322)], []) == 2
-            wait_until(lambda: b.sh("ss -Htan state syn-recv sport = 7100").count("7100") == 2)
+            wait_until(lambda: b.sh(f"ss -Htan state syn-recv sport = {port}").count(str(port)) == 2)
         assert watcher.resets() == []

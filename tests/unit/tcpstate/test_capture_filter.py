@@ -83,6 +83,19 @@ def test_syn_only_takes_what_begins_a_connection(v6):
 
 
 @pytest.mark.parametrize("syn_only", [False, True])
+def test_frames_for_other_hosts_are_left_out(v6, syn_only):
+    other_host = 3  # linux/if_packet.h PACKET_OTHERHOST
+    program = _filter(syn_only=syn_only, ports=None)
+    assert not run(program, packet(v6, Flag.SYN), kind=other_host)
+
+
+def test_syn_only_takes_the_answers_that_leave(v6):
+    program = _filter(syn_only=True, ports={51514})
+    assert run(program, packet(v6, Flag.SYN | Flag.ACK), kind=PACKET_OUTGOING)
+    assert not run(program, packet(v6, Flag.SYN), kind=PACKET_OUTGOING)
+
+
+@pytest.mark.parametrize("syn_only", [False, True])
 def test_only_the_wanted_ports(v6, syn_only):
     program = _filter(syn_only=syn_only, ports=set(range(6000, 6900)))
     assert run(program, packet(v6, Flag.SYN, 6899))
