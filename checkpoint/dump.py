@@ -115,7 +115,7 @@ class Dump:
         self._ipc = ipc.Objects()
         self.numbers = Numbers()
         self._spaces = Spaces()
-        self._last = LastSegments(())
+        self.last = LastSegments(())  #: closed connections, whose last segments are under way when the trees stop
         self._collecting = gc.isenabled()
         self._secured = False
         #: whether connections that still wait to be accepted move in the queue (set it before :meth:`drain`); else the
@@ -256,7 +256,7 @@ class Dump:
                 self._holdoff.complain()
             self.drain()
         self.pids = tuple(process.pid for process in self._tree.processes)
-        self._last = LastSegments(addresses)
+        self.last = LastSegments(addresses)
         try:
             self._capture(self._tree)
         except BaseException:
@@ -381,7 +381,7 @@ class Dump:
         """Make the connections quiet and export them; of the segments that ``arrived`` before, those that they lack."""
         if not self._secured:
             self.secure()
-        self._last.wait()
+        self.last.wait()
         if more := self._connections.find_changed():
             self._note_tree(more)
         self._connections.freeze()

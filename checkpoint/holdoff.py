@@ -8,8 +8,10 @@ stopped.  What a busy application has not accepted by then moves in the queue, w
 host has, of the tree or not: in a queue elsewhere it would be without that end.
 
 After the stop a second kind of leftovers may be there: connections that the application has closed and whose last
-segments are on their way (FIN_WAIT1, CLOSING, LAST_ACK without an owner).  They are given a moment as well: if the
-address went away under them, the peer's last ACK would draw a RST at the target.
+segments are on their way (FIN_WAIT1, CLOSING, LAST_ACK without an owner).  They are given a moment as well.  Those
+whose peers are further away than that are told to the target (:class:`checkpoint.records.Ended`), where the last ACK
+would draw a RST else.  Of a connection that was closed with data under way, what the peer has not got by then is lost:
+nobody has a descriptor of it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Final
 
 from checkpoint.errors import BacklogNotDrained
 from checkpoint.files.peers import Place, place_of
+from checkpoint.records import ENDED_MAX
 from checkpoint.traces import NoteWriter, Trace, write
 from tcpstate import locate
 from tcpstate.acceptqueue import keeps
@@ -42,6 +45,8 @@ KEEPING_TIMEOUT: Final = 0.2
 #: seconds that closed connections get for their last segments: a few round trips of a network without loss
 LAST_SEGMENTS_TIMEOUT: Final = 0.05
 _POLL: Final = 0.0005
+#: what a send queue counts that has all but its FIN acknowledged
+_FIN: Final = 1
 #: so many looks in a row without a half-done handshake show that there will be none
 _QUIET_LOOKS: Final = 2
 _CLOSING: Final = frozenset({TcpState.FIN_WAIT1, TcpState.CLOSING, TcpState.LAST_ACK})
@@ -148,23 +153,24 @@ class LastSegments:
 
     def __init__(self, addresses: Collection[str]) -> None:
         self._addresses = frozenset(addresses)
+        #: those that lacked nothing but the peer's last ACK after :meth:`wait`
+        self.ended: tuple[ConnId, ...] = ()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="tcpmig-last-segments")
         self._first = self._executor.submit(self._look) if addresses else None
 
-    def _look(self) -> int:
-        return sum(1 for c in locate.orphans(_CLOSING) if c.conn_id.local in self._addresses)
+    def _look(self) -> list[locate.Located]:
+        return [c for c in locate.orphans(_CLOSING) if c.conn_id.local in self._addresses]
 
-    def wait(self, timeout: float = LAST_SEGMENTS_TIMEOUT) -> int:
-        """Wait until they are gone; how many are left after ``timeout`` seconds."""
+    def wait(self, timeout: float = LAST_SEGMENTS_TIMEOUT) -> None:
+        """Wait until they are gone, ``timeout`` seconds at most; :attr:`ended` tells what is left."""
         first, self._first = self._first, None
         self._executor.shutdown(wait=False)
-        if first is None or not first.result():
-            return 0
-        if _until(lambda: not self._look(), timeout):
-            return 0
+        if first is None or not first.result() or _until(lambda: not self._look(), timeout):
+            return
         left = self._look()
-        _log.debug("%d closed connections still wait for their last segments", left)
-        return left
+        self.ended = tuple(c.conn_id for c in left if c.send_queue <= _FIN)[:ENDED_MAX]
+        if cut := sum(c.send_queue > _FIN for c in left):
+            _log.warning("%d connections were closed with data that has not arrived", cut)
 
 
 def _until(condition: Callable[[], bool], timeout: float) -> bool:

@@ -1,13 +1,14 @@
 """The records of an image that belong to no single room: what it is an image of, and the tree itself.
 
 FILES is :class:`checkpoint.files.table.TreeFiles`, MAPPINGS one :class:`checkpoint.memory.layout.MemoryLayout` per
-process, FILES_DELTA a :class:`FilesDelta`.
+process, FILES_DELTA a :class:`FilesDelta`, ENDED an :class:`Ended`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from checkpoint.arch import USER_END
 from checkpoint.files.base import OpenFile
@@ -25,9 +26,12 @@ from checkpoint.state.table import ProcessState
 from checkpoint.traces import FrozenTree
 from checkpoint.tree import Task
 from tcpstate import codec
+from tcpstate.connid import ConnId
 from tcpstate.record import ConnectionRecord
 
 __all__ = [
+    "ENDED_MAX",
+    "Ended",
     "FilesDelta",
     "LiveProcess",
     "LiveTree",
@@ -39,6 +43,9 @@ __all__ = [
     "prepare",
     "same_file",
 ]
+
+#: connections of one :class:`Ended`, at most: as many as a host closes in the moment before a stop, and more
+ENDED_MAX: Final = 65536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +129,18 @@ class FilesDelta:
     """Entries of FILES that are told again: sockets, as they were frozen, and what else changed since."""
 
     files: dict[int, OpenFile] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """Connections on the moved addresses that nobody has open any more, and whose peers have yet to acknowledge the FIN
+    (LAST_ACK, CLOSING, FIN_WAIT1): what comes for them needs no answer, least of all a reset."""
+
+    connections: tuple[ConnId, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.connections) > ENDED_MAX:
+            raise ValueError(f"more than {ENDED_MAX} connections have just ended")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,8 +14,10 @@ from checkpoint import hostcheck
 from checkpoint.errors import FileMissing, InterfaceMissing, LazyImpossible, PairWithoutAddress, PidTaken
 from checkpoint.files.verdicts import judge_here
 from checkpoint.image.format import FrameReader
+from checkpoint.image.frames import Kind
 from checkpoint.memory.lazy import available
 from checkpoint.namespaces.network import NewNetwork
+from checkpoint.records import Ended
 from checkpoint.restore import Restore
 from checkpoint.traces import NoteWriter
 from checkpoint.verdict import Verdict, refusals
@@ -31,6 +33,8 @@ from migrate.warm import warm
 from tcpstate import codec, softstate
 from tcpstate.capture import Capture
 from tcpstate.connid import ConnId
+from tcpstate.errors import KernelFeatureMissing
+from tcpstate.kernel.bpf.gate import Gate
 from tcpstate.kernel.route import is_local
 from tcpstate.kernel.sockets import is_v6
 from tcpstate.locate import look_up
@@ -60,6 +64,7 @@ class IncomingTrees:
         self._kept: KeptFrames | None = None
         self._bringer: Bringer | None = None
         self._network: NewNetwork | None = None
+        self._ended: Gate | None = None
 
     # -- the image ------------------------------------------------------------------------------------------------
 
@@ -72,8 +77,20 @@ class IncomingTrees:
         for frame in self._reader.received(count):
             if self._kept is not None:
                 self._kept.keep(frame)
+            if frame.kind == Kind.ENDED:
+                self._ignore(frame.decode(Ended).connections)
             self._restore.apply(frame)
         return None
+
+    def _ignore(self, ended: Sequence[ConnId]) -> None:
+        """What comes for these is not answered, while this program runs: their last ACKs are under way."""
+        _log.info("%d connections had just been closed: what comes for them is dropped", len(ended))
+        try:
+            self._ended = Gate(ended)
+        except KernelFeatureMissing as error:
+            _log.info("their last ACKs will be answered with resets: %s", error.message)
+        else:
+            self._ended.shut()
 
     # -- the steps ------------------------------------------------------------------------------------------------
 
@@ -230,6 +247,8 @@ class IncomingTrees:
         if self._capture is not None:
             self._capture.close()
         self._restore.close()
+        if self._ended is not None:
+            self._ended.close()
         if self._bringer is not None:
             self._bringer.close()
         if self._kept is not None:

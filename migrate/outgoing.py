@@ -32,6 +32,7 @@ from checkpoint.live import Round as LiveRound
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.namespaces.numbers import Numbers
 from checkpoint.namespaces.spaces import Spaces, own_network
+from checkpoint.records import Ended
 from checkpoint.throttle import Throttle
 from migrate.clock import monotonic_ns
 from migrate.hostfacts import ACCEPT_QUEUE, AHEAD
@@ -253,6 +254,8 @@ class OutgoingTrees:
         self._freeze()
         for run in self._dump.queues():
             image.write(self._writer.pages(run))
+        if self._dump.last.ended:
+            image.write(self._writer.frame(Kind.ENDED, Ended(connections=self._dump.last.ended), optional=True))
         image.write(self._writer.frame(Kind.FILES_DELTA, self._dump.delta()))
         image.write(self._writer.end())
         for warning in self._dump.warnings:

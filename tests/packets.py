@@ -167,11 +167,15 @@ class Watcher:
     def log(self, lines: int = 60) -> str:
         """The remarkable packets (RST, SYN, FIN, data again) of connections that were reset, then the last of all, a
         line each."""
-        with self._lock:
-            kept = list(self._log)
+        kept = self.kept()
         reset = {frozenset((packet.source, packet.destination)) for packet in kept if packet.flags & Flag.RST}
         story = [packet for packet in kept if frozenset((packet.source, packet.destination)) in reset]
         return "\n".join([*map(str, story), "the last of all:", *map(str, kept[-lines:])])
+
+    def kept(self) -> list[Packet]:
+        """The last remarkable packets, as for :meth:`log`."""
+        with self._lock:
+            return list(self._log)
 
     def close(self) -> None:
         """End the watch."""

@@ -109,6 +109,7 @@ class Kind(enum.StrEnum):
                  are read; of an image in a file
     MAPS_DELTA   memory of a process that was told in LIVE and was made anew since: what is left there is void
     FILES_DELTA  entries of FILES that came or changed; sockets, as frozen at the end
+    ENDED        connections that were closed before the stop, and whose last ACKs have not come; of a migration
     ADDRESSES    addresses that the connections need, of an image in a file; of a migration the protocol tells them
     PARENTS      earlier images that this one takes pages from (checkpoint.image.chain); of an image in a file
     INHERITED    pages of memory that are in one of them
@@ -129,6 +130,7 @@ class Kind(enum.StrEnum):
     COPIED = "COPIED"
     MAPS_DELTA = "MAPS_DELTA"
     FILES_DELTA = "FILES_DELTA"
+    ENDED = "ENDED"
     ADDRESSES = "ADDRESSES"
     PARENTS = "PARENTS"
     INHERITED = "INHERITED"
