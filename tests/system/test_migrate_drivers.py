@@ -254,7 +254,10 @@ class FakeRemote:
 
 
 class Run:
-    """One migration between two threads; what came of it."""
+    """One migration between two threads; what came of it.
+
+    silence  seconds without a word that the source bears; the target bears more
+    """
 
     def __init__(self, world: World, directory: Path, silence: float = 5.0, only_check: bool = False) -> None:
         self.world = world
@@ -264,6 +267,8 @@ class Run:
         self.outgoing, self.incoming = FakeOutgoing(world), FakeIncoming(world)
         self.silence = silence
         self.only_check = only_check
+        #: set when the source has ended
+        self.over = threading.Event()
         self.inside: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
         self.received: Received | BaseException | None = None
         self.sent: Summary | BaseException | None = None
@@ -284,6 +289,7 @@ class Run:
         except BaseException as error:
             self.sent = error
         finally:
+            self.over.set()
             self.ours.close()
         thread.join(20)
         assert not thread.is_alive()
@@ -291,7 +297,7 @@ class Run:
         return self
 
     def _target(self) -> None:
-        channel = Channel(self.theirs.fileno(), self.theirs.fileno(), silence=self.silence, listens=False)
+        channel = Channel(self.theirs.fileno(), self.theirs.fileno(), silence=self.silence + 5.0, listens=False)
         try:
             with self.inside():
                 self.received = Target(self.incoming, channel, state_directory=self.directory / "there").run()
@@ -442,10 +448,14 @@ def test_a_line_cut_after_commit_leaves_the_source_in_doubt_and_the_target_runni
 
 def test_a_target_that_says_nothing_after_commit_leaves_the_source_in_doubt(tmp_path: Path) -> None:
     world = World()
-    run = Run(world, tmp_path, silence=0.3)
-    world.fail["run"] = lambda: time.sleep(1.0)
+    run = Run(world, tmp_path, silence=2.0)
+
+    def say_nothing() -> None:
+        assert run.over.wait(20)
+
+    world.fail["run"] = say_nothing
     run.go()
-    assert isinstance(run.sent, InDoubt)
+    assert isinstance(run.sent, InDoubt), run.sent
     assert world.here == "stopped"
 
 
