@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from tests.campaign import sessions
 from tests.campaign.run import CAMPAIGNS, Campaign, run
 
 
@@ -13,3 +14,9 @@ def test_campaign(campaign: Campaign) -> None:
     problems = [problem for leg in state["legs"] for problem in leg["problems"]]
     assert problems == []
     assert sum(len(leg["moves"]) for leg in state["legs"]) == campaign.moves
+
+
+def test_sshd_with_a_live_session() -> None:
+    state = sessions.run(seed=int(os.environ.get("TMH_SEED", "1")))
+    assert [problem for leg in state["legs"] for problem in leg["problems"]] == []
+    assert sum(len(leg["moves"]) for leg in state["legs"]) == state["moves"]
