@@ -35,7 +35,7 @@ _HEAD: Final = struct.Struct("=QQQ")  # monotonic, task, state
 _KEY: Final = struct.Struct("=Q")
 #: the stack is read in pieces: the one that would reach beyond its end is left out, not all of it
 _PIECE, _PIECES = 256, 8
-_MOST: Final = 1 << 14  # threads looked at at once
+_MOST: Final = 1 << 12  # threads looked at for one stop
 _INTERRUPTIBLE: Final = 1  # TASK_INTERRUPTIBLE of include/linux/sched.h
 _ENQUEUED: Final = 1  # HRTIMER_STATE_ENQUEUED of include/linux/hrtimer.h
 _KERNEL: Final = 1 << 63  # addresses from here on are the kernel's
