@@ -5,7 +5,7 @@ What such a file shows is made when it is read, so the same file of the same pro
 writing are kept those that set something of the process, and ask whoever writes, not whoever has opened them, whether
 he may.  The tool opens them: what shows more to a privileged opener is refused.
 
-Source: fs/proc/base.c (tgid_base_stuff, tid_base_stuff), fs/proc/task_mmu.c (pagemap_open).
+Source: fs/proc/base.c (tgid_base_stuff, tid_base_stuff), fs/proc/task_mmu.c (pagemap_read).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ __all__ = ["ProcFile"]
 _LINK: Final = re.compile(r"/proc/(\d+)(?:/task/(\d+))?(?:/(.+))?")
 #: what a writer needs no privilege of the opener for
 _WRITABLE: Final = frozenset({"comm", "coredump_filter", "oom_adj", "oom_score_adj"})
-#: shows frames of physical memory if its opener may see them
-_BY_OPENER: Final = frozenset({"pagemap"})
+#: show frames of physical memory and where the kernel stands, if their opener may see it
+_BY_OPENER: Final = frozenset({"pagemap", "stack"})
 #: links to elsewhere, and what there is only for a descriptor that is open
 _LINKS: Final = frozenset({"cwd", "exe", "root"})
 _ELSEWHERE: Final = _LINKS | {"fd", "fdinfo", "map_files", "ns"}
