@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from checkpoint import procfs
 from checkpoint.arch import WAITS, Registers, wait_of
+from checkpoint.errors import NoSuchProcess
 from checkpoint.kernel.callwatch import CallWatch
 from checkpoint.memory.vma import PAGE, read_maps
 
@@ -68,8 +69,8 @@ def go_on(process: Process, thread: Thread) -> None:
             if not _on_its_stack(process.pid, registers, place):
                 return
             process.write(place, data)
-        except OSError as error:
-            # that page is not there yet (lazy memory)
+        except (OSError, NoSuchProcess) as error:
+            # that page is not there yet (lazy memory), or it was killed
             _log.info("%s waits its whole time again: %s", thread.name, error)
             return
     thread.set_registers(begun)

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from checkpoint import tree
+from checkpoint import tree, waiting
 from checkpoint.files import install, kinds, peercred, rebuild, regular
 from checkpoint.files import table as files_table
 from checkpoint.files.base import OpenFile, kind_name
@@ -151,6 +151,7 @@ def _aspects() -> dict[str, Switch]:
         "aspect/epoll-entries": _patch(install.Installation, "_control"),
         "aspect/position": _position,
         "aspect/sharing": _patch(tree, "_sharing", lambda *_: {}),
+        "aspect/waits": _patch(waiting, "go_on"),
     }
 
 

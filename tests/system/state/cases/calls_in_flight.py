@@ -106,7 +106,7 @@ def _enter(program: str, call: str, name: str) -> None:
     CASES[name] = Case(name, run, ("state/registers",), differs=differs)
 
 
-#: calls that are begun again with what was left: which argument tells the time, and whether it points to it
+#: calls that go on with what was left: which argument tells the time, and whether it points to it
 LEFT: dict[str, tuple[int, int, bool]] = {
     # number of the call it may be made as, argument
     "epoll_wait": (232, 3, False),
@@ -114,7 +114,11 @@ LEFT: dict[str, tuple[int, int, bool]] = {
     "sigtimedwait": (128, 2, True),
     "semtimedop": (220, 3, True),
     "io_getevents": (208, 4, True),
+    "ppoll": (271, 2, True),
+    "pselect": (270, 4, True),
 }
+#: of these the kernel itself writes it down
+WRITTEN_BACK = ("ppoll", "pselect")
 _LONG = 1000  # seconds
 
 
@@ -135,6 +139,11 @@ def _wait(call: str) -> None:
             semaphore = calls.call(64, 0, 1, 0o600)
             calls.call(220, semaphore, struct.pack("=HhhHhh", 0, 1, 0, 0, -1, 0), 2, span)
             calls.call(220, semaphore, struct.pack("=Hhh", 0, -1, 0), 1, span)
+        elif call == "ppoll":
+            calls.call(271, struct.pack("=ihh", reading, 1, 0), 1, ctypes.create_string_buffer(span, 16), None, 8)
+        elif call == "pselect":
+            wanted = (1 << reading).to_bytes(128, "little")
+            calls.call(270, reading + 1, wanted, None, None, ctypes.create_string_buffer(span, 16), None)
         else:
             context = ctypes.c_ulong()
             calls.call(206, 1, ctypes.byref(context))
@@ -169,7 +178,7 @@ def _rests(call: str) -> None:
         assert _LONG - 900 < left(thread.native_id) < _LONG, (call, left(thread.native_id))
 
     name = f"calls_in_flight.rest_of_{call}"
-    CASES[name] = Case(name, run, ("state/registers",))
+    CASES[name] = Case(name, run, ("state/registers", *(() if call in WRITTEN_BACK else ("aspect/waits",))))
 
 
 for each in LEFT:
