@@ -43,7 +43,7 @@ _MOST: Final = 1 << 22
 def _is_ours(view: FdView) -> bool:
     """Whether it is below a process in the /proc that we see: its numbers are ours."""
     return (
-        stat.S_IFMT(view.stat.st_mode) in (stat.S_IFREG, stat.S_IFDIR)
+        stat.S_IFMT(view.stat.st_mode) in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK)
         and not view.link.endswith(DELETED)
         and view.stat.st_dev == os.stat("/proc").st_dev
     )
@@ -69,7 +69,8 @@ class ProcFile(OpenFile):
         parts = self.name.split("/")
         if self.name and not all(part and part not in (".", "..") and "\0" not in part for part in parts):
             raise ValueError(f"{self.name!r} is not a path below a process")
-        if parts[0] in _LINKS or (len(parts) > 1 and parts[0] in _ELSEWHERE):
+        link = self.flags & FileFlag.PATH and self.flags & FileFlag.NOFOLLOW
+        if (parts[0] in _LINKS and not link) or (len(parts) > 1 and parts[0] in _ELSEWHERE):
             raise ValueError(f"{self.name!r} leads out of /proc")
 
     def renumbered(self, number: Callable[[int], int]) -> Self:

@@ -15,6 +15,7 @@ from checkpoint.kernel.timers import NS
 from checkpoint.state.posix_timers import PosixTimers
 from checkpoint.state.table import ProcessState
 from tcpstate.codec import unpack
+from tcpstate.kernel.machine import SYS
 from tests.hosts import Host, ThreeHosts, tcpmig
 
 PROGRAM = Path(__file__).parent / "programs" / "all_state.c"
@@ -67,3 +68,28 @@ def test_everything_moves(hosts: ThreeHosts, tmp_path: Path, variant: str) -> No
         assert len(before.get(kind).timers) == len(after.get(kind).timers) > 0
     for old_timer, new_timer in zip(before.get(PosixTimers).timers, after.get(PosixTimers).timers, strict=True):
         assert -NS // 50 <= old_timer.value - new_timer.value <= passed
+
+
+WAITS = "import select; print('ready', flush=True); select.epoll().poll(1000)"
+
+
+@pytest.mark.long
+def test_a_wait_goes_on_with_what_was_left_of_its_time(hosts: ThreeHosts) -> None:
+    def asked(host: Host, pid: int) -> int:
+        """Milliseconds that the call was given in which it waits."""
+        deadline = time.monotonic() + 10
+        while (words := host.path(f"/proc/{pid}/syscall").read_text().split())[0] != str(int(SYS.epoll_wait)):
+            assert time.monotonic() < deadline, words
+            time.sleep(0.01)
+        return int(words[4], 16)
+
+    with hosts.source.popen([sys.executable, "-ISc", WAITS], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        assert asked(hosts.source, process.pid) == 1_000_000
+        tcpmig.migrate(hosts.source, process.pid, hosts.target)
+        there = asked(hosts.target, process.pid)
+        tcpmig.migrate(hosts.target, process.pid, hosts.source)
+        back = asked(hosts.source, process.pid)
+        hosts.source.kill(process.pid, 9)
+    assert 900_000 < back < there < 1_000_000

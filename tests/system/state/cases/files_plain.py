@@ -116,6 +116,7 @@ def files_of_the_tree_in_proc(here: Here) -> Iterator[None]:
     )
     opened = {name: os.open(f"/proc/{name}", os.O_RDONLY) for name in names}
     opened |= {"place": os.open("/proc/self", os.O_PATH), "comm": os.open("/proc/self/comm", os.O_RDWR)}
+    opened |= {"link": os.open("/proc/self/exe", os.O_PATH | os.O_NOFOLLOW)}
     links = {name: os.readlink(f"/proc/self/fd/{fd}") for name, fd in opened.items()}
     os.read(opened["self/maps"], 100)
     yield
@@ -129,6 +130,7 @@ def files_of_the_tree_in_proc(here: Here) -> Iterator[None]:
     assert str(opened["comm"]) in os.listdir(opened["self/fd"])
     assert b"local_address" in os.read(opened["self/net/tcp"], 99)
     assert os.readlink("exe", dir_fd=opened["place"]) == os.readlink("/proc/self/exe")
+    assert os.readlink("", dir_fd=opened["link"]) == os.readlink("/proc/self/exe")
     os.write(opened["comm"], b"renamed")
     assert os.pread(opened["comm"], 99, 0) == b"renamed\n"
     os.kill(child, signal.SIGKILL)
