@@ -32,7 +32,7 @@ import socket
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from checkpoint import preflight, procfs
+from checkpoint import preflight, procfs, waiting
 from checkpoint.described import frozen_tree, held_listeners, manifest, process_records, tree_record
 from checkpoint.errors import NoSuchProcess, Refused, TreeChanged
 from checkpoint.files.ahead import Ahead, tell
@@ -244,8 +244,9 @@ class Dump:
         for attempt in range(_STOP_ATTEMPTS):
             self._collecting = gc.isenabled()
             gc.disable()  # a collection in the stop would cost milliseconds
+            watch = waiting.look_at(self.roots)
             self.stopped_ns = time.monotonic_ns()
-            self.tree = Tree.stop(self.roots)
+            self.tree = Tree.stop(self.roots, watch=watch)
             if self._holdoff is None or self._nothing_waits(self._holdoff):
                 break
             # a handshake was completed between the last look and the stop

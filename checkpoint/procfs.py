@@ -289,13 +289,14 @@ def read_timers(pid: int) -> str:
     return _read(pid, "timers")
 
 
-def call_of(pid: int, tid: int) -> int | None:
-    """The number of the system call that a thread waits in; None if it runs, or we may not know."""
+def call_of(pid: int, tid: int) -> tuple[int, int] | None:
+    """The number of the system call that a thread waits in, and the instruction after it; None if it runs, or we may
+    not know."""
     try:
-        first = _read(pid, f"task/{tid}/syscall").partition(" ")[0]
+        words = _read(pid, f"task/{tid}/syscall").split()
     except (NoSuchProcess, OSError):
         return None  # it has ended, or is not ours to look at: stopping it will tell
-    return int(first) if first.isdigit() else None
+    return (int(words[0]), int(words[-1], 16)) if words and words[0].isdigit() else None
 
 
 def users_of_number(number: int) -> list[str]:

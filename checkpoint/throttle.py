@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from checkpoint import waiting
+from checkpoint.kernel.callwatch import CallWatch
 from checkpoint.tracee import Tree
 from tcpstate.errors import TcpmigError
 
@@ -35,6 +37,7 @@ class Throttle:
         self._thread: threading.Thread | None = None
         self._over = threading.Event()
         self._stopping = threading.Lock()
+        self._watch = CallWatch(stays=True)
         #: seconds that they have stood still
         self.stood = 0.0
 
@@ -50,6 +53,7 @@ class Throttle:
         self._over.set()
         if self._thread is not None:
             self._thread.join()
+        self._watch.end()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -69,7 +73,8 @@ class Throttle:
 
     def _stand_still(self, seconds: float) -> None:
         began = time.monotonic()
-        tree = Tree.stop(self._roots)
+        waiting.look_at(self._roots, self._watch)
+        tree = Tree.stop(self._roots, watch=self._watch)
         try:
             self._over.wait(max(0.0, seconds - (time.monotonic() - began)))
         finally:

@@ -193,7 +193,6 @@ class Process:
             if not new:
                 break
             fresh = []
-            waiting.look_at(self.watch, self.pid, new)
             for tid in new:
                 if (thread := self._seize(tid)) is None:
                     passed.add(tid)
@@ -407,21 +406,22 @@ class Tree:
     zombies    children of theirs that have ended and were not waited for
     """
 
-    def __init__(self, processes: Iterable[Process] = ()) -> None:
+    def __init__(self, processes: Iterable[Process] = (), watch: CallWatch | None = None) -> None:
         self.processes: list[Process] = list(processes)
         self.zombies: list[Stat] = []
-        self._watch = CallWatch()
+        self._watch = watch or CallWatch()
 
     @classmethod
-    def stop(cls, roots: Iterable[int], *, timeout: float = STOP_TIMEOUT) -> Tree:
-        """Stop the trees that begin at ``roots``.
+    def stop(cls, roots: Iterable[int], *, timeout: float = STOP_TIMEOUT, watch: CallWatch | None = None) -> Tree:
+        """Stop the trees that begin at ``roots``. ``watch`` has just looked at them (waiting.look_at); it is closed at
+        the end. None: it is done here.
 
         If that fails everything runs on: :class:`~checkpoint.errors.Refused` (which, why), StopTimeout, VforkParent.
         """
-        tree = cls()
         roots = list(roots)
         for root in roots:
             refuse_root(root)
+        tree = cls(watch=watch or waiting.look_at(roots))
         try:
             tree._stop_all(roots, time.monotonic() + timeout)
         except BaseException:

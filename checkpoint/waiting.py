@@ -3,20 +3,23 @@ on with what was left of it, in the process that runs on here as in a rebuilt on
 
 ::
 
-    look_at    while they run: when their calls time out
+    look_at    while all run: when their calls time out
     end_of     they were stopped: whether they still were in those calls
     go_on      the last before they run again
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
+import os
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from checkpoint import procfs
-from checkpoint.arch import WAITS, Registers, wait_of
+from checkpoint.arch import WAITS, Registers, may_change_time, wait_of
 from checkpoint.errors import NoSuchProcess
 from checkpoint.kernel.callwatch import CallWatch
 from checkpoint.memory.vma import PAGE, read_maps
@@ -35,20 +38,52 @@ _SHORTEST: Final = 1_000_000
 _FIRST_STACK: Final = "[stack]"
 
 
-def look_at(watch: CallWatch | None, pid: int, tids: Iterable[int]) -> None:
-    """Note what the kernel has of those threads that wait for a time. ``watch`` None: nobody wants to know."""
-    if watch is not None:
-        for tid in tids:
-            if procfs.call_of(pid, tid) in WAITS:
+def look_at(roots: Iterable[int], watch: CallWatch | None = None) -> CallWatch:
+    """Note what the kernel has of those threads of the trees that wait for a time, and whose programs would not see
+    that it was changed; in a new watch if none is given. Of threads that come later nothing is known."""
+    watch = watch or CallWatch()
+    for pid in {each for root in roots for each in _tree(root)}:
+        waiting = {tid: call for tid in _threads(pid) if (call := procfs.call_of(pid, tid)) and call[0] in WAITS}
+        if not waiting:
+            continue
+        try:
+            mem = os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            _log.info("waits of pid %d will begin anew: %s", pid, error)
+            continue
+        try:
+            read = functools.partial(_read, mem)
+            free = {call for call in set(waiting.values()) if may_change_time(read, *call)}
+        finally:
+            os.close(mem)
+        for tid, call in waiting.items():
+            if call in free:
                 watch.look(tid)
+    return watch
+
+
+def _tree(root: int) -> list[int]:
+    with contextlib.suppress(NoSuchProcess):
+        return procfs.tree(root)
+    return []
+
+
+def _threads(pid: int) -> list[int]:
+    with contextlib.suppress(NoSuchProcess):
+        return procfs.threads(pid)
+    return []
+
+
+def _read(mem: int, address: int, size: int) -> bytes:
+    return os.pread(mem, size, address)
 
 
 def end_of(process: Process, thread: Thread) -> int | None:
     """When a stopped thread has waited long enough, in nanoseconds of our CLOCK_MONOTONIC. None: it does not wait, or
-    that cannot be told, or it cannot be given another time without its program seeing it."""
+    nobody has looked, or it has begun another call since."""
     wait = wait_of(thread.registers)
     end = None if wait is None or process.watch is None else process.watch.until(thread.tid)
-    if wait is None or end is None or not wait.spoils_nothing(process.read, thread.registers):
+    if wait is None or end is None:
         return None
     if wait.longest is not None and end - time.monotonic_ns() > wait.longest:
         return None  # that timer is not the call's

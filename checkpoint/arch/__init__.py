@@ -16,6 +16,7 @@ Registers and interrupted system calls:
 ``beginning``          registers that begin a call at ``CALL_AT`` in an engine
 ``asleep``             what a thread goes on with that has begun it again (``BLOCK``: the kernel has a note)
 ``wait_of``            the ``Wait`` for a time, one of ``WAITS``, of which the kernel has none
+``may_change_time``    whether such a program does not look again at the register that tells the time
 ``KERNEL_STACK_POINTER``  which member of struct task_struct it is
 ``signal_frames``      the ``Frame`` of each signal handler that runs, from a stack; ``convert_frame``: for this CPU
 ``same_layout``        whether such frames of another CPU are right on this one
@@ -83,7 +84,7 @@ if _MACHINE == "x86_64":
     )
     from checkpoint.arch.x86_64.stub import SPAWN, USER_END, stub_elf
     from checkpoint.arch.x86_64.vdso import vdso_call, vdso_jump, vdso_stays
-    from checkpoint.arch.x86_64.waits import KERNEL_STACK_POINTER, WAITS, Wait, wait_of
+    from checkpoint.arch.x86_64.waits import KERNEL_STACK_POINTER, WAITS, Wait, may_change_time, wait_of
     from checkpoint.arch.x86_64.xstate import (
         Component,
         Frame,
@@ -139,6 +140,7 @@ __all__ = [
     "init_image",
     "interrupted_in",
     "known_again",
+    "may_change_time",
     "require_native",
     "restarted_call",
     "same_layout",

@@ -142,12 +142,17 @@ class _Seen:
 
 
 class CallWatch:
-    """Looks at threads that are about to be stopped: :meth:`look` at each, stop it, ask :meth:`until`."""
+    """Looks at threads that are about to be stopped: :meth:`look` at each, stop it, ask :meth:`until`.
+
+    stays  it is used for many stops: :meth:`close` only forgets what was seen, :meth:`end` is the end. To begin again
+           soon after an end would mean to wait for a grace period of the kernel's
+    """
 
     #: the memory that a look is copied through is one for all
     _looks = threading.Lock()
 
-    def __init__(self) -> None:
+    def __init__(self, *, stays: bool = False) -> None:
+        self._stays = stays
         self._programs = _programs()
         self._noting = -1
         self._seen: dict[int, _Seen] = {}
@@ -188,9 +193,14 @@ class CallWatch:
         return seen.until if begun == bytes(8) else None
 
     def close(self) -> None:
-        """Watch no longer. May be repeated."""
+        """These are watched no longer. May be repeated."""
+        if not self._stays:
+            self.end()
+        while self._seen and self._programs is not None:
+            call.delete(self._programs.tasks, _KEY.pack(self._seen.popitem()[1].task))
+
+    def end(self) -> None:
+        """No call of anybody is noted any more."""
         if self._noting >= 0:
             os.close(self._noting)
             self._noting = -1
-        while self._seen and self._programs is not None:
-            call.delete(self._programs.tasks, _KEY.pack(self._seen.popitem()[1].task))

@@ -20,7 +20,7 @@ from checkpoint.arch.x86_64.liveness import unused
 from checkpoint.arch.x86_64.registers import Registers, Restart
 from tcpstate.kernel.machine import SYS
 
-__all__ = ["KERNEL_STACK_POINTER", "WAITS", "Wait", "wait_of"]
+__all__ = ["KERNEL_STACK_POINTER", "WAITS", "Wait", "may_change_time", "wait_of"]
 
 #: where struct task_struct has the stack pointer of a thread that the kernel has switched away from
 KERNEL_STACK_POINTER: Final = "thread.sp"
@@ -60,10 +60,6 @@ class Wait:
     register: str
     longest: int | None
 
-    def spoils_nothing(self, read: Callable[[int, int], bytes], registers: Registers) -> bool:
-        """Whether the program does not look at the register again. ``read``: of its memory (address, size)."""
-        return unused(read, registers.ip, _NUMBERS[self.register])
-
     def begun(self, registers: Registers, nanoseconds: int) -> tuple[Registers, int, bytes]:
         """(registers with which it waits so long, not less; an address, and what must lie there: maybe nothing)."""
         if self.number in _IN_MILLISECONDS or self.number in _PLAINER:
@@ -73,6 +69,15 @@ class Wait:
             data = _TIMESPEC.pack(*divmod(nanoseconds, _SECOND))
         call = _PLAINER.get(self.number, self.number)
         return dataclasses.replace(registers, orig_rax=call, **{self.register: time}), time if data else 0, data
+
+
+def may_change_time(read: Callable[[int, int], bytes], number: int, ip: int) -> bool:
+    """Whether a program that is in one of WAITS does not look again at the register that tells the time.
+
+    read    of its memory (address, size)
+    number  of the call, and the instruction after it
+    """
+    return unused(read, ip, _NUMBERS[_TIMES[number]])
 
 
 def wait_of(registers: Registers) -> Wait | None:

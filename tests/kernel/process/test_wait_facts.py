@@ -40,6 +40,11 @@ CALLS = {
 }
 
 
+def waits(pid: int) -> bool:
+    found = call_of(pid, pid)
+    return found is not None and found[0] in WAITS
+
+
 @contextmanager
 def waiting(code: str) -> Iterator[int]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -47,7 +52,7 @@ def waiting(code: str) -> Iterator[int]:
         try:
             assert process.stdout is not None
             process.stdout.readline()
-            wait_until(lambda: call_of(process.pid, process.pid) in WAITS)
+            wait_until(lambda: waits(process.pid))
             yield process.pid
         finally:
             process.kill()
@@ -62,7 +67,7 @@ def test_the_time_that_a_wait_has_left_is_known_and_is_kept_when_it_goes_on_here
             ends.append(tree.processes[0].leader.until)
             now = time.monotonic_ns()
             tree.resume()
-            wait_until(lambda: call_of(pid, pid) in WAITS)
+            wait_until(lambda: waits(pid))
         first = ends[0]
         assert first is not None
         assert 900 * NS < first - now < 1000 * NS
