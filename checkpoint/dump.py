@@ -105,6 +105,7 @@ class Dump:
         self.leaves_pages, self.later = False, 0  #: pages stay here (set it before :meth:`skeleton`); bytes that do
         self._holdoff: Holdoff | None = None
         self._listeners: list[socket.socket] = []
+        self._live_ports: set[int] = set()
         self._places: list[list[tuple[int, int]]] = []
         self._table: FileTable | None = None
         self._group: TcpGroup | None = None
@@ -178,7 +179,7 @@ class Dump:
             # socket.dup(): that sets a time-out, and with it O_NONBLOCK of the application's own socket.
             group = TcpGroup(files)
             self._listeners = [socket.socket(fileno=os.dup(sock.fileno())) for sock in group.listeners]
-            self._places = group.listener_places
+            self._places, self._live_ports = group.listener_places, group.ports
         self._holdoff = Holdoff(self._listeners)
         return {sock.getsockname()[1] for sock in self._listeners}
 
@@ -362,8 +363,8 @@ class Dump:
 
     @property
     def ports(self) -> set[int]:
-        """The local ports of the trees' connections and listeners."""
-        return set() if self._group is None else self._group.ports
+        """The local ports of the trees' connections and listeners; before the stop, what :meth:`find_listeners` saw."""
+        return self._live_ports if self._group is None else self._group.ports
 
     def secure(self) -> None:
         """From now on our death leaves the trees stopped, and how to give their sockets back is written down. Before

@@ -1,7 +1,8 @@
 """Process trees on their way out: :class:`checkpoint.dump.Dump` as the source's driver wants it.
 
-Two captures run.  From ``prepare`` on one keeps the SYNs that the listeners drop; from ``freeze`` on another keeps
-every segment for the moved ports, until ``close``: peers send here until they have heard where the address has gone.
+Two captures run.  From ``prepare`` on one keeps the SYNs that the listeners drop; from just before the stop on another
+keeps every segment for the moved ports, until ``close``: peers send here until they have heard where the address has
+gone.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ class OutgoingTrees:
         self._dump = Dump(roots, policy)
         self._writer = FrameWriter(stream=True)
         self._syns: Capture | None = None
-        self._segments: Capture | None = None
+        self._segments: list[Capture] = []
+        self._captured_ports: set[int] = set()
         #: what the connections were sent in the stop and do not have
         self._refused: list[Segment] = []
         self._began = False
@@ -219,9 +221,11 @@ class OutgoingTrees:
     def stop(self, moved: Sequence[str]) -> None:
         """Everything stands still."""
         self._throttle.end()
+        # Not only from the freeze on: nobody reads in the stop; what a full receive queue has no room for is dropped
+        # by the kernel although the peer was allowed to send it (TCPRcvQDrop). The peer would run into its
+        # retransmission time-out.
+        self._capture_all()
         self._dump.stop(moved)
-        # Not only from the freeze on: nobody reads now, and what a full receive queue has no room for the kernel drops
-        # although the peer was allowed to send it (TCPRcvQDrop). The peer would run into its retransmission time-out.
         self._capture_all()
 
     def send(self, image: ImageWriter) -> bool:
@@ -301,9 +305,13 @@ class OutgoingTrees:
         self._refused = self._dump.freeze(self._later_segments())
 
     def _capture_all(self) -> None:
-        if self._dump.ports:
-            self._segments = Capture(ports=self._dump.ports)
-            self._segments.start()
+        """For all ports of the trees that are not captured yet."""
+        ports = self._dump.ports - self._captured_ports
+        if ports:
+            capture = Capture(ports=ports)
+            capture.start()
+            self._segments.append(capture)
+            self._captured_ports |= ports
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -341,11 +349,10 @@ class OutgoingTrees:
         return found + refused + self._later_segments()
 
     def _later_segments(self) -> list[Segment]:
-        """What arrived since the stop; but for SYNs where another capture has them: one that comes between two looks
-        would be told in this call by the one, in the next by the other."""
-        if self._segments is None:
-            return []
-        return self._segments.segments(None if self._syns is None else lambda segment: not segment.begins)
+        """What arrived since just before the stop; but for SYNs where another capture has them: one that comes between
+        two looks would be told in this call by the one, in the next by the other."""
+        wanted = None if self._syns is None else lambda segment: not segment.begins
+        return [segment for capture in self._segments for segment in capture.segments(wanted)]
 
     def resume(self) -> None:
         """Everything as it was; what was captured is delivered here."""
@@ -389,9 +396,8 @@ class OutgoingTrees:
     def close(self) -> None:
         """The captures, and what else is open."""
         self._throttle.end()
-        for capture in (self._syns, self._segments):
-            if capture is not None:
-                capture.close()
+        for capture in (*self._segments, *([] if self._syns is None else [self._syns])):
+            capture.close()
         self._dump.close()
 
 

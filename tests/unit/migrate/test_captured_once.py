@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from migrate import incoming
+from migrate import incoming, outgoing
 from migrate.incoming import IncomingTrees
 from migrate.outgoing import OutgoingTrees
 from tcpstate import codec
@@ -46,7 +46,7 @@ def wire():
 @pytest.fixture
 def trees(wire):
     made = OutgoingTrees([1])
-    made._syns, made._segments = wire.capture(syn_only=True), wire.capture(syn_only=False)
+    made._syns, made._segments = wire.capture(syn_only=True), [wire.capture(syn_only=False)]
     return made
 
 
@@ -106,3 +106,28 @@ def test_late_segments_of_connections_that_have_ended_are_left_out(arriving):
     here.clear()
     replay(trees, data)
     assert given == [data, data]
+
+
+def test_the_capture_runs_before_anybody_is_stopped(monkeypatch):
+    """What a full receive queue has no room for while nobody reads is dropped by the kernel, and by nobody else."""
+    happened = []
+
+    class Told:
+        def __init__(self, *, ports):
+            self.ports = ports
+
+        def start(self):
+            happened.append(sorted(self.ports))
+
+    monkeypatch.setattr(outgoing, "Capture", Told)
+    made = OutgoingTrees([1])
+    dump = SimpleNamespace(ports={6379})
+
+    def stop(moved):
+        happened.append("stop")
+        dump.ports = {6379, 40000}
+
+    dump.stop = stop
+    made._dump = dump
+    made.stop(["10.0.0.5"])
+    assert happened == [[6379], "stop", [40000]]
