@@ -5,6 +5,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 PYTHON ?=
+BENCH ?=
 export PYTHON
 
 BIN := .venv/bin
@@ -45,10 +46,11 @@ test:  ## every test (root)
 	$(PYTEST) $(BESIDE) -m "not alone and not long" tests/unit tests/kernel tests/system
 	$(PYTEST) -m "alone and not long" tests/system
 
-bench:  ## the measurements, with a table (root)
+bench:  ## the measurements: tables, rows and pictures in docs/bench; `make bench BENCH=--quick`: a look (root)
 	@scripts/need-root bench
 	@$(MAKE) --no-print-directory packages $(VENV)
-	$(PYTEST) $(wildcard tests/bench/bench_*.py)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input -e '.[bench]' >&2
+	$(BIN)/python -m tests.bench $(BENCH)
 
 campaign:  ## hundreds of migrations under load and loss; takes long (root)
 	@scripts/need-root campaign

@@ -44,6 +44,7 @@ from tcpstate.rebuild import differences, rebuild_connections, release_connectio
 from tcpstate.record import ConnectionRecord
 from tcpstate.rehearsal import rehearse
 from tcpstate.silence import Blackhole
+from tests.bench.results import note
 from tests.tscnet import SERVICE, Host, Net, net, wait_until
 
 T = TypeVar("T")
@@ -304,7 +305,9 @@ def show(case: Case, both: dict[str, float], mine: dict[str, float], theirs: dic
             three = sum(spent[step] for step in THREE)
             cells = [*(spent.get(step) for step in STEPS), three]
             line = "".join(f"{'-':>9}" if cell is None else f"{cell:9.1f}" for cell in cells)
-            print(f"  {name:28s}{line}{three * case.count / 1e6:9.3f}{spent[WALL]:9.3f}")
+            print(f"  {name:28s}{line}{three * case.count / 1e6:9.3f}{spent[WALL]:9.3f}", flush=True)
+            steps = {step: spent[step] for step in STEPS if step in spent}
+            note("connections", case=case.name, who=name, three=three, wall=spent[WALL], **steps)
     if theirs is not None:
         known = [step for step in STEPS if step in theirs]
         ratios = {step: mine[step] / theirs[step] for step in known}

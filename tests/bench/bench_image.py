@@ -1,4 +1,4 @@
-"""GB/s of the image container in memory: ``python tests/bench/bench_image.py [MiB]``."""
+"""GB/s of the image container in memory: ``python -m tests.bench.bench_image [MiB]``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 
 from checkpoint.image.format import Frame, FrameReader, FrameWriter, PageRun, Space, page_frames
 from checkpoint.image.frames import DATA_MAX
+from tests.bench.results import note
 
 BLOCK = memoryview(os.urandom(DATA_MAX))
 
@@ -63,7 +64,9 @@ def receive(stream: bytes, executor: Executor | None) -> None:
 def timed(name: str, count: int, work: Callable[[], object]) -> None:
     start = time.perf_counter()
     work()
-    print(f"{name:50s} {count * DATA_MAX / (time.perf_counter() - start) / 1e9:6.2f} GB/s")
+    rate = count * DATA_MAX / (time.perf_counter() - start) / 1e9
+    print(f"{name:50s} {rate:6.2f} GB/s", flush=True)
+    note("image", what=name, rate=rate)
 
 
 def measure(count: int, pieces: int, executor: Executor | None) -> None:
@@ -78,6 +81,7 @@ def measure(count: int, pieces: int, executor: Executor | None) -> None:
 
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 256
+    timed("floor: bytes copied once", count, lambda: [bytes(BLOCK) for _ in range(count)])
     with ThreadPoolExecutor(2) as pool:
         for pieces in (1, 256):
             for executor in (None, pool):

@@ -1,6 +1,6 @@
 """One server with many connections moves there and back: what does each of them cost the stop?
 
-``PYTHONPATH=. python tests/bench/bench_many.py [CONNECTIONS...]`` (as root; 100, 1,000 and 10,000, six moves each).
+``python -m tests.bench.bench_many [CONNECTIONS...]`` (as root; 100, 1,000 and 10,000, six moves each).
 One in a hundred is active: it sends a message while the server stands still, and must have the answer afterwards.  An
 echo client with a message every millisecond tells the gap.  Nothing is judged by the clock.
 """
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import resource
-import statistics
 import sys
 import tempfile
 from pathlib import Path
 
+from tests.bench.results import Row, measured, spread
 from tests.hosts import three_hosts
 from tests.workloads import scenes
 from tests.workloads.many import ask, hear, opened
@@ -24,8 +24,8 @@ ACTIVE = 100
 PHASES = ("precopy", "prepare", "stop", "copy", "freeze", "rebuild", "takeover")
 
 
-def measure(count: int) -> dict[str, list[float]]:
-    """Milliseconds of each phase, the stop and the gap, of every move."""
+def measure(count: int) -> Row:
+    """Milliseconds of each phase, the stop and the gap."""
     found: dict[str, list[float]] = {}
     with three_hosts() as hosts, tempfile.TemporaryDirectory(dir=hosts.net.directory) as name:
         with scenes.echo(hosts, Path(name)) as stage, contextlib.ExitStack() as ends:
@@ -45,7 +45,7 @@ def measure(count: int) -> dict[str, list[float]]:
                 for what, ms in times.items():
                     found.setdefault(what, []).append(ms)
             ask(clients, b"after!")
-    return found
+    return {what: spread(figures) for what, figures in found.items()}
 
 
 def main() -> None:
@@ -55,12 +55,12 @@ def main() -> None:
     counts = [int(text) for text in sys.argv[1:]] or list(COUNTS)
     print(f"{'connections':>11} {'stop':>18} {'gap':>18}  {'  '.join(f'{p:>8}' for p in PHASES)}   ms: median (range)")
     for count in counts:
-        found = measure(count)
+        found = measured("many", {"connections": count}, lambda count=count: measure(count))  # type: ignore[misc]
         whole = [
-            f"{statistics.median(found[what]):7.1f} ({min(found[what]):.0f}-{max(found[what]):.0f})".rjust(18)
+            f"{found[what]['median']:7.1f} ({found[what]['min']:.0f}-{found[what]['max']:.0f})".rjust(18)
             for what in ("stop_ms", "gap_ms")
         ]
-        parts = "  ".join(f"{statistics.median(found[phase]):8.1f}" for phase in PHASES)
+        parts = "  ".join(f"{found[phase]['median']:8.1f}" for phase in PHASES)
         print(f"{count:11} {' '.join(whole)}  {parts}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""GB/s of copying pages out of a process and into one, against memcpy: ``python tests/bench/bench_memory.py [MiB]``."""
+"""GB/s of copying pages out of a process and into one, against memcpy: ``python -m tests.bench.bench_memory [MiB]``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from checkpoint.image.frames import DATA_MAX, PageRun, Space, aligned_buffer
 from checkpoint.memory import pages, scan
 from checkpoint.memory.layout import Mapping, MemoryFields, MemoryLayout
 from checkpoint.memory.vma import Vma, read_smaps
+from tests.bench.results import note
 
 _CHILD = """
 import ctypes, mmap, sys
@@ -41,7 +41,8 @@ class Target:
 
 def timed(name: str, size: int, start: float) -> None:
     took = time.perf_counter() - start
-    print(f"{name:44s} {size / took / 1e9:6.2f} GB/s {took * 1e3:8.1f} ms")
+    print(f"{name:44s} {size / took / 1e9:6.2f} GB/s {took * 1e3:8.1f} ms", flush=True)
+    note("memory", what=name, rate=size / took / 1e9)
 
 
 def layout(areas: Iterable[tuple[int, int]]) -> MemoryLayout:
@@ -114,5 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[2]))
     main()

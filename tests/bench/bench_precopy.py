@@ -1,7 +1,8 @@
 """What a move costs by the size of a process's memory and by how fast it writes: with rounds of pre-copy, without, and
 with memory that comes later.
 
-``python -m tests.bench.bench_precopy [MIB ...]`` (as root; 64, 256 and 1024; 8192 takes 20 GB).  The process writes
+``python -m tests.bench.bench_precopy [MIB ...]`` (as root; 64, 256 and 1024; 8192 takes 20 GB: what this machine has no
+room for is named).  The process writes
 pages at random, and counts in a loop in the time that it has left: ``slower`` is by how much less it counted per second
 while the command ran and it did not stand still, than before.  ``sent`` is bytes on the line over bytes of memory.  The
 floor is memcpy of the same bytes in the same run.  Nothing is judged by the clock.
@@ -9,14 +10,15 @@ floor is memcpy of the same bytes in the same run.  Nothing is judged by the clo
 
 from __future__ import annotations
 
-import ctypes
 import socket
-import statistics
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 
+from tests.bench.floors import memcpy_rate
+from tests.bench.results import Row, measured, spread
 from tests.hosts import ThreeHosts, three_hosts
 from tests.hosts.tcpmig import migrate
 from tests.workloads.servers import wait_listening
@@ -25,6 +27,7 @@ PORT = 7200
 SIZES = (64, 256, 1024)  # MiB
 RATES = (0, 20, 200)  # MB/s written
 MOVES = 4
+LARGE = 4096  # MiB, from which on two moves must do
 WRITER = """
 import mmap, random, socket, sys, time
 address, port, size, rate = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) << 20, float(sys.argv[4]) * 1e6
@@ -52,12 +55,14 @@ while True:
 
 def memcpy_ms(size: int) -> float:
     """The floor: one copy of so many bytes."""
-    source, target = ctypes.create_string_buffer(size), ctypes.create_string_buffer(size)
-    ctypes.memset(source, 1, size)
-    ctypes.memmove(target, source, size)
-    began = time.perf_counter()
-    ctypes.memmove(target, source, size)
-    return 1e3 * (time.perf_counter() - began)
+    return size / memcpy_rate(min(size, 1 << 30)) / 1e6
+
+
+def room() -> int:
+    """MiB of memory that a process here may have, so that it fits twice, and something beside it."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        found = next(line for line in file if line.startswith("MemAvailable:"))
+    return (int(found.split()[1]) >> 10) * 2 // 5
 
 
 class Watch:
@@ -90,17 +95,17 @@ class Watch:
         self._sock.close()
 
 
-def measure(hosts: ThreeHosts, size: int, rate: int, *options: object) -> None:
+def moves(hosts: ThreeHosts, size: int, rate: int, options: Sequence[str]) -> Row:
     here, there = hosts.source, hosts.target
     if not here.sh("ip -j addr show to " + hosts.net.service4).strip("[]{}, \n"):
         here, there = there, here
     argv = [sys.executable, "-IS", "-c", WRITER, hosts.net.service4, PORT, size, rate]
     process = here.popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_listening(hosts.client, process, hosts.net.service4, PORT)
+    wait_listening(hosts.client, process, hosts.net.service4, PORT, timeout=60)
     pid = process.pid
     stops, totals, sent, rounds, slower = [], [], [], [], []
     watch = Watch(hosts)
-    for _ in range(MOVES):
+    for _ in range(MOVES if size < LARGE else 2):
         time.sleep(1.0)
         began = time.monotonic()
         summary = migrate(here, pid, there, options=options, timeout=170)
@@ -114,24 +119,41 @@ def measure(hosts: ThreeHosts, size: int, rate: int, *options: object) -> None:
     watch.close()
     here.sh(f"kill -9 {pid}")
     here.wait_until_gone(pid)
-    how = " ".join(map(str, options)) or "rounds"
-    figures = f"{statistics.median(stops):8.1f} {max(stops):8.1f} {statistics.median(totals):9.0f}"
-    figures += f" {statistics.median(sent):6.2f} {100 * statistics.median(slower):8.0f} {max(rounds):6d}"
-    figures += f" {memcpy_ms(size << 20):9.1f}"
-    print(f"{size:5d} {rate:5d} {how:16s} {figures}", flush=True)
+    return {
+        "stop": spread(stops),
+        "total": spread(totals),
+        "sent": spread(sent),
+        "slower": spread(slower),
+        "rounds": max(rounds),
+        "memcpy": memcpy_ms(size << 20),
+    }
+
+
+def measure(size: int, rate: int, *options: str) -> None:
+    """One line of the table."""
+    how = " ".join(options) or "rounds"
+
+    def work() -> Row:
+        with three_hosts() as hosts:
+            return moves(hosts, size, rate, options)
+
+    row = measured("precopy", {"mib": size, "rate": rate, "how": how}, work)
+    figures = f"{row['stop']['median']:8.1f} {row['stop']['max']:8.1f} {row['total']['median']:9.0f}"
+    figures += f" {row['sent']['median']:6.2f} {100 * row['slower']['median']:8.0f} {row['rounds']:6d}"
+    print(f"{size:5d} {rate:5d} {how:16s} {figures} {row['memcpy']:9.1f}", flush=True)
 
 
 def main() -> None:
     sizes = [int(text) for text in sys.argv[1:]] or SIZES
     print("  MiB  MB/s how              stop ms  max stop  total ms   sent slower % rounds memcpy ms")
     for size in sizes:
+        if size > room():
+            print(f"{size:5d} (not measured: there is room for {room()} MiB)", flush=True)
+            continue
         for rate in RATES:
-            with three_hosts() as hosts:
-                measure(hosts, size, rate)
-        with three_hosts() as hosts:
-            measure(hosts, size, RATES[0], "--stop-and-copy")
-        with three_hosts() as hosts:
-            measure(hosts, size, RATES[-1], "--lazy")
+            measure(size, rate)
+        measure(size, RATES[0], "--stop-and-copy")
+        measure(size, RATES[-1], "--lazy")
 
 
 if __name__ == "__main__":

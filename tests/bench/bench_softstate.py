@@ -1,6 +1,6 @@
 """What soft state is worth: bytes that a peer gets right after a move, beside a control with none restored.
 
-``PYTHONPATH=. python tests/bench/bench_softstate.py [ROUNDS]`` (as root).  A server streams to a client over a path of
+``python -m tests.bench.bench_softstate [ROUNDS]`` (as root).  A server streams to a client over a path of
 20 ms (a relay in a process of its own, since the kernel has no netem here); when its window is open the connection
 moves to another host, with its address.  Each round moves twice, with and without soft state.  Nothing is judged.
 """
@@ -30,6 +30,7 @@ from tcpstate.kernel.tcp import TCP, TcpInfo
 from tcpstate.rebuild import rebuild_connections, release_connections
 from tcpstate.rehearsal import rehearse
 from tcpstate.silence import Blackhole
+from tests.bench.results import note
 from tests.tscnet import SERVICE, Host, Net, Space, net, pair, sh
 
 DELAY = 0.010  # seconds, each way
@@ -213,7 +214,8 @@ def main() -> None:
                 _, before, after = runs[-1]
                 told = " -> ".join(f"{i.snd_cwnd}, {i.rtt / 1e3:.1f} ms, {i.rto / 1e3:.0f} ms" for i in (before, after))
                 name = f"{congestion}, {'soft state' if soft else 'none'}"
-                print(f"{name:19}" + "".join(f"{m:11}" for m in middle) + f"   {told}")
+                print(f"{name:19}" + "".join(f"{m:11}" for m in middle) + f"   {told}", flush=True)
+                note("softstate", what=name, kib=middle, after=[1e3 * step for step in STEPS])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A flat profile of the stop of a small server: where its milliseconds go, on both sides.
 
-``PYTHONPATH=. python tests/bench/bench_stop.py [MOVES [SCENE]]`` (as root; 10 moves of the echo server).  Every
+``python -m tests.bench.bench_stop [MOVES [SCENE]]`` (as root; 10 moves of the echo server).  Every
 function of ours that takes over 0.1 ms by itself (without what it calls of ours) is named, median and range over the
 moves; what a side waits for on the line is ``Channel._wait``.  The stops are printed beside it: half of the moves are
 made without the clocks, which make everything slower.  Nothing is judged.
@@ -15,6 +15,7 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+from tests.bench.results import note, spread
 from tests.hosts import tcpmig, three_hosts
 from tests.workloads import scenes
 
@@ -58,6 +59,7 @@ def show(role: str, moves: list[dict[str, float]]) -> None:
     for middle, least, most, name in sorted(rows, reverse=True):
         if middle >= LEAST:
             print(f"{name:48} {middle:6.2f} {least:6.2f} {most:6.2f}")
+            note("steps", side=role, step=name, median=middle, min=least, max=most)
     rest = sum(row[0] for row in rows if row[0] < LEAST)
     print(f"{'all others':48} {rest:6.2f}", flush=True)
 
@@ -101,7 +103,9 @@ def main() -> None:
     for phase, times in phases.items():
         print(f"{phase:12} {statistics.median(times):6.1f} {min(times):6.1f} {max(times):6.1f}")
     for what, times in (("stop", stops[False]), ("gap", gaps), ("stop, timed", stops[True])):
-        print(f"{what:12} {statistics.median(times):6.1f} {min(times):6.1f} {max(times):6.1f}")
+        print(f"{what:12} {statistics.median(times):6.1f} {min(times):6.1f} {max(times):6.1f}", flush=True)
+        note("stop", what=what, moves=len(times), **spread(times))
+    note("phases", **{phase: statistics.median(times) for phase, times in phases.items()})
 
 
 if __name__ == "__main__":

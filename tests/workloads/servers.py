@@ -57,9 +57,17 @@ http {{
 """
 
 
-def wait_listening(host: Host, process: HostProcess, address: str, port: int, log: Path | None = None) -> None:
+def wait_listening(
+    host: Host,
+    process: HostProcess,
+    address: str,
+    port: int,
+    log: Path | None = None,
+    *,
+    timeout: float = START_TIMEOUT,
+) -> None:
     """Until something accepts connections there. Raises CommandFailed when the process ends or takes too long."""
-    end = time.monotonic() + START_TIMEOUT
+    end = time.monotonic() + timeout
     while True:
         with host.netns_entered():
             probe = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM)
