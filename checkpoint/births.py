@@ -20,15 +20,18 @@ from checkpoint.kernel.clone import CloneFlag
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
 
-__all__ = ["apart", "run", "threads_go_on"]
+__all__ = ["apart", "ask", "run", "threads_go_on"]
 
 _T = TypeVar("_T")
 _spawner: list[ThreadPoolExecutor] = []
+#: the child that tries it
+_tried: list[int] = []
 
 
-@functools.cache
-def threads_go_on() -> bool:
-    """Whether a thread that has unshared its time namespace can still bear threads. Tried in a child of ours."""
+def ask() -> None:
+    """Have :func:`threads_go_on` tried beside what comes next: a fork of ours takes milliseconds. OSError."""
+    if _tried:
+        return
     child = os.fork()
     if not child:
         try:
@@ -37,7 +40,14 @@ def threads_go_on() -> bool:
             os._exit(0)
         finally:
             os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    _tried.append(child)
+
+
+@functools.cache
+def threads_go_on() -> bool:
+    """Whether a thread that has unshared its time namespace can still bear threads. Tried in a child of ours."""
+    ask()
+    return os.waitstatus_to_exitcode(os.waitpid(_tried[0], 0)[1]) == 0
 
 
 def apart() -> None:

@@ -1,8 +1,8 @@
 """Memory that is built without its pages: which of them are left for later, while an image is being read.
 
-:class:`LaterMemory` decides page by page, from the layouts; when the memory of all processes is laid out and everything
-else has been written, :meth:`LaterMemory.arm` makes it wait, and whoever brings the pages
-(:class:`checkpoint.pageserver.PageServer`, in another process) is given what that takes.
+:class:`LaterMemory` decides from the layouts, and from an index of the image or what the source tells; when the memory
+of all processes is laid out and everything else has been written, :meth:`LaterMemory.arm` makes it wait, and whoever
+brings the pages (:class:`checkpoint.pageserver.PageServer`, in another process) is given what that takes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from checkpoint.errors import BadLayout
-from checkpoint.image.frames import Frame, PageRun, Runs, Space
-from checkpoint.image.lazypages import FileIndex, IndexMaker
+from checkpoint.image.frames import DATA_MAX, PageRun, Runs, Space
+from checkpoint.image.lazypages import FileIndex, ImagePages
 from checkpoint.live import Remaining
 from checkpoint.memory import lazy, scan
 from checkpoint.memory.layout import MemoryLayout
@@ -90,53 +90,37 @@ def leave(
 
 
 class LaterMemory:
-    """See the module's docstring. ``from_file``: else they come from where the processes were, which told them."""
+    """See the module's docstring. Without :meth:`reads` the pages come from where the processes were, which told of
+    them."""
 
-    def __init__(self, *, from_file: bool = True) -> None:
-        self._from_file = from_file
+    def __init__(self) -> None:
+        self._source: ImagePages | None = None
         self._layouts: dict[int, MemoryLayout] = {}
         self._areas: dict[int, list[Range]] = {}
         self._missing: dict[int, list[Range]] = {}
-        self._index = IndexMaker()
-        self._indexed = False
+
+    def reads(self, source: ImagePages) -> None:
+        """The image file that has the pages. Before the first frame."""
+        self._source = source
 
     def laid_out(self, layout: MemoryLayout) -> None:
         """The memory of a process is laid out so, for good."""
         self._layouts[layout.pid] = layout
         self._areas[layout.pid] = lazy.areas(layout)
 
-    def take(self, frame: Frame) -> PageRun | None:
-        """What of a frame has to be written now. ImageError."""
-        return self.withhold(frame) if self._from_file else frame.pages()
-
-    def withhold(self, frame: Frame) -> PageRun | None:
-        """Leave for later what can be left of a frame of a file; what has to be written now, verified. ImageError."""
-        run = frame.pages()
-        if run.space is not Space.MEMORY or not frame.own:
-            return run
-        whole = [(start, start + length) for start, length in run.runs]
-        later = list(intersection(whole, self._areas.get(run.id, ())))
-        if not later:
-            frame.verify()
-            return run
-        self._indexed = True
-        self._index.add(frame, run)
-        self._missing.setdefault(run.id, []).extend(later)
-        now = list(difference(whole, later))
-        if not now:
-            return None
-        frame.verify()
-        places, at = {}, 0
-        for start, length in run.runs:
-            places[start] = at
-            at += length
-        pieces = []
-        for start, end in now:
-            first = max(place for place in places if place <= start)
-            offset = places[first] + start - first
-            pieces.append(run.data[offset : offset + end - start])
-        runs = tuple((start, end - start) for start, end in now)
-        return PageRun(space=run.space, id=run.id, runs=runs, data=memoryview(b"".join(pieces)))
+    def at_once(self) -> Iterator[PageRun]:
+        """When all memory is laid out: what of the image's pages has to be written now, verified; all else is left for
+        later. The bytes are valid until the next is asked for. ImageError."""
+        if self._source is None:
+            return
+        for pid, ranges in self._source.index.ranges():
+            areas = self._areas.get(pid, ())
+            later = list(intersection(ranges, areas))
+            if later:
+                self._missing[pid] = later
+            for start, end in difference(ranges, areas):
+                self._source.want(pid, start, end - start, urgent=False)
+            yield from _gathered(pid, self._source.ready())
 
     def told(self, runs: Runs) -> None:
         """Pages that will be brought from where the processes were. BadLayout if their memory cannot wait."""
@@ -164,7 +148,21 @@ class LaterMemory:
                     raise
                 armed.append(Armed(pid, stubs[pid].pid, fd, pagemap, missing))
             if armed:
-                bringer.begin(armed, self._index.made() if self._indexed else FileIndex())
+                bringer.begin(armed, FileIndex() if self._source is None else self._source.index)
         finally:
             for one in armed:
                 one.close()
+
+
+def _gathered(pid: int, pieces: Iterable[tuple[int, int, memoryview]]) -> Iterator[PageRun]:
+    """Pieces (process, address, bytes) by address, as few runs as they make."""
+    runs: list[tuple[int, int]] = []
+    block = bytearray()
+    for _, start, data in pieces:
+        if runs and len(block) + len(data) > DATA_MAX:
+            yield PageRun(space=Space.MEMORY, id=pid, runs=tuple(runs), data=memoryview(block))
+            runs, block = [], bytearray()
+        runs.append((start, len(data)))
+        block += data
+    if runs:
+        yield PageRun(space=Space.MEMORY, id=pid, runs=tuple(runs), data=memoryview(block))

@@ -141,8 +141,7 @@ class Restore:
         """Take one frame in, and do what it allows. ImageError, ImageIncomplete, BadLayout, PidTaken, ..."""
         match frame.kind:
             case Kind.PAGES:
-                run = frame.pages() if self.later is None else self.later.take(frame)
-                if run is not None and self._write(run):
+                if self._write(frame.pages()):
                     return  # the frame's buffer is in use until the connections are rebuilt
             case Kind.MANIFEST:
                 self.manifest = frame.decode(Manifest)
@@ -222,7 +221,7 @@ class Restore:
 
     def bring(self, bringer: PageBringer) -> None:
         """Somebody will bring the pages that PAGES_LATER tells of. Before the first frame."""
-        self._bringer, self.later = bringer, LaterMemory(from_file=False)
+        self._bringer, self.later = bringer, LaterMemory()
 
     @property
     def _waiting(self) -> LaterMemory:
@@ -294,6 +293,8 @@ class Restore:
         for record in sorted(self._living(), key=lambda record: not record.task.files):
             pid = record.task.pid
             install(self._rebuilder, pid, self.stubs[pid], shared=bool(record.task.files))
+        for run in () if self.later is None else self.later.at_once():
+            self._write(run)
 
     def _bear_named_threads(self, files: TreeFiles) -> None:
         """Threads that an open file refers to must be there before it."""

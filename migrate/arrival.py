@@ -168,6 +168,8 @@ class Arrival:
 
         source_macs  link-layer addresses of the source, which still has the addresses and may answer for them
         """
+        if not self._records:
+            return []
         here = read_configuration(self._netlink)
         verdicts: list[Verdict] = []
         probed: dict[int, tuple[InterfaceRecord, list[AddressRecord]]] = {}
@@ -233,10 +235,11 @@ class Arrival:
         the next hops towards ``peers`` so that the first segment does not wait for it."""
         if len(self._landings) != len(self._records):
             raise RuntimeError("prepare() before a check without refusals")
-        here = read_configuration(self._netlink)
         self._completed = []
-        self._landings = [self._choose(landing, here) for landing in self._landings]
-        self._open_links(here)
+        if self._landings:
+            here = read_configuration(self._netlink)
+            self._landings = [self._choose(landing, here) for landing in self._landings]
+            self._open_links(here)
         self._changes = [_addition(landing) for landing in self._landings]
         self._warm(peers)
 
@@ -339,7 +342,7 @@ class Arrival:
         """Announce for the first time. ``now``: time.monotonic(). A link that refuses the frames raises
         AddressChangeFailed."""
         self._send()
-        self._due = [now + after for after in REPEATS]
+        self._due = [now + after for after in REPEATS] if self._links else []
 
     def repeat(self, now: float) -> float | None:
         """Announce again if it is due; how many seconds until the next time, None if that was the last."""

@@ -21,12 +21,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from checkpoint import births
 from checkpoint.early import EarlyPages
 from checkpoint.errors import LazyImpossible
 from checkpoint.files.listener import Listener
 from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.image.chain import Chain, open_chain
 from checkpoint.image.frames import Kind
+from checkpoint.image.lazypages import ImagePages
 from checkpoint.image.reader import ImageReader, open_image
 from checkpoint.image.writer import ImageFile
 from checkpoint.memory.lazy import available
@@ -316,6 +318,7 @@ def restore(
         if lazy:
             _refuse_lazy()
             bringer = ends.enter_context(contextlib.closing(Bringer(identity, os.path.abspath(path))))
+        births.ask()
         executor = ends.enter_context(ThreadPoolExecutor(os.cpu_count()))
         image = ends.enter_context(open_image(path, executor=executor, later=lazy))
         chain = open_chain(image, executor=executor)
@@ -356,6 +359,8 @@ def restore(
         )
         if bringer is not None:
             bringer.reads(image.fd)
+        if rebuilt.later is not None and image.later is not None:
+            rebuilt.later.reads(ImagePages(image.fd, image.later, path))
         rebuilt.place(files.path, overwrite=files.overwrite, devices=files.devices)
         kept = KeptFrames.noted(journal.note)
         ends.callback(kept.close)
@@ -449,6 +454,8 @@ def _records(addresses: Addresses | None) -> tuple[AddressRecord, ...]:
 
 
 def _not_local(records: Sequence[AddressRecord]) -> tuple[AddressRecord, ...]:
+    if not records:
+        return ()
     with Netlink() as netlink:
         here = read_configuration(netlink)
     return tuple(record for record in records if here.find(record.address) is None)

@@ -41,6 +41,7 @@ from checkpoint.image.frames import (
     Runs,
     Space,
 )
+from checkpoint.image.lazypages import FileIndex, IndexMaker
 from tcpstate import codec
 
 __all__ = [
@@ -83,12 +84,27 @@ class FrameWriter:
         self._offset = 0
         self._offsets: list[int] = []
         self._digests: list[bytes | Future[list[Buffer]]] = []
-        self._page_records = frames.RecordsDigest()
+        #: of a file: where memory is, and which of the digests are those of its frames
+        self._pages = None if stream else IndexMaker()
+        self._page_digests: list[int] = []
 
-    @property
-    def page_records(self) -> frames.PageRecords:
-        """Of all PAGES frames so far."""
-        return self._page_records.made()
+    def page_index(self) -> FileIndex | None:
+        """Where all pages of memory so far are. Not of a stream. None if there can be no index of them."""
+        if self._pages is None:
+            raise RuntimeError("a stream has no index")
+        return self._pages.made(self._digest(number) for number in self._page_digests)
+
+    def _digest(self, number: int) -> bytes:
+        digest = self._digests[number]
+        return digest if isinstance(digest, bytes) else bytes(digest.result()[0][frames.HEADER_DIGESTED : HEADER.size])
+
+    def _indexed(self, run: PageRun) -> bytes:
+        """The record of a PAGES frame, which is the next one."""
+        record = _pack_runs(run)
+        if self._pages is not None and run.space is Space.MEMORY:
+            self._pages.add(self._offset, len(record), run.id, run.runs)
+            self._page_digests.append(len(self._digests))
+        return record
 
     @property
     def offset(self) -> int:
@@ -111,14 +127,12 @@ class FrameWriter:
 
     def pages(self, run: PageRun) -> list[Buffer]:
         """A PAGES frame. The last buffer is ``run.data`` itself. ValueError if runs and data do not fit together."""
-        record = _pack_runs(run)
-        self._page_records.add(record)
+        record = self._indexed(run)
         return self._frame(Kind.PAGES, record, run.data, 0)
 
     def pages_in(self, executor: Executor, run: PageRun) -> Future[list[Buffer]]:
         """As pages(), with the digest computed by ``executor``. The frame's place in the image is taken at once."""
-        record = _pack_runs(run)
-        self._page_records.add(record)
+        record = self._indexed(run)
         raw, padding = self._place(Kind.PAGES, record, run.data, 0)
 
         def finish() -> list[Buffer]:
@@ -131,10 +145,8 @@ class FrameWriter:
     def end(self, sign: Callable[[bytes], bytes] | None = None) -> list[Buffer]:
         """The END frame and the trailer. ``sign`` makes the 64 bytes of an Ed25519 signature of the root digest."""
         state = frames.root_state()
-        for digest in self._digests:
-            state.update(
-                digest if isinstance(digest, bytes) else digest.result()[0][frames.HEADER_DIGESTED : HEADER.size]
-            )
+        for number in range(len(self._digests)):
+            state.update(self._digest(number))
         root: bytes = state.digest()
         signature = None if sign is None else sign(root)
         index = struct.pack(f"<{len(self._offsets)}Q", *self._offsets)

@@ -56,9 +56,7 @@ __all__ = [
     "Frame",
     "Header",
     "Kind",
-    "PageRecords",
     "PageRun",
-    "RecordsDigest",
     "Runs",
     "Space",
     "aligned_buffer",
@@ -105,8 +103,8 @@ class Kind(enum.StrEnum):
     PAGES_DROP   pages that are as in a fresh mapping again (a hole, for contents): earlier PAGES of them are void
     COPIED       no more bytes of memory or contents come: the processes can be completed, while connections are frozen
     PAGES_LATER  pages of a process's memory that come when they are asked for, after it runs: what is there is void
-    PAGE_RECORDS how many PAGES frames there are and a digest of their records: so they can be known before their bytes
-                 are read; of an image in a file
+    PAGE_INDEX   where the pages of processes' memory are (checkpoint.image.lazypages): so they can be known without
+                 walking over their frames; of an image in a file, the last before END
     MAPS_DELTA   memory of a process that was told in LIVE and was made anew since: what is left there is void
     FILES_DELTA  entries of FILES that came or changed; sockets, as frozen at the end
     ENDED        connections that were closed before the stop, and whose last ACKs have not come; of a migration
@@ -126,7 +124,7 @@ class Kind(enum.StrEnum):
     PAGES = "PAGES"
     PAGES_DROP = "PAGES_DROP"
     PAGES_LATER = "PAGES_LATER"
-    PAGE_RECORDS = "PAGE_RECORDS"
+    PAGE_INDEX = "PAGE_INDEX"
     COPIED = "COPIED"
     MAPS_DELTA = "MAPS_DELTA"
     FILES_DELTA = "FILES_DELTA"
@@ -218,32 +216,6 @@ class Runs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PageRecords:
-    """The record PAGE_RECORDS: how many PAGES frames an image has, and BLAKE2b-256 over all their records."""
-
-    count: int
-    digest: bytes
-
-
-class RecordsDigest:
-    """That digest, in the making."""
-
-    def __init__(self) -> None:
-        self._count = 0
-        self._state = hashlib.blake2b(digest_size=DIGEST_SIZE, person=b"tcpmig runs")
-
-    def add(self, record: Buffer) -> None:
-        """The record of the next PAGES frame."""
-        self._count += 1
-        self._state.update(len(record).to_bytes(4, "little"))
-        self._state.update(record)
-
-    def made(self) -> PageRecords:
-        """Of all so far."""
-        return PageRecords(count=self._count, digest=self._state.digest())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class PageRun:
     """Bytes and where they belong: what memory and contents are read into, sent as, and written from.
 
@@ -309,7 +281,7 @@ class Frame:
     data                 the data; a view of the reader's buffer or of the mapped file
     """
 
-    __slots__ = ("_check", "_raw", "_recycle", "data", "digest", "flags", "kind", "offset", "record")
+    __slots__ = ("_check", "_recycle", "data", "digest", "flags", "kind", "offset", "record")
 
     def __init__(
         self, header: Header, record: Buffer, data: memoryview, recycle: Callable[[memoryview], None] | None = None
@@ -318,7 +290,6 @@ class Frame:
         self.flags = header.flags
         self.offset = header.offset
         self.digest = header.digest
-        self._raw = header.raw
         self.record = record
         self.data = data
         self._recycle = recycle
@@ -355,15 +326,6 @@ class Frame:
                 object=f"frame at offset {self.offset}",
             )
         return PageRun(space=runs.space, id=runs.id, runs=runs.runs, data=self.data)
-
-    @property
-    def own(self) -> bool:
-        """Whether it stands in the image itself, and not for pages of an earlier one (checkpoint.image.chain)."""
-        return bool(self._raw)
-
-    def verify(self) -> None:
-        """Of a frame whose data were not verified yet. ImageDamaged."""
-        check_digest(digest(self._raw, self.record, self.data), self)
 
     def checked_by(self, future: Future[bytes]) -> None:
         """The digest is being computed by another thread, which reads the data until ``future`` is done."""

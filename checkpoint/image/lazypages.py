@@ -1,6 +1,6 @@
 """The pages of an image file for who brings them one by one: where each is; read and verified when it is needed.
 
-A file that is opened for this has been verified but for the bytes of its pages (``reader.open_image(later=True)``):
+A file that is opened for this has been verified but for the frames of its pages (``reader.open_image(later=True)``):
 what is kept here of each frame is its place and the digest that the whole image vouches for, so that no byte of a page
 is handed out that has not been compared with it.
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 import array
 import bisect
 import collections
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from checkpoint.errors import ImageDamaged, ImageTruncated
@@ -23,13 +24,15 @@ from checkpoint.image.frames import (
     HEADER,
     HEADER_DIGESTED,
     PAGE_RECORD_MAX,
-    Frame,
-    PageRun,
+    RECORD_MAX,
+    Kind,
     aligned_buffer,
 )
-from checkpoint.memory.ranges import Range
+from checkpoint.memory.ranges import Range, joined
 
-__all__ = ["FileIndex", "ImagePages", "IndexMaker"]
+__all__ = ["FileIndex", "ImagePages", "IndexMaker", "words"]
+
+_WORD = 8
 
 #: frames that stay in memory after they were verified
 _KEPT = 4
@@ -39,11 +42,16 @@ _ROOM = DATA_MAX + PAGE_RECORD_MAX + 3 * ALIGNMENT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileIndex:
-    """Where the pages are.
+    """Where the pages of memory are: the record PAGE_INDEX.
 
-    offsets, records, data  of each frame: its place in the file, the length of its record, that of its data (u64 each)
+    Numbers are u64 in columns, so that an index of gigabytes is there as soon as it is read.  What does not fit
+    together in itself shows when it is used: the bytes of a frame are compared with their digest, and no frame has
+    bytes outside its data.
+
+    offsets, records, data  of each frame: its place in the file, the length of its record, that of its data
     digests                 32 bytes of each frame
-    runs                    by pid: start, end, number of the frame, place in its data (u64 each), by start
+    runs                    by pid: start, end, number of the frame, place in its data, by start
+    have                    by pid: start, end of all that is there, by start, neighbours put together
     """
 
     offsets: bytes = b""
@@ -51,6 +59,37 @@ class FileIndex:
     data: bytes = b""
     digests: bytes = b""
     runs: dict[int, bytes] = field(default_factory=dict)
+    have: dict[int, bytes] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        count = len(self.offsets) // _WORD
+        columns = {len(self.offsets), len(self.records), len(self.data)}
+        if columns != {_WORD * count} or len(self.digests) != DIGEST_SIZE * count:
+            raise ValueError("the columns of the index are not of one length")
+        if any(len(runs) % (4 * _WORD) for runs in self.runs.values()):
+            raise ValueError("a run has four numbers")
+        if any(len(have) % (2 * _WORD) for have in self.have.values()) or self.have.keys() != self.runs.keys():
+            raise ValueError("what is there is told by start and end")
+        if count and (max(words(self.records)) > PAGE_RECORD_MAX or not 0 < max(words(self.data)) <= DATA_MAX):
+            raise ValueError("a frame is longer than any may be")
+
+    @property
+    def count(self) -> int:
+        """How many frames."""
+        return len(self.offsets) // _WORD
+
+    def digest(self, number: int) -> bytes:
+        """Of a frame."""
+        return self.digests[number * DIGEST_SIZE : (number + 1) * DIGEST_SIZE]
+
+    def ranges(self) -> Iterator[tuple[int, list[Range]]]:
+        """By pid, what pages there are. ImageDamaged."""
+        for pid, have in self.have.items():
+            numbers = words(have)
+            found = list(zip(numbers[0::2], numbers[1::2], strict=True))
+            if any(start % ALIGNMENT or end % ALIGNMENT or start >= end for start, end in found):
+                raise ImageDamaged(f"{Kind.PAGE_INDEX}: what is told of process {pid} are no pages")
+            yield pid, joined(found)
 
 
 class IndexMaker:
@@ -58,29 +97,33 @@ class IndexMaker:
 
     def __init__(self) -> None:
         self._frames: list[tuple[int, int, int]] = []
-        self._digests: list[bytes] = []
         self._runs: dict[int, list[tuple[int, int, int, int]]] = {}
 
-    def add(self, frame: Frame, run: PageRun) -> None:
-        """One frame of a process's memory."""
+    def add(self, offset: int, record: int, pid: int, runs: Iterable[Range]) -> None:
+        """One frame of a process's memory: its place, the length of its record, and (start, length) of its pages."""
         number, at = len(self._frames), 0
-        self._frames.append((frame.offset, len(frame.record), len(frame.data)))
-        self._digests.append(bytes(frame.digest))
-        mine = self._runs.setdefault(run.id, [])
-        for start, length in run.runs:
+        mine = self._runs.setdefault(pid, [])
+        for start, length in runs:
             mine.append((start, start + length, number, at))
             at += length
+        self._frames.append((offset, record, at))
 
-    def made(self) -> FileIndex:
-        """The index. ImageDamaged if pages come twice: which of them counts could not be told in time."""
-        runs = {}
+    def made(self, digests: Iterable[bytes]) -> FileIndex | None:
+        """The index; ``digests`` of the frames. None if pages come twice: which of them counts could not be told in
+        time; or if it would be longer than a record may be."""
+        runs, have = {}, {}
         for pid, mine in self._runs.items():
             mine.sort()
             if any(mine[i][1] > mine[i + 1][0] for i in range(len(mine) - 1)):
-                raise ImageDamaged(f"pages of process {pid} come more than once")
-            runs[pid] = array.array("Q", [word for one in mine for word in one]).tobytes()
-        offsets, records, data = (array.array("Q", column).tobytes() for column in zip(*self._frames, strict=True))
-        return FileIndex(offsets=offsets, records=records, data=data, digests=b"".join(self._digests), runs=runs)
+                return None
+            runs[pid] = array.array("Q", itertools.chain.from_iterable(mine)).tobytes()
+            together = joined((start, end) for start, end, _, _ in mine)
+            have[pid] = array.array("Q", itertools.chain.from_iterable(together)).tobytes()
+        columns = zip(*self._frames, strict=True) if self._frames else ((), (), ())
+        offsets, records, data = (array.array("Q", column).tobytes() for column in columns)
+        index = FileIndex(offsets=offsets, records=records, data=data, digests=b"".join(digests), runs=runs, have=have)
+        size = sum(map(len, (offsets, records, data, index.digests, *runs.values(), *have.values())))
+        return index if size < RECORD_MAX // 2 else None
 
 
 class ImagePages:
@@ -89,14 +132,14 @@ class ImagePages:
     def __init__(self, fd: int, index: FileIndex, path: str) -> None:
         self._fd = fd
         self._path = path
-        self._offsets, self._records, self._lengths = (_words(x) for x in (index.offsets, index.records, index.data))
-        self._digests = index.digests
+        self.index = index
+        self._offsets, self._records, self._lengths = (words(x) for x in (index.offsets, index.records, index.data))
         self._starts: dict[int, array.array[int]] = {}
         self._columns: dict[int, tuple[array.array[int], array.array[int], array.array[int]]] = {}
         for pid, runs in index.runs.items():
-            words = _words(runs)
-            self._starts[pid] = words[0::4]
-            self._columns[pid] = words[1::4], words[2::4], words[3::4]
+            numbers = words(runs)
+            self._starts[pid] = numbers[0::4]
+            self._columns[pid] = numbers[1::4], numbers[2::4], numbers[3::4]
         self._wanted: collections.deque[tuple[int, int, int]] = collections.deque()
         #: data and the buffer that they are in, by number of the frame
         self._kept: collections.OrderedDict[int, tuple[memoryview, memoryview]] = collections.OrderedDict()
@@ -148,6 +191,8 @@ class ImagePages:
 
     def _frame(self, number: int) -> memoryview:
         """The data of a frame, verified."""
+        if number >= self.index.count:
+            raise ImageDamaged(f"{Kind.PAGE_INDEX}: there is no frame {number}", object=self._path)
         if number not in self._kept:
             # an old buffer is warm, and its frame was handed out long ago
             space = self._kept.popitem(last=False)[1][1] if len(self._kept) >= _KEPT else aligned_buffer(_ROOM)
@@ -168,14 +213,16 @@ class ImagePages:
             if not count:
                 raise ImageTruncated("the image has become shorter", object=where)
             done += count
-        digest = self._digests[number * DIGEST_SIZE : (number + 1) * DIGEST_SIZE]
         data = whole[body:]
-        if frames.digest(bytes(whole[:HEADER_DIGESTED]), whole[HEADER.size : HEADER.size + record], data) != digest:
+        if frames.digest(
+            bytes(whole[:HEADER_DIGESTED]), whole[HEADER.size : HEADER.size + record], data
+        ) != self.index.digest(number):
             raise ImageDamaged("the digest of pages is wrong", object=where)
         return data
 
 
-def _words(data: bytes) -> array.array[int]:
+def words(data: bytes) -> array.array[int]:
+    """The numbers of a column."""
     found: array.array[int] = array.array("Q")
     found.frombytes(data)
     return found

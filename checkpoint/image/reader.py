@@ -21,16 +21,17 @@ from checkpoint.image.frames import (
     End,
     Frame,
     Kind,
-    PageRecords,
     PageRun,
-    RecordsDigest,
     Space,
 )
+from checkpoint.image.lazypages import FileIndex, IndexMaker, words
 
 __all__ = ["ImageReader", "open_image"]
 
 #: digests that may wait for the executor while the frames are walked
 _CHECKS_AHEAD = 64
+#: bytes from which on a digest is worth another thread
+_WORTH = 16 << 10
 
 
 class ImageReader:
@@ -41,16 +42,20 @@ class ImageReader:
     end     the END record
     size    bytes of the file
     fd      the open file
+    later   where the pages of processes' memory are, if it was opened so: their frames are not in ``frames`` then
 
     The mapping is shared with the file: who may write the file (0600: its owner and root) could change it under us
     after the check. Do not open images that others may write.
     """
 
-    def __init__(self, path: str, fd: int, mapping: mmap.mmap, found: list[Frame], end: End) -> None:
+    def __init__(
+        self, path: str, fd: int, mapping: mmap.mmap, found: list[Frame], end: End, later: FileIndex | None = None
+    ) -> None:
         self.path = path
         self.fd = fd
         self.frames = found
         self.end = end
+        self.later = later
         self.size = len(mapping)
         self._mapping = mapping
 
@@ -89,20 +94,27 @@ def open_image(
 
     known     kinds of frames to hand out; unknown ones are skipped if optional, else refused. None: all are handed out
     executor  computes digests beside each other
-    later     the bytes of processes' memory are verified when they are used (``Frame.verify``): all else, and where
-              they belong, is verified now. An image that does not allow it (by an earlier program) is verified whole
+    later     the frames of processes' memory are told by an index (``ImageReader.later``) and verified when they are
+              used (``lazypages.ImagePages``): all else is verified now. An image without such an index is verified
+              whole
     """
     name = os.fspath(path)
     fd = _open(name)
     try:
         mapping = _map(name, fd)
-        found, end = _verify(memoryview(mapping), executor, later=later)
+        index = None
+        if later and (part := _verify_but_pages(memoryview(mapping), executor)) is not None:
+            found, end, index = part
+        else:
+            found, end = _verify(memoryview(mapping), executor)
+            if later:
+                found, index = _index_of(found)
         if known is not None:
             found = [frame for frame in found if check_kind(frame, known)]
     except BaseException:
         os.close(fd)
         raise
-    return ImageReader(name, fd, mapping, found, end)
+    return ImageReader(name, fd, mapping, found, end, index)
 
 
 def _open(path: str) -> int:
@@ -124,56 +136,111 @@ def _map(path: str, fd: int) -> mmap.mmap:
         raise ImageUnreadable(f"the image cannot be mapped: {error.strerror}", object=path) from error
 
 
-def _verify(whole: memoryview, executor: Executor | None, *, later: bool = False) -> tuple[list[Frame], End]:
+def _verify(whole: memoryview, executor: Executor | None) -> tuple[list[Frame], End]:
     """All frames before END, and END, of the image in ``whole``."""
     _check_ends(whole)
     root, offsets, found = frames.root_state(), list[int](), list[Frame]()
-    checks: collections.deque[tuple[Future[bytes], Frame]] = collections.deque()
-    waiting: list[Frame] = []
+    checks = _Checks(executor)
     place = PREAMBLE.size
     while True:
         frame, header = _frame_at(whole, place)
-        if later and _is_memory(frame):
-            waiting.append(frame)
-        elif executor is None:
-            frames.check_digest(frames.digest(header.raw, frame.record, frame.data), frame)
-        else:
-            checks.append((executor.submit(frames.digest, header.raw, frame.record, frame.data), frame))
-        while checks and (len(checks) > _CHECKS_AHEAD or frame.kind == Kind.END):
-            future, checked = checks.popleft()
-            frames.check_digest(future.result(), checked)
+        checks.add(frame, header)
         if frame.kind == Kind.END:
-            if header.end + TRAILER.size != len(whole):
-                raise ImageDamaged("there are bytes behind END", object=f"offset {header.end}")
-            frames.check_trailer(whole[header.end :], place)
-            end = frames.check_end(frame, offsets, root.digest())
-            if waiting and not _records_known(found):
-                for one in waiting:
-                    one.verify()
-            return found, end
+            checks.settle(0)
+            _check_behind(whole, place, header)
+            return found, frames.check_end(frame, offsets, root.digest())
         offsets.append(place)
         root.update(header.digest)
         found.append(frame)
         place = header.end
 
 
-def _is_memory(frame: Frame) -> bool:
-    return frame.kind == Kind.PAGES and frame.runs().space is Space.MEMORY
+def _verify_but_pages(whole: memoryview, executor: Executor | None) -> tuple[list[Frame], End, FileIndex] | None:
+    """The same, without the frames that PAGE_INDEX tells of: they are verified when they are used, against the digests
+    in it, of which the root digest is made as much as of all others. None if the image has no such index."""
+    _check_ends(whole)
+    last = frames.TRAILER.unpack(whole[-TRAILER.size :])[0]
+    if last >= len(whole):
+        raise ImageDamaged("the trailer is not one")
+    frame, header = _frame_at(whole, last)
+    if frame.kind != Kind.END:
+        raise ImageDamaged("the trailer does not tell where END is")
+    checks = _Checks(executor)
+    checks.add(frame, header)
+    checks.settle(0)
+    _check_behind(whole, last, header)
+    offsets = words(frame.decode(End).index).tolist()
+    if not offsets or offsets[-1] >= last or (told := _frame_at(whole, offsets[-1]))[0].kind != Kind.PAGE_INDEX:
+        return None
+    checks.add(*told)
+    checks.settle(0)
+    index = told[0].decode(FileIndex)
+    numbers = {place: number for number, place in enumerate(words(index.offsets))}
+    records, lengths = words(index.records), words(index.data)
+    root, found, end = frames.root_state(), list[Frame](), PREAMBLE.size
+    for place in offsets:
+        if place != end:
+            raise ImageDamaged("the index does not tell where the frames are", object=f"offset {place}")
+        number = numbers.pop(place, None)
+        if number is None:
+            one, its = _frame_at(whole, place)
+            checks.add(one, its)
+            root.update(its.digest)
+            found.append(one)
+            end = its.end
+        else:
+            root.update(index.digest(number))
+            body = place + HEADER.size + records[number]
+            end = body + -body % frames.ALIGNMENT + lengths[number]
+    checks.settle(0)
+    if end != last or numbers:
+        raise ImageDamaged("the index does not tell where the frames are")
+    return found, frames.check_end(frame, offsets, root.digest()), index
 
 
-def _records_known(found: list[Frame]) -> bool:
-    """Whether the records of all pages are vouched for, so that their bytes may be verified later. ImageDamaged if they
-    are not what is vouched for."""
-    told = [frame.decode(PageRecords) for frame in found if frame.kind == Kind.PAGE_RECORDS]
-    if not told:
-        return False
-    state = RecordsDigest()
+def _index_of(found: list[Frame]) -> tuple[list[Frame], FileIndex]:
+    """The frames of an image without PAGE_INDEX, and an index of those of memory. ImageDamaged."""
+    maker, others, digests = IndexMaker(), list[Frame](), list[bytes]()
     for frame in found:
-        if frame.kind == Kind.PAGES:
-            state.add(frame.record)
-    if told[-1] != state.made():
-        raise ImageDamaged("the records of pages are not those that the image had when it was made")
-    return True
+        run = frame.pages() if frame.kind == Kind.PAGES else None
+        if run is None or run.space is not Space.MEMORY:
+            others.append(frame)
+            continue
+        maker.add(frame.offset, len(frame.record), run.id, run.runs)
+        digests.append(frame.digest)
+    index = maker.made(digests)
+    if index is None:
+        raise ImageDamaged("pages of a process come more than once: they cannot come later")
+    return others, index
+
+
+class _Checks:
+    """Digests that are compared, beside each other if there is an executor."""
+
+    def __init__(self, executor: Executor | None) -> None:
+        self._executor = executor
+        self._waiting: collections.deque[tuple[Future[bytes], Frame]] = collections.deque()
+
+    def add(self, frame: Frame, header: frames.Header) -> None:
+        """One more. ImageDamaged."""
+        if self._executor is None or len(frame.data) + len(frame.record) < _WORTH:
+            frames.check_digest(frames.digest(header.raw, frame.record, frame.data), frame)
+            return
+        self._waiting.append((self._executor.submit(frames.digest, header.raw, frame.record, frame.data), frame))
+        self.settle(_CHECKS_AHEAD)
+
+    def settle(self, ahead: int) -> None:
+        """Until no more than ``ahead`` are under way. ImageDamaged."""
+        while len(self._waiting) > ahead:
+            future, frame = self._waiting.popleft()
+            frames.check_digest(future.result(), frame)
+
+
+def _check_behind(whole: memoryview, place: int, end: frames.Header) -> None:
+    """Nothing but the trailer is behind END, which is at ``place``."""
+    if end.end + TRAILER.size != len(whole):
+        raise ImageDamaged("there are bytes behind END", object=f"offset {end.end}")
+    frames.check_trailer(whole[end.end :], place)
 
 
 def _check_ends(whole: memoryview) -> None:

@@ -77,8 +77,10 @@ class ImageFile:
             self._discard()
             return
         try:
-            # a program that does not know it can do without: it reads all bytes first
-            self.record(Kind.PAGE_RECORDS, self._writer.page_records, optional=True)
+            index = self._writer.page_index()
+            if index is not None:
+                # a program that does not know it can do without: it reads all bytes first
+                self.record(Kind.PAGE_INDEX, index, optional=True)
             self._put(self._writer.end(self._sign))
             os.fsync(self._fd)
             name = os.path.basename(os.path.abspath(self.path))

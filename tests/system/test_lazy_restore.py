@@ -174,9 +174,9 @@ def test_a_process_that_waits_can_be_killed_and_nothing_is_left(lazy: Lazy) -> N
 
 def test_an_index_that_is_not_right_is_refused_before_anything_is_built(lazy: Lazy) -> None:
     with open_image(lazy.image) as image:
-        frame = next(frame for frame in image.frames if frame.kind == Kind.PAGES and len(frame.data) == DATA_MAX)
-        record = frame.offset + 64 + len(frame.record) - 1
-    lazy.flip(record)
+        (index,) = image.records(Kind.PAGE_INDEX)
+        assert len(index.record) > MIB * 32
+    lazy.flip(index.offset + 64 + len(index.record) // 2)
     status, found, told = tcpmig(lazy.hosts.source, "restore", "--lazy", lazy.image)
     assert (status, found["code"][:5]) == (REFUSED, "TM-04"), told
     assert not lazy.hosts.source.path(f"/proc/{lazy.server.pid}").exists()
