@@ -96,9 +96,17 @@ def end(pid: int) -> None:
 
 def measure(folder: Path, size: int) -> Row:
     """Of one size, both ways."""
-    found: Row = {}
     argv = [sys.executable, "-IS", "-c", SERVER, str(size), str(PORT)]
     server = subprocess.Popen(argv, stdin=NULL, stdout=NULL, stderr=NULL, start_new_session=True)
+    try:
+        return moves(folder, size, server)
+    finally:
+        if server.poll() is None:
+            server.kill()
+
+
+def moves(folder: Path, size: int, server: subprocess.Popen[bytes]) -> Row:
+    found: Row = {}
     wait_listening()
     image = folder / "image"
     subprocess.run(
