@@ -9,6 +9,7 @@ Pages are remembered in the order in which they came; which of them count is wor
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import itertools
 import os
@@ -19,10 +20,11 @@ from checkpoint.errors import ImageNotWritten
 from checkpoint.files.table import TreeFiles
 from checkpoint.image.frames import DATA_MAX, PageRun, Space, aligned_buffer
 from checkpoint.live import Remaining, Round
+from checkpoint.memory import lazy
 from checkpoint.memory.delta import delta, without
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.memory.pages import chunks
-from checkpoint.memory.ranges import Range, difference
+from checkpoint.memory.ranges import Range, difference, intersection
 from checkpoint.records import LiveTree, fits, same_file
 
 __all__ = ["Piece", "Spool", "resolve"]
@@ -139,25 +141,31 @@ class Spool:
         return {pid: resolve(log) for pid, log in self._logs.items() if pid in self._layouts}
 
     def runs(self, pieces: Mapping[int, Iterable[Piece]], *, buffers: int = 1) -> Iterator[PageRun]:
-        """Those of the pieces that are in the file; a run is valid until the ``buffers``-th after it is asked for."""
+        """Those of the pieces that are in the file; a run is valid until the ``buffers``-th after it is asked for.
+
+        First what a lazy restore needs at once, in frames of its own: it would read many more for it otherwise.
+        """
         spaces = [aligned_buffer(DATA_MAX) for _ in range(buffers)]
         turn = 0
         for pid, wanted in pieces.items():
-            mine = {one.start: one for one in wanted if one.source == 0 and one.place is not None}
-            places = iter(sorted(mine.values(), key=lambda one: one.start))
-            current = next(places, None)
-            for runs in chunks((one.start, one.end) for one in mine.values()):
+            mine = sorted((x for x in wanted if x.source == 0 and x.place is not None), key=lambda one: one.start)
+            for runs in self._frames(pid, [(one.start, one.end) for one in mine]):
                 data = spaces[turn][: sum(length for _, length in runs)]
                 turn = (turn + 1) % buffers
                 at = 0
                 for start, length in runs:
-                    while current is not None and current.end <= start:
-                        current = next(places, None)
-                    if current is None or current.place is None:
+                    one = mine[bisect.bisect_right(mine, start, key=lambda one: one.start) - 1]
+                    if one.place is None or not one.start <= start < start + length <= one.end:
                         raise RuntimeError(f"page {start:x} is nowhere")
-                    self._get(current.place + start - current.start, data[at : at + length])
+                    self._get(one.place + start - one.start, data[at : at + length])
                     at += length
                 yield PageRun(space=Space.MEMORY, id=pid, runs=runs, data=data)
+
+    def _frames(self, pid: int, ranges: Sequence[Range]) -> Iterator[tuple[tuple[int, int], ...]]:
+        """The runs of frames: those of pages that cannot come later, then those of all others."""
+        later = lazy.areas(self._layouts[pid])
+        yield from chunks(difference(ranges, later))
+        yield from chunks(intersection(ranges, later))
 
     def _get(self, place: int, data: memoryview) -> None:
         while data:

@@ -125,7 +125,10 @@ class Bringer:
         self._image = descriptor
 
     def begin(self, armed: Sequence[Armed], index: FileIndex) -> None:
-        """The worker brings pages from now on. PageBringerFailed."""
+        """The worker brings pages from now on; whether it does is heard in :meth:`seal`.
+
+        Who needs a page earlier waits for it. PageBringerFailed.
+        """
         memories = tuple(
             _Memory(pid=one.pid, missing=array.array("Q", [x for r in one.missing for x in r]).tobytes())
             for one in armed
@@ -150,20 +153,21 @@ class Bringer:
                 raise PageBringerFailed(f"it does not listen: {error}") from error
         finally:
             os.close(told)
-        self._ask(_BEGIN)
+        self._say(_BEGIN)
         self._begun = True
 
     def seal(self) -> None:
         """The worker outlives us from now on, and pages are brought until none is missing. PageBringerFailed."""
         if self._begun:
-            self._ask(_SEAL)
+            self._hear(_BEGIN)
+            self._say(_SEAL)
+            self._hear(_SEAL)
 
-    def _ask(self, what: bytes) -> None:
+    def _say(self, what: bytes) -> None:
         try:
             self._sock.send(what)
         except OSError as error:
             raise PageBringerFailed(f"it does not listen: {error}") from error
-        self._hear(what)
 
     def _hear(self, what: bytes) -> None:
         try:

@@ -319,6 +319,7 @@ def restore(
             _refuse_lazy()
             bringer = ends.enter_context(contextlib.closing(Bringer(identity, os.path.abspath(path))))
         births.ask()
+        ends.callback(births.threads_go_on)  # who tries it is waited for, whatever comes
         executor = ends.enter_context(ThreadPoolExecutor(os.cpu_count()))
         image = ends.enter_context(open_image(path, executor=executor, later=lazy))
         chain = open_chain(image, executor=executor)
