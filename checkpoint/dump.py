@@ -104,8 +104,7 @@ class Dump:
         self.remaining: dict[int, Remaining] = {}  #: what the target lacks, by PID, after :meth:`skeleton`
         self.leaves_pages, self.later = False, 0  #: pages stay here (set it before :meth:`skeleton`); bytes that do
         self._holdoff: Holdoff | None = None
-        self._listeners: list[socket.socket] = []
-        self._live_ports: set[int] = set()
+        self._listeners, self._live_ports = list[socket.socket](), set[int]()
         self._places: list[list[tuple[int, int]]] = []
         self._table: FileTable | None = None
         self._group: TcpGroup | None = None
