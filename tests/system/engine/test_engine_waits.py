@@ -9,6 +9,7 @@ import sys
 
 from checkpoint.inject import Injection
 from checkpoint.procfs import call_of
+from checkpoint.throttle import Throttle
 from checkpoint.tracee import Tree
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.machine import SYS
@@ -56,4 +57,21 @@ def test_it_goes_on_with_what_was_left() -> None:
         os.write(process.stdin.fileno(), b"x")
         assert select.select([process.stdout], [], [], 30)[0]
         assert process.stdout.readline() == b"0\n"
+        assert process.wait(30) == 0
+
+
+def test_a_time_out_comes_to_a_process_that_is_stopped_all_the_time() -> None:
+    program = "import select; poll = select.epoll(); print(1, flush=True); poll.poll(0.5); print(2, flush=True)"
+    with subprocess.Popen([sys.executable, "-ISc", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"1\n"
+        throttle = Throttle([process.pid])
+        throttle.set(0.5)
+        try:
+            # every turn is far shorter than the time-out
+            assert select.select([process.stdout], [], [], 60)[0]
+        finally:
+            throttle.end()
+        assert throttle.stood > 0
+        assert process.stdout.readline() == b"2\n"
         assert process.wait(30) == 0
