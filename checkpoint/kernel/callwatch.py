@@ -39,6 +39,8 @@ _MOST: Final = 1 << 12  # threads looked at for one stop
 _INTERRUPTIBLE: Final = 1  # TASK_INTERRUPTIBLE of include/linux/sched.h
 _ENQUEUED: Final = 1  # HRTIMER_STATE_ENQUEUED of include/linux/hrtimer.h
 _KERNEL: Final = 1 << 63  # addresses from here on are the kernel's
+#: nanoseconds: a look that took longer was held up between the two clocks, and is done again, so often
+_QUICK, _ATTEMPTS = 1_000_000, 3
 #: nanoseconds: a timer that should have run before is none; so much later it may run than it should
 _LATE, _SLACK = 1_000_000_000, 60_000_000_000
 
@@ -165,19 +167,27 @@ class CallWatch:
         try:
             if self._noting < 0:
                 self._noting = call.open_tracepoint(programs.noting, "sys_enter")
-            with self._looks:
-                data = taskiter.read(programs.looking, tid)
+            data, ours = self._read(programs.looking, tid)
         except OSError as error:
             _log.info("when the call of thread %d times out cannot be read: %s", tid, error)
             return
-        # Their clock is the host's, ours may be that of a time namespace.  It is read after theirs: the end is rather
-        # too late than too early.
-        ours = time.monotonic_ns()
         if len(data) < _HEAD.size:
             return  # it has ended
         now, task, state = _HEAD.unpack_from(data)
         end = timer_on(data[_HEAD.size :], programs.places, task, now) if state & _INTERRUPTIBLE else None
         self._seen[tid] = _Seen(task, None if end is None else ours + end - now)
+
+    def _read(self, program: int, tid: int) -> tuple[bytes, int]:
+        """What the iterator tells, and our time then. Its clock is the host's, ours may be that of a time namespace. It
+        is read after theirs: the end is rather too late than too early, and not much."""
+        for _ in range(_ATTEMPTS):
+            before = time.monotonic_ns()
+            with self._looks:
+                data = taskiter.read(program, tid)
+            ours = time.monotonic_ns()
+            if ours - before < _QUICK:
+                break
+        return data, ours
 
     def until(self, tid: int) -> int | None:
         """When the call times out in which that thread was stopped, by our CLOCK_MONOTONIC in nanoseconds; None: it was

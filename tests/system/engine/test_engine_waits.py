@@ -49,7 +49,7 @@ def test_it_goes_on_with_what_was_left() -> None:
         assert first is not None
         for end in ends:
             assert end is not None
-            assert abs(end - first) < 50_000_000, ends
+            assert abs(end - first) < 300_000_000, ends
         # what it was given, in milliseconds
         assert times[0] == 1_000_000
         assert times[0] > times[1] >= times[2] > 900_000
