@@ -1,9 +1,9 @@
 """All measurements, one after the other: ``python -m tests.bench [NAME ...] [--quick] [--resume]`` (as root).
 
 Each prints its table, with its floor beside it (the same calls in C, memcpy, a plain write, a plain line), measured in
-the same run.  Tables, rows (JSON) and pictures (SVG) go to docs/bench; with --quick, which is for a look, to
-build/bench.  Rows are kept as they come: a run that was ended goes on with --resume, as long as the commit is the same.
-Nothing is judged by these figures.
+the same run. Tables, rows (JSON) and pictures (SVG) of a whole run go to docs/bench; of some that are named, or with
+--quick, which is for a look, to build/bench. Rows are kept as they come: a run that was ended goes on with --resume, as
+long as the commit is the same. Nothing is judged by these figures.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Bench:
 
 
 ALL: Mapping[str, Bench] = {
-    "startup": Bench("The command line", ("20",), ("5",), ("startup",)),
+    "startup": Bench("The command line", ("10",), ("3",), ("startup",)),
     "stop": Bench("The stop of a small server, step by step", ("50",), ("5",), ("stop", "steps")),
     "many": Bench("The stop by the number of connections", ("100", "1000", "10000"), ("100", "1000"), ("many",)),
     "connections": Bench("Freeze, export and rebuild beside C", ("1000", "10000"), ("1000",), ("connections",)),
@@ -55,7 +55,7 @@ ALL: Mapping[str, Bench] = {
     "tree": Bench("Trees of many processes", ("10", "100"), ("10",), ("tree",)),
     "memory": Bench("Copying pages out of a process and into one", ("1024",), ("128",)),
     "image": Bench("The image container", ("256",), ("64",)),
-    "softstate": Bench("What learned state is worth", ("3",), ("1",)),
+    "softstate": Bench("What learned state is worth", ("2",), ("1",)),
 }
 
 
@@ -129,10 +129,11 @@ def main() -> int:
     if unknown:
         parser.error(f"there is no {', '.join(sorted(unknown))}")
     names = given.names or list(ALL)
-    folder: Path = given.output or ROOT / ("build/bench" if given.quick else "docs/bench")
+    look = "-quick" * given.quick + "-some" * bool(given.names)
+    folder: Path = given.output or ROOT / ("build/bench" if look else "docs/bench")
     folder.mkdir(parents=True, exist_ok=True)
     (ROOT / "build").mkdir(exist_ok=True)
-    rows = ROOT / f"build/bench{'-quick' * given.quick}.rows"
+    rows = ROOT / f"build/bench{look}.rows"
     os.environ[VARIABLE] = str(rows)
     # as an installed program is: a checkout may have no compiled modules, and each command would compile them all
     subprocess.run([sys.executable, "-m", "compileall", "-q", *ROOMS], cwd=ROOT, check=True)
@@ -152,7 +153,7 @@ def main() -> int:
             print(f"bench_{name} ended with status {status}", file=sys.stderr)
         else:
             note(_TEXT, name=name, text=text)
-    options = " --quick" * given.quick
+    options = "".join(f" {word}" for word in [*given.names, *["--quick"] * given.quick])
     written(folder, rows, options, list(ALL))
     print(f"\nwritten to {folder}")
     if criu.lacking():
