@@ -1,6 +1,6 @@
 """A flat profile of the stop of a small server: where its milliseconds go, on both sides.
 
-``python -m tests.bench.bench_stop [MOVES [SCENE]]`` (as root; 10 moves of the echo server).  Every function of ours that
+``python -m tests.bench.bench_stop [MOVES [SCENE]]`` (as root; 10 moves of the echo server). Each function of ours that
 takes over 0.1 ms by itself (without what it calls of ours) is named, median and range over the moves; what a side waits
 for on the line is ``Channel._wait``. The stops are printed beside it, of moves without the clocks, which make
 everything slower: MOVES of them (a multiple of five), and a fifth as many with. Nothing is judged.
