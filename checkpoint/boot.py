@@ -11,6 +11,9 @@ Source: vdso(7); the mapping is written through /proc/PID/mem, which copies the 
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
 import struct
 from dataclasses import dataclass
 from typing import Final, Self
@@ -22,7 +25,7 @@ from checkpoint.memory.vma import VDSO, Vma, find_named
 from checkpoint.tracee import Process
 from tcpstate.kernel.calls import CallError
 
-__all__ = ["HEAD_SIZE", "MARK_SIZE", "Boot", "Mark", "head_bytes", "is_head", "tail", "vdso_of"]
+__all__ = ["HEAD_SIZE", "MARK_SIZE", "Boot", "Mark", "head_bytes", "is_head", "pristine", "tail", "vdso_of"]
 
 _MARK_MAGIC: Final = b"tcpmigM\1"
 _HEAD_MAGIC: Final = b"tcpmigH\1"
@@ -30,6 +33,8 @@ _MARK = struct.Struct("<8s4Q")
 _HEAD = struct.Struct("<8sQ")
 _ALIGN: Final = 64
 _CALL_TIMEOUT: Final = 10.0
+
+_SECTIONS = struct.Struct("<40xQ10xHH2x")  # of Elf64_Ehdr: e_shoff, e_shentsize, e_shnum
 
 #: bytes of a mark
 MARK_SIZE: Final = _MARK.size
@@ -85,10 +90,44 @@ def vdso_of(process: Process) -> Vma:
 
 
 def tail(data: bytes) -> int | None:
-    """Where in the bytes of a vdso there is room for boot and mark; None if there is none."""
+    """Where in the bytes of a vdso there is room for boot and mark; None if there is none.
+
+    If the zeros behind it are too few, the table of its sections, which stands last and is read by nobody who runs, is
+    room as well.
+    """
     used = len(data.rstrip(b"\0"))
-    at = used + -used % _ALIGN
-    return at if at + BOOT_SIZE + MARK_SIZE <= len(data) else None
+    for end in (used, _sections(data, used)):
+        at = end + -end % _ALIGN
+        if at + BOOT_SIZE + MARK_SIZE <= len(data):
+            return at
+    return None
+
+
+def _sections(data: bytes, used: int) -> int:
+    """Where the table of sections begins, if it is the last that is there; else ``used``."""
+    start, end = _table(data)
+    return start if 0 < start < used <= end else used
+
+
+def _table(data: bytes) -> tuple[int, int]:
+    """(start, end) of the table of sections in the bytes of a vdso."""
+    if len(data) < _SECTIONS.size:
+        return 0, 0
+    start, size, count = _SECTIONS.unpack_from(data)
+    return start, start + size * count
+
+
+@functools.cache
+def _own_vdso() -> bytes:
+    """Our own, up to the end of that table."""
+    vdso = find_named(os.getpid(), VDSO)
+    data = b"" if vdso is None else ctypes.string_at(vdso.start, vdso.size)
+    return data[: _table(data)[1]]
+
+
+def pristine(offset: int, size: int) -> bytes:
+    """What the kernel has put into every vdso there: zeros, or a part of the table of sections."""
+    return _own_vdso()[offset : offset + size].ljust(size, b"\0")
 
 
 class Boot:
@@ -100,10 +139,12 @@ class Boot:
     def __init__(self, process: Process, excursions: Excursions, address: int | None = None) -> None:
         self.process = process
         self.excursions = excursions
+        self._vdso = 0  # where the mapping begins, as far as that is known
         if address is not None:
             self.address = address
             return
         vdso = vdso_of(process)
+        self._vdso = vdso.start
         at = tail(process.read(vdso.start, vdso.size))
         if at is None:
             raise InjectionRefused("its vdso has no room at its end", object=f"pid {process.pid}")
@@ -128,7 +169,7 @@ class Boot:
         mark = Mark.find(self.process.read(vdso.start, vdso.size), vdso.start)
         if mark is None:
             raise InjectionRefused("its vdso was replaced", object=f"pid {self.process.pid}")
-        self.address = mark.boot
+        self.address, self._vdso = mark.boot, vdso.start
 
     def call(self, nr: int, *args: int, undo: int = 0, undo_args: tuple[int, int] | None = None, label: str) -> int:
         """One call, made by the leader.
@@ -150,5 +191,6 @@ class Boot:
         leader.set_registers(boot_call(leader.registers, self.stop_address, 0, ()))
 
     def remove(self) -> None:
-        """Make the tail zero again. Nobody may be in boot."""
-        self.process.write(self.address, bytes(BOOT_SIZE + MARK_SIZE))
+        """Put back what was there. Nobody may be in boot."""
+        start = self._vdso or vdso_of(self.process).start
+        self.process.write(self.address, pristine(self.address - start, BOOT_SIZE + MARK_SIZE))

@@ -360,6 +360,14 @@ class ForeignMode(Refused):
     fix = "Use a 64-bit build of the program."
 
 
+class MatrixInUse(Refused):
+    """A thread on aarch64 is in streaming mode or uses the matrix register of SME. A system call ends streaming mode,
+    so what is in these registers would not survive being looked at."""
+
+    code = "TM-0800"
+    fix = "Try again: programs use them for moments. Or run the program without SME."
+
+
 class SeccompInTheWay(Refused):
     """A seccomp filter of the process forbids calls that the injected code must make to clean up after itself. While
     tcpmig lives the filter is suspended, but this suspension ends with tcpmig: were it killed in that moment, the

@@ -22,6 +22,7 @@ from checkpoint.errors import EngineFault, InjectionTimeout, StopTimeout
 from checkpoint.kernel import ptrace
 from checkpoint.kernel.ptrace import Event
 from checkpoint.kernel.signals import SiCode
+from checkpoint.telling import tell
 from checkpoint.thread import Thread
 from checkpoint.tracee import Process
 
@@ -64,6 +65,7 @@ class Excursions:
         self.away: set[int] = set()
         self.foreign: dict[int, bytes] = {}
         self.born: list[int] = []
+        self._at: dict[int, int] = {}  # by tid, at which stop of our code it stands
 
     def use_another_signal(self) -> None:
         """From now on stop with another signal, so that the first can be queued; all frames must be written again."""
@@ -73,12 +75,13 @@ class Excursions:
     def frame(self, thread: Thread) -> bytes:
         """What takes the thread home if the tool dies."""
         own = self.process.inner_pid, self.process.inner_tid(thread)
-        return frame_of(thread.registers, thread.sigmask, self.stop_signal, *own)
+        return frame_of(thread.registers, thread.sigmask, self.stop_signal, *own, thread.call, thread.get_xstate)
 
     def start(self, thread: Thread, registers: Registers) -> None:
         """Send the thread into our code, wherever it stands."""
         thread.set_registers(registers)
         self.away.add(thread.tid)
+        self._at.pop(thread.tid, None)
         thread.set_sigmask(_ALL_SIGNALS & ~(1 << (self.stop_signal - 1)))
         thread.cont()
 
@@ -99,6 +102,7 @@ class Excursions:
             if stop.event == Event.SIGNAL:
                 registers = thread.get_registers()
                 if self._is_ours(thread, registers, at):
+                    self._at[thread.tid] = at
                     return registers
             elif stop.event in _BIRTHS:
                 self.born.append(ptrace.event_message(thread.tid))
@@ -125,6 +129,13 @@ class Excursions:
 
     def home(self, thread: Thread) -> None:
         """Put the thread back to where it was when the process was stopped."""
+        if thread.fleeting is not None:
+            thread.set_xstate(thread.fleeting)
+        at = self._at.pop(thread.tid, None)
+        if at is not None and thread.registers.untold:
+            tell(thread, thread.registers, at, thread.sigmask)
+            self.away.discard(thread.tid)
+            return
         thread.set_sigmask(thread.sigmask)
         thread.set_registers(thread.registers)
         self.away.discard(thread.tid)

@@ -14,7 +14,7 @@ from typing import Final
 
 from checkpoint import procfs
 from checkpoint.arch import interrupted_in
-from checkpoint.boot import HEAD_SIZE, MARK_SIZE, Boot, Mark, is_head, vdso_of
+from checkpoint.boot import HEAD_SIZE, MARK_SIZE, Boot, Mark, is_head, pristine, vdso_of
 from checkpoint.errors import NoSuchProcess, StopTimeout
 from checkpoint.excursion import Excursions, is_stop_signal
 from checkpoint.kernel import ptrace
@@ -114,7 +114,8 @@ def clean(process: Process) -> bool:
         process.forget_maps()
     boot.remove()
     # another version's boot may be longer
-    process.write(mark.boot, bytes(mark.boot_size + MARK_SIZE))
+    start = vdso_of(process).start
+    process.write(mark.boot, pristine(mark.boot - start, mark.boot_size + MARK_SIZE))
     return True
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Self
 
 from checkpoint import births, procfs, waiting
-from checkpoint.arch import CALL_AT, SPAWN, USER_END, beginning, stub_elf
+from checkpoint.arch import CALL_AT, SPAWN, USER_END, beginning, begun, entering, stub_elf
 from checkpoint.boot import Boot
 from checkpoint.errors import AddressGapMissing, PidTaken, SpawnFailed
 from checkpoint.inject import Injection
@@ -125,12 +125,12 @@ class _StubInjection(Injection):
         thread.set_registers(beginning(thread.registers, at, number, args))
         ptrace.cont_to_call(thread.tid)
         thread.wait(_STOP_TIMEOUT)
-        if thread.get_registers().call != number:
+        if entering(thread.get_registers()) != number:
             return None
         thread.interrupt()  # noted before the call begins to sleep, so it does not
         thread.cont()
         thread.await_interrupt(_STOP_TIMEOUT)
-        return thread.get_registers().result
+        return begun(thread.get_registers(), at)
 
     @property
     def spare(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from checkpoint import procfs
-from checkpoint.arch import XSTATE_SET, Registers
+from checkpoint.arch import Registers, get_extended, set_extended
 from checkpoint.errors import ProcessDied, StopTimeout
 from checkpoint.kernel import ptrace
 from checkpoint.kernel.ptrace import Event, Option, RseqConfig
@@ -91,10 +91,11 @@ class Thread:
     rseq        its restartable-sequences area, None if it has none
     until       when it has waited long enough in that call (arch.Wait), by our CLOCK_MONOTONIC in nanoseconds; None:
                 it does not wait in one, or nobody knows
+    fleeting    its FP and vector registers, as of the stop, if calls made in it lose some of them; else None
     slept       what the call returned that a rebuilt thread was given to sleep in (checkpoint.sleep); None: nothing
     """
 
-    __slots__ = ("_inner", "call", "pid", "registers", "rseq", "sigmask", "slept", "stop", "tid", "until")
+    __slots__ = ("_inner", "call", "fleeting", "pid", "registers", "rseq", "sigmask", "slept", "stop", "tid", "until")
 
     registers: Registers
     sigmask: int
@@ -107,6 +108,7 @@ class Thread:
         self.call: int | None = None
         self.until: int | None = None
         self.slept: int | None = None
+        self.fleeting: bytes | None = None
         self._inner: int | None = None
 
     def __repr__(self) -> str:
@@ -168,15 +170,15 @@ class Thread:
 
     def set_registers(self, registers: Registers) -> None:
         """Replace its registers."""
-        ptrace.set_register_set(self.tid, ptrace.GENERAL_SET, registers.pack())
+        ptrace.set_register_set(self.tid, ptrace.GENERAL_SET, registers.in_set())
 
     def get_xstate(self) -> bytes:
         """Its FP and vector registers, in the format and size of this machine. Injected code does not use them."""
-        return ptrace.get_register_set(self.tid, XSTATE_SET)
+        return get_extended(self.tid) if self.fleeting is None else self.fleeting
 
     def set_xstate(self, data: bytes) -> None:
         """Replace its FP and vector registers. OSError if this machine's format is another."""
-        ptrace.set_register_set(self.tid, XSTATE_SET, data)
+        set_extended(self.tid, data)
 
     def get_sigmask(self) -> int:
         """The signals that it blocks now."""

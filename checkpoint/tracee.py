@@ -21,8 +21,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from checkpoint import procfs, waiting
-from checkpoint.arch import CODE_BEFORE, Registers, going_on, require_native, restarted_call
+from checkpoint import arch, procfs, waiting
 from checkpoint.errors import (
     ForeignMode,
     LeaderExited,
@@ -35,13 +34,14 @@ from checkpoint.errors import (
 )
 from checkpoint.kernel import ptrace
 from checkpoint.kernel.callwatch import CallWatch
-from checkpoint.kernel.kcmp import KcmpType, kcmp
 from checkpoint.kernel.ptrace import Event, Option
 from checkpoint.kernel.rseq import abort_address
 from checkpoint.memory.vma import Vma, read_maps
 from checkpoint.procfs import Stat
 from checkpoint.refuse import refuse_process, refuse_root, refuse_traced
+from checkpoint.telling import begin_again
 from checkpoint.thread import Stop, Thread, signal_of, wait_status
+from checkpoint.vforked import vfork_child
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
 
@@ -253,32 +253,16 @@ class Process:
 
     def _await_vfork(self, deadline: float) -> None:
         """Wait until no thread is suspended by vfork. Once seized such a thread could neither be stopped nor let go."""
-        while (child := self._vfork_child()) is not None:
+        while (child := vfork_child(self.pid)) is not None:
             if time.monotonic() > deadline:
                 raise VforkParent(f"it waits for its child {child} to call exec", object=f"pid {self.pid}")
             time.sleep(_VFORK_PAUSE)
-
-    def _vfork_child(self) -> int | None:
-        """The child that has borrowed its memory while a thread of it waits in the kernel; None if there is none."""
-        for child in procfs.children(self.pid):
-            try:
-                if kcmp(self.pid, child, KcmpType.VM) != 0:
-                    continue
-            except ProcessLookupError:
-                continue  # the child has ended, or we have
-            except OSError as error:
-                if error.errno in (errno.ENOSYS, errno.EPERM):
-                    return None  # this kernel cannot tell; or not us, which the seizing will find
-                raise
-            if any(procfs.read_stat(self.pid, tid).state == "D" for tid in procfs.threads(self.pid)):
-                return child
-        return None
 
     def _why_not_stopped(self, thread: Thread, error: StopTimeout) -> Refused | VforkParent | StopTimeout:
         state = procfs.read_stat(self.pid, thread.tid)
         if state.zombie:
             return LeaderExited(f"the main thread of {state.comm} has ended, others run on", object=thread.name)
-        if (child := self._vfork_child()) is not None:
+        if (child := vfork_child(self.pid)) is not None:
             return VforkParent(f"{state.comm} waits for its child {child} to call exec", object=thread.name)
         return StopTimeout(f"{error.message} (state {state.state})", object=thread.name)
 
@@ -289,12 +273,19 @@ class Process:
 
     def _note(self, thread: Thread) -> None:
         found = thread.get_registers()
-        require_native(found, thread.name)
-        thread.registers = going_on(found)
+        arch.require_native(found, thread.name)
+        hidden = arch.hides_note(found, self.read)
+        if hidden is not None:
+            _calls[thread.tid] = (found.ip, found.sp, hidden)
+            begin_again(thread)
+            found = thread.get_registers()
+        thread.fleeting = arch.fleeting(thread.tid)
+        seen = arch.in_its_call(found, thread.tid, self.read)
+        thread.registers = arch.going_on(seen)
         if thread.registers != found:
             # At once: should the tool die now, the thread shall not see the EINTR either.
             thread.set_registers(thread.registers)
-        thread.call = self._call(thread.tid, found)
+        thread.call = self._call(thread.tid, seen)
         thread.until = waiting.end_of(self, thread)
         thread.sigmask = thread.get_sigmask()
         thread.rseq = ptrace.get_rseq(thread.tid)
@@ -303,7 +294,7 @@ class Process:
             if abort is not None:
                 thread.registers = found.moved(abort)
 
-    def _call(self, tid: int, found: Registers) -> int | None:
+    def _call(self, tid: int, found: arch.Registers) -> int | None:
         """The system call that a thread stands in. Of one that was stopped in it before the kernel does not tell; we
         know it if it was us, else the code may."""
         place = (found.ip, found.sp)
@@ -313,7 +304,7 @@ class Process:
             if known is not None and known[:2] == place:
                 return known[2]
             try:
-                call = restarted_call(found, self.read(found.ip - CODE_BEFORE, CODE_BEFORE))
+                call = arch.restarted_call(found, self.read(found.ip - arch.CODE_BEFORE, arch.CODE_BEFORE))
             except OSError:
                 call = None  # nothing is mapped before it
         if call is not None:

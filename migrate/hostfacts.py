@@ -6,7 +6,6 @@ import fnmatch
 import functools
 import os
 import platform
-import re
 import resource
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from checkpoint import kernelneeds
+from checkpoint.arch import chosen_by
 from checkpoint.memory import lazy
 from checkpoint.verdict import Verdict
 from migrate import squeeze
@@ -101,20 +101,6 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset.intersection(*map(frozenset, lines)) if lines else frozenset()
 
 
-#: how the names of the CPU features begin that a program may have found and chosen its code by (ifuncs, JITs); the
-#: others are the kernel's business
-_VISIBLE = re.compile(
-    r"""
-    3dnow | abm | adx | aes | amx | apx | avx | bmi | cldemote | clflush | clwb | clzero | cmpxchg | cx16 | cx8 |
-    enqcmd | erms | f16c | fma | fsgsbase | fsrm | fxsr | fzrm | gfni | hle | lahf | lzcnt | misalignsse | mmx |
-    monitorx | movbe | movdir | mwaitx | pclmul | popcnt | prefetch | pku | ptwrite | rdpid | rdpru | rdrand |
-    rdseed | rdtscp | rtm | serialize | sha | sm3 | sm4 | sse | ssse | tbm | tsxldtrk | uintr | user_shstk | vaes
-    | vpclmul | waitpkg | wbnoinvd | xop | xsave | xgetbv
-    """,
-    re.VERBOSE,
-)
-
-
 def judge_host(needs: Needs, theirs: HostFacts, ours: HostFacts) -> list[Verdict]:
     """What speaks against running the other host's processes on this one, as far as machine and CPU go."""
     verdicts = []
@@ -127,7 +113,7 @@ def judge_host(needs: Needs, theirs: HostFacts, ours: HostFacts) -> list[Verdict
         refuse(f"the processes are of the machine {cpu.machine}, this host is {ours.cpu.machine}", "machine")
     if theirs.page_size != ours.page_size:
         refuse(f"the source's pages have {theirs.page_size} bytes, ours {ours.page_size}", "page size")
-    missing = sorted(f for f in cpu.flags - ours.cpu.flags if _VISIBLE.match(f))
+    missing = sorted(chosen_by(cpu.flags) - ours.cpu.flags) if cpu.machine == ours.cpu.machine else ()
     if missing:
         refuse(f"this CPU lacks {' '.join(missing)}", "cpu")
     if cpu.xsave_mask and ours.cpu.xsave_mask and cpu.xsave_mask & ~ours.cpu.xsave_mask:

@@ -19,6 +19,7 @@ RANGES = {
     "05": "Process engine",
     "06": "Migration and protocol",
     "07": "Addresses",
+    "08": "Machines, and what other facilities are used for",
 }
 
 STATUSES = {

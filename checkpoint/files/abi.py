@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from tcpstate.kernel import batch
-from tcpstate.kernel.machine import SYS
+from tcpstate.kernel.machine import EPOLL_EVENT, O_LARGEFILE, SYS
 from tcpstate.kernel.sockets import pidfd_getfd
 
 __all__ = [
@@ -53,16 +53,16 @@ __all__ = [
 
 
 class FileFlag(enum.IntFlag):
-    """``f_flags`` as x86-64 has them (asm-generic/fcntl.h). Python's os.O_LARGEFILE is 0 on 64-bit machines."""
+    """``f_flags`` as this machine has them. Python's os.O_LARGEFILE is 0 on 64-bit machines."""
 
     ACCMODE = 0o3
     NONBLOCK = 0o4000
     APPEND = 0o2000
     ASYNC = 0o20000
-    DIRECT = 0o40000
-    LARGEFILE = 0o100000
-    DIRECTORY = 0o200000
-    NOFOLLOW = 0o400000
+    DIRECT = os.O_DIRECT
+    LARGEFILE = O_LARGEFILE
+    DIRECTORY = os.O_DIRECTORY
+    NOFOLLOW = os.O_NOFOLLOW
     NOATIME = 0o1000000
     CLOEXEC = 0o2000000
     SYNC = 0o4010000  # __O_SYNC | O_DSYNC
@@ -222,9 +222,9 @@ EPOLL_CTL_MOD: Final = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpollEvent:
-    """struct epoll_event, packed on x86-64."""
+    """struct epoll_event, which has another layout on every machine."""
 
-    FORMAT: ClassVar[struct.Struct] = struct.Struct("<IQ")
+    FORMAT: ClassVar[struct.Struct] = struct.Struct(EPOLL_EVENT)
 
     events: int
     data: int

@@ -53,14 +53,13 @@ def private_pages(pagemap_fd: int, areas: Iterable[Area]) -> Iterator[tuple[int,
     """
     find = _by_scan
     for ranges, anonymous in _spans(areas):
-        start, end = ranges[0][0], ranges[-1][1]
         try:
-            found = find(pagemap_fd, start, end, anonymous)
+            found = find(pagemap_fd, ranges, anonymous)
         except OSError as error:
             if find is _by_entries or error.errno != errno.ENOTTY:
                 raise
             find = _by_entries  # Linux before 6.7
-            found = find(pagemap_fd, start, end, anonymous)
+            found = find(pagemap_fd, ranges, anonymous)
         yield from _clipped(found, ranges)
 
 
@@ -113,7 +112,8 @@ def _clipped(runs: Iterable[_Range], ranges: list[_Range]) -> Iterator[_Range]:
             at += 1
 
 
-def _by_scan(fd: int, start: int, end: int, anonymous: bool) -> list[_Range]:
+def _by_scan(fd: int, ranges: list[_Range], anonymous: bool) -> list[_Range]:
+    start, end = ranges[0][0], ranges[-1][1]
     none_of = Category.PFNZERO
     if not anonymous:
         none_of |= Category.FILE
@@ -123,5 +123,6 @@ def _by_scan(fd: int, start: int, end: int, anonymous: bool) -> list[_Range]:
     return [run[:2] for run in pagemap.scan(fd, start, end, none_of=none_of, any_of=_THERE)]
 
 
-def _by_entries(fd: int, start: int, end: int, anonymous: bool) -> list[_Range]:
-    return list(pagemap.entries(fd, start, end, with_file=False))
+def _by_entries(fd: int, ranges: list[_Range], anonymous: bool) -> list[_Range]:
+    # one by one: unlike the kernel we do not skip what lies between, and from the heap to the stacks that is 40 TB
+    return [run for start, end in ranges for run in pagemap.entries(fd, start, end, with_file=False)]

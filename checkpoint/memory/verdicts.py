@@ -48,6 +48,7 @@ _RULES = (
     _Rule(UserfaultMapping, "memory registered with userfaultfd", flags=frozenset({"um", "uw", "ui"})),
     _Rule(DeviceMapping, "memory of a device", flags=frozenset({"io", "pf", "mm", "sf"})),
     _Rule(UnsupportedMemory, "a shadow stack", flags=frozenset({"ss"})),
+    _Rule(UnsupportedMemory, "memory with tags (MTE)", flags=frozenset({"mt"})),
 )
 _SEALED = "sl"
 _WAITS = "um"

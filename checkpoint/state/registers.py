@@ -21,6 +21,7 @@ from checkpoint import arch
 from checkpoint.errors import ExtendedStateForeign, MachineForeign
 from checkpoint.kernel import restart_block
 from checkpoint.state.base import State, TaskBuilder, TaskView, bounded, register, unsigned
+from checkpoint.telling import call_in_vdso, tell
 
 if TYPE_CHECKING:
     from checkpoint import tracee
@@ -149,5 +150,9 @@ def install(thread: tracee.Thread, state: Registers) -> None:
     if thread.slept is not None and state.call is not None:
         thread.set_registers(arch.asleep(arch.Registers.unpack(state.asleep), state.call, thread.slept))
     else:
-        thread.set_registers(arch.Registers.unpack(state.general))
+        registers = arch.Registers.unpack(state.general)
+        if registers.untold:
+            tell(thread, registers, call_in_vdso(thread.pid), state.blocked)
+            return
+        thread.set_registers(registers)
     thread.set_sigmask(state.blocked)

@@ -73,6 +73,7 @@ class Guest:
     meta   Debian's meta-package of its kernel
     nics   its interfaces, eth0 and so on
     see    folders of this machine that one with a root of its own sees at the same paths, to read
+    cpus   how many
     """
 
     def __init__(
@@ -82,11 +83,13 @@ class Guest:
         nics: Sequence[Nic] = (),
         name: str = "guest",
         see: Sequence[Path] = (),
+        cpus: int = 2,
     ) -> None:
         self.kernel = debian.fetch(meta)
         self.name = name
         self._token = secrets.token_hex(16)
         self._nics = nics
+        self._cpus = cpus
         self._see = (*see, self.kernel.modules) if self.kernel.root else ()
         self._stack = contextlib.ExitStack()
         self._port = 0
@@ -123,7 +126,7 @@ class Guest:
         command = [
             program, "-machine", f"{board},memory-backend=mem",
             "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-            *(_VIRTUAL if os.environ.get(_KVM) else emulated), "-smp", "2", "-m", str(_MEMORY),
+            *(_VIRTUAL if os.environ.get(_KVM) else emulated), "-smp", str(self._cpus), "-m", str(_MEMORY),
             "-object", f"memory-backend-memfd,id=mem,size={_MEMORY}M,share=on",
             "-kernel", str(self.kernel.image), "-initrd", str(initrd),
             "-append", f"console={console} {_KERNEL_OPTIONS} tcpmig={_encoded(told)}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from collections.abc import Iterator
@@ -56,6 +57,30 @@ def test_written_pages_are_found_and_untouched_ones_are_not(fd: int) -> None:
         ((a - vma.start) // PAGE, (b - vma.start) // PAGE)
         for a, b in pagemap.entries(fd, vma.start, vma.end, with_file=False)
     ] == [(0, 2), (7, 8), (63, 64)]
+
+
+def test_kernels_without_the_scan_are_not_asked_for_what_lies_between_mappings(
+    fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # from the heap to the stacks of threads there may be 40 TB of nothing
+    def absent(*_: object) -> list[tuple[int, int]]:
+        raise OSError(errno.ENOTTY, "no such request")
+
+    asked = []
+    entries = pagemap.entries
+
+    def looked(fd: int, start: int, end: int, *, with_file: bool) -> Iterator[tuple[int, int]]:
+        asked.append((start, end))
+        return entries(fd, start, end, with_file=with_file)
+
+    monkeypatch.setattr(scan, "_by_scan", absent)
+    monkeypatch.setattr(pagemap, "entries", looked)
+    area, vma = private()
+    touch(area, 5, 30, 60)
+    parts = [(vma.start, vma.start + 8 * PAGE), (vma.end - 8 * PAGE, vma.end)]
+    told = list(scan.private_pages(fd, [vma._replace(start=start, end=end) for start, end in parts]))
+    assert told == [(vma.start + n * PAGE, vma.start + (n + 1) * PAGE) for n in (5, 60)]
+    assert asked == parts
 
 
 def test_pages_that_were_only_read_are_the_zero_page_and_not_found(fd: int) -> None:

@@ -24,6 +24,7 @@ RANGES = {
     "05": {"checkpoint"},
     "06": {"migrate"},
     "07": {"checkpoint", "migrate"},
+    "08": {"checkpoint"},
 }
 
 

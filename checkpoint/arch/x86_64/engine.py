@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Callable
 from typing import Final
 
 from checkpoint.arch.x86_64.registers import Registers, by_hand
@@ -43,11 +44,12 @@ __all__ = [
     "engine_position",
     "engine_start",
     "frame_of",
+    "telling",
 ]
 
 _MASK = (1 << 64) - 1
-_NO_CALL = _MASK
 _ALL = _MASK
+_SYSCALL_LENGTH = 2
 
 _SIGMASK = f"""\
         mov     edi, 2                  # rt_sigprocmask(SIG_SETMASK, {{0}}, 0, 8)
@@ -194,12 +196,22 @@ BOOT_SIZE: Final = len(BOOT)
 ENGINE_SIZE: Final = len(ENGINE) + -len(ENGINE) % 64
 
 
-def frame_of(registers: Registers, mask: int, stop_signal: int, tgid: int, tid: int) -> bytes:
+def frame_of(
+    registers: Registers,
+    mask: int,
+    stop_signal: int,
+    tgid: int,
+    tid: int,
+    call: int | None,
+    extended: Callable[[], bytes],
+) -> bytes:
     """All that a thread needs to go on by itself.
 
     registers   the application's, as they shall be
     mask        its blocked signals
     tgid, tid   its numbers *in its own PID namespace*
+
+    What else other machines need, ``call`` and ``extended``, is not needed here.
     """
     whole = by_hand(registers)
     own = [getattr(whole, "eflags" if name == "flags" else name) for name in _FRAME_NAMES[:18]]
@@ -270,3 +282,9 @@ def engine_idle(registers: Registers, engine: int) -> Registers:
 def engine_position(registers: Registers) -> int:
     """The address of the entry that failed, or the table's end, of the registers at the engine's stop."""
     return registers.r12
+
+
+def telling(registers: Registers, at: int) -> Registers:
+    """Registers with which a thread that stands at a stop of boot or engine, ``at``, makes a call that does nothing.
+    From there on it would go home, undoing nothing."""
+    return dataclasses.replace(registers.moved(at - _SYSCALL_LENGTH), rax=int(SYS.getpid), r14=0, r15=0)

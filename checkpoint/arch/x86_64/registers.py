@@ -9,7 +9,7 @@ import dataclasses
 import enum
 import errno
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -19,19 +19,19 @@ from tcpstate.kernel.machine import SYS
 __all__ = [
     "AUDIT_ARCH",
     "CODE_BEFORE",
-    "XSTATE_SET",
     "Registers",
     "Restart",
+    "behind_call",
     "by_hand",
     "for_restore",
     "going_on",
+    "hides_note",
+    "in_its_call",
     "interrupted_in",
     "require_native",
     "restarted_call",
+    "told",
 ]
-
-#: the register set that holds FP, SSE, AVX, ...: NT_X86_XSTATE of include/uapi/linux/elf.h
-XSTATE_SET: Final = 0x202
 
 #: what seccomp filters know this machine as: AUDIT_ARCH_X86_64 of include/uapi/linux/audit.h
 AUDIT_ARCH: Final = 0xC000003E
@@ -156,6 +156,15 @@ class Registers:
         """What the system call has returned, negative: -errno or a :class:`Restart`."""
         return self.rax - (1 << 64) if self.rax >> 63 else self.rax
 
+    @property
+    def untold(self) -> bool:
+        """Whether the kernel must be told how the call had ended once it has forgotten that: the set says it."""
+        return False
+
+    def in_set(self) -> bytes:
+        """The bytes of the register set."""
+        return self.pack()
+
     def moved(self, ip: int) -> Self:
         """The same with another instruction pointer, and no system call to be restarted."""
         return dataclasses.replace(self, rip=ip, orig_rax=_NO_CALL)
@@ -188,6 +197,27 @@ def require_native(registers: Registers, owner: str) -> None:
         raise ForeignMode("it runs 32-bit code", object=owner)
     if registers.call is not None and registers.call & _X32_BIT:
         raise ForeignMode("it makes x32 system calls", object=owner)
+
+
+def hides_note(registers: Registers, read: Callable[[int, int], bytes]) -> int | None:
+    """In which call a thread is of which the kernel has a note that nobody can see: none, for its result says it."""
+    return None
+
+
+def in_its_call(registers: Registers, tid: int, read: Callable[[int, int], bytes]) -> Registers:
+    """A stopped thread's registers with what the stop has done to its call: the set says it."""
+    return registers
+
+
+def behind_call(code: bytes) -> int | None:
+    """Where in a piece of code an instruction ends that makes a system call; None if there is none."""
+    at = code.find(_SYSCALL)
+    return at + _SYSCALL_LENGTH if at >= 0 else None
+
+
+def told(registers: Registers) -> Registers:
+    """The registers at the end of a call that tell the kernel how it ends, and what it is to do then."""
+    return registers
 
 
 def going_on(registers: Registers) -> Registers:

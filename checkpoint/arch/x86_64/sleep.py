@@ -20,7 +20,19 @@ from checkpoint.arch.x86_64.engine import ENGINE
 from checkpoint.arch.x86_64.registers import Registers, Restart
 from tcpstate.kernel.machine import SYS
 
-__all__ = ["BLOCK", "CALL_AT", "POLLFD_SIZE", "Note", "Sleep", "asleep", "beginning", "known_again", "sleep_of"]
+__all__ = [
+    "BLOCK",
+    "CALL_AT",
+    "POLLFD_SIZE",
+    "Note",
+    "Sleep",
+    "asleep",
+    "beginning",
+    "begun",
+    "entering",
+    "known_again",
+    "sleep_of",
+]
 
 #: what an interrupted call returns of which the kernel has a note
 BLOCK: Final = int(Restart.BLOCK)
@@ -127,6 +139,17 @@ def beginning(registers: Registers, at: int, number: int, args: tuple[int, ...])
     """Registers with which a thread makes a call by the instruction at ``at``."""
     rdi, rsi, rdx, r10, r8, r9 = args
     return dataclasses.replace(registers.moved(at), rax=number, rdi=rdi, rsi=rsi, rdx=rdx, r10=r10, r8=r8, r9=r9)
+
+
+def entering(registers: Registers) -> int | None:
+    """The number of the call that a thread is about to make, of the registers at the stop before it."""
+    return registers.call
+
+
+def begun(registers: Registers, at: int) -> int:
+    """What a call by the instruction at ``at`` has returned that was interrupted at once: BLOCK if the kernel has a
+    note of it."""
+    return registers.result
 
 
 def asleep(registers: Registers, call: int, result: int) -> Registers:

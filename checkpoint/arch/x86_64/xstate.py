@@ -23,9 +23,24 @@ from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.errors import ExtendedStateForeign
+from checkpoint.kernel import ptrace
 from tcpstate.kernel.batch import libc
 
-__all__ = ["Component", "Frame", "convert_frame", "convert_xstate", "same_layout", "signal_frames", "xstate_layout"]
+__all__ = [
+    "Component",
+    "Frame",
+    "convert_frame",
+    "convert_xstate",
+    "fleeting",
+    "get_extended",
+    "same_layout",
+    "set_extended",
+    "signal_frames",
+    "xstate_layout",
+]
+
+#: the register set that holds FP, SSE, AVX, ...: NT_X86_XSTATE of include/uapi/linux/elf.h
+XSTATE_SET: Final = 0x202
 
 _XCR0_OFFSET: Final = 464
 _LEGACY_SIZE: Final = 512
@@ -115,6 +130,21 @@ class Frame:
     sp: int
     area: int
     size: int
+
+
+def get_extended(tid: int) -> bytes:
+    """The area of a stopped thread."""
+    return ptrace.get_register_set(tid, XSTATE_SET)
+
+
+def set_extended(tid: int, area: bytes) -> None:
+    """Replace the area of a stopped thread. OSError if this machine's format is another."""
+    ptrace.set_register_set(tid, XSTATE_SET, area)
+
+
+def fleeting(tid: int) -> bytes | None:
+    """The area of a stopped thread if a call made in it would lose some of that: none does."""
+    return None
 
 
 @functools.cache

@@ -62,6 +62,7 @@ class Helper(enum.IntEnum):
     SKC_TO_TCP_REQUEST_SOCK = 139
     REDIRECT_NEIGH = 152
     SOCK_FROM_FILE = 162
+    TASK_PT_REGS = 175  # 5.15
     MAP_LOOKUP_PERCPU = 195  # 5.19
 
 

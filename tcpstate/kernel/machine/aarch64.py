@@ -10,7 +10,12 @@ from __future__ import annotations
 import enum
 from typing import Final
 
-__all__ = ["ROUTINE", "SOURCE", "SYS", "WALK_SOURCE"]
+__all__ = ["EPOLL_EVENT", "O_LARGEFILE", "ROUTINE", "SOURCE", "SYS", "WALK_SOURCE"]
+
+#: arch/arm64/include/uapi/asm/fcntl.h
+O_LARGEFILE: Final = 0o400000
+#: struct epoll_event, include/uapi/linux/eventpoll.h
+EPOLL_EVENT: Final = "<I4xQ"
 
 
 class SYS(enum.IntEnum):

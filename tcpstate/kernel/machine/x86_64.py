@@ -12,7 +12,12 @@ from __future__ import annotations
 import enum
 from typing import Final
 
-__all__ = ["ROUTINE", "SOURCE", "SYS", "WALK_SOURCE"]
+__all__ = ["EPOLL_EVENT", "O_LARGEFILE", "ROUTINE", "SOURCE", "SYS", "WALK_SOURCE"]
+
+#: include/uapi/asm-generic/fcntl.h
+O_LARGEFILE: Final = 0o100000
+#: struct epoll_event, packed: include/uapi/linux/eventpoll.h
+EPOLL_EVENT: Final = "<IQ"
 
 
 class SYS(enum.IntEnum):

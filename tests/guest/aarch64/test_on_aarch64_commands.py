@@ -1,4 +1,4 @@
-"""Commands on aarch64: those of connections work; those of processes say what is missing."""
+"""Commands on aarch64: those of connections; whether a process can be moved."""
 
 import json
 import os
@@ -22,7 +22,13 @@ def test_connections_are_listed():
             assert str(client.getsockname()[1]) in json.dumps(told)
 
 
-def test_a_process_cannot_be_moved_and_the_machine_is_named():
-    status, told, _ = tcpmig("check", str(os.getpid()))
-    assert (status, told["code"]) == (3, "TM-0103")
-    assert "aarch64" in told["message"]
+def test_nothing_is_seen_that_a_process_could_not_be_moved_for():
+    nothing = subprocess.DEVNULL
+    argv = [sys.executable, "-c", "import time; time.sleep(1000)"]
+    with subprocess.Popen(argv, stdin=nothing, stdout=nothing, stderr=nothing) as process:
+        try:
+            status, told, _ = tcpmig("check", str(process.pid))
+        finally:
+            process.kill()
+    assert status == 0, told
+    assert {verdict["status"] for verdict in told["verdicts"]} <= {"ok", "warn"}

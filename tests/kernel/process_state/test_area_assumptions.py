@@ -9,7 +9,7 @@ import threading
 import pytest
 from kernel_child import child, in_child, stopped
 
-from checkpoint.arch import XSTATE_SET
+from checkpoint.arch.x86_64.xstate import XSTATE_SET
 from checkpoint.kernel import ptrace
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS

@@ -14,11 +14,15 @@ from checkpoint.arch.x86_64.registers import (
     CODE_BEFORE,
     Registers,
     Restart,
+    behind_call,
     by_hand,
     for_restore,
     going_on,
+    hides_note,
+    in_its_call,
     interrupted_in,
     restarted_call,
+    told,
 )
 from checkpoint.arch.x86_64.registers import require_native as native
 from checkpoint.arch.x86_64.sleep import known_again
@@ -93,7 +97,7 @@ def test_the_frame_has_every_general_register():
 @given(REGISTERS, WORD)
 def test_frames_are_packed_in_their_order(registers, mask):
     registers = dataclasses.replace(registers, orig_rax=M)
-    words = struct.unpack("<24Q", engine.frame_of(registers, mask, 23, 7, 8))
+    words = struct.unpack("<24Q", engine.frame_of(registers, mask, 23, 7, 8, None, bytes))
     for name, word in zip(engine._FRAME_NAMES, words, strict=True):
         expected = {
             "flags": registers.eflags,
@@ -272,7 +276,7 @@ def test_results_of_boot_are_signed():
 
 
 def test_an_engine_fits_its_place():
-    frame = engine.frame_of(in_call(0, 0), 0, 23, 1, 2)
+    frame = engine.frame_of(in_call(0, 0), 0, 23, 1, 2, None, bytes)
     image = engine.engine_image(frame, 0x5000, 0x6000, 0x7000)
     assert len(image) == engine.ENGINE_SIZE
     assert image[: engine.ENGINE_STOP] == engine.ENGINE[: engine.ENGINE_STOP]
@@ -362,3 +366,17 @@ def test_what_a_sleep_begun_again_goes_on_with():
 def test_an_engine_has_an_instruction_that_makes_a_call():
     assert engine.ENGINE[sleep.CALL_AT :].startswith(b"\x0f\x05")
     assert sleep.CALL_AT < engine.ENGINE_STOP
+
+
+def test_the_register_set_says_all_that_the_kernel_knows_of_a_call():
+    registers = in_call(SYS.read, Restart.SYS)
+    assert not registers.untold
+    assert registers.in_set() == registers.pack()
+    assert told(registers) == in_its_call(registers, 1, bytes) == registers
+    assert hides_note(in_call(SYS.nanosleep, Restart.BLOCK), bytes) is None
+    assert behind_call(b"\x90\x0f\x05\x90") == 3
+    assert behind_call(b"\x90") is None
+    telling = engine.telling(registers, 0x1050)
+    assert (telling.rip, telling.rax, telling.call, telling.r14, telling.r15) == (0x104E, SYS.getpid, None, 0, 0)
+    assert sleep.entering(registers) == SYS.read
+    assert sleep.begun(registers, 0x401000) == Restart.SYS

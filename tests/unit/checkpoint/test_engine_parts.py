@@ -64,6 +64,19 @@ def test_the_tail_must_have_room():
     assert tail(b"x" * 64 + bytes(BOOT_SIZE + MARK_SIZE - 1)) is None
 
 
+def test_the_table_of_sections_is_room_where_there_is_no_other():
+    def vdso(start, count, size=4096):
+        head = struct.pack("<40xQ10xHH2x", start, 64, count)
+        return (head.ljust(start, b"x") + b"s" * 64 * count).ljust(size, b"\0")
+
+    start = 4096 - 64 * 8 - (BOOT_SIZE + MARK_SIZE) // 64 * 64
+    assert tail(vdso(start, 8)) == start  # behind the table it would be too little
+    assert tail(vdso(start, 8, 8192)) == start + 64 * 8
+    # something else stands behind it
+    assert tail(vdso(start, 8)[:-1] + b"x") is None
+    assert tail(vdso(start, 1)[:-1] + b"x") is None
+
+
 def test_a_head_is_told_from_anything_else():
     assert is_head(head_bytes(5), 5)
     assert not is_head(head_bytes(5), 6)

@@ -1,0 +1,1 @@
+"""aarch64: see :mod:`checkpoint.arch` for what each name means."""
