@@ -97,8 +97,11 @@ def tree_record(
     """The tree: its processes and System V objects by its own numbers, its roots by ours. UnsupportedSession if it
     cannot be grown again."""
     plan([record.task for record in processes])
+    folders = () if spaces.mounts is None else spaces.mounts.folders(roots[0])
     # read after every timer: none that goes on with the time that was left is early on these clocks
-    return TreeRecord(processes=tuple(processes), clocks=clocks.read(roots[0]), ipc=tuple(objects), spaces=spaces)
+    return TreeRecord(
+        processes=tuple(processes), clocks=clocks.read(roots[0]), ipc=tuple(objects), spaces=spaces, folders=folders
+    )
 
 
 def task_of(stat: Stat, masters: set[int], sharing: Sharing, wait_code: int | None = None) -> Task:

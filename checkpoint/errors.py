@@ -35,10 +35,10 @@ __all__ = [
     "FileUnreachable",
     "ForeignImage",
     "ForeignMode",
-    "ForeignNamespace",
     "HandlerInVdso",
     "HandlerOnOtherCpu",
     "HugePageMapping",
+    "IdOutsideOfMap",
     "ImageDamaged",
     "ImageError",
     "ImageIncomplete",
@@ -64,6 +64,7 @@ __all__ = [
     "LockTaken",
     "MachineForeign",
     "MayNotTrace",
+    "MemoryFilesTooLarge",
     "MemoryUnreadable",
     "MemoryUnwritable",
     "MountNotMovable",
@@ -74,9 +75,11 @@ __all__ = [
     "NetworkNotMovable",
     "NoSuchProcess",
     "NotTheInit",
+    "NumbersInUserNamespace",
     "OtherImageVersion",
     "OtherVdso",
     "OwnProcess",
+    "OwnedFromOutside",
     "PairWithoutAddress",
     "PeerOutsideTree",
     "PendingLocalConnection",
@@ -91,6 +94,7 @@ __all__ = [
     "SecretMemory",
     "SharedBetweenProcesses",
     "SharedDescriptors",
+    "SharedInUserNamespace",
     "ShipWouldOverwrite",
     "SocketHeldOutside",
     "SpawnFailed",
@@ -897,14 +901,6 @@ class InLandlockDomain(Refused):
     fix = "Start the program without its sandbox, if it has an option for that, or do not move it."
 
 
-class ForeignNamespace(Refused):
-    """The process is in another namespace than tcpmig, of a kind that cannot be rebuilt: its numbers, paths or
-    addresses would mean other things."""
-
-    code = "TM-0323"
-    fix = "Run tcpmig inside the namespace (nsenter), on both hosts."
-
-
 class NestedNamespace(Refused):
     """A process of the tree is in a namespace of its own below or beside those of the tree's root. Only namespaces
     that the whole tree is in can be made again."""
@@ -954,8 +950,9 @@ class IpcLeftOver(Refused):
 
 class MountNotMovable(Refused):
     """The tree has a mount namespace of its own with a mount that cannot be made again: another root file system
-    (pivot_root), an overlay or a disk that only the tree has mounted, a file system in memory with files in it, or
-    mounts that propagate into other namespaces."""
+    (pivot_root), a disk that only the tree has mounted, an overlay of directories that the host has not by these paths,
+    a file system in memory with devices in it or covered by another mount, or mounts that propagate into other
+    namespaces."""
 
     code = "TM-0726"
     fix = "Unmount it, or run tcpmig inside the namespaces (nsenter) on both hosts."
@@ -975,6 +972,48 @@ class BridgeMissing(Refused):
 
     code = "TM-0728"
     fix = "Name a bridge of the target: --veth NAME=BRIDGE, NAME being the link inside of the namespace."
+
+
+class IdOutsideOfMap(Refused):
+    """The tree has a user namespace of its own, and a process in it has a user or group ID that the namespace has no
+    number for, or supplementary groups that it could not be given inside: nothing is mapped, or it came in from outside
+    (nsenter). It would get another ID."""
+
+    code = "TM-0810"
+    fix = "Map the ID (newuidmap, newgidmap, `unshare --map-users`), or run tcpmig inside (nsenter), on both hosts."
+
+
+class OwnedFromOutside(Refused):
+    """The tree has a user namespace of its own, and another namespace of its own that does not belong to it, since it
+    was made before: what root inside may do in there would be different in one that is made after."""
+
+    code = "TM-0811"
+    fix = "Make the user namespace first, or all at once, as `unshare --user --pid --mount ..` does."
+
+
+class SharedInUserNamespace(Refused):
+    """The tree has a user namespace of its own and no PID namespace, and two of its processes share their root and
+    working directory (CLONE_FS). Each of them enters the namespace by itself, and the kernel lets none in that shares
+    them."""
+
+    code = "TM-0812"
+    fix = "Start it with a PID namespace of its own, too: `unshare --user --pid --fork ..`."
+
+
+class NumbersInUserNamespace(Refused):
+    """A tree in a user namespace of its own was to get a PID namespace that it had not (--new-pid-namespace). That one
+    would belong to the host, and processes inside could not be given their numbers in it."""
+
+    code = "TM-0813"
+    fix = "Free the numbers, or restore the image on a host where they are free."
+
+
+class MemoryFilesTooLarge(Refused):
+    """The tree has a mount namespace of its own with a file system in memory (tmpfs), and in it are more files, or
+    larger ones, than can be read while the tree stands still."""
+
+    code = "TM-0814"
+    fix = "Remove what is not needed in it, or mount a directory of the host there instead."
 
 
 class KernelWorkers(Refused):

@@ -7,10 +7,11 @@ cannot be grown on: the stubs are ended, and everything begins anew.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from checkpoint.errors import BadLayout, ImageIncomplete, PidTaken
+from checkpoint.errors import BadLayout, ImageIncomplete, NumbersInUserNamespace, PidTaken
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.table import TreeFiles
 from checkpoint.files.terminal import Pair
@@ -23,6 +24,7 @@ from checkpoint.memory.delta import delta, without
 from checkpoint.memory.layout import Descriptors, MemoryLayout
 from checkpoint.memory.pages import PageWriter
 from checkpoint.namespaces.spaces import Spaces
+from checkpoint.namespaces.users import UserSpace
 from checkpoint.newpids import settle, with_init
 from checkpoint.records import LiveTree, MapsDelta, ProcessRecord, fits, same_file
 from checkpoint.spawn import Stub
@@ -60,6 +62,7 @@ class Ground:
         self._stubs = stubs
         self._new_pids = new_pids
         self._has_init = False
+        self._users: UserSpace | None = None
         self._path = path
         self._warn = warn
         #: pseudo terminals that sessions were given, by their numbers at the source
@@ -95,6 +98,8 @@ class Ground:
     def grow_anew(self, births: Sequence[Birth], taken: Sequence[tuple[int, int]], spaces: Spaces) -> None:
         """End what stands here, and grow this tree, in namespaces of its own if it had some. PidTaken, ..."""
         self._has_init = self._new_pids and not spaces.pids
+        if self._has_init and spaces.users is not None:
+            raise NumbersInUserNamespace("its tree is in a user namespace", object="--new-pid-namespace")
         if self._has_init:
             births = with_init(births)
         # the numbers of what has just been ended may still be those of the dead
@@ -102,17 +107,32 @@ class Ground:
         while True:
             self.clear()
             try:
-                grow(births, taken, self._stubs, self._warn, self.terminals, lambda root: self._settle(root, spaces))
+                self._grow(births, taken, spaces)
                 return
             except PidTaken:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_REAPED / 200)
 
+    def _grow(self, births: Sequence[Birth], taken: Sequence[tuple[int, int]], spaces: Spaces) -> None:
+        users = self._users = spaces.user_space()
+        if users is None or spaces.pids:
+            settle = functools.partial(self._settle, spaces=spaces)
+            grow(births, taken, self._stubs, self._warn, self.terminals, settle, users)
+            return
+        # who is in a user namespace may not choose the numbers of its children outside: they are born before
+        grow(births, taken, self._stubs, self._warn, self.terminals, users=users)
+        first, *others = self._stubs.values()
+        for stub in (first, *others):
+            users.enter(stub)
+        spaces.enter(first, self._path, self._warn)
+        for stub in others:
+            spaces.follow(stub, first)
+
     def _settle(self, root: Stub, spaces: Spaces) -> None:
         if self.init is not None:
             settle(root)
-        spaces.enter(root, self._path)
+        spaces.enter(root, self._path, self._warn)
 
     @property
     def init(self) -> Stub | None:
@@ -135,7 +155,11 @@ class Ground:
         self._told = None
 
     def close(self) -> None:
-        """Our descriptors; those whose processes live have been taken by the files by now."""
+        """Our descriptors, and the keeper of a user namespace; those whose processes live have been taken by the files
+        by now."""
+        users, self._users = self._users, None
+        if users is not None:
+            users.close()
         while self.terminals:
             self.terminals.popitem()[1].close()
 

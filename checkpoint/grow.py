@@ -18,6 +18,7 @@ from typing import Final, Protocol
 from checkpoint.errors import PidTaken
 from checkpoint.files.terminal import Pair, TtyCall, open_pair, open_slave
 from checkpoint.kernel.clone import CloneFlag
+from checkpoint.namespaces.users import UserSpace
 from checkpoint.spawn import Stub, spawn_stub
 from checkpoint.tree import Death, End, Fork, OwnPids, SetPgid, SetSid, Spawn, TakeTerminal, Task, Unshare, plan
 from tcpstate.kernel.calls import CallTable
@@ -51,6 +52,7 @@ def grow(
     warn: Callable[[str], None],
     terminals: dict[int, Pair],
     settle: Callable[[Stub], None] | None = None,
+    users: UserSpace | None = None,
 ) -> None:
     """Make a stub for every process, in its place of the tree; zombies die at the end.
 
@@ -58,10 +60,11 @@ def grow(
     stubs  filled in as they are born, by PID: what is to be undone if this fails
     terminals  filled in, by number: the pseudo terminals that were opened for sessions
     settle  told each root when it is born, before it bears anybody: what it is made to enter its descendants inherit
+    users   who has a PID namespace of its own is in there, too; the stubs get its keeper's pidfd
 
     PidTaken, SpawnFailed, UnsupportedSession, UnsupportedSharing.
     """
-    _Grower(records, list(avoid), stubs, warn, terminals, settle).run()
+    _Grower(records, list(avoid), stubs, warn, terminals, settle, users).run()
 
 
 class _Grower:
@@ -73,8 +76,10 @@ class _Grower:
         warn: Callable[[str], None],
         terminals: dict[int, Pair],
         settle: Callable[[Stub], None] | None,
+        users: UserSpace | None,
     ) -> None:
         self._terminals = terminals
+        self._users = users
         self._settle = settle
         self._records = {r.task.pid: r for r in records}
         self._avoid = avoid
@@ -88,7 +93,7 @@ class _Grower:
             for step in plan(r.task for r in self._records.values()):
                 match step:
                     case Spawn(pid, stand_in):
-                        self._born(pid, stand_in, lambda number: spawn_stub(number, self._avoid))
+                        self._born(pid, stand_in, self._spawner())
                     case Fork(pid=pid, stand_in=stand_in):
                         self._born(pid, stand_in, self._forker(step))
                     case Unshare(pid, files, directories):
@@ -96,6 +101,8 @@ class _Grower:
                     case SetSid(pid):
                         self._call(self._stub(pid), SYS.setsid)
                     case OwnPids(pid):
+                        if self._users is not None:
+                            self._users.enter(self._stub(pid))
                         self._call(self._stub(pid), SYS.unshare, CloneFlag.NEWPID)
                     case TakeTerminal(pid, number):
                         self._take_terminal(self._stub(pid), number)
@@ -134,6 +141,10 @@ class _Grower:
                 f"the number {pid} of a session or group from outside the tree is taken here; it becomes "
                 f"{stub.inner_pid}"
             )
+
+    def _spawner(self) -> Callable[[int | None], Stub]:
+        line = 0 if self._users is None else self._users.pid
+        return lambda number: spawn_stub(number, self._avoid, line)
 
     def _forker(self, birth: Fork) -> Callable[[int | None], Stub]:
         flags = _shared(files=birth.files, directories=birth.directories)

@@ -22,7 +22,7 @@ from checkpoint.kernel.clone import CloneFlag
 from checkpoint.kernel.mman import Map, Prot
 from checkpoint.kernel.mounts import MountFlag, mount
 from checkpoint.memory.vma import PAGE
-from checkpoint.namespaces.spaces import run_in
+from checkpoint.namespaces.entering import run_in
 from checkpoint.records import ProcessRecord
 from checkpoint.spawn import Stub
 from checkpoint.state.base import TaskBuilder

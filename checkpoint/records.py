@@ -6,7 +6,9 @@ process, FILES_DELTA a :class:`FilesDelta`, ENDED an :class:`Ended`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -20,8 +22,11 @@ from checkpoint.ipc.base import SystemV
 from checkpoint.kernel import callwatch, restart_block
 from checkpoint.memory.delta import same_process
 from checkpoint.memory.layout import MemoryLayout
+from checkpoint.namespaces.memoryfs import Folder
 from checkpoint.namespaces.spaces import NO_SPACES, Spaces
+from checkpoint.namespaces.users import Users
 from checkpoint.state.clocks import Clocks
+from checkpoint.state.credentials import Credentials
 from checkpoint.state.table import ProcessState
 from checkpoint.traces import FrozenTree
 from checkpoint.tree import Task
@@ -109,12 +114,14 @@ class TreeRecord:
 
     ipc     System V semaphores and message queues that they use
     spaces  namespaces that are the tree's own
+    folders  what is in file systems in memory that are the tree's own
     """
 
     processes: tuple[ProcessRecord, ...]
     clocks: Clocks
     ipc: tuple[SystemV, ...] = ()
     spaces: Spaces = NO_SPACES
+    folders: tuple[Folder, ...] = ()
 
     def __post_init__(self) -> None:
         pids = [p.task.pid for p in self.processes]
@@ -122,6 +129,29 @@ class TreeRecord:
             raise ValueError("no process, or one twice")
         if len({(type(one), one.number) for one in self.ipc}) != len(self.ipc):
             raise ValueError("a semaphore set or message queue twice")
+        mounts = self.spaces.mounts
+        if not {folder.at for folder in self.folders} <= {*([] if mounts is None else mounts.memory)}:
+            raise ValueError("files of a file system in memory that is not mounted")
+        if self.spaces.users is not None:
+            self._check_ids(self.spaces.users)
+
+    def move_in(self, pid: int, stack: ExitStack) -> None:
+        """The new tree's root is in its namespaces: put into them what the original's had, and be there, as far as
+        things are made in them, until the stack is unwound. NamespaceNotMade, OSError."""
+        self.spaces.join(pid, stack)
+        users = self.spaces.users
+        owner = (os.geteuid(), os.getegid()) if users is None else (users.uids[0].outside, users.gids[0].outside)
+        for folder in self.folders:
+            folder.write(f"/proc/{pid}/root", owner)
+
+    def _check_ids(self, users: Users) -> None:
+        for process in self.processes:
+            for thread in () if process.state is None else process.state.threads:
+                one = thread.get(Credentials)
+                ids, groups = one.users, one.group_ids
+                every = (ids.real, ids.effective, ids.saved, ids.fs), (groups.real, groups.effective, groups.saved)
+                if lacking := users.lacks(every[0], (*every[1], groups.fs), one.groups):
+                    raise ValueError(f"thread {thread.tid}: {lacking}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -276,7 +276,7 @@ class Restore:
         # the tree stands in its namespaces: so do we, as far as its objects and files are made in them
         first, own_mounts = next(iter(self.stubs.values())).pid, self._tree.spaces.mounts is not None
         self._rebuilder.root = f"/proc/{first}/root" if own_mounts or self.init else ""
-        self._tree.spaces.join(first, self._inside)
+        self._tree.move_in(first, self._inside)
         note_path = None if own_ipc else lambda path: write(self.note, Trace.MADE, Made(path=path))
         ipc.make(self._tree.ipc, note_path, self._ipc.append)
         self._bear_named_threads(self._files)

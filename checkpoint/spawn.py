@@ -21,7 +21,7 @@ import mmap
 import os
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from checkpoint import births, procfs, waiting
 from checkpoint.arch import CALL_AT, SPAWN, USER_END, beginning, begun, entering, stub_elf
@@ -40,12 +40,16 @@ from checkpoint.kernel.clone import (
 )
 from checkpoint.kernel.program import executable
 from checkpoint.kernel.ptrace import Option
+from checkpoint.lastpid import TRIES, next_is
 from checkpoint.memory.vma import PAGE
 from checkpoint.thread import Thread, signal_of, wait_status
 from checkpoint.tracee import Process
 from tcpstate.kernel.batch import libc, syscall
 from tcpstate.kernel.calls import CallError, CallTable
 from tcpstate.kernel.machine import SYS
+
+if TYPE_CHECKING:
+    from checkpoint.namespaces.users import Users
 
 __all__ = ["Stub", "find_gap", "spawn_stub"]
 
@@ -111,6 +115,13 @@ class _StubInjection(Injection):
         self._excursions.away.update(thread.tid for thread in threads)
         self.add_threads(threads)
 
+    def dismiss(self, thread: Thread) -> None:
+        """End a thread that was just born."""
+        at = next(iter(self._engines.values())) + CALL_AT
+        thread.set_registers(beginning(thread.get_registers(), at, SYS.exit, (0,) * 6))
+        thread.cont()
+        self.process.await_end(thread)
+
     @property
     def born(self) -> list[int]:
         """tids of those that the calls have made."""
@@ -160,7 +171,9 @@ class Stub(Process):
     window      (start, end) of the addresses that are ours until :meth:`leave`: to be left alone
     parking     (start, end): a part of it that is free, where the kernel's own mappings may wait for their place
     tool_pidfd  number *in the stub* of a pidfd of the tool, with which it can take our descriptors; no other descriptor
-                is open
+                is open; in a user namespace of its own, of the keeper, which has our descriptors
+    chooses_numbers  whether it may give its threads the numbers that are wanted
+    users       the user namespace that it is in; None: the tool's
     """
 
     def __init__(self, pid: int, window: tuple[int, int], tool_pidfd: int) -> None:
@@ -168,6 +181,8 @@ class Stub(Process):
         self.window = window
         self.parking = (window[0] + _PARKING[0], window[0] + _PARKING[1])
         self.tool_pidfd = tool_pidfd
+        self.chooses_numbers = True
+        self.users: Users | None = None
         self._injection: _StubInjection
         self._to_swallow: list[Thread] = []
 
@@ -219,6 +234,7 @@ class Stub(Process):
         self._clone([pid], [flags], 0 if flags & CloneFlag.PARENT else exit_signal)
         number = self._injection.born.pop()
         child = type(self)(number, self.window, self.tool_pidfd)
+        child.users = self.users
         child._adopt([self._newborn(number, number)])
         child._injection = self._injection.inherited(child)
         return child
@@ -241,13 +257,27 @@ class Stub(Process):
             places = [n for n, by in creators.items() if by == creator]
             parent = first if creator == first else made[tids.index(creator)].tid
             flags = [THREAD & ~CloneFlag.FS if whose[n] is None else THREAD for n in places]
-            self._clone([tids[n] for n in places], flags, 0, parent)
-            born = [self._newborn(self.pid, tid) for tid in self._injection.born]
-            self._injection.born.clear()
+            if self.chooses_numbers:
+                self._clone([tids[n] for n in places], flags, 0, parent)
+                born = [self._newborn(self.pid, tid) for tid in self._injection.born]
+                self._injection.born.clear()
+            else:
+                born = [self._counted_on(tids[n], how, parent) for n, how in zip(places, flags, strict=True)]
             self._adopt(born)
             self._injection._arrived(born)
             made.update(zip(places, born, strict=True))
         self.threads[-len(tids) :] = [made[n] for n in range(len(tids))]
+
+    def _counted_on(self, tid: int | None, how: int, creator: int) -> Thread:
+        """One thread, by a stub that may not choose: the kernel is told which number was the last. PidTaken."""
+        for _ in range(TRIES):
+            next_is(tid)
+            self._clone([None], [how], 0, creator)
+            thread = self._newborn(self.pid, self._injection.born.pop())
+            if tid in (None, thread.tid):
+                return thread
+            self._injection.dismiss(thread)  # somebody else had a child at the same moment
+        raise SpawnFailed("the number could not be had", object=f"thread {tid}")
 
     def _clone(
         self, numbers: Sequence[int | None], flags: Sequence[int], exit_signal: int, creator: int | None = None
@@ -347,17 +377,18 @@ def _clone_failed(error: int, number: int | None) -> PidTaken | SpawnFailed:
     return SpawnFailed(os.strerror(error), object=name)
 
 
-def spawn_stub(pid: int | None, avoid: Iterable[tuple[int, int]]) -> Stub:
+def spawn_stub(pid: int | None, avoid: Iterable[tuple[int, int]], line: int = 0) -> Stub:
     """Start a stub as our child, stopped, with calls possible.
 
     pid    its number; None: any. In a PID namespace that the caller has unshared: the number in there
     avoid  (start, end) of all memory that it, and all that is forked from it, shall have
+    line   PID of a process that has our descriptors, from which it takes them; 0: from us
     A time namespace that the caller has unshared is entered, too.
     PidTaken, SpawnFailed, AddressGapMissing.
     """
     base = find_gap(avoid, _WINDOW_SIZE)
     window = (base, base + _WINDOW_SIZE)
-    tool = os.pidfd_open(os.getpid())
+    tool = os.pidfd_open(line or os.getpid())
     program = -1
     try:
         program = executable(_NAME, stub_elf(base, tool))

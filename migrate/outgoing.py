@@ -32,7 +32,7 @@ from checkpoint.image.writer import ImageFile
 from checkpoint.live import Round as LiveRound
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.namespaces.numbers import Numbers
-from checkpoint.namespaces.spaces import Spaces, own_network
+from checkpoint.namespaces.spaces import Spaces, own_network, silence_network
 from checkpoint.records import Ended
 from checkpoint.throttle import Throttle
 from migrate.clock import monotonic_ns
@@ -391,6 +391,10 @@ class OutgoingTrees:
 
     def discard(self, *, keep_memory: bool = False) -> None:
         """The originals end; with ``keep_memory`` only their connections do."""
+        try:
+            silence_network(self._roots[0])
+        except OSError as error:
+            _log.warning("the links of the original's network namespace are still up: %s", error)
         self._dump.discard(keep_memory=keep_memory)
 
     def close(self) -> None:

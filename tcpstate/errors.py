@@ -3,7 +3,7 @@
 One class per code.  The class docstring is the long explanation (why it happens); ``fix`` says what to do.  The
 packages above define their own subclasses in their own ``errors.py``; codes are unique over all of them (a unit test
 says so).  Ranges: 01xx general, 02xx tcpstate, 03xx refused before a process is touched, 04xx image, 05xx process
-engine, 06xx migration and protocol, 07xx addresses, and (from 0715) what the engine refuses besides.
+engine, 06xx migration and protocol, 07xx addresses, and (from 0715, and 08xx) what the engine refuses besides.
 """
 
 from __future__ import annotations

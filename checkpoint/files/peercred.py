@@ -17,7 +17,7 @@ import socket
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Protocol, Self
+from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from checkpoint import procfs
 from checkpoint.errors import FileRebuildFailed, NoSuchProcess
@@ -26,6 +26,9 @@ from tcpstate.kernel.calls import CallError, CallTable, Data, Result
 from tcpstate.kernel.capability import capset_data, capset_header
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import SO, Level
+
+if TYPE_CHECKING:
+    from checkpoint.namespaces.users import Users
 
 __all__ = ["Actors", "PeerCredentials"]
 
@@ -95,6 +98,7 @@ class Stub(Protocol):
     def pid(self) -> int: ...
 
     tool_pidfd: int
+    users: Users | None
 
     @property
     def pidfd(self) -> int: ...
@@ -184,13 +188,13 @@ class Actors:
         before = procfs.read_status(stub.pid)
         old = tuple(map(int, before["Groups"].split()))
         permitted, inheritable = int(before["CapPrm"], 16), int(before["CapInh"], 16)
-        _become(calls, who.groups, who.gid, who.uid)
+        _become(stub, calls, old, who.groups, who.gid, who.uid)
         # whoever is not root loses what makes capabilities effective; the way to a socket may need them
         data = calls.put(capset_data(effective=permitted, permitted=permitted, inheritable=inheritable))
         header = calls.put(capset_header())
         calls.call(SYS.capset, header, data, label="keep the capabilities")
         act()
-        _become(calls, old, int(before["Gid"].split()[1]), int(before["Uid"].split()[1]))
+        _become(stub, calls, who.groups, old, int(before["Gid"].split()[1]), int(before["Uid"].split()[1]))
         for fd in close:
             calls.call(SYS.close, fd, label="close a local socket")
         try:
@@ -200,12 +204,22 @@ class Actors:
             raise FileRebuildFailed(f"{error.label}: {os.strerror(error.errno or 0)}", object=name) from error
 
 
-def _become(calls: CallTable, groups: tuple[int, ...], gid: int, uid: int) -> None:
-    """The effective user and groups; the real ones stay, and lead back."""
-    array: Data = calls.put(b"".join(map(_GROUP.pack, groups)))
-    for number, args, label in (
-        (SYS.setgroups, (len(groups), array), "setgroups"),
-        (SYS.setresgid, (_SAME, gid, _SAME), "setresgid"),
-        (SYS.setresuid, (_SAME, uid, _SAME), "setresuid"),
-    ):
-        calls.call(number, *args, label=f"{label} for a local socket")
+def _become(stub: Stub, calls: CallTable, now: tuple[int, ...], groups: tuple[int, ...], gid: int, uid: int) -> None:
+    """The effective user and groups; the real ones stay, and lead back. In a user namespace who is nobody there cannot
+    be become: the stub stays who it is.
+
+    now  the supplementary groups that it has before
+    """
+    users = stub.users
+    if users is not None:
+        known = [users.group(one) for one in groups]
+        inside = tuple(one for one in known if one is not None)
+        may = users.setgroups and len(inside) == len(known) and sorted(groups) != sorted(now)
+        gid, uid = (_SAME if one is None else one for one in (users.group(gid), users.user(uid)))
+    else:
+        inside, may = groups, True
+    array: Data = calls.put(b"".join(map(_GROUP.pack, inside)))
+    if may:
+        calls.call(SYS.setgroups, len(inside), array, label="setgroups for a local socket")
+    calls.call(SYS.setresgid, _SAME, gid, _SAME, label="setresgid for a local socket")
+    calls.call(SYS.setresuid, _SAME, uid, _SAME, label="setresuid for a local socket")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from checkpoint.errors import BridgeMissing, NamespaceNotMade, NetworkNotMovable
 from checkpoint.kernel.clone import CloneFlag
+from checkpoint.namespaces.users import Users, UserSpace
 from tcpstate.errors import TcpmigError
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
@@ -29,7 +30,7 @@ from tcpstate.kernel.route import iproute, refusals
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
 
-__all__ = ["Link", "Network", "NewNetwork", "entered", "judge"]
+__all__ = ["Link", "Network", "NewNetwork", "entered", "judge", "silence"]
 
 _NAME: Final = re.compile(r"[^/\s\0]{1,15}")
 _MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
@@ -77,11 +78,13 @@ class Network:
     loopback  whether the loopback interface is up
     links     into the host
     settings  values by their names below /proc/sys/net
+    owner     the user namespace that it belongs to; None: the tool's
     """
 
     loopback: bool
     links: tuple[Link, ...] = ()
     settings: dict[str, str] = field(default_factory=dict)
+    owner: Users | None = None
 
     def __post_init__(self) -> None:
         if len({link.name for link in self.links}) != len(self.links):
@@ -201,6 +204,16 @@ def judge(home: int) -> Iterator[NetworkNotMovable]:
                 yield NetworkNotMovable(f"packet filter tables ({', '.join(legacy)})", object=file)
 
 
+def silence() -> None:
+    """The links of the calling thread's network namespace go down: another one with the same hardware addresses is in
+    use now, and what this one would still say (the end of memberships, that an address is taken) would lead frames to
+    it. OSError."""
+    with iproute() as channel, refusals():
+        for link in channel.get_links():
+            if link["index"] != _LOOPBACK:
+                channel.link("set", index=link["index"], state="down")
+
+
 class NewNetwork:
     """A network namespace like another one, made and entered by the calling thread. Close it.
 
@@ -227,7 +240,7 @@ class NewNetwork:
         """Make it, with its links, their outer ends down. NamespaceNotMade."""
         self._home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            syscall(SYS.unshare, CloneFlag.NEWNET)
+            self._unshare()
             new = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
             try:
                 with entered(self._home), iproute() as channel, refusals():
@@ -246,6 +259,13 @@ class NewNetwork:
                         self._add_ways(channel, index)
         except OSError as error:
             raise NamespaceNotMade(f"a network namespace: {error}", object="network namespace") from error
+
+    def _unshare(self) -> None:
+        if self.network.owner is None:
+            syscall(SYS.unshare, CloneFlag.NEWNET)
+            return
+        with UserSpace(self.network.owner, network=True) as space:
+            syscall(SYS.setns, space.pidfd, CloneFlag.NEWNET)
 
     def _add_ways(self, channel: IPRoute, link: int) -> None:
         """A connection can only be rebuilt if there is a way to its peer, and the addresses, which bring the routes,

@@ -9,6 +9,7 @@ Source: namespaces(7), uts_namespaces(7), cgroup_namespaces(7); kernel/nsproxy.c
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +18,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from checkpoint import procfs
-from checkpoint.errors import NamespaceNotMade, NetworkNotMovable, NoSuchProcess
+from checkpoint.errors import NetworkNotMovable, NoSuchProcess
+from checkpoint.kernel import nsfs
 from checkpoint.kernel.clone import CloneFlag
 from checkpoint.namespaces import network
+from checkpoint.namespaces.entering import run_in
 from checkpoint.namespaces.ipc import IpcSettings
 from checkpoint.namespaces.mounts import Mounts
 from checkpoint.namespaces.network import Network
+from checkpoint.namespaces.users import Users, UserSpace
+from checkpoint.state.base import TaskBuilder
+from checkpoint.state.cgroup import Cgroup, Cgroups, namespace_roots, read_cgroups
 from tcpstate.kernel.batch import syscall
-from tcpstate.kernel.calls import CallError, CallTable
+from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.machine import SYS
 
 if TYPE_CHECKING:
@@ -36,14 +42,16 @@ __all__ = [
     "Spaces",
     "Uts",
     "at_home",
+    "cgroup_roots",
     "entered",
     "entered_network",
     "inside",
     "network_reasons",
     "own_kinds",
     "own_network",
-    "run_in",
     "same_space",
+    "silence_network",
+    "unified",
 ]
 
 #: __NEW_UTS_LEN, include/uapi/linux/utsname.h
@@ -144,7 +152,18 @@ def _network_of(pid: int) -> int:
 
 def own_network(root: int) -> Network | None:
     """The network namespace of a tree, if it is its own and :func:`entered`. NetworkNotMovable, OSError."""
-    return Network.of(_ways_home[Kind.NET]) if Kind.NET in own_kinds(root) else None
+    own = own_kinds(root)
+    if Kind.NET not in own:
+        return None
+    users = Users.of(root) if Kind.USER in own else None
+    owner = users if users is not None and users.network else None
+    return dataclasses.replace(Network.of(_ways_home[Kind.NET]), owner=owner)
+
+
+def silence_network(root: int) -> None:
+    """If a tree has a network namespace of its own, in which we are: its links go down. NoSuchProcess, OSError."""
+    if Kind.NET in own_kinds(root):
+        network.silence()
 
 
 def network_reasons() -> list[NetworkNotMovable]:
@@ -206,31 +225,57 @@ class Spaces:
     uts     a UTS namespace; None: the host's
     ipc     an IPC namespace; None: the host's
     mounts  a mount namespace; None: the host's
+    users   a user namespace, to which the others belong; None: the tool's
+    cgroups where a cgroup namespace begins, by hierarchy; None: the tool's
     """
 
     pids: bool = False
     uts: Uts | None = None
     ipc: IpcSettings | None = None
     mounts: Mounts | None = None
+    users: Users | None = None
+    cgroups: tuple[Cgroup, ...] | None = None
 
     @classmethod
     def of(cls, roots: Sequence[int]) -> Spaces:
         """Those of trees that may move (verdicts() has said so). NoSuchProcess, OSError."""
         root = roots[0]
         own = own_kinds(root)
+        cgroups = cgroup_roots(root) if Kind.CGROUP in own else None
         return cls(
             pids=Kind.PID in own,
             uts=Uts.of(root) if Kind.UTS in own else None,
             ipc=_settings(root) if Kind.IPC in own else None,
-            mounts=Mounts.of(root) if Kind.MNT in own else None,
+            mounts=Mounts.of(root, unified(cgroups)) if Kind.MNT in own else None,
+            users=Users.of(root) if Kind.USER in own else None,
+            cgroups=cgroups,
         )
 
-    def enter(self, stub: Stub, path: Callable[[str], str]) -> None:
+    def user_space(self) -> UserSpace | None:
+        """One like theirs: that which our network namespace is in, if theirs is. NamespaceNotMade."""
+        if self.users is None:
+            return None
+        if not self.users.network:
+            return UserSpace(self.users)
+        own = nsfs.opened("thread-self", Kind.NET)
+        try:
+            return UserSpace(self.users, like=own)
+        finally:
+            os.close(own)
+
+    def enter(self, stub: Stub, path: Callable[[str], str], warn: Callable[[str], None]) -> None:
         """Let a root that was just born enter new ones; in a PID namespace it was born. NamespaceNotMade.
 
         path  maps a path of the source to one here
+        warn  told of what will differ
         """
         calls = CallTable()
+        if self.cgroups is not None:
+            # it begins where its maker is; the processes come into their own groups at the end
+            task = TaskBuilder(pid=stub.pid, tid=stub.pid, warn=warn)
+            Cgroups(groups=self.cgroups).rebuild(task)
+            task.run_outside()
+            calls.call(SYS.unshare, CloneFlag.NEWCGROUP, label="unshare the cgroup namespace")
         if self.uts is not None:
             self.uts.enter(calls)
         if self.ipc is not None:
@@ -242,11 +287,36 @@ class Spaces:
             with inside(stub.pid, Kind.IPC):
                 self.ipc.give()
 
+    def follow(self, stub: Stub, first: Stub) -> None:
+        """A stub that was born outside, and is in the user namespace, comes to where the first one is. Both are in our
+        PID namespace. NamespaceNotMade."""
+        kinds = {Kind.UTS: self.uts, Kind.IPC: self.ipc, Kind.CGROUP: self.cgroups, Kind.MNT: self.mounts}
+        flags = sum(kind.flag for kind, made in kinds.items() if made is not None)
+        if flags:
+            calls = CallTable()
+            fd = calls.call(SYS.pidfd_open, first.pid, 0, label="open the first process")
+            calls.call(SYS.setns, fd, flags, label="enter the namespaces of the first process")
+            calls.call(SYS.close, fd, label="close it")
+            run_in(stub, calls)
+
     def join(self, pid: int, stack: ExitStack) -> None:
         """The calling thread is in that of a rebuilt process's namespaces which things are made in for it, until the
         stack is unwound. OSError."""
         if self.ipc is not None:
             stack.enter_context(inside(pid, Kind.IPC))
+
+
+def cgroup_roots(root: int) -> tuple[Cgroup, ...] | None:
+    """Where the cgroup namespace of a tree begins; None: that cannot be told, since the tree's root has left it.
+    NoSuchProcess, OSError."""
+    seen = read_cgroups(root)
+    with inside(root, Kind.CGROUP):
+        return namespace_roots(seen, read_cgroups(root))
+
+
+def unified(cgroups: Sequence[Cgroup] | None) -> str:
+    """The group of version 2 that a cgroup namespace begins at."""
+    return next((one.path for one in cgroups or () if not one.hierarchy), "/")
 
 
 def _settings(root: int) -> IpcSettings:
@@ -255,14 +325,3 @@ def _settings(root: int) -> IpcSettings:
 
 
 NO_SPACES: Final = Spaces()
-
-
-def run_in(stub: Stub, calls: CallTable) -> None:
-    """Make calls by which a new process enters a namespace. NamespaceNotMade."""
-    if not len(calls):
-        return
-    try:
-        stub.run(calls)
-    except CallError as error:
-        name = f"pid {stub.pid}"
-        raise NamespaceNotMade(f"cannot {error.label}: {os.strerror(error.errno or 0)}", object=name) from error

@@ -12,28 +12,33 @@ from typing import Final
 
 from checkpoint import procfs
 from checkpoint.errors import (
-    ForeignNamespace,
     NamespaceShared,
     NamespacesMoveAlone,
     NestedNamespace,
     NoSuchProcess,
     NotTheInit,
 )
+from checkpoint.namespaces import users
 from checkpoint.namespaces.ipc import left_over
 from checkpoint.namespaces.mounts import judge
-from checkpoint.namespaces.spaces import Kind, entered, inside, network_reasons, own_kinds, same_space
+from checkpoint.namespaces.spaces import (
+    Kind,
+    cgroup_roots,
+    entered,
+    inside,
+    network_reasons,
+    own_kinds,
+    same_space,
+    unified,
+)
 from checkpoint.tree import INIT
 from checkpoint.verdict import Status, Verdict
 from tcpstate.errors import TcpmigError
 
 __all__ = ["verdicts"]
 
-#: kinds that are made anew for the rebuilt tree
-_MADE: Final = frozenset({Kind.PID, Kind.UTS, Kind.IPC, Kind.MNT, Kind.NET})
 #: nobody else may be in them: the others are copied, and stay where they are
 _ALONE: Final = frozenset({Kind.PID})
-#: the rebuilt process is in the tool's, and is told so
-_TOLD: Final = frozenset({Kind.CGROUP})
 #: what a process's children would be in, beside what it is in itself
 _FOR_CHILDREN: Final = ("pid", "time")
 
@@ -44,10 +49,10 @@ def verdicts(roots: Sequence[int], members: Sequence[int]) -> list[Verdict]:
     members  all processes of the trees
     """
     own = {root: own_kinds(root) for root in roots}
-    kinds = frozenset.union(*own.values()) - _TOLD
+    kinds = frozenset.union(*own.values())
     found: list[Verdict] = []
-    if len(roots) > 1 and kinds & _MADE:
-        names = ", ".join(sorted(kinds & _MADE))
+    if len(roots) > 1 and kinds:
+        names = ", ".join(sorted(kinds))
         error = NamespacesMoveAlone(
             f"of several trees one has namespaces of its own ({names})", object=f"pid {roots[0]}"
         )
@@ -63,12 +68,9 @@ def verdicts(roots: Sequence[int], members: Sequence[int]) -> list[Verdict]:
 
 def _judge(kind: Kind, root: int, members: Sequence[int]) -> Iterator[Verdict]:
     name, what = f"pid {root}", f"{kind} namespace"
-    if kind in _TOLD:
-        text = "it has a cgroup namespace of its own; the rebuilt process will see all of the host's cgroups"
+    if kind is Kind.CGROUP and cgroup_roots(root) is None:
+        text = "it has left what its cgroup namespace shows; the rebuilt process will see all of the host's cgroups"
         yield Verdict(subject=name, kind=what, status=Status.WARN, text=text)
-        return
-    if kind not in _MADE:
-        yield Verdict.refuse(ForeignNamespace(f"it is in another {kind} namespace than tcpmig", object=name), what)
         return
     if kind is Kind.PID:
         numbers = procfs.read_status(root)["NSpid"].split()
@@ -82,13 +84,16 @@ def _judge(kind: Kind, root: int, members: Sequence[int]) -> Iterator[Verdict]:
             return
     reasons: Iterable[TcpmigError] = ()
     if kind is Kind.MNT:
-        reasons = judge(root)
+        cgroup = cgroup_roots(root) if Kind.CGROUP in own_kinds(root) else None
+        reasons = judge(root, unified(cgroup))
     elif kind is Kind.IPC:
         with inside(root, kind):
             reasons = list(left_over())
     elif kind is Kind.NET:
         with entered(root):
             reasons = network_reasons()
+    elif kind is Kind.USER:
+        reasons = users.judge(root, own_kinds(root) - {Kind.USER}, procfs.tree(root))
     bad = [Verdict.refuse(error, what) for error in reasons]
     if bad:
         yield from bad

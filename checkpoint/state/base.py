@@ -39,6 +39,7 @@ from tcpstate.kernel.calls import CallTable, Result
 
 if TYPE_CHECKING:
     from checkpoint import tracee
+    from checkpoint.namespaces.users import Users
 
 __all__ = ["Capture", "ProcessView", "State", "TaskBuilder", "TaskView", "bounded", "kind_of", "register", "unsigned"]
 
@@ -181,6 +182,7 @@ class TaskBuilder:
     birth       /proc/PID/status of the new process as it was born, for its credentials; read if it is not given
     path        maps a path of the source to one here
     placed      the process's directories are another's, and right
+    users       the user namespace that it is in; None: the tool's
     """
 
     pid: int
@@ -192,6 +194,7 @@ class TaskBuilder:
     birth: dict[str, str] = field(default_factory=dict)
     path: Callable[[str], str] = lambda path: path
     placed: bool = False
+    users: Users | None = None
 
     @property
     def leader(self) -> bool:

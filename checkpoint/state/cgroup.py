@@ -20,7 +20,7 @@ from typing import Final, Self
 from checkpoint.errors import NoSuchProcess
 from checkpoint.state.base import State, TaskBuilder, TaskView, register
 
-__all__ = ["Cgroup", "Cgroups", "Mount", "mounts", "parse_cgroups"]
+__all__ = ["Cgroup", "Cgroups", "Mount", "mounts", "namespace_roots", "parse_cgroups", "read_cgroups"]
 
 
 _ROOT: Final = "/"
@@ -83,7 +83,7 @@ class Cgroups(State):
 
     @classmethod
     def capture(cls, task: TaskView) -> Self:
-        return cls(groups=parse_cgroups(_read(task.pid)))
+        return cls(groups=parse_cgroups(read_cgroups(task.pid)))
 
     def rebuild(self, task: TaskBuilder) -> None:
         task.outside.append(lambda: self._enter(task))
@@ -91,7 +91,7 @@ class Cgroups(State):
     def _enter(self, task: TaskBuilder) -> None:
         here = _mounted_here()
         wanted = {group.hierarchy: group for group in self.groups}
-        for now in parse_cgroups(_read(task.pid)):
+        for now in parse_cgroups(read_cgroups(task.pid)):
             # A hierarchy that the source did not have: out of the tool's own group all the same.
             group = wanted.pop(now.hierarchy, Cgroup(now.hierarchy, _ROOT))
             if group.session or (group.path == now.path and group.path.endswith(".service")):
@@ -119,12 +119,27 @@ def _enter(group: Cgroup, now: Cgroup, here: list[Mount], task: TaskBuilder) -> 
         task.warn(f"{task} cannot enter the cgroup {directory}: {error.strerror}")
 
 
-def _read(pid: int) -> str:
+def read_cgroups(pid: int) -> str:
+    """/proc/PID/cgroup, as the calling thread's cgroup namespace shows it. NoSuchProcess."""
     try:
         with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="surrogateescape") as file:
             return file.read()
     except (FileNotFoundError, ProcessLookupError) as error:
         raise NoSuchProcess("the process does not exist, or has just ended", object=f"pid {pid}") from error
+
+
+def namespace_roots(seen: str, inside: str) -> tuple[Cgroup, ...] | None:
+    """Where a cgroup namespace begins, by hierarchy: from the /proc/PID/cgroup of one process in it, read by us and
+    from inside. None: that process has left what its namespace shows."""
+    roots = []
+    own = {group.hierarchy: group.path for group in parse_cgroups(inside)}
+    for group in parse_cgroups(seen):
+        path = own.get(group.hierarchy, "")
+        below = path.rstrip("/")
+        if not path.startswith("/") or ".." in PurePosixPath(path).parts or not group.path.endswith(below):
+            return None
+        roots.append(Cgroup(group.hierarchy, group.path[: len(group.path) - len(below)] or _ROOT))
+    return tuple(roots)
 
 
 def parse_cgroups(text: str) -> tuple[Cgroup, ...]:

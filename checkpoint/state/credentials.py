@@ -14,8 +14,8 @@ Order of the calls, each needing what the later ones take away:
 
 Capabilities that this host withholds (a bounding set of the tool that lacks them) cannot be given: told as a warning.
 
-Source: Linux kernel/cred.c, security/commoncap.c; /proc/PID/status.  IDs are those of the tool's user namespace;
-processes of another one are refused by the check.
+Source: Linux kernel/cred.c, security/commoncap.c; /proc/PID/status.  IDs are those of the tool's user namespace; in
+another one the calls are made with the numbers that they have there (:mod:`checkpoint.namespaces.users`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final, Self
 
+from checkpoint.errors import StateRefused
 from checkpoint.state import landlock
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, register, unsigned
 from tcpstate.kernel.batch import syscall
@@ -136,7 +137,7 @@ class Credentials(State):
     def rebuild(self, task: TaskBuilder) -> None:
         calls = task.calls
         born = Credentials.of(task.born(), _own_securebits() & ~Securebit.KEEP_CAPS)  # exec clears KEEP_CAPS
-        if born == self:
+        if born == self and task.users is None:  # in there its securebits are others for the time being
             return
         here = born.capabilities
         caps = self.capabilities & here
@@ -148,7 +149,7 @@ class Credentials(State):
 
         keep = Securebit.KEEP_CAPS | Securebit.NO_SETUID_FIXUP
         calls.call(SYS.prctl, Pr.SET_SECUREBITS, keep, label="keep capabilities over the change of IDs")
-        self._set_ids(task)
+        self._set_ids(task, born)
 
         header = calls.put(capset_header())
         data = capset_data(effective=here.permitted, permitted=here.permitted, inheritable=caps.inheritable)
@@ -164,11 +165,13 @@ class Credentials(State):
         if self.no_new_privs:
             calls.call(SYS.prctl, Pr.SET_NO_NEW_PRIVS, 1, label="set no_new_privs")
 
-    def _set_ids(self, task: TaskBuilder) -> None:
-        calls = task.calls
-        users, groups = self.users, self.group_ids
-        array = calls.put(struct.pack(f"<{len(self.groups)}I", *self.groups))
-        calls.call(SYS.setgroups, len(self.groups), array, label="set the supplementary groups")
+    def _set_ids(self, task: TaskBuilder, born: Credentials) -> None:
+        calls, inside = task.calls, _Inside(task)
+        users, groups = inside.users(self.users), inside.groups(self.group_ids)
+        if task.users is None or sorted(self.groups) != sorted(born.groups):  # inside they may be nobody's to choose
+            every = [inside.group(one) for one in self.groups]
+            array = calls.put(struct.pack(f"<{len(every)}I", *every))
+            calls.call(SYS.setgroups, len(every), array, label="set the supplementary groups")
         calls.call(SYS.setresgid, groups.real, groups.effective, groups.saved, label="set the group IDs")
         calls.call(SYS.setresuid, users.real, users.effective, users.saved, label="set the user IDs")
         # These two return the previous ID, and nothing tells of a failure; the IDs above follow the effective ones.
@@ -176,6 +179,36 @@ class Credentials(State):
             calls.call(SYS.setfsgid, groups.fs, ignore=True, label="set the group ID for files")
         if users.fs != users.effective:
             calls.call(SYS.setfsuid, users.fs, ignore=True, label="set the user ID for files")
+
+
+class _Inside:
+    """IDs as they are in the user namespace of a task."""
+
+    def __init__(self, task: TaskBuilder) -> None:
+        self._task = task
+
+    def user(self, outside: int) -> int:
+        """StateRefused if it has none."""
+        space = self._task.users
+        return self._known(outside if space is None else space.user(outside), outside)
+
+    def group(self, outside: int) -> int:
+        """StateRefused if it has none."""
+        space = self._task.users
+        return self._known(outside if space is None else space.group(outside), outside)
+
+    def _known(self, inside: int | None, outside: int) -> int:
+        if inside is None:
+            raise StateRefused(f"the ID {outside} is not in the map of its user namespace", object=str(self._task))
+        return inside
+
+    def users(self, ids: Ids) -> Ids:
+        """All four."""
+        return Ids(self.user(ids.real), self.user(ids.effective), self.user(ids.saved), self.user(ids.fs))
+
+    def groups(self, ids: Ids) -> Ids:
+        """All four."""
+        return Ids(self.group(ids.real), self.group(ids.effective), self.group(ids.saved), self.group(ids.fs))
 
 
 def _bits(mask: int) -> list[int]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from checkpoint import procfs
@@ -294,10 +294,10 @@ def build(
     """
     birth = procfs.read_status(stub.pid)
     bear_threads(stub, state, warn)
-    tasks = [
-        TaskBuilder(pid=stub.pid, tid=thread.tid, warn=warn, elapsed=elapsed, birth=birth, path=path, placed=placed)
-        for thread in stub.threads
-    ]
+    common = TaskBuilder(
+        pid=stub.pid, tid=stub.pid, warn=warn, elapsed=elapsed, birth=birth, path=path, placed=placed, users=stub.users
+    )
+    tasks = [replace(common, tid=thread.tid, calls=CallTable(), outside=[]) for thread in stub.threads]
     rebuild_process(state, tasks[0])
     for thread, task in zip(state.threads, tasks, strict=True):
         rebuild_thread(thread, task)

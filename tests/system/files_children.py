@@ -40,6 +40,7 @@ class Child:
         self._memory = mmap.mmap(-1, _SIZE)
         self._order = 0
         self.tool_pidfd = os.pidfd_open(os.getpid())
+        self.users = None
         self.pid = os.fork()
         if self.pid == 0:
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -79,8 +80,8 @@ def children(host: Host, pid: int) -> list[int]:
         return []
 
 
-def command_line(address: str, names: tuple[str, str]) -> list[object]:
-    return [sys.executable, "-IS", PROGRAM, address, PORT, *filter(None, names)]
+def command_line(address: str, names: tuple[str, str], python: str = sys.executable) -> list[object]:
+    return [python, "-IS", PROGRAM, address, PORT, *filter(None, names)]
 
 
 def first_child(host: Host, pid: int) -> int:
@@ -94,13 +95,17 @@ def first_child(host: Host, pid: int) -> int:
 
 @contextlib.contextmanager
 def contained(
-    hosts: ThreeHosts, *unshare: str, session: bool = False, names: tuple[str, str] = ("", "")
+    hosts: ThreeHosts,
+    *unshare: str,
+    session: bool = False,
+    names: tuple[str, str] = ("", ""),
+    python: str = sys.executable,
 ) -> Iterator[Contained]:
     """The program below `unshare` with these options; it is the child of `unshare`."""
     null = subprocess.DEVNULL
     address = hosts.net.service4
     setsid = ["setsid"] if session else []
-    argv = ["unshare", "--fork", *unshare, *setsid, *command_line(address, names)]
+    argv = ["unshare", "--fork", *unshare, *setsid, *command_line(address, names, python)]
     with hosts.source.popen(argv, stdin=null, stdout=null, stderr=None) as process:
         with hosts.client.netns_entered():
             sock = connected((address, PORT))
@@ -114,7 +119,11 @@ def contained(
 
 
 #: what the program shares with its host if its namespaces are a PID namespace alone, and one of names with it
-SHARED = ("mounts", "objects", "self", "parent")
+SHARED = ("mounts", "objects", "self", "parent", "cgroup")
+
+
+#: what it sees of its host if it has a user namespace alone
+OF_THE_HOST = ("host", "mounts", "cgroup", "parent")
 
 
 def of_this_host(told: dict[str, Any], shared: tuple[str, ...] = ("host", "domain", *SHARED)) -> dict[str, Any]:
@@ -194,6 +203,42 @@ def test_objects_and_settings_of_an_ipc_namespace_move(hosts: ThreeHosts, tmp_pa
         assert [after[who]["objects"] for who in ("me", "child")] == [before["me"]["objects"]] * 2
         for host in (hosts.source, hosts.target):
             assert host.run(["cat", "/proc/sysvipc/shm", "/proc/sysvipc/msg"]).stdout.count("\n") == 2, "outside"
+
+
+def test_a_user_namespace_moves_there_and_back(hosts: ThreeHosts, tmp_path: Path) -> None:
+    with contained(hosts, "--user", "--map-root-user") as server:
+        before = server.ask()
+        assert before["me"]["identity"]["uid_map"] == ["0", "0", "1"]
+        for number in range(2):
+            if number:
+                server.rest(tmp_path / "image")
+            else:
+                server.move()
+            assert of_this_host(server.ask(), OF_THE_HOST) == of_this_host(before, OF_THE_HOST)
+            told = server.host.path(f"/proc/{server.pid}/status").read_text()
+            assert "CapEff:\t000001ffffffffff" in told
+            spaces = [os.readlink(server.host.path(f"/proc/{pid}/ns/user")) for pid in (server.pid, 1)]
+            assert spaces[0] != spaces[1]
+
+
+@pytest.mark.long
+def test_users_of_a_namespace_move(hosts: ThreeHosts, tmp_path: Path) -> None:
+    """Many IDs, in use by processes and threads; the other namespaces belong to theirs."""
+    system = "/usr/bin/python3"  # the one of our checkout is not everybody's to execute
+    mapped = [system, "-IS", str(PROGRAM.with_name("mapped.py")), "100000", "1000"]
+    options = ("unshare", "--fork", "--pid", "--ipc", "--uts", "--mount", "--mount-proc", "env", "OTHERS=yes")
+    with contained(hosts, *mapped, *options, python=system) as server:
+        (inner,) = children(hosts.source, server.pid)
+        before = server.ask()
+        assert before["child"]["identity"]["Uid"] == ["7", "7", "8", "7"]
+        assert before["me"]["identity"]["ours"] == ["ipc", "mnt", "pid", "uts"]
+        server.pid = inner
+        server.move()
+        assert of_this_host(server.ask(), ("host", "cgroup")) == of_this_host(before, ("host", "cgroup"))
+        server.rest(tmp_path / "image")
+        assert of_this_host(server.ask(), ("host", "cgroup")) == of_this_host(before, ("host", "cgroup"))
+        told = server.host.path(f"/proc/{server.pid}/status").read_text()
+        assert "Uid:\t100000\t" in told
 
 
 MOUNTS = "mount -t tmpfs -o size=1m,nosuid none /mnt; mount --bind -o ro /etc /opt; mount -t sysfs none /srv; exec"
@@ -297,13 +342,24 @@ def test_a_container_moves_there_and_back(hosts: ThreeHosts, tmp_path: Path) -> 
             assert sock.recv(100) == b":4\r\n"
 
 
+def test_a_container_of_its_own_users(hosts: ThreeHosts) -> None:
+    """All kinds at once, as `unshare` makes them for somebody who is root only inside."""
+    with networked(hosts, "--user", "--map-root-user", *CONTAINER, script=f"{MOUNTS} env SYSTEM_V=yes") as server:
+        before = server.ask()
+        assert before["me"]["identity"]["ours"] == ["cgroup", "ipc", "mnt", "net", "pid", "uts"]
+        for _ in range(2):
+            server.move()
+            assert server.ask() == before
+
+
 @pytest.mark.long
+@pytest.mark.parametrize("users", [(), ("--user", "--map-root-user")])
 @pytest.mark.parametrize(("place", "number", "status"), [("freeze", 5, -9), ("release", 4, 5)])
 def test_a_death_in_a_network_namespace(
-    hosts: ThreeHosts, tmp_path: Path, place: str, number: int, status: int
+    hosts: ThreeHosts, tmp_path: Path, place: str, number: int, status: int, users: tuple[str, ...]
 ) -> None:
     """`recover`, outside of it, finds the namespace and settles in there; here alone, and with the other host."""
-    with networked(hosts) as server:
+    with networked(hosts, *users) as server:
         before = server.ask()
         stage = SimpleNamespace(here=hosts.source, there=hosts.target, pid=server.pid)
         assert steps.run(cast("Stage", stage), tmp_path, place, number)[0] == status, (
@@ -317,18 +373,48 @@ def test_a_death_in_a_network_namespace(
 
 
 @pytest.mark.long
-def test_a_container_comes_back_elsewhere(hosts: ThreeHosts, tmp_path: Path) -> None:
-    with networked(hosts, *CONTAINER) as server:
+@pytest.mark.parametrize("users", [(), ("--user", "--map-root-user")])
+def test_a_container_comes_back_elsewhere(hosts: ThreeHosts, tmp_path: Path, users: tuple[str, ...]) -> None:
+    with networked(hosts, *users, *CONTAINER) as server:
         before = server.ask()
         server.rest(tmp_path / "image", hosts.target, *from_host(hosts.source))
         assert of_this_host(server.ask()) == of_this_host(before)
 
 
+IN_MEMORY = """
+mount -t tmpfs -o size=1m none /mnt; mkdir -m 700 /mnt/own; echo inside >/mnt/own/file; chown -R 5:6 /mnt/own
+mount -t overlay -o lowerdir=/run/a,upperdir=/run/b,workdir=/run/c none /srv; echo above >/srv/above
+mkdir /mnt/point; mount --bind /etc /mnt/point; touch /mnt/bound; mount --bind /etc/hostname /mnt/bound
+exec "$@"
+"""
+
+
+def test_file_systems_in_memory_and_overlays_move(hosts: ThreeHosts, tmp_path: Path) -> None:
+    for host in (hosts.source, hosts.target):
+        host.sh("mkdir /run/a /run/b /run/c; echo below >/run/a/below")
+    with contained(hosts, "--mount", "sh", "-c", IN_MEMORY, "sh") as server:
+        before = server.ask()
+        for number in range(2):
+            if number:
+                server.rest(tmp_path / "image")
+            else:
+                server.move()
+            assert server.ask()["me"]["mounts"] == before["me"]["mounts"]
+            root = server.host.path(f"/proc/{server.pid}/root")
+            assert (root / "mnt/own/file").read_text() == "inside\n"
+            info = (root / "mnt/own").stat()
+            assert (info.st_mode & 0o777, info.st_uid, info.st_gid) == (0o700, 5, 6)
+            assert (root / "srv/below").read_text() == "below\n"
+            assert (root / "mnt/bound").read_text() == Path("/etc/hostname").read_text()
+            assert (root / "mnt/point/passwd").exists()
+
+
 @pytest.mark.parametrize(
     "mounts",
     [
-        "mount -t tmpfs none /mnt; touch /mnt/file",
-        "mkdir /run/a /run/b /run/c; mount -t overlay -o lowerdir=/run/a,upperdir=/run/b,workdir=/run/c none /mnt",
+        "mount -t tmpfs none /mnt; mknod /mnt/disk b 7 0",
+        "mount -t tmpfs none /mnt; mount -t tmpfs none /mnt",
+        "mount -t tmpfs none /mnt; touch /mnt/file; mount -o remount,ro,bind /mnt",
         "mount --make-shared /",
         """mount -t tmpfs none /mnt; cd /mnt
         for one in /*; do [ -d $one ] && mkdir .$one && mount --rbind $one .$one; done
@@ -358,6 +444,19 @@ def test_what_is_no_whole_namespace_is_refused(hosts: ThreeHosts) -> None:
             assert refused(hosts.source, server.pid, other.pid) == "TM-0723"
     with contained(hosts, "--pid", "sh", "-c", 'unshare --uts "$@"; exit', "sh") as server:
         assert refused(hosts.source, server.pid) == "TM-0720"
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        (("--user", "--map-root-user", "unshare", "--user", "--map-root-user"), "TM-0720"),
+        (("--user",), "TM-0810"),
+        (("--uts", "unshare", "--user", "--map-root-user"), "TM-0811"),
+    ],
+)
+def test_user_namespaces_that_cannot_be_made_again(hosts: ThreeHosts, command: tuple[str, ...], code: str) -> None:
+    with contained(hosts, *command) as server:
+        assert refused(hosts.source, server.pid) == code
 
 
 def refused(host: Host, *pids: int) -> str:

@@ -1,7 +1,8 @@
 """A server that tells how it sees itself: contained.py ADDRESS PORT [NAME [DOMAIN]].
 
-It has a child with which it talks over a pair of sockets, a pidfd of it, and its own number in a lock, an owner of
-signals, and in SO_PEERCRED.  Each line that comes is answered by a line of JSON: what the two see now, and a count.
+It has a thread, and a child with which it talks over a pair of sockets, a pidfd of it, and its own number in a lock, an
+owner of signals, and in SO_PEERCRED.  Each line that comes is answered by a line of JSON: what the two see now, and a
+count.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import socket
 import struct
 import sys
 import tempfile
+import threading
 import time
 
 F_SETOWN_EX, F_GETOWN_EX = 15, 16
@@ -44,11 +46,73 @@ def myself() -> dict[str, object]:
         "domain": domain(),
         "directory": os.getcwd(),
         "root": sorted(os.listdir("/")),
-        "user": os.getuid(),
+        "identity": identity(),
+        "cgroup": cgroups(),
         "self": os.readlink("/proc/self"),
         "mounts": mounts(),
         "objects": system_v(),
     }
+
+
+def identity() -> dict[str, object]:
+    """Who we are, what we may do, and what our user namespace is."""
+    with open("/proc/thread-self/status") as file:
+        lines = dict(line.split(":", 1) for line in file)
+    found: dict[str, object] = {name: lines[name].split() for name in lines if name[:3] in ("Uid", "Gid", "Cap")}
+    found["Groups"] = sorted(lines["Groups"].split())
+    for name in ("uid_map", "gid_map", "setgroups"):
+        with open(f"/proc/self/{name}") as file:
+            found[name] = file.read().split()
+    found["ours"] = [kind for kind in ("cgroup", "ipc", "mnt", "net", "pid", "uts") if belongs(kind)]
+    return found
+
+
+def cgroups() -> list[str]:
+    """Our control groups, as we see them."""
+    with open("/proc/self/cgroup") as file:
+        return [line.split(":", 1)[1] for line in file]
+
+
+def belongs(kind: str) -> bool:
+    """Whether a namespace of ours belongs to our user namespace."""
+    with open(f"/proc/self/ns/{kind}") as file:
+        try:
+            owner = fcntl.ioctl(file, 0xB701)
+        except PermissionError:
+            return False
+    try:
+        return os.fstat(owner).st_ino == os.stat("/proc/self/ns/user").st_ino
+    finally:
+        os.close(owner)
+
+
+class Thread(threading.Thread):
+    """One that tells who it is when it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.asked, self.answered = threading.Event(), threading.Event()
+        self.told: dict[str, object] = {}
+
+    def run(self) -> None:
+        while self.asked.wait():
+            self.asked.clear()
+            self.told = {"number": ctypes.CDLL(None).gettid(), "identity": identity()}
+            self.answered.set()
+
+    def ask(self) -> dict[str, object]:
+        self.answered.clear()
+        self.asked.set()
+        self.answered.wait()
+        return self.told
+
+
+def become_another() -> None:
+    """Of a user namespace with many IDs, some others."""
+    if os.environ.get("OTHERS"):
+        os.setgroups([5, 6])
+        os.setresgid(3, 3, 4)
+        os.setresuid(7, 7, 8)
 
 
 def mounts() -> list[str]:
@@ -86,6 +150,7 @@ def make_system_v() -> None:
 
 
 def child(line: socket.socket) -> None:
+    become_another()
     while line.recv(1):
         line.sendall(json.dumps(myself()).encode() + b"\n")
     os._exit(0)
@@ -110,6 +175,8 @@ def main(address: str, port: int) -> None:
     waiting = select.epoll()
     waiting.register(listener, select.EPOLLIN)
     connections: dict[int, socket.socket] = {}
+    thread = Thread()
+    thread.start()
     lines = ours.makefile("rb")
     count = 0
     while True:
@@ -133,6 +200,7 @@ def main(address: str, port: int) -> None:
                 "me": myself(),
                 "child": json.loads(lines.readline()),
                 "number": number,
+                "thread": thread.ask(),
                 "owner": owner(asked.fileno()),
                 "peer": struct.unpack("iII", ours.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)),
                 "alive": not select.select([watched], [], [], 0)[0],

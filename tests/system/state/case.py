@@ -64,6 +64,7 @@ class Case:
     differs    regular expressions for lines of the comparison that rightly differ; each with its reason beside it
     external   what the user says of descriptors (--external)
     ship       names of files that travel along (--ship): the target has others in their place
+    spaces     CLONE_NEW*: namespaces that its whole tree is in (tests/system/state/spaces.py); such a case is alone
     """
 
     name: str
@@ -73,6 +74,7 @@ class Case:
     differs: tuple[str, ...] = ()
     external: tuple[str, ...] = ()
     ship: tuple[str, ...] = ()
+    spaces: int = 0
 
 
 CASES: dict[str, Case] = {}
@@ -84,12 +86,13 @@ def case(
     differs: tuple[str, ...] = (),
     external: tuple[str, ...] = (),
     ship: tuple[str, ...] = (),
+    spaces: int = 0,
 ) -> Callable[[Program], Program]:
     """Decorator: enter the function in the table."""
 
     def add(program: Program) -> Program:
         name = f"{program.__module__.rpartition('.')[2]}.{program.__name__}"
-        CASES[name] = Case(name, program, exercises, alone, differs, external, ship)
+        CASES[name] = Case(name, program, exercises, alone or bool(spaces), differs, external, ship, spaces)
         return program
 
     return add

@@ -10,6 +10,7 @@ shows of each process is read, and every byte of its memory: what differs is tol
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -26,6 +27,7 @@ from checkpoint.files.policy import External, Policy
 from checkpoint.image.frames import Kind
 from checkpoint.image.reader import open_image
 from checkpoint.image.writer import ImageFile
+from checkpoint.namespaces.spaces import entered
 from checkpoint.restore import Restore
 from tests.system import proc_view
 from tests.system.state import without
@@ -59,7 +61,13 @@ def open_files(pid: int) -> list[str]:
 
 
 def cycle(pid: int, image: Path, whole: bool, policy: Policy) -> dict[str, Any]:
-    """Out and in again."""
+    """Out and in again; out from where its objects are seen."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(entered(pid))
+        return _cycle(pid, image, whole, policy, stack)
+
+
+def _cycle(pid: int, image: Path, whole: bool, policy: Policy, outside: contextlib.ExitStack) -> dict[str, Any]:
     dump = Dump([pid], policy)
     try:
         dump.prepare()
@@ -94,6 +102,7 @@ def cycle(pid: int, image: Path, whole: bool, policy: Policy) -> dict[str, Any]:
         raise
     warnings = list(dump.warnings)
     dump.discard()
+    outside.close()
     written = time.monotonic()
     _until_gone([*living, *dead])
     restore = Restore(warn=warnings.append)

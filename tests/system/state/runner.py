@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
+from tests.system.state import spaces
 from tests.system.state.case import Case, Here, load
 from tests.system.state.control import DIED, FAILED, GO, PASSED, QUIT, READY, Control
 
@@ -41,6 +42,8 @@ def main() -> None:
     path, folder, programs = map(Path, sys.argv[1:4])
     cases = [load(name) for name in sys.argv[4:]]
     control = Control(path)
+    if any(case.spaces for case in cases):
+        spaces.enter(max(case.spaces for case in cases))
     children = {}
     for slot, case in enumerate(cases):
         here = Here(folder / str(slot), programs, path, slot)

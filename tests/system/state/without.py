@@ -2,7 +2,7 @@
 
 The names are those of the tables: ``files/KIND`` for the kinds of open files (checkpoint/files/kinds.py),
 ``state/KIND`` for the kinds of state (checkpoint/state/table.py), ``memory/..`` for what a mapping has, ``aspect/..``
-for what open files have whatever their kind.  A kind that is added to a table is here by itself.
+for what open files have whatever their kind, ``namespaces/..``.  A kind that is added to a table is here by itself.
 
 A kind of file that does nothing gives an open /dev/null; a kind of state queues no call.
 """
@@ -24,6 +24,7 @@ from checkpoint.ipc.table import KINDS as IPC_KINDS
 from checkpoint.kernel.mman import PrSetVma
 from checkpoint.memory import aio, layout
 from checkpoint.memory.pages import PageWriter
+from checkpoint.namespaces import memoryfs, spaces
 from checkpoint.state import pending, registers, table
 from checkpoint.state.base import State, kind_of
 from tcpstate.kernel.prctl import Pr, Speculation, SpeculationState
@@ -124,6 +125,26 @@ def _memory() -> dict[str, Switch]:
     }
 
 
+def _no_cgroup_namespace() -> None:
+    enter = spaces.Spaces.enter
+
+    def entered(self: spaces.Spaces, *rest: Any) -> None:
+        enter(dataclasses.replace(self, cgroups=None), *rest)
+
+    spaces.Spaces.enter = entered  # type: ignore[method-assign]
+
+
+def _namespaces() -> dict[str, Switch]:
+    return {
+        "namespaces/uts": _patch(spaces.Uts, "enter"),
+        "namespaces/ipc": _patch(spaces.IpcSettings, "give"),
+        "namespaces/mounts": _patch(spaces.Mounts, "enter"),
+        "namespaces/users": _patch(spaces.Spaces, "user_space", lambda self: None),
+        "namespaces/memory": _patch(memoryfs.Folder, "write"),
+        "namespaces/cgroups": _no_cgroup_namespace,
+    }
+
+
 def _position() -> None:
     rebuild.Rebuilder.seek = _nothing  # type: ignore[method-assign]
     regular._seek = _nothing
@@ -164,7 +185,7 @@ def modules() -> dict[str, Switch]:
     states = {f"state/{_dashed(kind_of(kind))}": _state(kind) for kind in (*table.PROCESS_STATES, *table.THREAD_STATES)}
     files["files/file"] = _plain_file
     objects = {f"ipc/{_dashed(kind_of(kind))}": _ipc(kind) for kind in IPC_KINDS}
-    return files | states | objects | _memory() | _aspects()
+    return files | states | objects | _memory() | _aspects() | _namespaces()
 
 
 def beyond_this_machine() -> set[str]:
