@@ -172,8 +172,7 @@ class Stub(Process):
     parking     (start, end): a part of it that is free, where the kernel's own mappings may wait for their place
     tool_pidfd  number *in the stub* of a pidfd of the tool, with which it can take our descriptors; no other descriptor
                 is open; in a user namespace of its own, of the keeper, which has our descriptors
-    chooses_numbers  whether it may give its threads the numbers that are wanted
-    users       the user namespace that it is in; None: the tool's
+    users       the user namespace that it is in; None: the tool's. ``chooses_numbers``: it may choose those of threads
     """
 
     def __init__(self, pid: int, window: tuple[int, int], tool_pidfd: int) -> None:
@@ -261,10 +260,10 @@ class Stub(Process):
                 self._clone([tids[n] for n in places], flags, 0, parent)
                 born = [self._newborn(self.pid, tid) for tid in self._injection.born]
                 self._injection.born.clear()
+                self._adopt(born)
+                self._injection._arrived(born)
             else:
                 born = [self._counted_on(tids[n], how, parent) for n, how in zip(places, flags, strict=True)]
-            self._adopt(born)
-            self._injection._arrived(born)
             made.update(zip(places, born, strict=True))
         self.threads[-len(tids) :] = [made[n] for n in range(len(tids))]
 
@@ -275,6 +274,8 @@ class Stub(Process):
             self._clone([None], [how], 0, creator)
             thread = self._newborn(self.pid, self._injection.born.pop())
             if tid in (None, thread.tid):
+                self._adopt([thread])  # at once: the next one may fail, and all that is there must end then
+                self._injection._arrived([thread])
                 return thread
             self._injection.dismiss(thread)  # somebody else had a child at the same moment
         raise SpawnFailed("the number could not be had", object=f"thread {tid}")
@@ -284,8 +285,7 @@ class Stub(Process):
     ) -> None:
         calls = CallTable()
         for number, how in zip(numbers, flags, strict=True):
-            wanted = number is not None
-            args = calls.put(CloneArgs(how, exit_signal, 0, int(wanted)).pack())
+            args = calls.put(CloneArgs(how, exit_signal, 0, int(number is not None)).pack())
             if number is not None:
                 calls.pointer(args + SET_TID_OFFSET, calls.put(pack_tids(number)))
             calls.call(SYS.clone3, args, CLONE_ARGS_SIZE, label=f"clone3 {number or ''}".rstrip())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
+import subprocess
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +17,15 @@ import pytest
 from checkpoint import lastpid
 from checkpoint.errors import NamespaceNotMade, PidTaken
 from checkpoint.kernel import nsfs
+from checkpoint.kernel.clone import CloneFlag
 from checkpoint.namespaces.users import Extent, Users, UserSpace
 from checkpoint.procfs import read_status
 from checkpoint.spawn import Stub, spawn_stub
+from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.calls import CallError, CallTable
 from tcpstate.kernel.machine import SYS
 
-#: the numbers of the next processes are moved on under everybody's feet
+#: stubs of ours take the numbers that others have found free
 pytestmark = pytest.mark.alone
 
 MAP = (Extent(0, 100000, 10),)
@@ -85,17 +90,63 @@ def test_a_stub_takes_descriptors_of_the_keeper_and_not_ours(stub: Stub) -> None
     assert (caught.value.label, caught.value.errno) == ("take", errno.EPERM)
 
 
-def test_threads_get_their_numbers_by_counting(stub: Stub) -> None:
-    wanted = stub.pid + 50
-    while Path(f"/proc/{wanted}").exists() or Path(f"/proc/{wanted + 1}").exists():
-        wanted += 2
-    stub.clone_threads([wanted, wanted + 1])
-    assert [thread.tid for thread in stub.threads] == [stub.pid, wanted, wanted + 1]
-    with pytest.raises(PidTaken):
-        lastpid.next_is(wanted)
+def among_ourselves(work: Callable[[], None]) -> None:
+    """Where nobody else has children: in a PID namespace of our own, with its /proc."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            syscall(SYS.unshare, CloneFlag.NEWPID | CloneFlag.NEWNS)
+            inner = os.fork()
+            if inner:
+                status = os.waitstatus_to_exitcode(os.waitpid(inner, 0)[1])
+            else:
+                subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+                subprocess.run(["mount", "-t", "proc", "proc", "/proc"], check=True)
+                work()
+                status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_a_thread_with_another_number_is_dismissed(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextlib.contextmanager
+def inside() -> Iterator[Stub]:
+    with UserSpace(USERS) as space:
+        stub = spawn_stub(None, [], space.pid)
+        try:
+            space.enter(stub)
+            yield stub
+        finally:
+            stub.kill()
+
+
+def test_threads_get_their_numbers_by_counting() -> None:
+    def work() -> None:
+        with inside() as stub:
+            stub.clone_threads([500, 501])
+            assert [thread.tid for thread in stub.threads] == [stub.pid, 500, 501]
+            with pytest.raises(PidTaken):
+                lastpid.next_is(500)
+
+    among_ourselves(work)
+
+
+def test_where_a_number_is_taken_the_threads_before_it_end_too() -> None:
+    def work() -> None:
+        with inside() as stub, inside() as other:
+            with pytest.raises(PidTaken):
+                stub.clone_threads([500, other.pid])
+            assert len(stub.threads) == 2
+            pid = stub.pid
+        assert not Path(f"/proc/{pid}").exists()
+
+    among_ourselves(work)
+
+
+def test_a_thread_with_another_number_is_dismissed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody else has a child between the telling and the birth."""
     tell, told = lastpid.next_is, []
 
@@ -108,14 +159,15 @@ def test_a_thread_with_another_number_is_dismissed(stub: Stub, monkeypatch: pyte
                 os._exit(0)
             os.waitpid(child, 0)
 
+    def work() -> None:
+        with inside() as stub:
+            stub.clone_threads([600])
+            assert [thread.tid for thread in stub.threads] == [stub.pid, 600]
+            assert len(told) == 2
+            assert sorted(map(int, os.listdir(f"/proc/{stub.pid}/task"))) == [stub.pid, 600]
+
     monkeypatch.setattr("checkpoint.spawn.next_is", interfered)
-    wanted = stub.pid + 60
-    while Path(f"/proc/{wanted}").exists():
-        wanted += 1
-    stub.clone_threads([wanted])
-    assert [thread.tid for thread in stub.threads] == [stub.pid, wanted]
-    assert len(told) > 1
-    assert sorted(map(int, os.listdir(f"/proc/{stub.pid}/task"))) == [stub.pid, wanted]
+    among_ourselves(work)
 
 
 def test_from_inside_a_number_outside_cannot_be_chosen(stub: Stub) -> None:
