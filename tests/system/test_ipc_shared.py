@@ -85,7 +85,10 @@ def test_an_id_or_a_key_that_is_taken(key: int) -> None:
         table.check([record])
     with pytest.raises(IpcTaken, match="its ID"):
         table.make([record], None, lambda _: None)
-    record = SemaphoreSet(number=number + 1, key=key, mode=0o600, uid=0, gid=0, values=(1,), last=(0,))
+    # other tests make sets in this namespace as well
+    there = {one.number for one in sysvipc.list_sets()}
+    free = next(other for other in range(number + 1, number + 10_000) if other not in there)
+    record = SemaphoreSet(number=free, key=key, mode=0o600, uid=0, gid=0, values=(1,), last=(0,))
     with pytest.raises(IpcTaken, match="its key"):
         table.check([record])
     with pytest.raises(IpcTaken, match="its key"):

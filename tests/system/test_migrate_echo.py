@@ -10,7 +10,7 @@ from tests.workloads import scenes
 
 pytestmark = pytest.mark.alone
 
-SLACK = 100.0  # ms that a gap may be longer than the stop: address, announcement, replay, and a busy machine
+SLACK = 1000.0  # ms that a gap may be longer than the stop: a busy machine; retransmission time-outs are counted
 
 
 def test_echo_there_and_back(hosts: ThreeHosts, tmp_path: Path) -> None:

@@ -319,6 +319,7 @@ def test_a_network_namespace_moves_there_and_back(hosts: ThreeHosts) -> None:
             assert hosts.net.service4 not in server.host.run(["ip", "addr"]).stdout
 
 
+@pytest.mark.long
 def test_a_container_moves_there_and_back(hosts: ThreeHosts, tmp_path: Path) -> None:
     """All kinds at once but users, with redis and our program inside, each with a client outside."""
     service = hosts.net.service4

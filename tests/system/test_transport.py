@@ -356,6 +356,9 @@ def test_windows_are_set_in_place(ends4):
 def test_no_segment_draws_a_reset_while_a_connection_is_made_anew(hosts, ends):
     """The peer sends all the time; for a moment no socket has the tuple."""
     served, client = ends
+    # what is lost in such a moment is sent again, each time later than before
+    served.settimeout(60)
+    client.settimeout(60)
     text = random.Random(4).randbytes(3_000_000)
     sender = threading.Thread(target=client.sendall, args=(text,))
     with Watcher(hosts.c, keep=lambda s: s.flags & 4) as watcher:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from checkpoint.arch import vdso_jump
+from checkpoint.errors import HandlerInVdso
 from checkpoint.indoors import walk_out
 from checkpoint.memory.vma import VDSO, Vma, read_maps
 from checkpoint.tracee import Tree
@@ -26,7 +27,13 @@ from cli.main import main
 main()
 """
 MOVES = 2
+#: the program does nothing but read clocks: on a busy machine the ticks may keep it inside
+ATTEMPTS = 10
 READ, EXEC = 1, 4
+
+
+class StandsInIt(Exception):
+    """The restore was refused: at another moment no thread stands there."""
 
 
 def vdso_of(pid: int) -> Vma:
@@ -45,6 +52,9 @@ def restore(image: Path) -> subprocess.Popen[str]:
     tool = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert tool.stdout is not None
     said = tool.stdout.readline()
+    if said.startswith(HandlerInVdso.code):
+        with tool:
+            raise StandsInIt(said)
     assert said.strip().isdigit(), said + tool.stdout.read()
     return tool
 
@@ -59,6 +69,18 @@ def goes_on(target: Target) -> None:
 
 
 def test_its_functions_lead_to_those_of_this_kernel_and_it_can_move_on(tmp_path: Path) -> None:
+    for number in range(ATTEMPTS):
+        try:
+            (folder := tmp_path / str(number)).mkdir()
+            move_on(folder)
+        except StandsInIt as error:
+            print(f"try again, as it says: {error}")
+        else:
+            return
+    raise AssertionError(f"{ATTEMPTS} times a thread stood in it")
+
+
+def move_on(tmp_path: Path) -> None:
     with Target("clocks", tmp_path) as target:
         pid, vdsos = target.pid, [vdso_of(target.pid)]
         parents: list[subprocess.Popen[str]] = []
