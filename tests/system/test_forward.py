@@ -87,6 +87,7 @@ def test_an_echo_server_goes_and_comes_home(hosts: ThreeHosts, tmp_path: Path) -
         assert stage.finish() == []
 
 
+@pytest.mark.long
 def test_bulk_in_both_directions(hosts: ThreeHosts, tmp_path: Path) -> None:
     with scenes.stream(hosts, tmp_path, rate=20, mover=forwarding(hosts)) as stage:
         for _ in range(2):
@@ -135,6 +136,7 @@ def refusal(source: Host, pid: int, target: Host, *more: object) -> str:
     return str(failed.value.summary["code"])
 
 
+@pytest.mark.long
 def test_what_cannot_be_is_refused_before_the_stop(hosts: ThreeHosts, tmp_path: Path) -> None:
     source, target, client = hosts.source, hosts.target, hosts.client
     server = servers.echo_server(source, tmp_path, [hosts.net.service4], port=PORT)

@@ -32,6 +32,7 @@ def asked(sock: socket.socket) -> int:
     return int(count)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [5])
 def test_memory_that_changes_in_every_way(hosts: ThreeHosts, tmp_path: Path, seed: int) -> None:
     """Each image takes from those before what has not changed, and the last one has every page as it was."""

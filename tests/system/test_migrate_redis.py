@@ -21,6 +21,7 @@ def test_redis_there_and_back(hosts: ThreeHosts, tmp_path: Path) -> None:
         there_and_back(stage)
 
 
+@pytest.mark.long
 def test_redis_there_and_back_before_its_memory(hosts: ThreeHosts, tmp_path: Path) -> None:
     with scenes.redis(hosts, tmp_path, megabytes=40, mover=by_tcpmig("--lazy")) as stage:
         there_and_back(stage)

@@ -4,6 +4,8 @@ import contextlib
 import shlex
 from pathlib import Path
 
+import pytest
+
 from tests.hosts import ThreeHosts
 from tests.hosts.tcpmig import RSH, TCPMIG, tcpmig
 from tests.workloads import servers
@@ -47,6 +49,7 @@ def test_all_that_match_move_for_themselves(hosts: ThreeHosts, tmp_path: Path) -
         assert judged(loads) == []
 
 
+@pytest.mark.long
 def test_one_that_is_refused_stays_and_the_others_move(hosts: ThreeHosts, tmp_path: Path) -> None:
     other = hosts.net.address4(101)
     hosts.source.add_address(f"{other}/24")

@@ -307,6 +307,7 @@ def inside(server: Contained, *argv: object) -> str:
     return server.host.run(["nsenter", "-t", server.pid, "--net", *argv]).stdout
 
 
+@pytest.mark.long
 def test_a_network_namespace_moves_there_and_back(hosts: ThreeHosts) -> None:
     with networked(hosts) as server:
         before = server.ask()

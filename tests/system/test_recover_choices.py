@@ -194,6 +194,7 @@ def test_what_was_chosen_holds(service: Service, moment: str) -> None:
     assert left_behind(target, pid) == []
 
 
+@pytest.mark.long
 def test_a_source_that_dies_tells_both_hooks(service: Service) -> None:
     source, pid = service.hosts.source, service.pid
     options = ["--map", f"{FOLDER}={MOVED}", "--ship", "--local-peer", "close"]
