@@ -5,9 +5,9 @@ Source: execveat(2), clone3(2), elf(5).
 
 from __future__ import annotations
 
-import struct
 from typing import Final
 
+from checkpoint.arch.elf import EM_AARCH64, POLLFD, waiting_elf
 from tcpstate.kernel.machine.aarch64 import SYS
 
 __all__ = ["SPAWN", "SPAWN_SOURCE", "STUB", "STUB_SOURCE", "USER_END", "stub_elf"]
@@ -65,34 +65,12 @@ STUB: Final = bytes.fromhex(
     "01ffff54000080d2c80b80d2010000d48877665544332211"
 )
 
-_POLLFD = struct.Struct("<ihh")
-_POLLFD_OFFSET: Final = len(STUB) - _POLLFD.size
-_POLLIN = 1
-_ELF_HEADER = struct.Struct("<4sBBB9xHHIQQQIHHHHHH")
-_PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
-_ET_EXEC, _EM_AARCH64, _EV_CURRENT = 2, 183, 1
-_ELFCLASS64, _ELFDATA2LSB = 2, 1
-_PT_LOAD, _PT_GNU_STACK = 1, 0x6474E551
-_PF_X, _PF_W, _PF_R = 1, 2, 4
-_PAGE = 4096
+_POLLFD_OFFSET: Final = len(STUB) - POLLFD.size
 
 
 def stub_elf(base: int, pidfd: int) -> bytes:
-    """A static ELF file that is mapped, as one page, at ``base``.
+    """The stub as a static ELF file that is mapped, as one page, at ``base``.
 
     pidfd  number, in the stub, of the pidfd whose process it waits for
     """
-    code = STUB[:_POLLFD_OFFSET] + _POLLFD.pack(pidfd, _POLLIN, 0)
-    headers = _ELF_HEADER.size + 2 * _PROGRAM_HEADER.size
-    size = headers + len(code)
-    return b"".join(
-        (
-            _ELF_HEADER.pack(
-                *(b"\x7fELF", _ELFCLASS64, _ELFDATA2LSB, _EV_CURRENT, _ET_EXEC, _EM_AARCH64, _EV_CURRENT),
-                *(base + headers, _ELF_HEADER.size, 0, 0, _ELF_HEADER.size, _PROGRAM_HEADER.size, 2, 0, 0, 0),
-            ),
-            _PROGRAM_HEADER.pack(_PT_LOAD, _PF_R | _PF_X, 0, base, base, size, size, _PAGE),
-            _PROGRAM_HEADER.pack(_PT_GNU_STACK, _PF_R | _PF_W, 0, 0, 0, 0, 0, 16),
-            code,
-        )
-    )
+    return waiting_elf(EM_AARCH64, STUB, _POLLFD_OFFSET, base, pidfd)
