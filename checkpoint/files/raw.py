@@ -2,7 +2,7 @@
 
 Source: net/ipv4/raw.c, net/ipv4/ping.c, net/ipv6/raw.c. Packets that wait to be read are not kept: nobody may rely on
 them (the kernel drops what does not fit), and to let them arrive once more the kernel's own ICMP would answer again. A
-warning tells how many there were.
+warning tells how many there were. A packet that is being put together (MSG_MORE) is refused.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, Self
 from checkpoint.errors import FileRebuildFailed, UnsupportedProtocol
 from checkpoint.files import multicast
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
+from checkpoint.files.corked import nothing_corked
 from checkpoint.files.inet import Endpoint
 from checkpoint.files.listener import bind
 from checkpoint.files.multicast import Membership
@@ -87,10 +88,12 @@ class RawFile(OpenFile):
 
     @classmethod
     def examine(cls, view: FdView) -> str:
+        nothing_corked(view)
         return examine_datagrams(view)
 
     @classmethod
     def capture(cls, view: FdView) -> Self:
+        nothing_corked(view)
         sock = view.socket
         name = Endpoint.of(sock.getsockname())
         bound = not name.wildcard or (sock.type == socket.SOCK_DGRAM and name.port)

@@ -54,6 +54,7 @@ class _Local(enum.IntEnum):
 class _Udp(enum.IntEnum):
     """Level SOL_UDP (linux/udp.h)."""
 
+    CORK = 1
     NO_CHECK6_TX = 101
     NO_CHECK6_RX = 102
     SEGMENT = 103

@@ -3,6 +3,7 @@
 Source: net/ipv4/udp.c, net/core/datagram.c (SO_PEEK_OFF). Datagrams keep arriving while the process rests: the record
 is taken again at the freeze. At the target the socket drops everything until the release; then the waiting datagrams
 are delivered from their senders' addresses, by a raw socket through the loopback device, as they could have arrived.
+One that is being put together is begun again (:mod:`checkpoint.files.corked`).
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import contextlib
 import errno
 import socket
 import stat
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
-from checkpoint.errors import FileCaptureFailed, FileRebuildFailed, UnsupportedFile
-from checkpoint.files import multicast
+from checkpoint.errors import FileCaptureFailed, FileRebuildFailed
+from checkpoint.files import corked, multicast
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
+from checkpoint.files.corked import Corked
 from checkpoint.files.inet import Endpoint
 from checkpoint.files.listener import bind, new_socket, try_bind
 from checkpoint.files.multicast import Membership
@@ -27,7 +28,7 @@ from checkpoint.files.udpsend import deliver
 from checkpoint.files.unix import held_outside
 from tcpstate.filters import give_filter
 from tcpstate.kernel import bpf
-from tcpstate.kernel.sockets import SO, Ioctl, Level, ioctl_int
+from tcpstate.kernel.sockets import SO, Level
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
@@ -39,9 +40,6 @@ IP_PKTINFO: Final = 8
 IPV6_RECVPKTINFO: Final = 49
 _IPV6_PKTINFO: Final = 50
 _LONGEST: Final = 1 << 16
-#: seconds in which what was sent leaves the host
-_SENT: Final = 0.05
-_PAUSE: Final = 0.001
 _PEEK: Final = socket.MSG_PEEK | socket.MSG_DONTWAIT
 _UNREACHABLE: Final = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EINVAL)
 
@@ -77,16 +75,6 @@ def examine_datagrams(view: FdView) -> str:
     return ""
 
 
-def _nothing_corked(view: FdView) -> None:
-    """UnsupportedFile if a datagram is being put together (UDP_CORK, MSG_MORE): no call shows what is in it so far."""
-    end = time.monotonic() + _SENT
-    # what was sent, and waits for the interface for a moment, counts as well
-    while ioctl_int(view.socket.fileno(), Ioctl.SIOCOUTQ):
-        if time.monotonic() > end:
-            raise UnsupportedFile("a datagram is not finished (UDP_CORK or MSG_MORE)", object=view.object)
-        time.sleep(_PAUSE)
-
-
 def _is_udp(view: FdView) -> bool:
     if view.dup < 0:
         return False
@@ -105,6 +93,7 @@ class UdpFile(OpenFile):
     queue        unread datagrams
     memberships  multicast groups that it joined
     peek_off     SO_PEEK_OFF, -1: off
+    corked       the datagram that is being put together, None: none is
     """
 
     foreseeable: ClassVar[bool] = True
@@ -116,6 +105,7 @@ class UdpFile(OpenFile):
     memberships: tuple[Membership, ...]
     options: SocketOptions
     peek_off: int
+    corked: Corked | None = None
 
     def validate(self) -> None:
         if self.family not in _FAMILIES:
@@ -123,12 +113,11 @@ class UdpFile(OpenFile):
 
     @classmethod
     def examine(cls, view: FdView) -> str:
-        _nothing_corked(view)
+        corked.examine(view)
         return examine_datagrams(view)
 
     @classmethod
     def capture(cls, view: FdView) -> Self:
-        _nothing_corked(view)
         sock = view.socket
         name = Endpoint.of(sock.getsockname())
         peer = None
@@ -140,6 +129,7 @@ class UdpFile(OpenFile):
             peer=peer,
             # read once only, as late as can be: a datagram of no bytes cannot be peeked at twice (net/core/datagram.c)
             queue=_queue(sock, name, view.object) if view.table.late else (),
+            corked=corked.of_socket(view) if view.table.late else None,
             memberships=multicast.of_socket(sock, view.object),
             options=save(sock, view.object),
             peek_off=sock.getsockopt(Level.SOCKET, SO.PEEK_OFF),
@@ -176,7 +166,8 @@ class UdpFile(OpenFile):
 
     def release(self, host: Rebuilder, fd: int) -> None:
         with socket.socket(fileno=host.duplicate(fd)) as sock:
-            if self.peer is not None:
+            begun = self.corked is not None and corked.begun(sock)
+            if self.peer is not None and not begun:
                 try:
                     sock.connect(self.peer.sockaddr)
                 except OSError as error:
@@ -189,6 +180,8 @@ class UdpFile(OpenFile):
                     deliver(datagram.data, datagram.sender, datagram.to, self.name.port, host.warn)
             give_own_filter(sock, self.options)
             sock.setsockopt(Level.SOCKET, SO.PEEK_OFF, self.peek_off)
+            if self.corked is not None and not begun:
+                corked.begin_again(sock, self.corked, host.warn)
 
     def _delivered(self, host: Rebuilder, sock: socket.socket) -> int:
         """How many of the datagrams are in the socket's queue already. Its owner has not run, so none was taken."""

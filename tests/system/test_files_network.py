@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import select
 import socket
 import subprocess
 import traceback
@@ -112,6 +113,8 @@ def _udp_early() -> None:
 u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.bind(('10.9.9.1', 5353))
 c = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); c.bind(('10.9.9.1', 6000)); c.connect(('10.9.9.1', 5353))
 c.send(b'waiting')
+h = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); h.bind(('0.0.0.0', 7000)); h.connect(('10.9.9.1', 9))
+h.sendto(b'half', socket.MSG_MORE, ('10.9.9.1', 5353))
 """
         )
         source.stop()
@@ -131,6 +134,14 @@ c.send(b'waiting')
     rebuilder.complete()
     rebuilder.release()
     assert sock.recvfrom(99) == (b"waiting", ("10.9.9.1", 6000))
+    ((index, begun),) = [(i, f) for i, f in delta.items() if isinstance(f, UdpFile) and f.corked]
+    # a release that was cut short is done again
+    begun.release(rebuilder, rebuilder.descriptor(index))
+    with socket.socket(fileno=os.dup(rebuilder.descriptor(index))) as half:
+        assert not select.select([sock], [], [], 0)[0]
+        half.sendto(b", whole", ("10.9.9.1", 5353))
+    assert sock.recvfrom(99) == (b"half, whole", ("10.9.9.1", 7000))
+    assert not select.select([sock], [], [], 0)[0]
     assert sock.getsockopt(0, 19) == 0  # IP_TRANSPARENT was borrowed
     sock.close()
     rebuilder.close()

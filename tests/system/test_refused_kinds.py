@@ -15,9 +15,11 @@ from state_moves import running
 
 from checkpoint import preflight
 from checkpoint.errors import ForeignMode
+from checkpoint.kernel import corked
 from checkpoint.procfs import read_stat
 from checkpoint.tracee import Tree
 from checkpoint.verdict import Status
+from tcpstate.errors import KernelFeatureMissing
 from tests.tscnet import wait_until
 
 HEAD = """
@@ -88,10 +90,17 @@ KINDS = (
     ),
     ("a BPF map", "TM-0340", "BPF", "call(321, 0, struct.pack('<IIII', 2, 4, 4, 1).ljust(72, b'\\0'), 72)"),
     (
-        "a datagram that is not finished",
+        "a raw packet that is not finished",
         "TM-0340",
         "not finished",
-        "import socket; s = socket.socket(2, 2); s.connect(('127.0.0.1', 9)); s.send(b'half', socket.MSG_MORE)",
+        "import socket; s = socket.socket(2, 3, 253); s.sendto(b'half', socket.MSG_MORE, ('127.0.0.1', 0))",
+    ),
+    (
+        "a datagram that is not finished, with options of its own",
+        "TM-0340",
+        "not finished",
+        "import socket; s = socket.socket(2, 2); s.setsockopt(0, 4, b'\\1\\1\\1\\0'); "
+        "s.sendto(b'half', socket.MSG_MORE, ('127.0.0.1', 9))",
     ),
     (
         "fanotify that is asked for permission",
@@ -154,6 +163,17 @@ def test_refused(code: str, word: str, program: str) -> None:
     with running(*python(program)) as pid:
         found = told(pid)
     assert [each for each, text in found if word in text] == [code], found
+
+
+def test_a_datagram_that_is_not_finished_where_it_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise KernelFeatureMissing("no BPF here")
+
+    monkeypatch.setattr(corked, "pending", refused)
+    source = "import socket; s = socket.socket(2, 2); s.connect(('127.0.0.1', 9)); s.send(b'half', socket.MSG_MORE)"
+    with running(*python(source)) as pid:
+        found = told(pid)
+    assert [(code, "not finished" in text, "no BPF here" in text) for code, text in found] == [("TM-0340", True, True)]
 
 
 #: a program for i386 that waits for a signal: pause by int $0x80

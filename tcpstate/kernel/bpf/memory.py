@@ -1,8 +1,10 @@
 """Kernel memory, read: by a BPF program that copies it into a map that this process sees.
 
-This is an arbitrary read of the kernel's memory, the most that CAP_PERFMON allows.  Nothing of tcpmig does it unless it
-is told to in so many words (:class:`KernelMemory` is made by whoever asks for it, never in passing), and a program that
-is not loaded reads nothing.  It never writes; an address that is not mapped reads as an error, not as a fault.
+This is an arbitrary read of the kernel's memory, the most that CAP_PERFMON allows.  So it is done where something of a
+process would be lost otherwise, and has no other way out: a datagram that is not finished, if a socket has one
+(checkpoint/kernel/corked.py); for anything else only if the caller says so in so many words (tcpstate/outoforder.py).
+A program that is not loaded reads nothing.  It never writes; an address that is not mapped reads as an error, not as a
+fault.
 
 Source: kernel/bpf/syscall.c (BPF_PROG_TYPE_SYSCALL, sleepable; kernel 5.14), bpf_probe_read_kernel.
 """

@@ -7,7 +7,7 @@ import pytest
 
 from checkpoint.kernel import restart_block, sem_undo
 from tcpstate.errors import KernelFeatureMissing
-from tcpstate.kernel.bpf import call, drop, handshake, memory, sockerror, tcpsock, urgentmode, windows
+from tcpstate.kernel.bpf import call, drop, handshake, memory, opensock, sockerror, tcpsock, urgentmode, windows
 from tcpstate.kernel.bpf.layout import layout
 
 #: what loads each program anew
@@ -17,6 +17,7 @@ LOADERS = {
     "tcpsock": tcpsock._reader.__wrapped__,
     "urgentmode": urgentmode._link.__wrapped__,
     "sockerror": sockerror._link.__wrapped__,
+    "opensock": opensock._program.__wrapped__,
     "memory": memory.KernelMemory,
     "sem_undo": sem_undo._reader.__wrapped__,
     "restart_block": restart_block._reader.__wrapped__,

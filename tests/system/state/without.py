@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from checkpoint import tree, waiting
-from checkpoint.files import install, kinds, peercred, rebuild, regular
+from checkpoint.files import corked, install, kinds, peercred, rebuild, regular
 from checkpoint.files import table as files_table
 from checkpoint.files.base import OpenFile, kind_name
 from checkpoint.ipc.base import SystemV
@@ -172,6 +172,7 @@ def _aspects() -> dict[str, Switch]:
         "aspect/epoll-entries": _patch(install.Installation, "_control"),
         "aspect/position": _position,
         "aspect/sharing": _patch(tree, "_sharing", lambda *_: {}),
+        "aspect/corked": _patch(corked, "begin_again"),
         "aspect/waits": _patch(waiting, "go_on"),
     }
 

@@ -20,6 +20,7 @@ from checkpoint.files import abi, multicast, udpsend, unixdiag
 from checkpoint.files.abi import LockType, OwnerType, TimerSpec
 from checkpoint.files.base import AsyncOwner, FdView, FileLock, OpenFile, PosixLock, locks_of, parse_info
 from checkpoint.files.content import Content, ContentKind
+from checkpoint.files.corked import Corked
 from checkpoint.files.device import Device
 from checkpoint.files.epoll import Epoll, EpollWatch
 from checkpoint.files.eventfd import EventFd
@@ -105,6 +106,7 @@ RECORDS: list[OpenFile] = [
         memberships=(Membership(group="ff02::fb", interface="eth0"),),
         options=OPTIONS,
         peek_off=-1,
+        corked=Corked(data=b"half", to=Endpoint(address="fe80::2", port=7, scope="eth0"), source="fe80::1", ttl=64),
     ),
     UnixFile(
         flags=2,
