@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import logging
 import os
 import socket
@@ -33,11 +32,12 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from checkpoint import preflight, procfs, waiting
+from checkpoint.collector import CollectorPause
 from checkpoint.described import frozen_tree, held_listeners, manifest, process_records, tree_record
 from checkpoint.errors import NoSuchProcess, Refused, TreeChanged
 from checkpoint.files.ahead import Ahead, tell
 from checkpoint.files.base import OpenFile
-from checkpoint.files.contents import of_contents
+from checkpoint.files.contentrounds import ContentRounds
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.identity import Evidence
 from checkpoint.files.policy import NO_POLICY, AcceptQueues, Policy
@@ -116,7 +116,8 @@ class Dump:
         self.numbers = Numbers()
         self._spaces = Spaces()
         self.last = LastSegments(())  #: closed connections, whose last segments are under way when the trees stop
-        self._collecting = gc.isenabled()
+        self._pause = CollectorPause()
+        self.contents = ContentRounds()
         self._secured = False
         #: whether connections that still wait to be accepted move in the queue (set it before :meth:`drain`); else the
         #: application must accept them first, unless the policy lets them be reset
@@ -148,7 +149,7 @@ class Dump:
 
     def begin_live(self) -> LiveCopy:
         """Begin to copy memory while the processes run. TrackingImpossible, and what a stop raises."""
-        self._live = live = LiveCopy(self.roots, self._policy)
+        self._live = live = LiveCopy(self.roots, self._policy, self.contents)
         live.begin()
         return live
 
@@ -242,8 +243,7 @@ class Dump:
         addresses  those that will move: closed connections on them get a moment for their last segments
         """
         for attempt in range(_STOP_ATTEMPTS):
-            self._collecting = gc.isenabled()
-            gc.disable()  # a collection in the stop would cost milliseconds
+            self._pause.begin()
             watch = waiting.look_at(self.roots)
             self.stopped_ns = time.monotonic_ns()
             self.tree = Tree.stop(self.roots, watch=watch)
@@ -252,7 +252,7 @@ class Dump:
             # a handshake was completed between the last look and the stop
             self.tree.resume()
             self.tree = None
-            self._restore_gc()
+            self._pause.end()
             if attempt == _STOP_ATTEMPTS - 1:
                 self._holdoff.complain()
             self.drain()
@@ -320,7 +320,8 @@ class Dump:
         records = process_records(tree, self._states)
         objects = number.objects(self._ipc.records)
         yield Kind.TREE, tree_record(number.processes(records), self.roots, objects, self._spaces)
-        yield Kind.FILES, None if files is None else number.files(self._files_table.untold(files))
+        self.contents.adopt(self._files_table.contents)
+        yield Kind.FILES, None if files is None else number.files(self._files_table.untold(files, self.contents.staged))
         if self._live is not None and files is not None:
             self.remaining = self._live.left(tree.processes, records, self._layouts, files, self._spaces)
         for pid, left in self.remaining.items():
@@ -331,6 +332,8 @@ class Dump:
         for left in self.remaining.values():
             for runs in left.drops:
                 yield Kind.PAGES_DROP, number.dropped(runs)
+        for runs in self.contents.compare():
+            yield Kind.PAGES_DROP, runs
         for runs in leave(tree.processes, self._layouts, self.remaining) if self.leaves_pages else ():
             self.later += runs.length
             yield Kind.PAGES_LATER, number.dropped(runs)
@@ -338,7 +341,7 @@ class Dump:
     def pages(self, *, buffers: int = 1) -> Iterator[PageRun]:
         """Contents of files that travel along, then the memory of every process. A run is valid until the
         ``buffers``-th one after it is asked for."""
-        yield from of_contents(self._files_table)
+        yield from self.contents.runs(self._files_table.contents)
         for process in self._tree.processes:
             pid = process.pid
             if pid in self.remaining:
@@ -445,13 +448,13 @@ class Dump:
         tree, self.tree = self.tree, None
         if tree is not None:
             tree.resume()
-        self._restore_gc()
+        self._pause.end()
 
     def hold(self) -> None:
         """Leave everything as it is, stopped and silent, also when this program ends: the queued SIGSTOPs see to it."""
         self._group = self._holdoff = self.tree = None
         self._blackhole = Blackhole()  # those that stand stay
-        self._restore_gc()
+        self._pause.end()
 
     def held(self) -> list[HeldSocket]:
         """After :meth:`freeze`: the connections and listeners, for somebody who keeps them when the processes end."""
@@ -484,8 +487,9 @@ class Dump:
 
     def close(self) -> None:
         """Close our descriptors, and take away the rules that nothing needs any more."""
-        self._restore_gc()
+        self._pause.end()
         self.give_up_live()
+        self.contents.close()
         self._blackhole.remove()
         if self._ahead is not None:
             self._ahead.close()
@@ -494,7 +498,3 @@ class Dump:
             self._table = None
         while self._listeners:
             self._listeners.pop().close()
-
-    def _restore_gc(self) -> None:
-        if self._collecting:
-            gc.enable()

@@ -26,9 +26,11 @@ from checkpoint import preflight, procfs
 from checkpoint.described import Sharing, task_of
 from checkpoint.errors import NoSuchProcess, TrackingImpossible, TreeUnsteady
 from checkpoint.files.abi import pidfd_getfd
+from checkpoint.files.contentrounds import ContentRounds
 from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.files.pty import masters_of
 from checkpoint.files.regular import RegularFile
+from checkpoint.files.staged import StagedContents
 from checkpoint.files.table import FileTable, TreeFiles
 from checkpoint.image.format import PageRun
 from checkpoint.image.frames import Runs, Space
@@ -70,12 +72,14 @@ class Round:
     tree     what is told first; its clocks were read at ``read_ns`` of our CLOCK_MONOTONIC, nanoseconds
     drops    pages that are as in a fresh mapping again
     runs     the pages, read as they are asked for
+    contents shared memory (checkpoint.files.contentrounds), compared as it is asked for
     """
 
     tree: LiveTree
     read_ns: int
     drops: list[Runs]
     runs: Iterator[PageRun]
+    contents: Iterator[StagedContents | Runs | PageRun]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +122,11 @@ def foresee(pid: int) -> dict[bytes, Vma]:
 
 
 class LiveCopy:
-    """See the module's docstring. ``roots``: PIDs of the trees' roots; ``policy``: which files will travel."""
+    """See the module's docstring. ``roots``: PIDs of the trees' roots; ``policy``: which files will travel;
+    ``contents``: copies shared memory."""
 
-    def __init__(self, roots: Sequence[int], policy: Policy = NO_POLICY) -> None:
+    def __init__(self, roots: Sequence[int], policy: Policy = NO_POLICY, contents: ContentRounds | None = None) -> None:
+        self._contents = contents
         self._roots = tuple(roots)
         self._policy = policy
         self._trackings: dict[int, Tracking | softdirty.Tracking] = {}
@@ -220,7 +226,8 @@ class LiveCopy:
         self._told = LiveTree(number=self._rounds, processes=tuple(members), files=records, clocks=seen, spaces=spaces)
         number = Numbers([task.pid for task, _ in tasks])
         drops = [number.dropped(one) for one in drops]
-        return Round(number.live(self._told), read_ns, drops, number.pages(self._read(ranges)))
+        contents = iter(()) if self._contents is None else self._contents.round()
+        return Round(number.live(self._told), read_ns, drops, number.pages(self._read(ranges)), contents)
 
     def _again(self) -> None:
         self._attempts += 1
@@ -255,7 +262,10 @@ class LiveCopy:
             files = FileTable()
             try:
                 layouts = {pid: self._layout(pid, files) for pid in self._trackings}
-                return _plain(layouts, files.records(), self._policy)
+                records = files.records()
+                if self._contents is not None:
+                    self._contents.see(files.contents)
+                return _plain(layouts, records, self._policy)
             except (FileNotFoundError, ValueError):
                 # unmapped between two looks; or read in parts that do not fit together
                 looks += 1
@@ -300,7 +310,7 @@ class LiveCopy:
             yield from pages.read_live(self._processes[pid], pid, wanted)
 
     def written(self) -> dict[int, int]:
-        """Bytes written since the last round, by process."""
+        """Bytes written since the last round, by process; of shared memory, all as the root's."""
         found: dict[int, int] = {}
         for one in () if self._told is None else self._told.processes:
             track = self._trackings.get(one.task.pid)
@@ -309,6 +319,8 @@ class LiveCopy:
             seen, untracked = _written(track, one.layout, _private(one.layout.mappings))
             # of what was made anew nothing is known but its size
             found[one.task.pid] = total(seen.full) + total(untracked)
+        if found and self._contents is not None:
+            found[next(iter(found))] += self._contents.written()
         return found
 
     # -- the end

@@ -22,20 +22,20 @@ stopped (a SIGSTOP is queued to each thread).
 from __future__ import annotations
 
 import contextlib
-import gc
 import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from checkpoint import newpids
+from checkpoint.collector import CollectorPause
 from checkpoint.errors import ImageIncomplete, RebuildDiffers
 from checkpoint.files.aheadbuild import BuiltAhead
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.install import install
 from checkpoint.files.policy import External
 from checkpoint.files.rebuild import Rebuilder
+from checkpoint.files.staged import Staged, StagedContents
 from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.files.treefiles import AheadFiles
@@ -51,7 +51,8 @@ from checkpoint.records import FilesDelta, LiveTree, Manifest, MapsDelta, Proces
 from checkpoint.spawn import Stub
 from checkpoint.state import clocks, table
 from checkpoint.state.registers import Registers
-from checkpoint.traces import Made, NoteWriter, Rules, StagedName, Stubs, Trace, Traced, write
+from checkpoint.stubnote import noted
+from checkpoint.traces import Made, NoteWriter, Rules, Trace, write
 from tcpstate.rebuild import Difference
 from tcpstate.record import ConnectionRecord
 from tcpstate.segment import Segment
@@ -108,10 +109,11 @@ class Restore:
         self._rebuilder: Rebuilder | None = None
         self._ahead: BuiltAhead | None = None
         self._blackhole = Blackhole()
+        self._pause = CollectorPause()
         self._arrived_ns = 0
-        self._complete = False
-        self._processes_complete = False
+        self._complete = self._processes_complete = False
         self._ground = self._new_ground()
+        self._staged = Staged(lambda path: self._path(path))
         self._clocks_go_on = False
         self._ipc: list[SystemV] = []
         self._inside = contextlib.ExitStack()
@@ -149,6 +151,8 @@ class Restore:
                 self._live(frame.decode(LiveTree))
             case Kind.AHEAD:
                 self._build_ahead(frame.decode(AheadFiles))
+            case Kind.CONTENTS:
+                self._staged.tell(frame.decode(StagedContents))
             case Kind.MAPS_DELTA:
                 self._ground.forget(frame.decode(MapsDelta))
             case Kind.PAGES_LATER:
@@ -172,8 +176,6 @@ class Restore:
                 self._files_rebuilder.take(frame.decode(FilesDelta).files)
             case Kind.END:
                 self.end()
-            case _:
-                pass  # ADDRESSES, HOLD: not this room's
         frame.release()
 
     def end(self) -> None:
@@ -232,14 +234,19 @@ class Restore:
     def _drop(self, runs: Runs) -> None:
         if self._processes_complete:
             raise ImageIncomplete("pages were dropped after the end of the copy")
-        self._ground.drop(runs)
+        if runs.space is Space.CONTENT:
+            self._files_rebuilder.drop_content(runs.id, runs.runs)
+        elif runs.space is Space.STAGED:
+            self._staged.drop(runs)
+        else:
+            self._ground.drop(runs)
 
     # -- building -------------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
         if self._files is None or self._tree is None or self.manifest is None:
             raise ImageIncomplete("a record MANIFEST or FILES did not come where it is needed")
-        gc.disable()  # a collection would cost milliseconds in which the original stands still
+        self._pause.begin()
         if not self._clocks_go_on:
             self._enter_clocks(self._tree.clocks, 0)
             # their clocks stood until now: what has passed here before has not passed for them
@@ -265,6 +272,7 @@ class Restore:
             stubs=self.stubs,
             ahead=self._ahead,
         )
+        self._staged.provide(self._files, self._rebuilder.provide_content)
         self._rebuilder.own_ipc = own_ipc = self._tree.spaces.ipc is not None
         if self._check:
             for warning in self._rebuilder.check():
@@ -312,8 +320,10 @@ class Restore:
             raise ImageIncomplete("bytes of memory came after the end of the copy")
         if run.space is Space.CONTENT:
             self._files_rebuilder.write_content(run.id, run.runs, run.data)
-            return False
-        self._ground.write(run)
+        elif run.space is Space.STAGED:
+            self._staged.write(run)
+        else:
+            self._ground.write(run)
         return False
 
     # -- the end --------------------------------------------------------------------------------------------------
@@ -364,18 +374,7 @@ class Restore:
     def _secure(self, rebuilder: Rebuilder) -> None:
         """Nothing is injected any more: from :meth:`survive` on our death leaves the processes stopped."""
         stops = {record.task.pid: record.stop_signal for record in self._living()}
-        processes = [replace(Traced.of(stub), stop_signal=stops.get(pid, 0)) for pid, stub in self.stubs.items()]
-        names = [StagedName(staged=staged, real=real) for staged, real in rebuilder.staged]
-        held = {index: one.file.quiet for index, one in rebuilder.held.items() if one.file.quiet is not None}
-        stubs = Stubs(
-            processes=processes,
-            names=names,
-            roots=self._roots(),
-            held=held,
-            devices=self._devices,
-            numbers={pid: stub.pid for pid, stub in self.stubs.items() if stub.pid != pid},
-        )
-        write(self.note, Trace.STUBS, stubs)
+        write(self.note, Trace.STUBS, noted(self.stubs, stops, self._roots(), rebuilder, self._devices))
         for stub in self.stubs.values():
             stub.queue_sigstops()
 
@@ -464,6 +463,7 @@ class Restore:
         pids = self._roots()
         for stub in self.stubs.values():
             stub.release()
+        self._pause.end()
         self.stubs = {}
         return pids
 
@@ -479,9 +479,10 @@ class Restore:
         self._inside.close()
         self._ground.close()
         self._blackhole.remove()
-        gc.enable()
+        self._pause.end()
 
     def _close_ahead(self) -> None:
+        self._staged.close()
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             ahead.close()
@@ -495,4 +496,4 @@ class Restore:
         self._inside.close()
         self._ground.close()
         self._blackhole.remove()
-        gc.enable()
+        self._pause.end()

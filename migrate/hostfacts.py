@@ -27,6 +27,7 @@ __all__ = [
     "FORWARD",
     "LAZY",
     "PROBE",
+    "STAGED",
     "features",
     "host_facts",
     "judge_host",
@@ -39,6 +40,8 @@ __all__ = [
 ACCEPT_QUEUE: Final = "accept-queue"
 #: of :func:`features`: connections are built before the stop (the frame AHEAD is understood)
 AHEAD: Final = "connections-ahead"
+#: of :func:`features`: shared memory is kept before the stop (the frame CONTENTS is understood)
+STAGED: Final = "contents-ahead"
 #: the same: this program answers Probe
 PROBE: Final = "probe"
 
@@ -75,7 +78,7 @@ def without(needs: Needs, patterns: Sequence[str]) -> Needs:
 def features() -> frozenset[str]:
     """What the kernel and this program can do here that another host may want to know before anything is stopped. The
     first time takes up to a second (the kernel's BTF is read)."""
-    ours = frozenset({PROBE, AHEAD, FORWARD, squeeze.FEATURE} | (set() if lazy.available() else {LAZY}))
+    ours = frozenset({PROBE, AHEAD, STAGED, FORWARD, squeeze.FEATURE} | (set() if lazy.available() else {LAZY}))
     return ours if acceptqueue.missing() else ours | {ACCEPT_QUEUE}
 
 

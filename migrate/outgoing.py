@@ -27,7 +27,7 @@ from checkpoint.files.tcp import TcpGroup
 from checkpoint.files.udp import UdpFile
 from checkpoint.files.verdicts import foretell
 from checkpoint.image.format import FrameWriter, page_frames
-from checkpoint.image.frames import Kind
+from checkpoint.image.frames import Kind, PageRun, Runs
 from checkpoint.image.writer import ImageFile
 from checkpoint.live import Round as LiveRound
 from checkpoint.memory.layout import MemoryLayout
@@ -36,7 +36,7 @@ from checkpoint.namespaces.spaces import Spaces, own_network, silence_network
 from checkpoint.records import Ended
 from checkpoint.throttle import Throttle
 from migrate.clock import monotonic_ns
-from migrate.hostfacts import ACCEPT_QUEUE, AHEAD
+from migrate.hostfacts import ACCEPT_QUEUE, AHEAD, STAGED
 from migrate.messages import Needs, TreeNeed
 from migrate.parts import NoteWriter
 from migrate.rounds import Pace, Round
@@ -93,6 +93,7 @@ class OutgoingTrees:
     def meet(self, features: frozenset[str]) -> None:
         """What waits to be accepted can move if both kernels can put it back: here, should all be undone."""
         self._ahead = AHEAD in features
+        self._dump.contents.wanted = STAGED in features
         if self._policy.accept_queue is not AcceptQueues.REFUSE and ACCEPT_QUEUE in features:
             lack = acceptqueue.missing()
             if lack is not None:
@@ -186,6 +187,14 @@ class OutgoingTrees:
             image.write(self._writer.frame(Kind.PAGES_DROP, drop))
         for run in told.runs:
             image.write(self._writer.pages(run))
+        for told_content in told.contents:
+            match told_content:
+                case PageRun() as run:
+                    image.write(self._writer.pages(run))
+                case Runs() as drop:
+                    image.write(self._writer.frame(Kind.PAGES_DROP, drop))
+                case record:
+                    image.write(self._writer.frame(Kind.CONTENTS, record))
         image.flush()
 
     def copy_ahead(

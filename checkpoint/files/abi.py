@@ -43,6 +43,7 @@ __all__ = [
     "kcmp",
     "kcmp_epoll",
     "pidfd_getfd",
+    "punch_hole",
     "signalfd",
     "tee",
     "timerfd_create",
@@ -321,6 +322,12 @@ def tee(source: int, sink: int, length: int) -> int:
     """Duplicate up to ``length`` bytes of one pipe into another, without consuming them."""
     nonblock = 2  # SPLICE_F_NONBLOCK
     return _syscall(SYS.tee, source, sink, length, nonblock)
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """A hole in a file, whose size stays (fallocate(2))."""
+    keep_size, punch = 1, 2  # linux/falloc.h
+    _syscall(SYS.fallocate, fd, keep_size | punch, offset, length)
 
 
 def unshare_filesystem() -> None:

@@ -16,16 +16,16 @@ import fcntl
 import mmap
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from checkpoint.errors import FileMissing, FileRebuildFailed
-from checkpoint.files.abi import Fcntl, Seal
+from checkpoint.errors import BadFileRecord, FileMissing, FileRebuildFailed
+from checkpoint.files.abi import Fcntl, Seal, punch_hole
 from checkpoint.files.identity import BEACON
 from tcpstate.errors import KernelFeatureMissing
 
-__all__ = ["Content", "ContentKind", "data_runs", "nonzero_runs"]
+__all__ = ["Content", "ContentKind", "data_runs", "nonzero_runs", "punch", "put"]
 
 #: the suffix that the kernel puts behind the name of a file without links
 DELETED: Final = " (deleted)"
@@ -207,9 +207,35 @@ def _map_file(area: mmap.mmap) -> str:
     return f"/proc/self/map_files/{start:x}-{end:x}"
 
 
-def data_runs(fd: int) -> Iterator[tuple[int, int]]:
-    """(offset, length) of the parts of the file that are not holes."""
-    offset = 0
+def put(
+    content: Content, fd: int, runs: Sequence[tuple[int, int]], data: bytes | memoryview, *, size: int, name: str
+) -> None:
+    """Write the bytes of ``runs`` (offset, length), one after the other in ``data``, up to ``size``. BadFileRecord if
+    they do not fit, FileRebuildFailed."""
+    view = memoryview(data)
+    for offset, length in runs:
+        if offset < 0 or length < 0 or offset + length > size or length > len(view):
+            raise BadFileRecord(f"{length} bytes at {offset} do not fit {size}", object=name)
+        part, view = view[:length], view[length:]
+        try:
+            content.write(fd, offset, part)
+        except OSError as error:
+            raise FileRebuildFailed(f"writing a content: {error.strerror}", object=name) from error
+    if view:
+        raise BadFileRecord(f"{len(view)} bytes too many", object=name)
+
+
+def punch(fd: int, runs: Iterable[tuple[int, int]], name: str) -> None:
+    """Make holes of ``runs`` (offset, length). FileRebuildFailed."""
+    for start, length in runs:
+        try:
+            punch_hole(fd, start, length)
+        except OSError as error:
+            raise FileRebuildFailed(f"a hole: {error.strerror}", object=name) from error
+
+
+def data_runs(fd: int, offset: int = 0) -> Iterator[tuple[int, int]]:
+    """(offset, length) of the parts of the file that are not holes, from ``offset`` on."""
     while True:
         try:
             start = os.lseek(fd, offset, os.SEEK_DATA)

@@ -32,6 +32,7 @@ from checkpoint.errors import BadFileRecord, FileRebuildFailed
 from checkpoint.files.abi import REOPEN_FLAGS, Fcntl, FileFlag
 from checkpoint.files.aheadbuild import BuiltAhead
 from checkpoint.files.base import OpenFile, kind_name
+from checkpoint.files.content import punch, put
 from checkpoint.files.descriptors import ensure_descriptors
 from checkpoint.files.external import External
 from checkpoint.files.held import HeldSocket
@@ -357,19 +358,12 @@ class Rebuilder:
 
     def write_content(self, index: int, runs: Sequence[tuple[int, int]], data: bytes | memoryview) -> None:
         """Bytes of a content: ``runs`` are (offset, length), ``data`` what belongs there, one after the other."""
-        fd = self.content(index)
-        size = self.records.contents[index].size
-        view = memoryview(data)
-        for offset, length in runs:
-            if offset < 0 or length < 0 or offset + length > size or length > len(view):
-                raise BadFileRecord(f"{length} bytes at {offset} do not fit {size}", object=f"content {index}")
-            part, view = view[:length], view[length:]
-            try:
-                self.records.contents[index].write(fd, offset, part)
-            except OSError as error:
-                raise FileRebuildFailed(f"writing a content: {error.strerror}", object=f"content {index}") from error
-        if view:
-            raise BadFileRecord(f"{len(view)} bytes too many", object=f"content {index}")
+        fd, content = self.content(index), self.records.contents[index]
+        put(content, fd, runs, data, size=content.size, name=f"content {index}")
+
+    def drop_content(self, index: int, runs: Sequence[tuple[int, int]]) -> None:
+        """Holes of a content, where bytes were told before."""
+        punch(self.content(index), runs, f"content {index}")
 
     def take_queue(self, run: PageRun) -> bool:
         """Bytes of a connection's queue; whether their memory is needed from now on. BadFileRecord."""

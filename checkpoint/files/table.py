@@ -15,7 +15,6 @@ import errno
 import functools
 import os
 import stat
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from checkpoint import procfs
@@ -23,7 +22,8 @@ from checkpoint.errors import FileCaptureFailed, LockTaken, SharedDescriptors, U
 from checkpoint.files import abi, locks
 from checkpoint.files.abi import CAPTURED_FLAGS, AccessMode, FileFlag, Kcmp
 from checkpoint.files.base import FdView, FileLock, OpenFile, PosixLock, kind_name, locks_of, parse_info, read_info
-from checkpoint.files.content import Content, ContentKind, data_runs, nonzero_runs
+from checkpoint.files.content import ContentKind
+from checkpoint.files.contents import ContentTable
 from checkpoint.files.descriptors import ensure_descriptors
 from checkpoint.files.identity import Evidence
 from checkpoint.files.kinds import kind_for
@@ -60,7 +60,7 @@ class FileTable:
         #: whether the capture at hand is the last one (:meth:`recapture`)
         self.late = False
         self.entries: list[FdView] = []
-        self.contents: list[Content] = []
+        self.contents = ContentTable()
         self.tables: dict[int, dict[int, tuple[int, bool]]] = {}
         self.warnings: list[str] = []
         self.outside = Outside(self)
@@ -71,9 +71,6 @@ class FileTable:
         self._last_mapped: LastMapped | None = None
         # per file: indexes in kcmp's order
         self._by_file: dict[tuple[int, int, str], list[int]] = {}
-        self._content_of: dict[tuple[int, int], int] = {}
-        self._content_source: list[str] = []
-        self._content_fd: dict[int, int] = {}
         self._files: list[OpenFile] = []
         #: by process: descriptors that were not told ahead
         self._told_now: dict[int, dict[int, tuple[int, bool]]] = {}
@@ -357,55 +354,9 @@ class FileTable:
         """The TCP MD5 keys of this network namespace's sockets, by inode, as they were when first asked for."""
         return all_keys()
 
-    # ---- contents
-
     def content(self, view: FdView, kind: ContentKind, name: str, huge: int = 0) -> int:
         """The index of the content of a file, recorded when it is first asked for."""
-        key = (view.stat.st_dev, view.stat.st_ino)
-        index = self._content_of.get(key)
-        if index is not None:
-            return index
-        seals = 0
-        if kind is ContentKind.MEMFD:
-            seals = _seals(view)
-        found = view.stat
-        self.contents.append(
-            Content(
-                kind=kind,
-                name=name,
-                size=found.st_size,
-                mode=stat.S_IMODE(found.st_mode),
-                uid=found.st_uid,
-                gid=found.st_gid,
-                seals=seals,
-                huge=huge,
-            )
-        )
-        self._content_source.append(view.magic)
-        self._content_of[key] = len(self.contents) - 1
-        return len(self.contents) - 1
-
-    def _content(self, index: int) -> int:
-        if index not in self._content_fd:
-            self._content_fd[index] = os.open(self._content_source[index], os.O_RDONLY | os.O_CLOEXEC)
-        return self._content_fd[index]
-
-    def content_runs(self, index: int) -> Iterator[tuple[int, int]]:
-        """(offset, length) of the data of a content, in ascending order, holes left out."""
-        huge = self.contents[index].huge
-        return nonzero_runs(self._content(index), 1 << huge) if huge else data_runs(self._content(index))
-
-    def read_content(self, index: int, offset: int, length: int) -> bytes:
-        """Bytes of a content; short at its end only."""
-        parts = []
-        while length:
-            part = os.pread(self._content(index), length, offset)
-            if not part:
-                break
-            parts.append(part)
-            offset += len(part)
-            length -= len(part)
-        return b"".join(parts)
+        return self.contents.of(view, kind, name, huge)
 
     # ---- capturing
 
@@ -421,11 +372,12 @@ class FileTable:
                 raise FileCaptureFailed(f"{view.link}: {error}", object=view.object) from error
             index += 1
         return TreeFiles(
-            files=list(self._files), contents=list(self.contents), tables=self.tables, locks=self._posix_locks()
+            files=list(self._files), contents=list(self.contents.records), tables=self.tables, locks=self._posix_locks()
         )
 
-    def untold(self, files: TreeFiles) -> TreeFiles:
-        """Of :meth:`records` what was not told ahead."""
+    def untold(self, files: TreeFiles, staged: dict[int, int]) -> TreeFiles:
+        """Of :meth:`records` what was not told ahead; ``staged`` as in TreeFiles."""
+        files = dataclasses.replace(files, staged=staged)
         if self.ahead is None:
             return files
         count = self.ahead.count
@@ -482,17 +434,6 @@ class FileTable:
             remove_deserted(segments)
         for view in self.entries:
             view.close()
-        for descriptors in (self._content_fd, self._pidfds):
-            for fd in descriptors.values():
-                os.close(fd)
-            descriptors.clear()
-
-
-def _seals(view: FdView) -> int:
-    import fcntl
-
-    fd = os.open(view.magic, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return fcntl.fcntl(fd, abi.Fcntl.GET_SEALS)
-    finally:
-        os.close(fd)
+        self.contents.close()
+        while self._pidfds:
+            os.close(self._pidfds.popitem()[1])

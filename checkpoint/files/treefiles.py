@@ -76,6 +76,7 @@ class TreeFiles:
     ahead     so many files were told before, in an :class:`AheadFiles`, and are not among ``files``, whose numbers go
               on from there; nor are descriptors in ``tables`` that were told with them
     gone      those of them that are not open any more
+    staged    contents that were told before, too: index to number in CONTENTS
     """
 
     files: list[OpenFile]
@@ -84,6 +85,7 @@ class TreeFiles:
     locks: dict[int, list[LocksOfFile]] = field(default_factory=dict)
     ahead: int = 0
     gone: tuple[int, ...] = ()
+    staged: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count = self.ahead + len(self.files)
@@ -97,6 +99,9 @@ class TreeFiles:
                     raise ValueError(f"pid {pid} has locks on file {lock.file} of {count}")
         if self.ahead < 0 or any(not 0 <= index < self.ahead for index in self.gone):
             raise ValueError("files that were told ahead are out of range")
+        contents = range(len(self.contents))
+        if any(index not in contents for index in self.staged) or len({*self.staged.values()}) != len(self.staged):
+            raise ValueError("contents that were told ahead are out of range, or two are the same")
 
     def renumbered(self, number: Callable[[int], int]) -> TreeFiles:
         """With processes, groups and sessions as another PID namespace numbers them."""
@@ -120,7 +125,7 @@ class TreeFiles:
                 tables.setdefault(place.pid, {})[place.fd] = index, place.cloexec
         for pid, table in self.tables.items():
             tables.setdefault(pid, {}).update(table)
-        return TreeFiles(files=[*told.files, *self.files], contents=self.contents, tables=tables, locks=self.locks)
+        return dataclasses.replace(self, files=[*told.files, *self.files], tables=tables, ahead=0, gone=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -96,6 +96,8 @@ class Kind(enum.StrEnum):
     MANIFEST     what a host must check before it builds anything (host, kernel, machine, options)
     LIVE         the processes while they run, in a round of pre-copy: their memory alone is built from it
     AHEAD        idle connections of the processes, while they run: built before the stop, the first files of FILES
+    CONTENTS     shared memory of the processes, while they run: contents whose bytes follow in the space ``staged``;
+                 FILES says which of its own go on from there
     TREE         the processes and their state
     FILES        the table of open files of the tree
     MAPPINGS     the memory layout of one process; a later one of the same process replaces it
@@ -118,6 +120,7 @@ class Kind(enum.StrEnum):
     MANIFEST = "MANIFEST"
     LIVE = "LIVE"
     AHEAD = "AHEAD"
+    CONTENTS = "CONTENTS"
     TREE = "TREE"
     FILES = "FILES"
     MAPPINGS = "MAPPINGS"
@@ -153,11 +156,13 @@ _STREAM_FLAGS = int(Flag.OPTIONAL | Flag.CHECKSUM)
 
 
 class Space(enum.StrEnum):
-    """What the runs of a PAGES frame are places of: the memory of a process, the content of a file, or a queue of a
-    connection: what has arrived and was not read, what was written and is not acknowledged."""
+    """What the runs of a PAGES frame are places of: the memory of a process, the content of a file, the same while the
+    processes still run, or a queue of a connection: what has arrived and was not read, what was written and is not
+    acknowledged."""
 
     MEMORY = "memory"
     CONTENT = "content"
+    STAGED = "staged"
     RECEIVED = "received"
     SENT = "sent"
 
@@ -167,7 +172,7 @@ class Runs:
     """The record of a PAGES or PAGES_DROP frame: where its bytes belong.
 
     space  memory of a process, content of a file, or queue of a connection
-    id     pid (as in TREE), index of a content, or index in FILES
+    id     pid (as in TREE), index of a content, its number in CONTENTS, or index in FILES
     runs   (start, length) in bytes, ascending, not overlapping; whole pages in memory
     """
 

@@ -185,7 +185,7 @@ def round_trip(
                 group.export()
             delta = {**table.recapture(), **group.records()}
             bytes_of = [
-                [(run, table.read_content(i, *run)) for run in table.content_runs(i)]
+                [(run, table.contents.read(i, *run)) for run in table.contents.runs(i)]
                 for i in range(len(table.contents))
             ]
             if network:

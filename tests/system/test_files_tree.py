@@ -143,7 +143,9 @@ keep.update(rw=at(rw), gone=at(gone), anon=at(anon), both=at(both), fd=fd)
             index = {k: table.add_mapped(_Pid(source.pid), holding(keep[k])) for k in ("rw", "gone", "anon", "both")}  # type: ignore[arg-type]
             assert index["rw"] == table.add_mapped(_Pid(source.pid), holding(keep["rw"]))  # type: ignore[arg-type]
             records = table.records()
-            runs = [[(r, table.read_content(i, *r)) for r in table.content_runs(i)] for i in range(len(table.contents))]
+            runs = [
+                [(r, table.contents.read(i, *r)) for r in table.contents.runs(i)] for i in range(len(table.contents))
+            ]
         kinds = {k: records.files[i] for k, i in index.items()}
         shared, gone, anon, both = kinds["rw"], kinds["gone"], kinds["anon"], kinds["both"]
         assert isinstance(shared, RegularFile)

@@ -142,8 +142,8 @@ def round_trip_with_files(process: Process) -> list[str]:
         stub = stack.enter_context(stub_for(memory))
         layout.build(memory, stub, rebuilder.descriptor)
         for index in range(len(table.contents)):
-            for start, length in table.content_runs(index):
-                rebuilder.write_content(index, [(start, length)], table.read_content(index, start, length))
+            for start, length in table.contents.runs(index):
+                rebuilder.write_content(index, [(start, length)], table.contents.read(index, start, length))
         pages.write(stub, memory, pages.read(process, memory))
         stub.leave()
         assert len(table.contents) == 3  # shared anonymous memory, a memfd, a deleted file

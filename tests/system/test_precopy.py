@@ -77,6 +77,26 @@ def test_memory_that_changes_in_every_way(hosts: ThreeHosts, seed: int) -> None:
             steps = int(said[1])
 
 
+def test_shared_memory_is_copied_while_it_is_written(hosts: ThreeHosts) -> None:
+    here, there = hosts.source, hosts.target
+    megabytes, steps = 48, 0
+    module = "tests.workloads.shared_server"
+    pid = _start(hosts, [sys.executable, "-m", module, PORT, hosts.net.service4, 5, megabytes]).pid
+    with talking(hosts.client, hosts.net.service4) as sock:
+        for _ in range(2):
+            summary = migrate(here, pid, there)
+            *rounds, last = summary["rounds"]
+            # nine of ten pages of both, while they ran
+            assert sum(one["bytes"] for one in rounds) > 3 * megabytes << 19
+            assert last["bytes"] < megabytes << 20
+            pid, here, there = summary["target_pid"], there, here
+            sock.sendall(b"?")
+            said = sock.recv(1000).decode().rsplit(maxsplit=1)
+            assert said[0] == "ok", said
+            assert int(said[1]) > steps
+            steps = int(said[1])
+
+
 def test_the_stop_does_not_copy_what_was_copied_before(hosts: ThreeHosts) -> None:
     process = start(hosts, 200)
     with talking(hosts.client, hosts.net.service4) as sock:
