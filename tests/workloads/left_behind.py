@@ -11,6 +11,7 @@ import socket
 import sys
 
 from checkpoint import procfs
+from checkpoint.errors import NoSuchProcess
 from checkpoint.leftovers import leftovers
 from migrate.holdstore import holds
 from migrate.recover import survey
@@ -50,7 +51,8 @@ def _last_argument(pid: int) -> bytes:
 def _of_process(pid: int, known: bool) -> list[str]:
     try:
         stat = procfs.read_stat(pid)
-    except ProcessLookupError:
+    except NoSuchProcess:
+        # it has ended since it was listed
         return []
     found = [f"pid {pid} is in state {stat.state}"] if stat.state in "Tt" else []
     if stat.comm.startswith("tcpmig-stub"):
