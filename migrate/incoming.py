@@ -61,6 +61,8 @@ class IncomingTrees:
         self._begun: set[tuple[ConnId, int]] = set()
         self._connected = False
         self._pairs: list[tuple[str, str]] = []
+        #: where something may come for them; None: at any address
+        self._used: tuple[str, ...] | None = None
         self._kept: KeptFrames | None = None
         self._bringer: Bringer | None = None
         self._network: NewNetwork | None = None
@@ -100,6 +102,7 @@ class IncomingTrees:
         warm()
         self._connected = needs.connections > 0
         self._pairs = _pairs(needs)
+        self._used = None if needs.anywhere else needs.used_addresses
         found += refusals(hostcheck.check())
         for tree in needs.trees:
             taken = None if tree.inner else hostcheck.first_user(tree.tids)
@@ -165,7 +168,7 @@ class IncomingTrees:
         ports = self._restore.ports
         if ports:
             # before the address comes: what arrives between its coming and the release is kept
-            self._capture = Capture(ports=ports)
+            self._capture = Capture(ports=ports, addresses=self._used)
             self._capture.start()
         differences = tuple(
             Difference(connection=connection, item=d.what, sent=str(d.expected), found=str(d.found))

@@ -83,6 +83,8 @@ class OutgoingTrees:
         self._syns: Capture | None = None
         self._segments: list[Capture] = []
         self._captured_ports: set[int] = set()
+        #: the addresses that their connections and listeners use; None: any
+        self._used: set[str] | None = None
         #: what the connections were sent in the stop and do not have
         self._refused: list[Segment] = []
         self._began = False
@@ -123,6 +125,7 @@ class OutgoingTrees:
         anywhere = {f"tcp port {name[1]}" for name in names if _bare(name[0]) in _ANYWHERE}
         anywhere |= {f"udp port {end.port}" for end in udp if _bare(end.address) in _ANYWHERE}
         used = {_bare(address) for address in local} | (bound - _ANYWHERE)
+        self._used = None if anywhere else set(used)
         return Needs(
             trees=tuple(_tree(root) for root in self._roots),
             files=tuple(foretold),
@@ -233,9 +236,9 @@ class OutgoingTrees:
         # Not only from the freeze on: nobody reads in the stop; what a full receive queue has no room for is dropped
         # by the kernel although the peer was allowed to send it (TCPRcvQDrop). The peer would run into its
         # retransmission time-out.
-        self._capture_all()
+        self._capture_all(self._used)
         self._dump.stop(moved)
-        self._capture_all()
+        self._capture_all(None)
 
     def send(self, image: ImageWriter) -> bool:
         """Skeleton and pages; whether it was little."""
@@ -313,14 +316,24 @@ class OutgoingTrees:
     def _freeze(self) -> None:
         self._refused = self._dump.freeze(self._later_segments())
 
-    def _capture_all(self) -> None:
-        """For all ports of the trees that are not captured yet."""
-        ports = self._dump.ports - self._captured_ports
-        if ports:
-            capture = Capture(ports=ports)
-            capture.start()
-            self._segments.append(capture)
-            self._captured_ports |= ports
+    def _capture_all(self, addresses: set[str] | None) -> None:
+        """For ports of the trees that are not captured yet, on these addresses (None: any); and for those that are, on
+        addresses that connections have since."""
+        ports = self._dump.ports
+        known = ports & self._captured_ports
+        if fresh := ports - known:
+            self._capture(fresh, addresses)
+            self._captured_ports |= fresh
+        if known and self._used is not None:
+            more = {_bare(address) for address in self._dump.connection_addresses} - self._used
+            if more:
+                self._capture(known, more)
+                self._used |= more
+
+    def _capture(self, ports: set[int], addresses: set[str] | None) -> None:
+        capture = Capture(ports=ports, addresses=addresses)
+        capture.start()
+        self._segments.append(capture)
 
     @property
     def pids(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import logging
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from checkpoint.verdict import Verdict, refusals
 from migrate import drains
@@ -73,6 +73,10 @@ __all__ = ["Received", "Target"]
 _log = logging.getLogger(__name__)
 
 _M = TypeVar("_M", bound=Message)
+
+#: seconds that the source may look at what it has before it tells: at tens of thousands of connections on a busy
+#: machine for minutes, and nothing stands still meanwhile
+_LOOKS: Final = 600.0
 
 #: seconds that the first captured segments may come after COMMIT; they follow it in the same write
 FIRST_SEGMENTS = 0.5
@@ -166,12 +170,15 @@ class Target:
     def _accept(self) -> Check | None:
         """Step 1; None if there was only a question to be answered. Raises the first refusal, after the source has been
         told all of them."""
+        silence, self._channel.silence = self._channel.silence, max(self._channel.silence, _LOOKS)
         try:
             check = self._hear(Check, Ask, Fetch)
         except LinkLost:
             # it tells its user why: the path to here is no news of ours
             _log.info("the source ended before it asked for anything")
             return None
+        finally:
+            self._channel.silence = silence
         if isinstance(check, Ask):
             self._answer(check)
         if isinstance(check, Fetch):

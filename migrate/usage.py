@@ -6,6 +6,7 @@ Source: proc(5), net/ipv4/tcp_ipv4.c get_tcp4_sock, net/ipv6/udp.c.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 import sys
@@ -134,11 +135,17 @@ def _children(pid: int) -> Iterable[int]:
 def _end(text: str) -> tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]:
     """An address and port of /proc/net: the address is in words of the machine's byte order."""
     words, port = text.split(":")
+    return _address(words), int(port, 16)
+
+
+# thousands of connections have few addresses
+@functools.lru_cache(maxsize=4096)
+def _address(words: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     packed = b"".join(int(words[i : i + 8], 16).to_bytes(4, _BYTE_ORDER) for i in range(0, len(words), 8))
     address = ipaddress.ip_address(packed)
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        return address.ipv4_mapped, int(port, 16)
-    return address, int(port, 16)
+        return address.ipv4_mapped
+    return address
 
 
 _BYTE_ORDER = sys.byteorder

@@ -19,6 +19,7 @@ the target from before the address comes, and injected by a raw socket, through 
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import socket
 import struct
@@ -26,7 +27,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from tcpstate.connid import PORT_MAX, ConnId
 from tcpstate.kernel import bpf
@@ -58,25 +59,39 @@ _BUFFER = 64 << 20
 _PACKET_MAX = 512 << 10
 #: two instructions per port, and the kernel takes 4096
 _PORTS_MAX = 1000
+#: five or nine instructions per address
+_ADDRESSES_MAX = 100
 #: the segment size where none is known: what every IPv6 path carries, less the headers (RFC 8200 5)
 _SEGMENT_DEFAULT = 1220
 _V4_PROTOCOL = 9
 _V6_PROTOCOL = 6
 _V6_HEADER = 40
 _FLAGS = 13
-_SOURCE_PORT = 0
-_DESTINATION_PORT = 2
 _DROP: Instruction = (Op.RETURN, 0, 0, 0)
 
 
-def _filter(*, syn_only: bool, ports: Collection[int] | None) -> tuple[Instruction, ...]:
-    """Arriving TCP for this host, not over loopback (what :func:`replay` injects comes that way), of ``ports``;
-    ``syn_only``: only SYNs, and the SYN-ACKs that leave.
+class _End(NamedTuple):
+    """Where one end of a segment stands: its address in the IP header, its port in that of TCP."""
+
+    v4: int
+    v6: int
+    port: int
+
+
+_SOURCE, _DESTINATION = _End(12, 8, 0), _End(16, 24, 2)
+
+
+def _filter(
+    *, syn_only: bool, ports: Collection[int] | None, addresses: Collection[str] | None = None
+) -> tuple[Instruction, ...]:
+    """Arriving TCP for this host, not over loopback (what :func:`replay` injects comes that way), of ``ports`` and
+    ``addresses``; ``syn_only``: only SYNs, and the SYN-ACKs that leave.
 
     The program sees a packet from its IP header on.
     """
-    arriving = _program(Flag.SYN if syn_only else None, _DESTINATION_PORT, ports)
-    leaving = _program(Flag.SYN | Flag.ACK, _SOURCE_PORT, ports) if syn_only else [_DROP]
+    here = _packed(addresses)
+    arriving = _program(Flag.SYN if syn_only else None, _DESTINATION, ports, here)
+    leaving = _program(Flag.SYN | Flag.ACK, _SOURCE, ports, here) if syn_only else [_DROP]
     return (
         (Op.LOAD_WORD, 0, 0, Ancillary.PKTTYPE),
         (Op.JUMP_EQUAL, 0, 1, PACKET_OUTGOING),
@@ -89,28 +104,48 @@ def _filter(*, syn_only: bool, ports: Collection[int] | None) -> tuple[Instructi
     )
 
 
-def _program(flags: Flag | None, port_at: int, ports: Collection[int] | None) -> list[Instruction]:
-    """TCP with just these ``flags`` among SYN and ACK (None: any), whose port at ``port_at`` is one of ``ports``."""
+def _packed(addresses: Collection[str] | None) -> list[bytes] | None:
+    """In the order of their bytes; None: any."""
+    if addresses is None or len(addresses) > _ADDRESSES_MAX:
+        return None
+    bare = {ipaddress.ip_address(address.partition("%")[0].removeprefix("::ffff:")) for address in addresses}
+    return sorted(address.packed for address in bare)
+
+
+def _program(
+    flags: Flag | None, end: _End, ports: Collection[int] | None, here: Sequence[bytes] | None
+) -> list[Instruction]:
+    """TCP with just these ``flags`` among SYN and ACK (None: any), one ``end`` of which is one of ``ports`` of one of
+    the addresses ``here``."""
+    v4: list[Instruction] = [
+        # X = where TCP begins
+        (Op.LOAD_BYTE, 0, 0, _V4_PROTOCOL),
+        (Op.JUMP_EQUAL, 1, 0, socket.IPPROTO_TCP),
+        _DROP,
+        *_among(end.v4, 1, here),
+        (Op.LOAD_X_HEADER, 0, 0, 0),
+    ]
+    v6: list[Instruction] = [
+        # extension headers before TCP are rare enough to be left to the peer's retransmission
+        (Op.JUMP_EQUAL, 1, 0, 6),
+        _DROP,
+        (Op.LOAD_BYTE, 0, 0, _V6_PROTOCOL),
+        (Op.JUMP_EQUAL, 1, 0, socket.IPPROTO_TCP),
+        _DROP,
+        *_among(end.v6, 4, here),
+        (Op.SET_X, 0, 0, _V6_HEADER),
+    ]
     program: list[Instruction] = [
         (Op.LOAD_HALF, 0, 0, Ancillary.HATYPE),
         (Op.JUMP_EQUAL, 0, 1, ARPHRD_LOOPBACK),
         _DROP,
         (Op.LOAD_BYTE, 0, 0, 0),
         (Op.SHIFT_RIGHT, 0, 0, 4),
-        (Op.JUMP_EQUAL, 0, 5, 4),
-        # IPv4: X = where TCP begins
-        (Op.LOAD_BYTE, 0, 0, _V4_PROTOCOL),
-        (Op.JUMP_EQUAL, 1, 0, socket.IPPROTO_TCP),
-        _DROP,
-        (Op.LOAD_X_HEADER, 0, 0, 0),
-        (Op.JUMP, 0, 0, 6),
-        # IPv6; extension headers before TCP are rare enough to be left to the peer's retransmission
-        (Op.JUMP_EQUAL, 1, 0, 6),
-        _DROP,
-        (Op.LOAD_BYTE, 0, 0, _V6_PROTOCOL),
-        (Op.JUMP_EQUAL, 1, 0, socket.IPPROTO_TCP),
-        _DROP,
-        (Op.SET_X, 0, 0, _V6_HEADER),
+        (Op.JUMP_EQUAL, 1, 0, 4),
+        (Op.JUMP, 0, 0, len(v4) + 1),
+        *v4,
+        (Op.JUMP, 0, 0, len(v6)),
+        *v6,
     ]
     if flags is not None:
         program += [
@@ -120,13 +155,28 @@ def _program(flags: Flag | None, port_at: int, ports: Collection[int] | None) ->
             _DROP,
         ]
     if ports is not None and len(ports) <= _PORTS_MAX:
-        program.append((Op.LOAD_HALF_X, 0, 0, port_at))
+        program.append((Op.LOAD_HALF_X, 0, 0, end.port))
         for port in sorted(ports):
             program += [(Op.JUMP_EQUAL, 0, 1, port), (Op.RETURN, 0, 0, bpf.ACCEPT_ALL)]
         program.append(_DROP)
     else:
         program.append((Op.RETURN, 0, 0, bpf.ACCEPT_ALL))
     return program
+
+
+def _among(at: int, words: int, here: Sequence[bytes] | None) -> list[Instruction]:
+    """Drops a packet in which none of those of ``here`` that have so many words stands there; A is lost."""
+    if here is None:
+        return []
+    fitting = [struct.unpack(f"!{words}I", packed) for packed in here if len(packed) == 4 * words]
+    # for each: a word after the other, and a jump past all
+    size = (2 * words + 1) * len(fitting) + 1
+    program: list[Instruction] = []
+    for address in fitting:
+        for place, word in enumerate(address):
+            program += [(Op.LOAD_WORD, 0, 0, at + 4 * place), (Op.JUMP_EQUAL, 0, 2 * (words - place) - 1, word)]
+        program.append((Op.JUMP, 0, 0, size - len(program) - 1))
+    return [*program, _DROP]
 
 
 class Capture:
@@ -136,6 +186,8 @@ class Capture:
     syn_only    only the beginnings of new connections: arriving SYNs, leaving SYN-ACKs (:func:`unanswered`)
     ports       only those for these local ports (1,000 at most, else all are taken); without it a host's bulk traffic,
                 such as the migration's own, is captured too
+    addresses   only those for these local addresses (100 at most, else all are taken): others on the same port may have
+                much more to hear
     program     a filter of the caller's in place of all that (:mod:`tcpstate.tuplefilter`)
     """
 
@@ -145,13 +197,14 @@ class Capture:
         *,
         syn_only: bool = False,
         ports: Collection[int] | None = None,
+        addresses: Collection[str] | None = None,
         program: tuple[Instruction, ...] | None = None,
     ) -> None:
         for port in ports or ():
             if not 0 <= port <= PORT_MAX:
                 raise ValueError(f"port {port} is out of range")
         self._interfaces = interfaces
-        self._filter = _filter(syn_only=syn_only, ports=ports) if program is None else program
+        self._filter = _filter(syn_only=syn_only, ports=ports, addresses=addresses) if program is None else program
         self._socks: list[socket.socket] = []
         self._lost = 0
 

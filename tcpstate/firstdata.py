@@ -56,12 +56,18 @@ def put_first(
     shut([socks[i] for i in chosen], but=INWARD)
     families = frozenset(socket.AF_INET6 if is_v6(records[i].conn_id.local) else socket.AF_INET for i in chosen)
     found = {}
-    with inward(families), Injector(INWARD) as injector:
+    with inward(families) as anew, Injector(INWARD) as injector:
         for i in chosen:
             start = (records[i].rcv_nxt - counts[i]) & SEQ_MASK
             data = heads[i][0] if heads[i] else memoryview(records[i].receive_queue)
-            injector.deliver(signed(_segment(records[i], start, data), records[i].signing_keys), records[i])
+            segment = signed(_segment(records[i], start, data), records[i].signing_keys)
+            injector.deliver(segment, records[i])
             found[i] = _received(socks[i], start)
+            if not found[i]:
+                # another process may have taken the way in away
+                anew()
+                injector.deliver(segment, records[i])
+                found[i] = _received(socks[i], start)
             if not found[i]:
                 _log.debug("the first data of %s did not arrive by injection", records[i].conn_id)
     return found

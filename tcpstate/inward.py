@@ -16,7 +16,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from tcpstate.kernel.netlink import Netlink, Request, attribute
@@ -82,30 +82,41 @@ _users: collections.Counter[tuple[int, int]] = collections.Counter()
 _lock = threading.Lock()
 
 
+def _make(netlink: Netlink, families: Iterable[int]) -> None:
+    """OSError. What is there already may stay."""
+    fresh = Request.CREATE | Request.EXCLUSIVE
+    changes = [
+        change
+        for family in families
+        for change in ((_Message.NEWROUTE, fresh, _route(family)), (_Message.NEWRULE, fresh, _rule(family)))
+    ]
+    for error in netlink.change(changes):
+        if error is not None and error.errno != errno.EEXIST:
+            raise error
+
+
 @contextlib.contextmanager
-def inward(families: frozenset[int]) -> Iterator[None]:
+def inward(families: frozenset[int]) -> Iterator[Callable[[], None]]:
     """The way in, in the calling thread's network namespace, as long as the block lasts. OSError.
 
     Threads, and blocks in one another, may use it at the same time.  What a killed tool left of it is no hindrance, and
-    harms nobody.  Of two processes the first that ends takes it away, and the other's packets are then as if lost; who
-    injects looks whether they arrived.
+    harms nobody.  Of two processes the first that ends takes it away (several moves to one host), and the other's
+    packets are then as if lost: who injects looks whether they arrived, and calls what the block is given, which makes
+    the way anew where it is gone, before it sends them again.
     """
-    fresh = Request.CREATE | Request.EXCLUSIVE
     space = os.stat("/proc/thread-self/ns/net").st_ino
     with Netlink() as netlink:
-        with _lock:
-            begin = [
-                change
-                for family in sorted(families)
-                if not _users[space, family]
-                for change in ((_Message.NEWROUTE, fresh, _route(family)), (_Message.NEWRULE, fresh, _rule(family)))
-            ]
-            _users.update((space, family) for family in families)
-            failed = [e for e in netlink.change(begin) if e is not None and e.errno != errno.EEXIST] if begin else []
+
+        def anew() -> None:
+            with _lock:
+                _make(netlink, sorted(families))
+
         try:
-            if failed:
-                raise failed[0]
-            yield
+            with _lock:
+                begin = [family for family in sorted(families) if not _users[space, family]]
+                _users.update((space, family) for family in families)
+                _make(netlink, begin)
+            yield anew
         finally:
             with _lock:
                 _users.subtract((space, family) for family in families)

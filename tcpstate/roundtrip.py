@@ -25,7 +25,7 @@ import math
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Self
 
@@ -153,17 +153,24 @@ def _destination(address: str) -> bytes:
     return pack_address(address.partition("%")[0], 0, family=family)
 
 
-#: raw sockets to inject through, by family
-Teachers = Mapping[int, socket.socket]
+@dataclass(frozen=True, slots=True)
+class Teachers:
+    """What :func:`teach` injects through.
+
+    raws  a raw socket for each family
+    anew  makes the way in again, if another process has taken it away (:func:`tcpstate.inward.inward`)
+    """
+
+    raws: Mapping[int, socket.socket]
+    anew: Callable[[], None]
 
 
 @contextlib.contextmanager
 def teaching(families: frozenset[int]) -> Iterator[Teachers]:
     """What :func:`teach` injects through, in the calling thread's network namespace; threads may share it. OSError."""
     with contextlib.ExitStack() as stack:
-        if families:
-            stack.enter_context(inward(families))
-        yield {family: stack.enter_context(_raw(family)) for family in families}
+        anew = stack.enter_context(inward(families))
+        yield Teachers({family: stack.enter_context(_raw(family)) for family in families}, anew)
 
 
 def teach(socks: Sequence[socket.socket], lessons: Sequence[Lesson], teachers: Teachers) -> None:
@@ -179,8 +186,7 @@ def teach(socks: Sequence[socket.socket], lessons: Sequence[Lesson], teachers: T
             rows.run()
     todo = list(zip(socks, lessons, strict=True))
     for v6 in {one.conn_id.v6 for one in lessons}:
-        raw = teachers[socket.AF_INET6 if v6 else socket.AF_INET]
-        _acknowledge(raw, [pair for pair in todo if pair[1].conn_id.v6 is v6])
+        _acknowledge(teachers, v6, [pair for pair in todo if pair[1].conn_id.v6 is v6])
 
 
 def _raw(family: int) -> socket.socket:
@@ -193,7 +199,8 @@ def _raw(family: int) -> socket.socket:
     return raw
 
 
-def _acknowledge(raw: socket.socket, todo: Sequence[tuple[socket.socket, Lesson]]) -> None:
+def _acknowledge(teachers: Teachers, v6: bool, todo: Sequence[tuple[socket.socket, Lesson]]) -> None:
+    raw = teachers.raws[socket.AF_INET6 if v6 else socket.AF_INET]
     first, _ = todo[0]
     first.setsockopt(Level.TCP, TCP.TIMESTAMP, _CLOCK)
     info = TcpInfo.unpack(first.getsockopt(Level.TCP, TCP.INFO, INFO_SIZE))
@@ -206,6 +213,7 @@ def _acknowledge(raw: socket.socket, todo: Sequence[tuple[socket.socket, Lesson]
                 break
             # softirqs of a busy machine run later: the ACK may be on its way, and comes twice then
             time.sleep(_PAUSE if attempt else 0)
+            teachers.anew()
         else:
             raise SoftStateNotRestored("the injected acknowledgement does not arrive", object=str(left[0][1].conn_id))
 

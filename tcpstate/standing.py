@@ -28,7 +28,7 @@ from tcpstate.reading import Numbers, read_live
 from tcpstate.record import ConnectionRecord
 from tcpstate.rows import failures
 
-__all__ = ["Standing", "cookies", "idle", "read_standing", "unchanged"]
+__all__ = ["Standing", "cookies", "idle", "read_standing", "supposed", "unchanged"]
 
 #: must be 0 of an idle connection
 _QUIET: Final = (
@@ -136,14 +136,19 @@ def read_standing(
     return found
 
 
+def supposed(
+    read: Sequence[tuple[ConnectionRecord, QuietState, int] | None], before: Mapping[int, bytes]
+) -> list[Standing | None]:
+    """Those of :func:`read_standing`, which are true if a later census has their ``census`` as well."""
+    return [
+        None if one is None else Standing(record=one[0], state=one[1], cookie=one[2], census=before[one[2]])
+        for one in read
+    ]
+
+
 def unchanged(
     read: Sequence[tuple[ConnectionRecord, QuietState, int] | None], before: Mapping[int, bytes]
 ) -> list[Standing | None]:
     """Those of :func:`read_standing` to which nothing has happened since ``before``. KernelFeatureMissing, OSError."""
     now = census().take()
-    return [
-        Standing(record=one[0], state=one[1], cookie=one[2], census=before[one[2]])
-        if one is not None and now.get(one[2]) == before[one[2]]
-        else None
-        for one in read
-    ]
+    return [one if one is not None and now.get(one.cookie) == one.census else None for one in supposed(read, before)]

@@ -46,7 +46,7 @@ from tcpstate.kernel.route import local_addresses
 from tcpstate.options import in_force, number
 from tcpstate.record import ConnectionRecord, Family
 from tcpstate.segment import Segment
-from tcpstate.standing import Standing, read_standing, unchanged
+from tcpstate.standing import Standing, read_standing, supposed
 
 __all__ = ["Ahead", "AheadView", "lasts", "tell"]
 
@@ -306,7 +306,8 @@ def tell(pids: Sequence[int], moved: Collection[str], policy: Policy) -> tuple[A
 def _read(
     table: FileTable, pid: int, places: Sequence[tuple[bytes, Row]], before: Mapping[int, bytes]
 ) -> Iterator[_Found]:
-    """Those of some descriptors that are idle connections."""
+    """Those of some descriptors that are idle connections, if the next census says so too: one for all portions, as it
+    passes all sockets of the host."""
     with contextlib.ExitStack() as ends:
         try:
             pidfd = os.pidfd_open(pid)
@@ -322,7 +323,7 @@ def _read(
                 _log.debug("pid %d fd %d: %s", pid, row.fd, error)
         socks = [sock for _, _, sock in taken]
         try:
-            found = unchanged(read_standing(socks, before), before)
+            found = supposed(read_standing(socks, before), before)
         except KernelFeatureMissing:
             raise
         except (TcpmigError, OSError, ValueError) as error:

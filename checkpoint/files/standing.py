@@ -25,6 +25,8 @@ class Standing:
         self, ahead: BuiltAhead | None, files: list[OpenFile], tables: Tables, stubs: Mapping[int, Stub]
     ) -> None:
         self._tables = tables
+        #: the files that each process has some descriptor of
+        self._had = {pid: {index for index, _ in table.values()} for pid, table in tables.items()}
         first = 0 if ahead is None else ahead.count
         epolls = {at: one for at, one in enumerate(files[first:], first) if isinstance(one, Epoll)}
         if ahead is not None:
@@ -39,9 +41,8 @@ class Standing:
     def _usual(self, index: int, epoll: Epoll) -> bool:
         """Whether its entries can be made when everything is at its number."""
         for watch in epoll.watches:
-            table = self._tables.get(watch.pid, {})
-            at = table.get(watch.number)
-            if at is None or at[0] != watch.file or fired(watch) or all(one != index for one, _ in table.values()):
+            at = self._tables.get(watch.pid, {}).get(watch.number)
+            if at is None or at[0] != watch.file or fired(watch) or index not in self._had[watch.pid]:
                 return False
         return True
 

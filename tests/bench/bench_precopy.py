@@ -4,8 +4,10 @@ with memory that comes later.
 ``python -m tests.bench.bench_precopy [MIB ...]`` (as root; 64, 256 and 1024; 8192 takes 20 GB: what this machine has no
 room for is named).  The process writes
 pages at random, and counts in a loop in the time that it has left: ``slower`` is by how much less it counted per second
-while the command ran and it did not stand still, than before.  ``sent`` is bytes on the line over bytes of memory.  The
-floor is memcpy of the same bytes in the same run.  Nothing is judged by the clock.
+while the command ran and it did not stand still, than before.  ``sent`` is bytes on the line over bytes of memory.
+What the stop consists of is named step by step: all threads stopped; what is left of memory copied, and the processes
+built; connections frozen and exported; rebuilt; committed; addresses, release and the first instruction.  The floor is
+memcpy of the same bytes in the same run.  Nothing is judged by the clock.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ SIZES = (64, 256, 1024)  # MiB
 RATES = (0, 20, 200)  # MB/s written
 MOVES = 4
 LARGE = 4096  # MiB, from which on two moves must do
+STEPS = ("stop", "copy", "freeze", "rebuild", "commit", "takeover")
 WRITER = """
 import mmap, random, socket, sys, time
 address, port, size, rate = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) << 20, float(sys.argv[4]) * 1e6
@@ -104,6 +107,7 @@ def moves(hosts: ThreeHosts, size: int, rate: int, options: Sequence[str]) -> Ro
     wait_listening(hosts.client, process, hosts.net.service4, PORT, timeout=60)
     pid = process.pid
     stops, totals, sent, rounds, slower = [], [], [], [], []
+    steps: dict[str, list[float]] = {step: [] for step in STEPS}
     watch = Watch(hosts)
     for _ in range(MOVES if size < LARGE else 2):
         time.sleep(1.0)
@@ -113,6 +117,8 @@ def moves(hosts: ThreeHosts, size: int, rate: int, options: Sequence[str]) -> Ro
         slower.append(1 - watch.rate(began, time.monotonic(), summary["stop_ms"] / 1e3) / before if before else 0.0)
         pid, here, there = summary["target_pid"], there, here
         stops.append(summary["stop_ms"])
+        for step, found in steps.items():
+            found.append(summary["phases"].get(step, 0.0))
         totals.append(summary["total_ms"])
         sent.append(summary["bytes_sent"] / (size << 20))
         rounds.append(len(summary["rounds"]))
@@ -121,6 +127,7 @@ def moves(hosts: ThreeHosts, size: int, rate: int, options: Sequence[str]) -> Ro
     here.wait_until_gone(pid)
     return {
         "stop": spread(stops),
+        "steps": {step: spread(found) for step, found in steps.items()},
         "total": spread(totals),
         "sent": spread(sent),
         "slower": spread(slower),
@@ -140,12 +147,14 @@ def measure(size: int, rate: int, *options: str) -> None:
     row = measured("precopy", {"mib": size, "rate": rate, "how": how}, work)
     figures = f"{row['stop']['median']:8.1f} {row['stop']['max']:8.1f} {row['total']['median']:9.0f}"
     figures += f" {row['sent']['median']:6.2f} {100 * row['slower']['median']:8.0f} {row['rounds']:6d}"
-    print(f"{size:5d} {rate:5d} {how:16s} {figures} {row['memcpy']:9.1f}", flush=True)
+    steps = "".join(f" {row['steps'][step]['median']:8.1f}" for step in STEPS)
+    print(f"{size:5d} {rate:5d} {how:16s} {figures} {row['memcpy']:9.1f} {steps}", flush=True)
 
 
 def main() -> None:
     sizes = [int(text) for text in sys.argv[1:]] or SIZES
-    print("  MiB  MB/s how              stop ms  max stop  total ms   sent slower % rounds memcpy ms")
+    steps = "".join(f" {step:>8s}" for step in STEPS)
+    print(f"  MiB  MB/s how              stop ms  max stop  total ms   sent slower % rounds memcpy ms {steps}")
     for size in sizes:
         if size > room():
             print(f"{size:5d} (not measured: there is room for {room()} MiB)", flush=True)

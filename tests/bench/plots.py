@@ -84,6 +84,7 @@ def _many(axes: Any, rows: Sequence[Row]) -> None:
     for what, label in (("stop_ms", "stop"), ("gap_ms", "gap of a client")):
         _line(axes, [(row["connections"], row[what]) for row in rows], label)
     _logarithmic(axes, "connections", "ms")
+    axes.set_xscale("symlog", linthresh=10)  # there is a row of none
     axes.set_title("Connections, one in a hundred active")
 
 

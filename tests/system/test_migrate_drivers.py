@@ -297,10 +297,10 @@ class Run:
         return self
 
     def _target(self) -> None:
-        channel = Channel(self.theirs.fileno(), self.theirs.fileno(), silence=self.silence + 5.0, listens=False)
+        self.channel = Channel(self.theirs.fileno(), self.theirs.fileno(), silence=self.silence + 5.0, listens=False)
         try:
             with self.inside():
-                self.received = Target(self.incoming, channel, state_directory=self.directory / "there").run()
+                self.received = Target(self.incoming, self.channel, state_directory=self.directory / "there").run()
         except BaseException as error:
             self.received = error
         finally:
@@ -457,6 +457,16 @@ def test_a_target_that_says_nothing_after_commit_leaves_the_source_in_doubt(tmp_
     run.go()
     assert isinstance(run.sent, InDoubt), run.sent
     assert world.here == "stopped"
+
+
+def test_the_source_may_take_minutes_to_look_at_what_it_has_and_no_longer_for_anything_else(tmp_path: Path) -> None:
+    world, seen = World(), []
+    run = Run(world, tmp_path)
+    for point in ("needs", "prepare"):
+        world.fail[point] = lambda: seen.append(run.channel.silence)
+    run.go()
+    assert isinstance(run.sent, Summary), run.sent
+    assert seen == [600.0, 10.0]
 
 
 @pytest.mark.parametrize("point", ["release", "run"])

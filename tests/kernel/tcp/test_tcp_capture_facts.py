@@ -206,6 +206,21 @@ def test_the_ports_keep_other_traffic_out(hosts, ends):
         assert capture.segments() == []
 
 
+def test_the_addresses_keep_other_traffic_out(hosts, ends):
+    served, client = ends
+    port, mine = served.getsockname()[1], served.getsockname()[0]
+    other = ["10.99.0.1", "fd99::1"] * 50
+    with (
+        hosts.a,
+        Capture(ports={port}, addresses=[*other, mine]) as here,
+        Capture(ports={port}, addresses=other) as elsewhere,
+    ):
+        client.send(b"for this one")
+        receive(served, 12)
+        assert [s.payload for s in here.segments() if s.payload] == [b"for this one"]
+        assert elsewhere.segments() == []
+
+
 def test_what_we_inject_is_not_captured_again(hosts, ends):
     served, client = ends
     record, arrived, _ = frozen(hosts, served, lambda: client.send(b"once"))

@@ -7,6 +7,7 @@ import socket
 
 import pytest
 
+from tcpstate import softstate
 from tcpstate.discard import discard_connections
 from tcpstate.errors import AddressInUse, UnsupportedState
 from tcpstate.export import export_connections
@@ -16,6 +17,7 @@ from tcpstate.kernel import lanes
 from tcpstate.kernel.sockets import Level
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, Repair, TcpInfo
 from tcpstate.rebuild import differences, rebuild_connections, release_connections
+from tcpstate.roundtrip import teaching
 from tcpstate.silence import Blackhole
 from tests.tscnet import SERVICE, net, pair, wait_until
 
@@ -149,3 +151,32 @@ def test_the_way_in_stays_until_its_last_user_has_left(hosts):
         with hosts.a, inward(families):
             # another namespace has a way in of its own
             assert stands() == [False, False]
+
+
+def test_the_way_in_that_another_process_takes_away_is_made_anew(hosts, monkeypatch):
+    taken = 0
+
+    @contextlib.contextmanager
+    def disturbed(families):
+        nonlocal taken
+        with teaching(families) as teachers:
+            # as another process does that has come to its end
+            if socket.AF_INET in families:
+                hosts.b.sh(f"ip -4 rule del fwmark {MARK}")
+                hosts.b.sh(f"ip -4 route flush table {MARK}")
+                taken += 1
+            yield teachers
+
+    monkeypatch.setattr(softstate, "teaching", disturbed)
+    with connections(hosts) as (served, _):
+        with hosts.a:
+            records = export_connections(served, quiet(served))
+            discard_connections(served)
+        hosts.a.remove(socket.AF_INET)
+        with hosts.b:
+            again = rebuild_connections(records)
+            assert differences(again, records) == []
+            assert taken
+            assert f"{MARK:#x}" not in hosts.b.sh("ip -4 rule")
+            for sock in again:
+                sock.close()

@@ -108,26 +108,45 @@ def test_late_segments_of_connections_that_have_ended_are_left_out(arriving):
     assert given == [data, data]
 
 
-def test_the_capture_runs_before_anybody_is_stopped(monkeypatch):
-    """What a full receive queue has no room for while nobody reads is dropped by the kernel, and by nobody else."""
+@pytest.fixture
+def captures(monkeypatch):
+    """(what happened, a stop after which the trees have other ports and addresses of connections)."""
     happened = []
 
     class Told:
-        def __init__(self, *, ports):
-            self.ports = ports
+        def __init__(self, *, ports, addresses):
+            self.told = sorted(ports), None if addresses is None else sorted(addresses)
 
         def start(self):
-            happened.append(sorted(self.ports))
+            happened.append(self.told)
+
+    def stopped(used, ports, addresses):
+        made = OutgoingTrees([1])
+        dump = SimpleNamespace(ports={6379}, connection_addresses=set())
+
+        def stop(moved):
+            happened.append("stop")
+            dump.ports, dump.connection_addresses = ports, addresses
+
+        dump.stop = stop
+        made._dump, made._used = dump, used
+        made.stop(["10.0.0.5"])
+        return happened
 
     monkeypatch.setattr(outgoing, "Capture", Told)
-    made = OutgoingTrees([1])
-    dump = SimpleNamespace(ports={6379})
+    return stopped
 
-    def stop(moved):
-        happened.append("stop")
-        dump.ports = {6379, 40000}
 
-    dump.stop = stop
-    made._dump = dump
-    made.stop(["10.0.0.5"])
-    assert happened == [[6379], "stop", [40000]]
+def test_the_capture_runs_before_anybody_is_stopped(captures):
+    """What a full receive queue has no room for while nobody reads is dropped by the kernel, and by nobody else."""
+    happened = captures({"10.0.0.5"}, {6379, 40000}, {"10.0.0.5"})
+    assert happened == [([6379], ["10.0.0.5"]), "stop", ([40000], None)]
+
+
+def test_of_other_addresses_on_the_same_port_nothing_is_captured_until_a_connection_has_one(captures):
+    happened = captures({"10.0.0.5"}, {6379}, {"10.0.0.5", "::ffff:10.0.0.6"})
+    assert happened == [([6379], ["10.0.0.5"]), "stop", ([6379], ["10.0.0.6"])]
+
+
+def test_who_listens_on_every_address_is_captured_on_every_address(captures):
+    assert captures(None, {6379}, {"10.0.0.5"}) == [([6379], None), "stop"]

@@ -20,8 +20,9 @@ def run(program, packet, *, kind=0, hardware=ETHERNET):
             return k
         if code in (Op.LOAD_WORD, Op.LOAD_HALF) and k in (Ancillary.PKTTYPE, Ancillary.HATYPE):
             a = kind if k == Ancillary.PKTTYPE else hardware
-        elif code in (Op.LOAD_BYTE, Op.LOAD_BYTE_X, Op.LOAD_HALF_X):
-            size, start = (2 if code == Op.LOAD_HALF_X else 1), k + (0 if code == Op.LOAD_BYTE else x)
+        elif code in (Op.LOAD_WORD, Op.LOAD_BYTE, Op.LOAD_BYTE_X, Op.LOAD_HALF_X):
+            size = {Op.LOAD_WORD: 4, Op.LOAD_HALF_X: 2}.get(code, 1)
+            start = k + (0 if code in (Op.LOAD_WORD, Op.LOAD_BYTE) else x)
             if start + size > len(packet):
                 return 0
             a = int.from_bytes(packet[start : start + size], "big")
@@ -111,3 +112,33 @@ def test_ip_options_move_the_header():
     plain = packet(flags=Flag.SYN)
     longer = bytes([0x47]) + plain[1:20] + b"\1" * 8 + plain[20:]
     assert run(_filter(syn_only=True, ports={7000}), longer)
+
+
+NEAR = ["10.0.0.4", "10.0.0.6", "fd00::4", "fd00::6", "fd00::1:0:0:5", "fd00:0:0:1::5"]
+
+
+def test_only_the_wanted_addresses(v6):
+    mine = "fd00::5" if v6 else "10.0.0.5"
+    for addresses in ([mine], [*NEAR, mine], [mine, *NEAR]):
+        assert run(_filter(syn_only=False, ports={7000}, addresses=addresses), packet(v6))
+        assert not run(_filter(syn_only=False, ports={7001}, addresses=addresses), packet(v6))
+    for addresses in (NEAR, [], ["10.0.0.9", "fd00::9"], ["fd00::5"] if not v6 else ["10.0.0.5"]):
+        assert not run(_filter(syn_only=False, ports={7000}, addresses=addresses), packet(v6))
+
+
+def test_addresses_are_meant_without_scope_and_as_packets_have_them():
+    assert run(_filter(syn_only=False, ports=None, addresses=["::ffff:10.0.0.5"]), packet())
+    assert run(_filter(syn_only=False, ports=None, addresses=["fd00::5%eth0"]), packet(v6=True))
+
+
+def test_of_what_leaves_the_source_is_judged(v6):
+    near, far = ("fd00::9", "fd00::5") if v6 else ("10.0.0.9", "10.0.0.5")
+    leaving = {"kind": PACKET_OUTGOING}
+    assert run(_filter(syn_only=True, ports={51514}, addresses=[near]), packet(v6, Flag.SYN | Flag.ACK), **leaving)
+    assert not run(_filter(syn_only=True, ports={51514}, addresses=[far]), packet(v6, Flag.SYN | Flag.ACK), **leaving)
+
+
+def test_more_addresses_than_a_program_holds_take_all(v6):
+    many = [f"192.0.2.{n}" for n in range(101)]
+    assert run(_filter(syn_only=False, ports={7000}, addresses=many), packet(v6))
+    assert not run(_filter(syn_only=False, ports={7000}, addresses=many[:100]), packet(v6))
