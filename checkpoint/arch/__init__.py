@@ -47,6 +47,7 @@ from __future__ import annotations
 import mmap
 import os
 
+from checkpoint.arch.sleeps import POLLFD_SIZE, Note, Sleep
 from tcpstate.errors import KernelFeatureMissing
 
 _MACHINE = os.uname().machine
@@ -89,9 +90,6 @@ if _MACHINE == "x86_64":
     from checkpoint.arch.x86_64.sleep import (
         BLOCK,
         CALL_AT,
-        POLLFD_SIZE,
-        Note,
-        Sleep,
         asleep,
         beginning,
         begun,
@@ -168,9 +166,6 @@ elif _MACHINE == "aarch64":
     from checkpoint.arch.aarch64.sleep import (  # type: ignore[assignment]
         BLOCK,
         CALL_AT,
-        POLLFD_SIZE,
-        Note,
-        Sleep,
         asleep,
         beginning,
         begun,

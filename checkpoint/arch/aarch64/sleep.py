@@ -8,22 +8,17 @@ Source: include/linux/restart_block.h; kernel/time/hrtimer.c, kernel/futex/waitw
 from __future__ import annotations
 
 import dataclasses
-import enum
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.arch.aarch64.engine import ENGINE
 from checkpoint.arch.aarch64.registers import SVC, Registers, Restart
+from checkpoint.arch.sleeps import FUTEX_PRIVATE, FUTEX_WAIT, TIMER_ABSTIME, Note, Sleep
 from tcpstate.kernel.machine.aarch64 import SYS
 
 __all__ = [
     "BLOCK",
     "CALL_AT",
-    "POLLFD_SIZE",
-    "Note",
-    "Sleep",
     "asleep",
     "beginning",
     "begun",
@@ -36,53 +31,6 @@ __all__ = [
 BLOCK: Final = int(Restart.BLOCK)
 #: where in an engine there is an instruction that makes a system call
 CALL_AT: Final = ENGINE.index(SVC)
-#: bytes of a struct pollfd; the descriptor is its first four
-POLLFD_SIZE: Final = 8
-
-_TIMER_ABSTIME: Final = 1
-_FUTEX_WAIT: Final = 0  # include/uapi/linux/futex.h; its time-out is relative, that of FUTEX_WAIT_BITSET is not
-_FUTEX_PRIVATE: Final = 0x80
-_SECOND: Final = 1_000_000_000
-_TIMESPEC: Final = struct.Struct("<qq")
-
-
-class Note(enum.Enum):
-    """Which part of struct restart_block the kernel has used."""
-
-    NANOSLEEP = "nanosleep"
-    POLL = "poll"  # on other machines
-    FUTEX = "futex"
-
-
-@dataclass(frozen=True, slots=True)
-class Sleep:
-    """A call that was interrupted.
-
-    note    where its end stands
-    number  of the call, and its six ``args``
-    time    which argument says how long: the address of a struct timespec
-    """
-
-    note: Note
-    number: int
-    args: tuple[int, ...]
-    time: int
-
-    @property
-    def descriptors(self) -> tuple[int, int]:
-        """(address, number) of the struct pollfd that it looks at: none."""
-        return (0, 0)
-
-    @property
-    def rest(self) -> tuple[int, int]:
-        """(address, bytes) of where the kernel writes, each time it is interrupted, how much is left."""
-        address = self.args[self.time + 1] if self.note is Note.NANOSLEEP else 0
-        return (address, _TIMESPEC.size) if address else (0, 0)
-
-    def with_time(self, nanoseconds: int, timespec_at: int) -> tuple[tuple[int, ...], bytes]:
-        """The arguments with another time, and the bytes that must lie at ``timespec_at``."""
-        data = _TIMESPEC.pack(*divmod(nanoseconds, _SECOND))
-        return (*self.args[: self.time], timespec_at, *self.args[self.time + 1 :]), data
 
 
 def sleep_of(registers: Registers, call: int | None) -> Sleep | None:
@@ -96,9 +44,9 @@ def sleep_of(registers: Registers, call: int | None) -> Sleep | None:
     match call:
         case SYS.nanosleep:
             return Sleep(Note.NANOSLEEP, call, args, 0)
-        case SYS.clock_nanosleep if not args[1] & _TIMER_ABSTIME:
+        case SYS.clock_nanosleep if not args[1] & TIMER_ABSTIME:
             return Sleep(Note.NANOSLEEP, call, args, 2)
-        case SYS.futex if args[1] & ~_FUTEX_PRIVATE == _FUTEX_WAIT and args[3]:
+        case SYS.futex if args[1] & ~FUTEX_PRIVATE == FUTEX_WAIT and args[3]:
             return Sleep(Note.FUTEX, call, args, 3)
     return None
 
@@ -113,11 +61,11 @@ def known_again(registers: Registers, noted: Mapping[str, int]) -> int | None:
         return None
     x, word = registers.x, (1 << 32) - 1
     found = []
-    if x[1] & ~_FUTEX_PRIVATE == _FUTEX_WAIT and (x[0], x[2] & word) == (noted["uaddr"], noted["val"]):
+    if x[1] & ~FUTEX_PRIVATE == FUTEX_WAIT and (x[0], x[2] & word) == (noted["uaddr"], noted["val"]):
         found.append(SYS.futex)
     if x[1] and x[1] == noted["rmtp"]:
         found.append(SYS.nanosleep)
-    if x[3] and x[3] == noted["rmtp"] and not x[1] & _TIMER_ABSTIME:
+    if x[3] and x[3] == noted["rmtp"] and not x[1] & TIMER_ABSTIME:
         found.append(SYS.clock_nanosleep)
     return int(found[0]) if len(found) == 1 else None
 

@@ -10,12 +10,10 @@ Source: include/linux/restart_block.h; kernel/time/hrtimer.c, kernel/futex/waitw
 from __future__ import annotations
 
 import dataclasses
-import enum
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
+from checkpoint.arch.sleeps import FUTEX_PRIVATE, FUTEX_WAIT, TIMER_ABSTIME, Note, Sleep
 from checkpoint.arch.x86_64.engine import ENGINE
 from checkpoint.arch.x86_64.registers import Registers, Restart
 from tcpstate.kernel.machine import SYS
@@ -23,9 +21,6 @@ from tcpstate.kernel.machine import SYS
 __all__ = [
     "BLOCK",
     "CALL_AT",
-    "POLLFD_SIZE",
-    "Note",
-    "Sleep",
     "asleep",
     "beginning",
     "begun",
@@ -38,59 +33,8 @@ __all__ = [
 BLOCK: Final = int(Restart.BLOCK)
 #: where in an engine there is an instruction that makes a system call
 CALL_AT: Final = ENGINE.index(b"\x0f\x05")
-#: bytes of a struct pollfd; the descriptor is its first four
-POLLFD_SIZE: Final = 8
 
 _NO_CALL: Final = (1 << 64) - 1
-_TIMER_ABSTIME: Final = 1
-_FUTEX_WAIT: Final = 0  # include/uapi/linux/futex.h; its time-out is relative, that of FUTEX_WAIT_BITSET is not
-_FUTEX_PRIVATE: Final = 0x80
-_SECOND: Final = 1_000_000_000
-_MILLISECOND: Final = 1_000_000
-_LONGEST: Final = (1 << 31) - 1  # poll's milliseconds are an int
-_TIMESPEC: Final = struct.Struct("<qq")
-
-
-class Note(enum.Enum):
-    """Which part of struct restart_block the kernel has used."""
-
-    NANOSLEEP = "nanosleep"
-    POLL = "poll"
-    FUTEX = "futex"
-
-
-@dataclass(frozen=True, slots=True)
-class Sleep:
-    """A call that was interrupted.
-
-    note    where its end stands
-    number  of the call, and its six ``args``
-    time    which argument says how long: the address of a struct timespec, or milliseconds (POLL)
-    """
-
-    note: Note
-    number: int
-    args: tuple[int, ...]
-    time: int
-
-    @property
-    def descriptors(self) -> tuple[int, int]:
-        """(address, number) of the struct pollfd that it looks at."""
-        return (self.args[0], self.args[1]) if self.note is Note.POLL else (0, 0)
-
-    @property
-    def rest(self) -> tuple[int, int]:
-        """(address, bytes) of where the kernel writes, each time it is interrupted, how much is left."""
-        address = self.args[self.time + 1] if self.note is Note.NANOSLEEP else 0
-        return (address, _TIMESPEC.size) if address else (0, 0)
-
-    def with_time(self, nanoseconds: int, timespec_at: int) -> tuple[tuple[int, ...], bytes]:
-        """The arguments with another time, and the bytes that must lie at ``timespec_at``."""
-        if self.note is Note.POLL:
-            how_long, data = min(-(-nanoseconds // _MILLISECOND), _LONGEST), b""
-        else:
-            how_long, data = timespec_at, _TIMESPEC.pack(*divmod(nanoseconds, _SECOND))
-        return (*self.args[: self.time], how_long, *self.args[self.time + 1 :]), data
 
 
 def sleep_of(registers: Registers, call: int | None) -> Sleep | None:
@@ -104,11 +48,11 @@ def sleep_of(registers: Registers, call: int | None) -> Sleep | None:
     match call:
         case SYS.nanosleep:
             return Sleep(Note.NANOSLEEP, call, args, 0)
-        case SYS.clock_nanosleep if not registers.rsi & _TIMER_ABSTIME:
+        case SYS.clock_nanosleep if not registers.rsi & TIMER_ABSTIME:
             return Sleep(Note.NANOSLEEP, call, args, 2)
         case SYS.poll:
             return Sleep(Note.POLL, call, args, 2)
-        case SYS.futex if registers.rsi & ~_FUTEX_PRIVATE == _FUTEX_WAIT and registers.r10:
+        case SYS.futex if registers.rsi & ~FUTEX_PRIVATE == FUTEX_WAIT and registers.r10:
             return Sleep(Note.FUTEX, call, args, 3)
     return None
 
@@ -123,14 +67,14 @@ def known_again(registers: Registers, noted: Mapping[str, int]) -> int | None:
         return None
     word = (1 << 32) - 1
     found = []
-    plain_wait = registers.rsi & ~_FUTEX_PRIVATE == _FUTEX_WAIT
+    plain_wait = registers.rsi & ~FUTEX_PRIVATE == FUTEX_WAIT
     if plain_wait and (registers.rdi, registers.rdx & word) == (noted["uaddr"], noted["val"]):
         found.append(SYS.futex)
     if (registers.rdi, registers.rsi & word) == (noted["ufds"], noted["nfds"] & word):
         found.append(SYS.poll)
     if registers.rsi and registers.rsi == noted["rmtp"]:
         found.append(SYS.nanosleep)
-    if registers.r10 and registers.r10 == noted["rmtp"] and not registers.rsi & _TIMER_ABSTIME:
+    if registers.r10 and registers.r10 == noted["rmtp"] and not registers.rsi & TIMER_ABSTIME:
         found.append(SYS.clock_nanosleep)
     return int(found[0]) if len(found) == 1 else None
 
