@@ -23,6 +23,7 @@ from checkpoint.errors import (
     UnsupportedMemory,
     UserfaultMapping,
 )
+from checkpoint.kernel import protkeys
 from checkpoint.kernel.mman import Prot
 from checkpoint.memory import aio
 from checkpoint.memory.vma import VSYSCALL, Vma, read_smaps
@@ -118,6 +119,10 @@ def verdicts(pid: int, smaps: Iterable[Vma] | None = None) -> list[Verdict]:
         aio.examine(pid, vmas)
     except Refused as error:
         found.append(Verdict.refuse(error, "mapping"))
+    keys = protkeys.allocated(pid)
+    if keys:
+        text = f"protection keys are allocated: {', '.join(map(str, sorted(keys)))}"
+        found.append(Verdict.refuse(UnsupportedMemory(text, object=f"pid {pid}"), "mapping"))
     exe = escaped(os.readlink(f"/proc/{pid}/exe"))
     if not any(vma.name == exe for vma in vmas):
         found.append(Verdict.refuse(unmapped_exe(pid, exe), "mapping"))

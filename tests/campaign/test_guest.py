@@ -11,6 +11,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 #: and what of this kernel's tests takes another way there
 INSIDE = (
     "tests/guest/inside",
+    "tests/kernel/test_corked_facts.py",
     "tests/system/engine/test_engine_stub.py::test_a_time_namespace_that_was_unshared_is_entered",
 )
 _PYTEST = (

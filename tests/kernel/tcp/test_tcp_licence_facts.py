@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from checkpoint.kernel import restart_block, sem_undo
+from checkpoint.kernel import protkeys, restart_block, sem_undo
 from tcpstate.errors import KernelFeatureMissing
 from tcpstate.kernel.bpf import call, drop, handshake, memory, opensock, sockerror, tcpsock, urgentmode, windows
 from tcpstate.kernel.bpf.layout import layout
@@ -20,6 +20,7 @@ LOADERS = {
     "opensock": opensock._program.__wrapped__,
     "memory": memory.KernelMemory,
     "sem_undo": sem_undo._reader.__wrapped__,
+    "protkeys": protkeys._reader.__wrapped__,
     "restart_block": restart_block._reader.__wrapped__,
 }
 
