@@ -9,14 +9,35 @@ drift since.  CLOCK_MONOTONIC is the clock of TCP's timestamps (tcp_clock_ns).
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-__all__ = ["Offset", "elapsed_since", "monotonic_ns"]
+__all__ = ["Laps", "Offset", "elapsed_since", "monotonic_ns"]
 
 #: exchanges older than this many nanoseconds give way to newer ones: quartzes drift up to 100 ppm, 10 us in this time
 FRESH_NS = 100_000_000
 
 monotonic_ns = time.monotonic_ns
+
+
+@dataclass(slots=True)
+class Laps:
+    """How long each step of something takes that is done one after the other.
+
+    phases  milliseconds by name
+    """
+
+    phases: dict[str, float] = field(default_factory=dict)
+    _at: int = field(default_factory=monotonic_ns)
+
+    def begin(self) -> None:
+        """What came before belongs to no step."""
+        self._at = monotonic_ns()
+
+    def done(self, name: str) -> None:
+        """A step has ended, and the next one begins."""
+        now = monotonic_ns()
+        self.phases[name] = self.phases.get(name, 0.0) + (now - self._at) / 1e6
+        self._at = now
 
 
 @dataclass(slots=True)

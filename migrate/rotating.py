@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from checkpoint.errors import ImageError, ImageNotWritten
 from migrate.errors import RotationName
-from migrate.snapshot import CheckpointSummary
+from migrate.snapsummary import CheckpointSummary
 
 __all__ = ["FULL", "KEEP", "Plan", "Rotation"]
 

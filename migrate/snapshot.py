@@ -41,6 +41,7 @@ from checkpoint.verdict import refusals
 from migrate import holdstore
 from migrate.addresses import AddressRecord, read_configuration
 from migrate.bringer import Bringer
+from migrate.clock import Laps
 from migrate.driving import logged, signals_held
 from migrate.errors import AddressTakenAtTarget, NotHeld, TargetRefused, from_remote, refused
 from migrate.fileoptions import FileOptions
@@ -50,16 +51,15 @@ from migrate.journal import AddressesArrive, End, Journal, Role, Step, StepKind
 from migrate.kept import KeptFrames
 from migrate.outgoing import OutgoingTrees
 from migrate.ownnetwork import enter_network, probe
-from migrate.rounds import Round
 from migrate.rtnetlink import Netlink
+from migrate.snapsummary import CheckpointSummary, RestoreSummary
 from migrate.summary import MAX_DOWNTIME_MS
 from migrate.takeover import AddressPlan, AddressPolicy, Arrival, all_addresses, plan, prefix_lengths, select
 from migrate.unithook import HookFacts, UnitHook
 from tcpstate.capture import Capture
-from tcpstate.errors import Outcome
 from tcpstate.segment import Segment
 
-__all__ = ["Addresses", "CheckpointSummary", "RestoreSummary", "checkpoint", "restore"]
+__all__ = ["Addresses", "checkpoint", "restore"]
 
 _log = logging.getLogger(__name__)
 
@@ -82,65 +82,6 @@ class Addresses:
     moved: bool = False
     peers: tuple[str, ...] = ()
     network: Network | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointSummary:
-    """What a checkpoint did.
-
-    pid, pids    the (first) root; all processes
-    file, bytes  the image
-    connections  how many it holds
-    addresses    those that a restore on another host needs
-    hold         the ID of the hold that has the connections; empty if there is none
-    running      whether the processes run on
-    stop_ms      how long they stood still (until they were resumed, or ended)
-    rounds       transfers of memory before that
-    inherited    bytes of memory that earlier images have
-    """
-
-    pid: int
-    pids: tuple[int, ...]
-    file: str
-    bytes: int
-    connections: int
-    addresses: tuple[str, ...]
-    hold: str
-    running: bool
-    stop_ms: float
-    total_ms: float
-    rounds: tuple[Round, ...] = ()
-    inherited: int = 0
-    warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RestoreSummary:
-    """What a restore did.
-
-    pid, pids    the (first) root; root PIDs in the image and here
-    init         here, the first process of a PID namespace that was made for them; 0: none was
-    connections  how many live again
-    held         how many of those were taken back from a hold of this host
-    addresses    those that were added
-    later        bytes of memory that come while they run
-    """
-
-    pid: int
-    pids: dict[int, int]
-    init: int
-    file: str
-    connections: int
-    held: int
-    addresses: tuple[str, ...]
-    total_ms: float
-    later: int = 0
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def status(self) -> Outcome:
-        """The exit status."""
-        return Outcome.DONE
 
 
 def checkpoint(
@@ -170,7 +111,7 @@ def checkpoint(
     ImageError (of the parent), Refused, HoldUnavailable (nothing was stopped), HolderFailed, ImageNotWritten and others
     (everything runs on).
     """
-    begun = time.monotonic()
+    begun, laps = time.monotonic(), Laps()
     hook = None
     if unit_hook and not leave_running:
         hook = UnitHook(unit_hook, HookFacts(command="checkpoint", role="source", host=path, pids=tuple(roots)))
@@ -227,22 +168,27 @@ def checkpoint(
                 trees.begin(journal.note)
                 rounds = [] if early is None else trees.collect(early, max_downtime_ms or 0.0)
                 trees.prepare(journal.note)
+                laps.begin()
                 trees.stop(() if leave_running else [record.address for record in chosen.records])
+                laps.done("stop")
                 trees.write(image, early)
                 image.record(Kind.ADDRESSES, addresses)
                 if hold is not None:
                     image.record(Kind.HOLD, hold.made)
                 if leave_running:
+                    laps.done("write")
                     stopped_ms = trees.stopped_ms()
                     trees.resume()
                 if early is not None:
                     early.write(image)
             if not leave_running:
+                laps.done("write")
                 with signals_held():
                     if hold is not None:
                         hold.take(trees.held(), trees.captured())
                         hold.seal()
                     journal.step(StepKind.COMMIT)
+                    laps.done("hold")
                     stopped_ms = trees.stopped_ms()
                     trees.end()
         except BaseException:
@@ -275,6 +221,7 @@ def checkpoint(
             running=leave_running,
             stop_ms=stopped_ms,
             total_ms=1e3 * (time.monotonic() - begun),
+            phases=laps.phases,
             rounds=tuple(rounds),
             inherited=0 if early is None else early.inherited,
             warnings=tuple(trees.warnings),
@@ -311,7 +258,7 @@ def restore(
 
     ImageError, Refused and others: nothing is left of it then, and what is held, here or there, is held as before.
     """
-    begun = time.monotonic()
+    begun, laps = time.monotonic(), Laps()
     identity = secrets.token_hex(16)
     with contextlib.ExitStack() as ends:
         bringer = None
@@ -366,6 +313,7 @@ def restore(
         kept = KeptFrames.noted(journal.note)
         ends.callback(kept.close)
         segments: list[Segment] = []
+        laps.done("check")
         try:
             if held is not None:
                 held.noted(journal.note)
@@ -373,8 +321,10 @@ def restore(
                 kept.keep(frame)
                 rebuilt.apply(frame)
             rebuilt.end()  # open_image has seen it
+            laps.done("build")
             for connection, difference in rebuilt.prepare():
                 raise rebuilt.differs(connection, difference)
+            laps.done("connections")
             ports = rebuilt.ports
             capture = ends.enter_context(Capture(ports=ports)) if ports else None
             ends.enter_context(signals_held())
@@ -397,6 +347,7 @@ def restore(
             kept.remove()
             journal.finish(End.ABORTED)
             raise
+        laps.done("start")
         connections = rebuilt.connections
         rebuilt.release()
         if network is not None:
@@ -410,6 +361,7 @@ def restore(
         with logged("telling windows"):
             rebuilt.tell_windows()
         pids = rebuilt.run()
+        laps.done("release")
         taken, init = rebuilt.taken, rebuilt.init
         rebuilt.close()
         if held is not None:
@@ -431,6 +383,8 @@ def restore(
             held=taken,
             addresses=tuple(landing.record.address for landing in arrival.record.landings),
             total_ms=1e3 * (time.monotonic() - begun),
+            run_ms=sum(laps.phases.values()),
+            phases=laps.phases,
             later=0 if rebuilt.later is None else rebuilt.later.bytes,
             warnings=tuple(rebuilt.warnings),
         )

@@ -18,8 +18,8 @@ from cli.filepolicy import file_policy, policy_of, require
 from cli.session import Result, Session
 from migrate.hold import DEFAULT_TIMEOUT
 from migrate.rotating import FULL, KEEP, Plan, Rotation
-from migrate.snapshot import CheckpointSummary
 from migrate.snapshot import checkpoint as dump
+from migrate.snapsummary import CheckpointSummary
 from tcpstate.errors import TcpmigError
 
 __all__ = ["checkpoint"]

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.campaign import sessions
+from tests.campaign import restores, sessions
 from tests.campaign.run import CAMPAIGNS, Campaign, run
 
 
@@ -20,3 +20,10 @@ def test_sshd_with_a_live_session() -> None:
     state = sessions.run(seed=int(os.environ.get("TMH_SEED", "1")))
     assert [problem for leg in state["legs"] for problem in leg["problems"]] == []
     assert sum(len(leg["moves"]) for leg in state["legs"]) == state["moves"]
+
+
+@pytest.mark.parametrize("name", restores.NAMES)
+def test_through_a_file(name: str) -> None:
+    state = restores.run(name, seed=int(os.environ.get("TMH_SEED", "1")))
+    assert [problem for leg in state["legs"] for problem in leg["problems"]] == []
+    assert sum(len(leg["restores"]) for leg in state["legs"]) == state["times"]

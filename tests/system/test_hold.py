@@ -188,6 +188,8 @@ def test_a_killed_holder_resets_nobody(service: Service) -> None:
         service.assert_silent(1.0)
         back = service.restore()
         assert (back["connections"], back["held"]) == (3, 0)
+        assert sum(back["phases"].values()) == pytest.approx(back["run_ms"])
+        assert 0 < back["run_ms"] < back["total_ms"]
         service.hear()
         assert select.select([], [late], [], 20)[1] == [late]
         assert late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0

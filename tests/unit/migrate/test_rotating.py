@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from checkpoint.errors import ImageNotWritten, ParentMissing
 from migrate.errors import RotationName
 from migrate.rotating import Plan, Rotation
-from migrate.snapshot import CheckpointSummary
+from migrate.snapsummary import CheckpointSummary
 
 
 def summary(file: str) -> CheckpointSummary:
