@@ -8,6 +8,7 @@ from checkpoint import records, rehearsal
 from migrate.journal import JournalRecord
 from migrate.messages import Message
 from tcpstate import codec
+from tcpstate.kernel.bpf.layout import parsed_once
 from tcpstate.kernel.bpf.signed import nobody_signs
 from tcpstate.rehearsal import rehearse
 from tcpstate.segment import Segment
@@ -17,11 +18,12 @@ __all__ = ["warm"]
 
 def warm() -> None:
     """Get everything ready that both ends of a migration will use while the processes stand still."""
-    rehearse()
-    nobody_signs()
-    records.prepare()
-    codec.prepare(Message, JournalRecord, Segment)
-    rehearsal.rehearse()
+    with parsed_once():
+        rehearse()
+        nobody_signs()
+        records.prepare()
+        codec.prepare(Message, JournalRecord, Segment)
+        rehearsal.rehearse()
     # What lives by now lives to the end: a collection in the stop need not look at it again.
     gc.collect()
     gc.freeze()

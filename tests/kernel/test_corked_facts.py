@@ -20,7 +20,7 @@ UDP, CORK, SEGMENT = 17, 1, 103
 WAYS = {V4: "127.0.0.1", V6: "::1"}
 BYTES = random.Random(5).randbytes(1 << 16)
 #: pieces of one datagram, up to these places in it
-PIECES = {"one": [5], "none": [0], "some": [1000, 9000, 30000], "whole": [65487], "two halves": [30000, 65487]}
+PIECES = {"one": [5], "none": [0], "some": [1000, 9000, 30000], "whole": [65487], "halves": [30000, 65487]}
 
 
 @pytest.fixture(scope="module")

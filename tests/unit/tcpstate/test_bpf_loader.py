@@ -111,6 +111,20 @@ def parses(monkeypatch):
     return count
 
 
+def test_many_may_ask_one_parse(tmp_path, parses):
+    known = Layout("k1", tmp_path)
+    with known.parsed_once():
+        with known.parsed_once():
+            known.offset("outer", "b")
+            known.forget_btf()
+        known.size("outer")
+        known.forget_btf()
+    assert len(parses) == 1
+    known.id(Kind.STRUCT, "outer")
+    # there again, so it had been given back
+    assert len(parses) == 2
+
+
 def test_numbers_are_remembered_and_absence_too(tmp_path, parses):
     first = Layout("k1", tmp_path / "cache")
     assert first.offset("outer", "b") == 8
