@@ -1,6 +1,6 @@
 """Each module that captures and rebuilds something is made to do nothing in turn: the cases that name it must fail.
 
-python -m tests.campaign.mutations [--seed N] [MODULE...]
+python -m tests.campaign.mutations [--seed N] [--case NAME]... [MODULE...]
 
 Prints a table: module, cases that name it, those that failed without it.  A module whose loss nobody notices is a
 module that is not tested, and a case that passes without its module tests something else.  Resumable, as the others.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tests.campaign.run import STATE
 from tests.campaign.states import go_on, only_known
@@ -21,14 +21,22 @@ from tests.system.state.without import beyond_this_machine, modules
 __all__ = ["main", "run", "table"]
 
 
-def run(wanted: Sequence[str] = (), *, seed: int = 1) -> dict[str, dict[str, str]]:
-    """module -> {case that names it: how its loss showed; empty if it did not}."""
+def run(wanted: Sequence[str] = (), *, only: Collection[str] = (), seed: int = 1) -> dict[str, dict[str, str]]:
+    """module -> {case that names it: how its loss showed; empty if it did not}.
+
+    wanted, only  modules and cases; none: all
+    """
     cases = load_all()
     beyond = beyond_this_machine()
     if beyond:
         print(f"nothing here can show the loss of {', '.join(sorted(beyond))}", flush=True)
     names = [name for name in modules() if (not wanted or name in wanted) and name not in beyond]
-    pairs = [f"{module} {case.name}" for module in names for case in cases.values() if module in case.exercises]
+    pairs = [
+        f"{module} {case.name}"
+        for module in names
+        for case in cases.values()
+        if module in case.exercises and (not only or case.name in only)
+    ]
 
     def lost(place: Bench, pair: str) -> str:
         module, name = pair.split(" ")
@@ -61,10 +69,12 @@ def main() -> int:
     """0 if every loss is noticed by every case that names the module."""
     parser = argparse.ArgumentParser(prog="python -m tests.campaign.mutations")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--case", action="append", default=[], help="only this case, and others that are named so")
     parser.add_argument("names", nargs="*", help="modules, as tests/system/state/without.py calls them")
     given = parser.parse_args()
     only_known(parser, given.names, modules())
-    found = run(given.names, seed=given.seed)
+    only_known(parser, given.case, load_all())
+    found = run(given.names, only=given.case, seed=given.seed)
     print(table(found))
     return 0 if all(cases and all(cases.values()) for cases in found.values()) else 1
 
