@@ -135,9 +135,9 @@ class Dump:
 
     def prepare(self) -> None:
         """Refuse what has to be refused, and read beforehand what is slow to read. Refused names the first reason."""
-        refused = preflight.first_refusal(self.check())
-        if refused is not None:
+        if (refused := preflight.first_refusal(self.check())) is not None:
             raise refused
+        self._policy = dataclasses.replace(self._policy, mounts=Spaces.of(self.roots).mounts)
         self._ipc.look(preflight.pids(self.roots))
         for pid in preflight.pids(self.roots):
             try:

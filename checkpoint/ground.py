@@ -7,12 +7,14 @@ cannot be grown on: the stubs are ended, and everything begins anew.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from checkpoint.errors import BadLayout, ImageIncomplete, NumbersInUserNamespace, PidTaken
 from checkpoint.files.rebuild import Rebuilder
+from checkpoint.files.regular import RegularFile
 from checkpoint.files.table import TreeFiles
 from checkpoint.files.terminal import Pair
 from checkpoint.grow import Birth, grow
@@ -23,8 +25,10 @@ from checkpoint.memory import layout
 from checkpoint.memory.delta import delta, without
 from checkpoint.memory.layout import Descriptors, MemoryLayout
 from checkpoint.memory.pages import PageWriter
+from checkpoint.namespaces.memoryfs import ensure
 from checkpoint.namespaces.spaces import Spaces
 from checkpoint.namespaces.users import UserSpace
+from checkpoint.namespaces.ways import Ways
 from checkpoint.newpids import settle, with_init
 from checkpoint.records import LiveTree, MapsDelta, ProcessRecord, fits, same_file
 from checkpoint.spawn import Stub
@@ -73,12 +77,14 @@ class Ground:
 
     def apply(self, tree: LiveTree) -> None:
         """One round. BadLayout, PidTaken, FileMissing, ..."""
-        files = Rebuilder(tree.files, path=self._path, warn=self._warn)
+        ways = Ways(self._path, tree.spaces.mounts)
+        files = Rebuilder(tree.files, path=ways, warn=self._warn)
         try:
             told = self._told
             if told is None or not fits(told, (one.task for one in tree.processes), tree.layouts, tree.spaces):
-                self._begin(tree, files.descriptor)
+                self._begin(tree, files.descriptor, ways)
             else:
+                self._go_in(tree, ways)
                 for one in tree.processes:
                     if one.layout is not None:
                         self.forget(MapsDelta(pid=one.task.pid, stale=one.stale))
@@ -87,10 +93,24 @@ class Ground:
             files.close()
         self._told = tree
 
-    def _begin(self, tree: LiveTree, descriptor_of: Descriptors) -> None:
+    def _go_in(self, tree: LiveTree, ways: Ways) -> None:
+        """The tree stands: its files are opened in it, and those are there whose bytes come with its file systems."""
+        ways.root = self.root(tree.spaces)
+        for file in tree.files.files:
+            if isinstance(file, RegularFile) and ways.carried(file.path):
+                with contextlib.suppress(OSError):  # who opens it says what is in the way
+                    ensure(ways.root, file.path, tree.spaces.owner)
+
+    def root(self, spaces: Spaces) -> str:
+        """Our path of the root directory of what stands here; empty: it is ours."""
+        own_mounts = spaces.mounts is not None or self._has_init
+        return f"/proc/{next(iter(self._stubs.values())).pid}/root" if own_mounts else ""
+
+    def _begin(self, tree: LiveTree, descriptor_of: Descriptors, ways: Ways) -> None:
         taken = [(m.start, m.end) for one in tree.layouts.values() for m in one.mappings]
         taken += [(one.fields.start_brk, one.fields.brk + _HEAP_ROOM) for one in tree.layouts.values()]
         self.grow_anew(tree.processes, taken, tree.spaces)
+        self._go_in(tree, ways)
         for pid, one in tree.layouts.items():
             layout.build(one, self._stubs[pid], descriptor_of)
             self.is_now(one)
@@ -118,7 +138,13 @@ class Ground:
         users = self._users = spaces.user_space()
         if users is None or spaces.pids:
             settle = functools.partial(self._settle, spaces=spaces)
-            grow(births, taken, self._stubs, self._warn, self.terminals, settle, users)
+            ways = Ways(self._path, spaces.mounts)
+
+            def ptmx() -> str:
+                ways.root = self.root(spaces)
+                return ways.ptmx
+
+            grow(births, taken, self._stubs, self._warn, self.terminals, settle, users, ptmx)
             return
         # who is in a user namespace may not choose the numbers of its children outside: they are born before
         grow(births, taken, self._stubs, self._warn, self.terminals, users=users)

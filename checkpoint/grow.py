@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Protocol
 
 from checkpoint.errors import PidTaken
-from checkpoint.files.terminal import Pair, TtyCall, open_pair, open_slave
+from checkpoint.files.terminal import PTMX, Pair, TtyCall, open_pair, open_slave
 from checkpoint.kernel.clone import CloneFlag
 from checkpoint.namespaces.users import UserSpace
 from checkpoint.spawn import Stub, spawn_stub
@@ -53,6 +53,7 @@ def grow(
     terminals: dict[int, Pair],
     settle: Callable[[Stub], None] | None = None,
     users: UserSpace | None = None,
+    ptmx: Callable[[], str] = lambda: PTMX,
 ) -> None:
     """Make a stub for every process, in its place of the tree; zombies die at the end.
 
@@ -60,11 +61,12 @@ def grow(
     stubs  filled in as they are born, by PID: what is to be undone if this fails
     terminals  filled in, by number: the pseudo terminals that were opened for sessions
     settle  told each root when it is born, before it bears anybody: what it is made to enter its descendants inherit
+    ptmx    what is opened for a pseudo terminal, once a root is born
     users   who has a PID namespace of its own is in there, too; the stubs get its keeper's pidfd
 
     PidTaken, SpawnFailed, UnsupportedSession, UnsupportedSharing.
     """
-    _Grower(records, list(avoid), stubs, warn, terminals, settle, users).run()
+    _Grower(records, list(avoid), stubs, warn, terminals, settle, users, ptmx).run()
 
 
 class _Grower:
@@ -77,7 +79,9 @@ class _Grower:
         terminals: dict[int, Pair],
         settle: Callable[[Stub], None] | None,
         users: UserSpace | None,
+        ptmx: Callable[[], str],
     ) -> None:
+        self._ptmx = ptmx
         self._terminals = terminals
         self._users = users
         self._settle = settle
@@ -155,7 +159,7 @@ class _Grower:
         return lambda number: self._stub(birth.creator).fork(number, flags, exit_signal=exit_signal)
 
     def _take_terminal(self, stub: Stub, number: int) -> None:
-        master = open_pair(number, self._warn)
+        master = open_pair(number, self._warn, self._ptmx())
         self._terminals[number] = pair = Pair(master, open_slave(master, os.O_RDWR))
         calls = CallTable()
         fd = calls.call(SYS.pidfd_getfd, stub.tool_pidfd, pair.slave, 0, label="taking a terminal")

@@ -6,7 +6,6 @@ process, FILES_DELTA a :class:`FilesDelta`, ENDED an :class:`Ended`.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -139,10 +138,10 @@ class TreeRecord:
         """The new tree's root is in its namespaces: put into them what the original's had, and be there, as far as
         things are made in them, until the stack is unwound. NamespaceNotMade, OSError."""
         self.spaces.join(pid, stack)
-        users = self.spaces.users
-        owner = (os.geteuid(), os.getegid()) if users is None else (users.uids[0].outside, users.gids[0].outside)
-        for folder in self.folders:
-            folder.write(f"/proc/{pid}/root", owner)
+        mounts = self.spaces.mounts
+        if mounts is not None:
+            for folder in self.folders:
+                folder.write(f"/proc/{pid}/root", self.spaces.owner, mounts.points)
 
     def _check_ids(self, users: Users) -> None:
         for process in self.processes:
@@ -262,9 +261,7 @@ def same_file(before: OpenFile, after: OpenFile) -> bool:
     )
 
 
-def fits(
-    told: LiveTree, tasks: Iterable[Task], layouts: Mapping[int, MemoryLayout], spaces: Spaces = NO_SPACES
-) -> bool:
+def fits(told: LiveTree, tasks: Iterable[Task], layouts: Mapping[int, MemoryLayout], spaces: Spaces) -> bool:
     """Whether what was built from ``told`` can become these processes: the same ones, in the same places of the tree,
     with the same programs, in the same namespaces. Both sides ask this, of the same records."""
     if {one.task for one in told.processes} != set(tasks) or told.spaces != spaces:

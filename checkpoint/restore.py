@@ -3,9 +3,8 @@
 ::
 
     apply(frame)      for each frame.  LIVE lays out memory while the originals run, PAGES fill it (checkpoint.ground),
-                      AHEAD brings idle connections.
-                      With the last MAPPINGS the tree grows, of stubs with the right numbers,
-                      with its memory laid out and its files open; PAGES fill it; FILES_DELTA brings the connections
+                      AHEAD brings idle connections.  With the last MAPPINGS the tree grows, of stubs with the right
+                      numbers, its memory laid out and its files open; PAGES fill it; FILES_DELTA brings the connections
                       COPIED says that the processes can be completed: threads and state, registers set
     prepare()         that, if it was not done yet; connections rebuilt in repair and compared
     survive()         from here on the death of the tool does not end the processes
@@ -47,6 +46,7 @@ from checkpoint.ipc.base import SystemV
 from checkpoint.latermemory import LaterMemory, PageBringer
 from checkpoint.memory import layout
 from checkpoint.memory.layout import MemoryLayout
+from checkpoint.namespaces.ways import Ways
 from checkpoint.records import FilesDelta, LiveTree, Manifest, MapsDelta, ProcessRecord, TreeRecord
 from checkpoint.spawn import Stub
 from checkpoint.state import clocks, table
@@ -123,8 +123,7 @@ class Restore:
         _log.warning("%s", text)
 
     def place(self, path: Callable[[str], str], *, overwrite: bool, devices: Mapping[str, str] | None = None) -> None:
-        """Where the source's paths are here, and whether shipped files replace others, and what its interfaces are
-        called here; before the first frame."""
+        """Before the first frame: where the source's paths are here, what its interfaces are called, and the like."""
         self._path, self._overwrite, self._devices = path, overwrite, dict(devices or {})
         self._ground = self._new_ground()
 
@@ -258,14 +257,15 @@ class Restore:
         goes_on = self._ground.takes(self._tree.processes, self._layouts, self._tree.spaces)
         if self._ahead is not None and not goes_on:
             self._ahead.uninstall()
+        self._ways = Ways(self._path, self._tree.spaces.mounts)
         self._rebuilder = Rebuilder(
             self._files,
-            path=self._path,
+            path=self._ways,
             warn=self._warn,
             blackhole=self._blackhole,
             held=held,
             terminals=self._ground.terminals,
-            note_path=lambda path: write(self.note, Trace.MADE, Made(path=path)),
+            note_path=self._note_made,
             overwrite=self._overwrite,
             devices=self._devices,
             external=self._external,
@@ -274,19 +274,15 @@ class Restore:
         )
         self._staged.provide(self._files, self._rebuilder.provide_content)
         self._rebuilder.own_ipc = own_ipc = self._tree.spaces.ipc is not None
-        if self._check:
-            for warning in self._rebuilder.check():
-                self._warn(warning)
-        if not own_ipc:
-            ipc.check(self._tree.ipc)
+        for warning in self._rebuilder.check() if self._check else ():
+            self._warn(warning)
+        ipc.check(() if own_ipc else self._tree.ipc)
         if not goes_on:
             self._ground.grow_anew(self._tree.processes, taken, self._tree.spaces)
         # the tree stands in its namespaces: so do we, as far as its objects and files are made in them
-        first, own_mounts = next(iter(self.stubs.values())).pid, self._tree.spaces.mounts is not None
-        self._rebuilder.root = f"/proc/{first}/root" if own_mounts or self.init else ""
-        self._tree.move_in(first, self._inside)
-        note_path = None if own_ipc else lambda path: write(self.note, Trace.MADE, Made(path=path))
-        ipc.make(self._tree.ipc, note_path, self._ipc.append)
+        self._ways.root = self._ground.root(self._tree.spaces)
+        self._tree.move_in(next(iter(self.stubs.values())).pid, self._inside)
+        ipc.make(self._tree.ipc, None if own_ipc else self._note_made, self._ipc.append)
         self._bear_named_threads(self._files)
         self._rebuilder.rebuild()
         for pid, one in self._layouts.items():
@@ -303,6 +299,11 @@ class Restore:
             install(self._rebuilder, pid, self.stubs[pid], shared=bool(record.task.files))
         for run in () if self.later is None else self.later.at_once():
             self._write(run)
+
+    def _note_made(self, path: str) -> None:
+        """Something is about to be made that must not outlast a failure."""
+        if lasting := self._ways.lasting(path):
+            write(self.note, Trace.MADE, Made(path=lasting))
 
     def _bear_named_threads(self, files: TreeFiles) -> None:
         """Threads that an open file refers to must be there before it."""
@@ -404,7 +405,7 @@ class Restore:
             state,
             warn=self._warn,
             elapsed=elapsed,
-            path=self._path,
+            path=self._ways.within,
             placed=bool(record.task.directories),
         )
 
@@ -469,11 +470,11 @@ class Restore:
 
     def abort(self) -> None:
         """Nothing is left of what was built. May be repeated."""
+        if self._rebuilder is not None:
+            self._rebuilder.abort()  # while the tree's own mounts are there
+            self._rebuilder = None
         self._ground.clear()
         self._close_ahead()
-        if self._rebuilder is not None:
-            self._rebuilder.abort()
-            self._rebuilder = None
         ipc.remove(self._ipc)
         self._ipc.clear()
         self._inside.close()

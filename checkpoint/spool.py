@@ -77,7 +77,7 @@ class Spool:
     def take(self, told: Round) -> int:
         """One round; how many bytes it had. ImageNotWritten."""
         tree = told.tree
-        if self._told is None or not fits(self._told, (one.task for one in tree.processes), tree.layouts):
+        if self._told is None or not fits(self._told, (one.task for one in tree.processes), tree.layouts, tree.spaces):
             self._logs.clear()
             self._layouts = dict(tree.layouts)
         else:

@@ -17,6 +17,7 @@ from checkpoint.image.format import FrameReader
 from checkpoint.image.frames import Kind
 from checkpoint.memory.lazy import available
 from checkpoint.namespaces.network import NewNetwork
+from checkpoint.namespaces.ways import Ways
 from checkpoint.records import Ended
 from checkpoint.restore import Restore
 from checkpoint.traces import NoteWriter
@@ -120,7 +121,7 @@ class IncomingTrees:
         self._restore.place(told.path, overwrite=told.overwrite, devices=devices)
         found += judge_here(
             needs.files,
-            path=told.path,
+            path=Ways(told.path, needs.mounts),
             beacons=needs.beacons,
             ship=told.ship,
             overwrite=told.overwrite,

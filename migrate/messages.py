@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 import checkpoint.files.kinds  # noqa: F401  (makes every kind of open file known to the codec)
 from checkpoint.files.base import OpenFile
 from checkpoint.files.regular import RegularFile
+from checkpoint.namespaces.mounts import Mounts
 from checkpoint.namespaces.network import Network
+from checkpoint.namespaces.ways import Ways
 from checkpoint.verdict import Verdict
 from migrate.addresses import AddressRecord
 from migrate.unithook import HookUnit
@@ -162,6 +164,7 @@ class Needs:
     devices         interfaces, by their names at the source, that connections are bound to
     forward         how connections are forwarded, in place of addresses that move
     network         the tree's own network namespace; None: it is in its host's
+    mounts          the tree's own, on which its files are; None: they are its host's
     """
 
     trees: tuple[TreeNeed, ...]
@@ -183,6 +186,7 @@ class Needs:
     devices: tuple[str, ...] = ()
     forward: ForwardNeed | None = None
     network: Network | None = None
+    mounts: Mounts | None = None
 
     def by_our_numbers(self, pids: dict[int, int]) -> dict[int, int]:
         """At the source: by the roots' numbers there, what comes by those that they have themselves."""
@@ -191,8 +195,9 @@ class Needs:
 
     @property
     def written(self) -> list[str]:
-        """The files that the processes have open for writing."""
-        return [file.path for file in self.files if isinstance(file, RegularFile) and file.written]
+        """Files open for writing, but for those on file systems that move with the processes."""
+        found = (file.path for file in self.files if isinstance(file, RegularFile) and file.written)
+        return [path for path in found if not Ways(str, self.mounts).carried(path)]
 
     def __post_init__(self) -> None:
         if not self.trees:

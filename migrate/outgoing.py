@@ -31,8 +31,10 @@ from checkpoint.image.frames import Kind, PageRun, Runs
 from checkpoint.image.writer import ImageFile
 from checkpoint.live import Round as LiveRound
 from checkpoint.memory.layout import MemoryLayout
+from checkpoint.namespaces.mounts import Mounts
 from checkpoint.namespaces.numbers import Numbers
 from checkpoint.namespaces.spaces import Spaces, own_network, silence_network
+from checkpoint.namespaces.ways import Ways
 from checkpoint.records import Ended
 from checkpoint.throttle import Throttle
 from migrate.clock import monotonic_ns
@@ -124,12 +126,13 @@ class OutgoingTrees:
         bound |= {_bare(end.address) for end in udp if not ipaddress.ip_address(_bare(end.address)).is_multicast}
         anywhere = {f"tcp port {name[1]}" for name in names if _bare(name[0]) in _ANYWHERE}
         anywhere |= {f"udp port {end.port}" for end in udp if _bare(end.address) in _ANYWHERE}
+        mounts = Spaces.of(self._roots).mounts
         used = {_bare(address) for address in local} | (bound - _ANYWHERE)
         self._used = None if anywhere else set(used)
         return Needs(
             trees=tuple(_tree(root) for root in self._roots),
             files=tuple(foretold),
-            directories=tuple(sorted(_directories(members))),
+            directories=tuple(sorted(_directories(members, mounts))),
             used_addresses=tuple(sorted(used)),
             anywhere=tuple(sorted(anywhere)),
             peers=tuple(sorted(peers)),
@@ -141,6 +144,7 @@ class OutgoingTrees:
             units=tuple(_hook_unit(one) for one in supervisors.supervised(members)),
             devices=tuple(sorted(devices)),
             network=own_network(self._roots[0]),
+            mounts=mounts,
         )
 
     def share(self, shared: Sequence[str], apart: Sequence[str]) -> None:
@@ -456,12 +460,14 @@ def _resident(pid: int) -> int:
         return 0
 
 
-def _directories(members: Sequence[int]) -> set[str]:
-    """The working and root directories of the processes that have not ended meanwhile."""
+def _directories(members: Sequence[int], mounts: Mounts | None) -> set[str]:
+    """The working and root directories of the processes that have not ended meanwhile, and what their own mounts show:
+    all of the host."""
     found = set()
+    ways = Ways(lambda path: path, mounts)
     for pid in members:
         for name in ("cwd", "root"):
             with contextlib.suppress(OSError):
-                found.add(os.readlink(f"/proc/{pid}/{name}"))
-    spaces = Spaces.of(members[:1])
-    return found if spaces.mounts is None else found | spaces.mounts.directories
+                path = os.readlink(f"/proc/{pid}/{name}")
+                found |= set() if ways.carried(path) else {ways(path)}
+    return found if mounts is None else found | mounts.directories

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from checkpoint.errors import LazyImpossible
 from checkpoint.files.identity import Beacons
+from checkpoint.namespaces.ways import way_of
 from migrate.addressing import plan_addresses
 from migrate.clock import monotonic_ns
 from migrate.driving import failure_of, logged, remote_error, signals_held
@@ -170,7 +171,7 @@ class Source(SourceTalk):
             )
             self._hooks.judge(addresses.records)
             needs = replace(needs, addresses=addresses.records, macs=addresses.macs, forward=self._forwarding.need)
-            with Beacons(map(os.path.dirname, needs.written)) as beacons:
+            with Beacons(map(os.path.dirname, needs.written), way_of(needs.trees[0].root)) as beacons:
                 self._say(
                     Check(
                         migration=self.migration,

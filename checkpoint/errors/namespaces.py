@@ -62,10 +62,11 @@ class NamespaceNotMade(TcpmigError):
 
 
 class MountNotMovable(Refused):
-    """The tree has a mount namespace of its own with a mount that cannot be made again: another root file system
-    (pivot_root), a disk that only the tree has mounted, an overlay of directories that the host has not by these paths,
-    a file system in memory with devices in it or covered by another mount, or mounts that propagate into other
-    namespaces."""
+    """The tree has a mount namespace of its own with a mount that cannot be made again: a disk that only the tree has
+    mounted, an overlay of directories that the host has not by these paths, a file system in memory with devices in it
+    or covered by another mount, mounts that propagate into other namespaces, something that is mounted over its root;
+    or its first process has another root directory (chroot) than its mount namespace; or, of a user namespace, what
+    cannot be mounted from inside again (an option gid=, pseudo terminals without a PID namespace)."""
 
     code = "TM-0726"
     fix = "Unmount it, or run tcpmig inside the namespaces (nsenter) on both hosts."

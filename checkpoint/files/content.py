@@ -23,6 +23,7 @@ from typing import Final
 from checkpoint.errors import BadFileRecord, FileMissing, FileRebuildFailed
 from checkpoint.files.abi import Fcntl, Seal, punch_hole
 from checkpoint.files.identity import BEACON
+from checkpoint.namespaces.ways import real
 from tcpstate.errors import KernelFeatureMissing
 
 __all__ = ["Content", "ContentKind", "data_runs", "nonzero_runs", "punch", "put"]
@@ -108,7 +109,7 @@ class Content:
             elif self.kind is ContentKind.SEGMENT:
                 raise FileRebuildFailed("a segment that no record tells of", object=self.name)
             elif self.kind is ContentKind.SHIPPED:
-                fd = _staged(os.path.realpath(path(self.name)), note)
+                fd = _staged(real(path(self.name)), note)
                 os.ftruncate(fd, self.size)
                 return fd  # its owner and mode come last: until then it is nobody's business
             else:

@@ -58,7 +58,7 @@ class Device(OpenFile):
         # The node may have another path here (a chroot's own /dev); any node with the number is the same device.
         number = (self.major, self.minor)
         usual = f"/dev/{_STATELESS[number]}"
-        for path in (host.path(self.path), usual):
+        for path in (host.place(self.path), host.path(self.path), usual):
             try:
                 found = os.stat(path)
             except OSError:

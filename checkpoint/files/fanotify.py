@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final, Self
 from checkpoint.errors import FileCaptureFailed, FileMissing, FileRebuildFailed, UnsupportedFile
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
 from checkpoint.files.handles import device_of, mount_points, path_of
+from checkpoint.namespaces.ways import way_of
 from tcpstate.kernel import batch
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import Ioctl, ioctl_int
@@ -125,7 +126,7 @@ class Fanotify(OpenFile):
 
     def check(self, host: Rebuilder) -> str:
         for mark in self.marks:
-            if not os.path.lexists(host.path(mark.path)):
+            if not host.path.carried(mark.path) and not os.path.lexists(host.path(mark.path)):
                 raise FileMissing("a file watched by fanotify is not here", object=host.path(mark.path))
         return ""
 
@@ -133,7 +134,7 @@ class Fanotify(OpenFile):
         fd = batch.syscall(SYS.fanotify_init, self.group, self.events)
         os.set_inheritable(fd, False)  # whether the group was made so (FAN_CLOEXEC) shows in fdinfo for ever
         for mark in reversed(self.marks):  # the last is listed first
-            _add(fd, host.path(mark.path), mark)
+            _add(fd, host.place(mark.path), mark)
         set_flags(fd, self.flags)
         return fd
 
@@ -169,15 +170,16 @@ def _marks(view: FdView) -> list[Mark]:
 
 
 def _mark(view: FdView, line: str) -> Mark:
+    way = way_of(view.pid)
     if parts := _FILE.fullmatch(line):
         of, masks = Of.FILE, parts.groups()[2:5]
-        path = path_of(int(parts[1], 16), int(parts[2], 16), int(parts[6], 16), bytes.fromhex(parts[7]))
+        path = path_of(int(parts[1], 16), int(parts[2], 16), int(parts[6], 16), bytes.fromhex(parts[7]), way)
     elif parts := _MOUNT.fullmatch(line):
         of, masks, number = Of.MOUNT, parts.groups()[1:], int(parts[1], 16)
-        path = next((point for mount, point in mount_points() if mount == number), None)
+        path = next((point for mount, point in mount_points(way) if mount == number), None)
     elif parts := _FILESYSTEM.fullmatch(line):
         of, masks, device = Of.FILESYSTEM, parts.groups()[1:], device_of(int(parts[1], 16))
-        path = next((point for _, point in mount_points() if _device(point) == device), None)
+        path = next((point for _, point in mount_points(way) if _device(way + point) == device), None)
     else:
         raise FileCaptureFailed(f"mark not understood: {line}", object=view.object)
     if path is None:

@@ -61,11 +61,10 @@ class Fifo(OpenFile):
         return cls(path=path, size=fcntl.fcntl(view.dup, Fcntl.GETPIPE_SZ), queue=queue, **view.common())
 
     def check(self, host: Rebuilder) -> str:
-        self._found(host)
+        self._found(host.path(self.path))
         return ""
 
-    def _found(self, host: Rebuilder) -> str:
-        path = host.path(self.path)
+    def _found(self, path: str) -> str:
         try:
             found = os.stat(path)
         except OSError as error:
@@ -75,7 +74,7 @@ class Fifo(OpenFile):
         return path
 
     def rebuild(self, host: Rebuilder) -> int:
-        path = self._found(host)
+        path = self._found(host.place(self.path))
         try:
             if ("fifo", path) not in host.shared:
                 # Open both ways while the descriptions are made: none of them waits for a partner then.

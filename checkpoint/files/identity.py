@@ -134,9 +134,11 @@ class Beacons:
     """Empty files of random names in the directories of files that are open for writing, as long as the block lasts.
 
     names  directory -> name of the file in it; a directory that takes none has none
+    way    below which the directories are (namespaces.ways); empty: they are ours
     """
 
-    def __init__(self, folders: Iterable[str]) -> None:
+    def __init__(self, folders: Iterable[str], way: str = "") -> None:
+        self._way = way
         self._folders = sorted(set(folders))
         self.names: dict[str, str] = {}
 
@@ -144,7 +146,9 @@ class Beacons:
         for folder in self._folders:
             name = f"{BEACON}{secrets.token_hex(16)}"
             try:
-                os.close(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+                os.close(
+                    os.open(f"{self._way}{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+                )
             except OSError as error:
                 # it was removed, or takes no files of ours: then nothing can be proven, and the target says so
                 _log.debug("no beacon in %s: %s", folder, error)
@@ -155,7 +159,7 @@ class Beacons:
     def __exit__(self, *_: object) -> None:
         for folder, name in self.names.items():
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{folder}/{name}")
+                os.unlink(f"{self._way}{folder}/{name}")
         self.names.clear()
 
 

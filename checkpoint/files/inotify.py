@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, Self
 from checkpoint.errors import FileCaptureFailed, FileMissing, FileRebuildFailed, UnsupportedFile
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
 from checkpoint.files.handles import path_of
+from checkpoint.namespaces.ways import way_of
 from tcpstate.kernel import batch
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.machine import SYS
@@ -82,14 +83,14 @@ class Inotify(OpenFile):
 
     def check(self, host: Rebuilder) -> str:
         for watch in self.watches:
-            if not os.path.lexists(host.path(watch.path)):
+            if not host.path.carried(watch.path) and not os.path.lexists(host.path(watch.path)):
                 raise FileMissing("a file watched by inotify is not here", object=host.path(watch.path))
         return ""
 
     def rebuild(self, host: Rebuilder) -> int:
         fd = batch.syscall(SYS.inotify_init1, _IN_NONBLOCK_CLOEXEC)
         for watch in sorted(self.watches, key=lambda watch: watch.number):
-            _add(fd, host.path(watch.path), watch)
+            _add(fd, host.place(watch.path), watch)
         if self.unread:
             _lose_some(fd)
             host.warn("unread inotify events have become one that says that some were lost (IN_Q_OVERFLOW)")
@@ -150,7 +151,8 @@ def _watches(view: FdView) -> list[Watch]:
         parts = _LINE.match(line)
         if parts is None:
             raise FileCaptureFailed(f"watch not understood: {line}", object=view.object)
-        path = path_of(int(parts[2], 16), int(parts[3], 16), int(parts[6], 16), bytes.fromhex(parts[7]))
+        handle = bytes.fromhex(parts[7])
+        path = path_of(int(parts[2], 16), int(parts[3], 16), int(parts[6], 16), handle, way_of(view.pid))
         if path is None:
             raise UnsupportedFile("inotify watches a file whose path cannot be found", object=view.object)
         found.append(Watch(number=int(parts[1], 16), path=path, mask=int(parts[4], 16) & _MASK))

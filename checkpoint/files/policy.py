@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.errors import BadExternal
+from checkpoint.namespaces.mounts import Mounts
+from checkpoint.namespaces.ways import Ways
 from tcpstate.acceptqueue import Policy as AcceptQueues
 
 __all__ = ["NO_POLICY", "AcceptQueues", "External", "LocalPeers", "Policy", "rule_for"]
@@ -94,6 +96,7 @@ class Policy:
     ship        files that are open for writing travel along, unless the target has the very same ones
     shared      directories whose files are the very same at the target; None: there is no target to ask
     apart       files of those that are not
+    mounts      the tree's, if they are its own: some of its file systems come along with what is in them
     """
 
     local_peer: LocalPeers = LocalPeers.REFUSE
@@ -102,6 +105,7 @@ class Policy:
     ship: bool = False
     shared: frozenset[str] | None = None
     apart: frozenset[str] = frozenset()
+    mounts: Mounts | None = None
 
     @property
     def cuts(self) -> bool:
@@ -120,6 +124,8 @@ class Policy:
 
     def stays_behind(self, path: str) -> bool:
         """Whether a file that is open for writing would be left behind, as far as the target has told."""
+        if Ways(lambda path: path, self.mounts).carried(path):
+            return False
         if self.shared is None:
             return self.ship
         return path in self.apart or posixpath.dirname(path) not in self.shared

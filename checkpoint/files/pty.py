@@ -21,15 +21,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from checkpoint.errors import BadFileRecord, UnsupportedTerminal
-from checkpoint.files.abi import FileFlag
+from checkpoint.files.abi import FileFlag, Magic, filesystem_magic
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
-from checkpoint.files.terminal import Terminal, Termios, TtyCall, give_word, number_of, open_pair, open_slave, word
+from checkpoint.files.terminal import (
+    PTMX,
+    Terminal,
+    Termios,
+    TtyCall,
+    give_word,
+    number_of,
+    open_pair,
+    open_slave,
+    word,
+)
+from checkpoint.kernel.mountinfo import read_mounts
+from checkpoint.namespaces.mounts import TERMINALS
+from checkpoint.namespaces.ways import way_of
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
 
 __all__ = ["PtyMaster", "PtySlave", "is_slave_of_tree", "masters_of"]
 
+_OWN: Final = "/dev/tty"
 _PTMX: Final = (5, 2)
 _WINDOW: Final = 8  # struct winsize
 _MOST_WAITING: Final = 1 << 20
@@ -44,23 +58,49 @@ def is_master(view: FdView) -> bool:
 
 def _slaves(view: FdView) -> list[FdView]:
     """The descriptions of the tree that are slaves of this master."""
-    number = number_of(view.dup)
     return [
         other
         for other in view.table.entries
         if other is not view and stat.S_ISCHR(other.stat.st_mode) and other.dup >= 0 and not is_master(other)
-        if not other.flags & FileFlag.PATH and number_of(other.dup) == number
+        if not other.flags & FileFlag.PATH and _belong(view, other)
     ]
+
+
+def _belong(master: FdView, slave: FdView) -> bool:
+    """Whether they are the two sides of one pseudo terminal: others that are mounted have the same numbers."""
+    number = number_of(slave.dup)
+    if number is None or number_of(master.dup) != number:
+        return False
+    return slave.link == _OWN or _instance(slave) in (None, _instance(master))
+
+
+def _instance(view: FdView) -> int | None:
+    """The device of the mounted pseudo terminals that a master or slave belongs to; None: it cannot be told."""
+    if filesystem_magic(view.dup) == Magic.DEVPTS:
+        return view.stat.st_dev
+    try:
+        # a node of the number of ptmx leads to those that are mounted beside it (fs/devpts/inode.c, devpts_acquire)
+        return os.stat(f"{way_of(view.pid)}{os.path.dirname(view.link)}/pts").st_dev
+    except OSError:
+        return None
+
+
+def _is_elsewhere(view: FdView) -> bool:
+    """Whether a master belongs to others than those that its mount namespace shows."""
+    way = way_of(view.pid)
+    if not way:
+        return False
+    places = [one.at for one in read_mounts(view.pid) if one.kind == TERMINALS]
+    return not places or _instance(view) != os.stat(way + places[0]).st_dev
 
 
 def is_slave_of_tree(view: FdView) -> bool:
     """Whether the file is a terminal whose master is in the tree."""
     if not stat.S_ISCHR(view.stat.st_mode) or view.dup < 0 or view.flags & FileFlag.PATH or is_master(view):
         return False
-    number = number_of(view.dup)
-    if number is None:
+    if number_of(view.dup) is None:
         return False
-    return any(is_master(other) and number_of(other.dup) == number for other in view.table.entries if other.dup >= 0)
+    return any(is_master(other) and _belong(other, view) for other in view.table.entries if other.dup >= 0)
 
 
 def masters_of(pids: list[int]) -> set[int]:
@@ -130,6 +170,8 @@ class PtyMaster(OpenFile):
     def examine(cls, view: FdView) -> str:
         if word(view.dup, TtyCall.TIOCGETD):
             raise UnsupportedTerminal("terminal with a line discipline of its own (TIOCSETD)", object=view.object)
+        if _is_elsewhere(view):
+            raise UnsupportedTerminal("pseudo terminal of others (devpts) than those of its mounts", object=view.object)
         return ""
 
     @classmethod
@@ -173,13 +215,13 @@ class PtyMaster(OpenFile):
         )
 
     def check(self, host: Rebuilder) -> str:
-        if not os.path.exists("/dev/ptmx"):
+        if not (host.path.terminals or os.path.exists(PTMX)):
             raise UnsupportedTerminal("there is no /dev/ptmx here", object=f"/dev/pts/{self.number}")
         return ""
 
     def rebuild(self, host: Rebuilder) -> int:
         pair = host.terminals.get(self.number)
-        fd = open_pair(self.number, host.warn) if pair is None else host.duplicate(pair.master)
+        fd = open_pair(self.number, host.warn, host.path.ptmx) if pair is None else host.duplicate(pair.master)
         fcntl.ioctl(fd, TtyCall.TIOCSWINSZ, self.window)
         self.modes.give(fd)
         if self.opened:
@@ -217,7 +259,7 @@ class PtySlave(OpenFile):
 
     @classmethod
     def capture(cls, view: FdView) -> Self:
-        return cls(number=number_of(view.dup) or 0, own=view.link == "/dev/tty", **view.common())
+        return cls(number=number_of(view.dup) or 0, own=view.link == _OWN, **view.common())
 
     def rebuild(self, host: Rebuilder) -> int:
         for index, record in enumerate(host.files):

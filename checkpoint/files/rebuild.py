@@ -32,7 +32,7 @@ from checkpoint.errors import BadFileRecord, FileRebuildFailed
 from checkpoint.files.abi import REOPEN_FLAGS, Fcntl, FileFlag
 from checkpoint.files.aheadbuild import BuiltAhead
 from checkpoint.files.base import OpenFile, kind_name
-from checkpoint.files.content import punch, put
+from checkpoint.files.content import ContentKind, punch, put
 from checkpoint.files.descriptors import ensure_descriptors
 from checkpoint.files.external import External
 from checkpoint.files.held import HeldSocket
@@ -53,6 +53,7 @@ from checkpoint.files.terminal import Pair
 from checkpoint.files.unixbuild import Builder
 from checkpoint.image.frames import PageRun
 from checkpoint.namespaces.here import number_here
+from checkpoint.namespaces.ways import Ways
 from tcpstate.connid import ConnId
 from tcpstate.errors import KernelFeatureMissing
 from tcpstate.halfopen import HalfOpen, expect
@@ -80,7 +81,7 @@ class Rebuilder:
     """The open files of one tree on their way. See the module's docstring for the order of calls.
 
     records  what TreeFiles holds
-    path     maps a path of the source to one here
+    path     maps a path of the source to one here; a :class:`Ways` of a tree with mounts of its own, told its root
     devices  interface names of the source to those here
     warn     told, in one sentence, of whatever will differ from the original
     blackhole  rules that silence connections until their release, if they stand already; removed by ``close``
@@ -94,7 +95,6 @@ class Rebuilder:
     ahead      connections that were built before the stop: the first of the files
 
     stubs      the new processes, by the PIDs of the source: what is to be theirs from the beginning is made in them
-    root       our path of the tree's root directory, if its mount namespace is its own: its files are opened below it
     own_ipc    the tree has an IPC namespace of its own, and we are in it: nothing is taken in there, nor outlasts it
     terminals  pseudo terminals that are somebody's controlling terminal already, by number; they stay the caller's
 
@@ -141,8 +141,7 @@ class Rebuilder:
         #: files that some description is open for writing of
         self.written = {f.path for f in self.files if isinstance(f, RegularFile) and f.written}
         self.shipments: list[Shipment] = []
-        self.path = path
-        self.root = ""
+        self.path = path if isinstance(path, Ways) else Ways(path)
         self.own_ipc = False
         self.warn = warn
         self.note_path = note_path
@@ -238,7 +237,10 @@ class Rebuilder:
         """Our descriptor, for reading and writing, of a file that travels along."""
         made = self._contents[self._checked(index)]
         if made is None:
-            made = self._contents[index] = self.records.contents[index].make(self.path, self.note_path)
+            content = self.records.contents[index]
+            # one that has no name is made inside; another gets its name later, and must be found if that fails
+            path = self.place if content.kind is ContentKind.DELETED else self.path
+            made = self._contents[index] = content.make(path, self.note_path)
         return made
 
     def provide_content(self, index: int, fd: int) -> None:
@@ -270,7 +272,7 @@ class Rebuilder:
 
     def place(self, path: str) -> str:
         """Where we open a file of the tree: by the mounts that are its own, if it has some."""
-        return self.root + self.path(path)
+        return self.path.place(path)
 
     def number(self, pid: int) -> int:
         """What we call a process, thread, group or session of the tree; 0: it has no number, or is not there."""
@@ -307,11 +309,12 @@ class Rebuilder:
         warnings = [
             warning
             for index, record in enumerate(self.files[self.first :], self.first)
-            # what is held is there, and in nobody's way
-            if index not in self.held and (warning := record.check(self))
+            # what is held is there, and in nobody's way; what is in the tree's own file systems comes later
+            if index not in self.held and not self.path.carried_file(record) and (warning := record.check(self))
         ]
         for content in self.records.contents:
-            content.check(self.path)
+            if not self.path.carried(content.name):
+                content.check(self.path)
         return warnings
 
     def rebuild(self) -> None:

@@ -24,6 +24,7 @@ from checkpoint.files.abi import REOPEN_FLAGS, FileFlag, Magic, filesystem_magic
 from checkpoint.files.base import FdView, OpenFile, register
 from checkpoint.files.content import DELETED, ContentKind, reopened
 from checkpoint.files.identity import Evidence, build_id, digest, evidence_of, same_folder, shown
+from checkpoint.namespaces.ways import way_of
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
@@ -83,14 +84,15 @@ def _same(path: str, wanted: os.stat_result, *, follow: bool = True) -> bool:
 
 def path_of(view: FdView, *, follow: bool = True) -> str:
     """A path that leads to the open file; FileUnreachable if there is none."""
-    if _same(view.link, view.stat, follow=follow):
+    way = way_of(view.pid)
+    if _same(way + view.link, view.stat, follow=follow):
         return view.link
     if view.link.endswith(DELETED):
         # The name is gone, but not the file: it has another hard link.
         gone = view.link[: -len(DELETED)]
-        name = links.find(gone, view.stat) if view.stat.st_nlink else ""
+        name = links.find(way + gone, view.stat) if view.stat.st_nlink else ""
         if name:
-            return name
+            return name.removeprefix(way)
         raise FileUnreachable(f"{gone} was deleted, and its other hard link is not found", object=view.object)
     raise FileUnreachable(f"{view.link} is not the file that is open", object=view.object)
 

@@ -25,6 +25,7 @@ from checkpoint.files.content import ContentKind
 from checkpoint.files.identity import shown
 from checkpoint.files.policy import Policy
 from checkpoint.files.regular import RegularFile, path_of, volatile
+from checkpoint.namespaces.ways import real
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
@@ -104,7 +105,7 @@ class ShippedFile(OpenFile):
 def judge_place(host: Rebuilder, path: str, size: int, mtime_ns: int) -> str:
     """Whether a file of this size and time may be put at ``path`` of the source: a warning, or FileMissing (there is no
     such directory), ShipWouldOverwrite."""
-    place = os.path.realpath(host.path(path))
+    place = real(host.path(path))
     try:
         found = os.stat(place)
     except FileNotFoundError:
@@ -136,7 +137,7 @@ class Shipment:
     def __init__(self, record: ShippedFile, host: Rebuilder) -> None:
         self._record = record
         self._host = host
-        self.place = os.path.realpath(host.path(record.path))
+        self.place = real(host.path(record.path))
         # the content is made under a passing name of its own
         self.staged = os.readlink(f"/proc/self/fd/{host.content(record.content)}")
         self._published = False

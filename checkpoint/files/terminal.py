@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Final, Self
 
 __all__ = [
+    "PTMX",
     "Pair",
     "Terminal",
     "Termios",
@@ -33,6 +34,8 @@ __all__ = [
 #: major numbers of the slaves; each has 2**20 minor ones
 _FIRST_MAJOR, _LAST_MAJOR = 136, 143
 _MINORS: Final = 1 << 20
+#: what is opened for a new pseudo terminal of the host
+PTMX: Final = "/dev/ptmx"
 #: pairs that are opened, at most, to come to a wanted number
 _MOST_OPENED: Final = 4096
 _WORD: Final = struct.Struct("<i")
@@ -211,12 +214,13 @@ class Pair:
         os.close(self.master)
 
 
-def open_pair(number: int, warn: Callable[[str], None]) -> int:
-    """A new master, unlocked; that of /dev/pts/``number`` unless that is taken, which is told."""
+def open_pair(number: int, warn: Callable[[str], None], ptmx: str = PTMX) -> int:
+    """A new master, unlocked; that of /dev/pts/``number`` unless that is taken, which is told. ``ptmx``: what is opened
+    for it, where a tree has pseudo terminals of its own."""
     opened: list[int] = []
     try:
         while True:
-            fd = os.open("/dev/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+            fd = os.open(ptmx, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
             opened.append(fd)
             here = number_of(fd)
             # the kernel gives the lowest free one

@@ -172,11 +172,12 @@ class UnixFile(OpenFile):
     def check(self, host: Rebuilder) -> str:
         if self.name is not None and self.name.path:
             folder = os.path.dirname(host.path(self.name.path))
-            if not os.path.isdir(folder):
+            if not host.path.carried(self.name.path) and not os.path.isdir(folder):
                 raise FileMissing("the directory of a local socket is not here", object=folder)
         if (
             self.remote
             and not self.remote.startswith(b"\0")
+            and not host.path.carried(os.fsdecode(self.remote))
             and not os.path.exists(host.path(os.fsdecode(self.remote)))
         ):
             raise FileMissing(

@@ -18,12 +18,13 @@ import socket
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from checkpoint.errors import AddressTaken, FileRebuildFailed
 from checkpoint.files.abi import unshare_filesystem
+from checkpoint.namespaces.ways import found_in, way_of
 
 __all__ = ["BoundName", "Stage", "UnixName", "name_of"]
 
@@ -68,7 +69,7 @@ class UnixName:
         return os.fsdecode(self.address)
 
 
-def name_of(sock: socket.socket, vfs: tuple[int, int] | None, pids: Iterable[int]) -> UnixName | None:
+def name_of(sock: socket.socket, vfs: tuple[int, int] | None, pids: Sequence[int]) -> UnixName | None:
     """The name of a socket, None if it has none. ``vfs``: inode and device of its file, as sock_diag tells; ``pids``:
     the holders, whose working directories a relative path may start from."""
     address = os.fsencode(sock.getsockname())
@@ -77,13 +78,13 @@ def name_of(sock: socket.socket, vfs: tuple[int, int] | None, pids: Iterable[int
     if address.startswith(b"\0") or vfs is None:
         return UnixName(address=address)
     text = os.fsdecode(address)
+    way = next(map(way_of, pids), "")
     bases = [""] if text.startswith("/") else [os.readlink(f"/proc/{pid}/cwd") for pid in pids]
     for base in bases:
-        path = os.path.normpath(os.path.join(base, text))
-        try:
-            found = os.lstat(path)
-        except OSError:
+        there = found_in(way, os.path.normpath(os.path.join(base, text)))
+        if there is None:
             continue
+        found, path = there
         device = os.major(found.st_dev) << _MINOR_BITS | os.minor(found.st_dev)
         if stat.S_ISSOCK(found.st_mode) and (found.st_ino & 0xFFFFFFFF, device & 0xFFFFFFFF) == vfs:
             return UnixName(

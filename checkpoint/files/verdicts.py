@@ -137,7 +137,7 @@ def judge_here(
 ) -> list[Verdict]:
     """At the target: what would stand in the way of making these files here.
 
-    path       maps paths of the source
+    path       maps paths of the source; the :class:`Ways` of a tree with mounts of its own
     beacons    by what the source's directories are known (files/identity.py)
     ship       files that are open for writing, and not the same here, travel along: their verdicts are of the kind
                SHIPPED, and their subjects the paths of the source
@@ -151,7 +151,7 @@ def judge_here(
         kind = kind_name(type(record))
         name = str(getattr(record, "path", "") or getattr(record, "name", "") or kind)
         try:
-            warning = record.check(host)
+            warning = "" if host.path.carried_file(record) else record.check(host)
         except TcpmigError as error:
             found.append(Verdict.refuse(error, kind))
         else:

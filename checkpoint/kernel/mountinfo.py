@@ -17,6 +17,7 @@ __all__ = ["MountInfo", "read_mounts"]
 class MountInfo:
     """One mount.
 
+    id, parent   numbers of it, and of the mount that it is on
     device       major:minor of the file system
     root         directory of the file system that is shown
     at           where
@@ -27,6 +28,8 @@ class MountInfo:
     super        options of the file system
     """
 
+    id: int
+    parent: int
     device: str
     root: str
     at: str
@@ -51,6 +54,8 @@ def parse(line: str) -> MountInfo:
     left, _, right = line.rstrip("\n").partition(" - ")
     fields, (kind, source, options) = left.split(" "), right.split(" ", 2)
     return MountInfo(
+        id=int(fields[0]),
+        parent=int(fields[1]),
         device=fields[2],
         root=_plain(fields[3]),
         at=_plain(fields[4]),

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -22,13 +23,13 @@ from checkpoint.errors import MemoryFilesTooLarge, MountNotMovable, NamespaceNot
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
 
-__all__ = ["Folder", "Node"]
+__all__ = ["DEVICES", "Folder", "Node", "ensure"]
 
 #: bytes of all files of a tree's file systems in memory, and how many they may be: they are read in the stop
 _LARGEST: Final = 32 << 20
 _MOST: Final = 20_000
 #: major, minor of the devices that keep no state: Documentation/admin-guide/devices.txt
-_DEVICES: Final = frozenset({(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 2)})
+DEVICES: Final = frozenset({(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 2)})
 _TYPES: Final = frozenset({stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO, stat.S_IFCHR})
 _IDS: Final = (1 << 32) - 1
 _OPEN: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -64,7 +65,7 @@ class Node:
         kind = stat.S_IFMT(self.mode)
         if kind not in _TYPES or self.mode >> 16 or not all(0 <= one < _IDS for one in (self.uid, self.gid)):
             raise ValueError("an entry of a file system of an impossible type, or of nobody")
-        if kind == stat.S_IFCHR and self.device not in _DEVICES:
+        if kind == stat.S_IFCHR and self.device not in DEVICES:
             raise ValueError(f"a device {self.device} is not made out of an image")
         if kind == stat.S_IFLNK and (not self.data or b"\0" in self.data):
             raise ValueError("a symbolic link to nowhere")
@@ -102,10 +103,10 @@ class Folder:
                 directories.add(node.path)
 
     @classmethod
-    def read(cls, root: str, at: str, *, contents: bool = True) -> Folder:
-        """``root``: a path of the tree's root directory; without ``contents`` it is only looked through.
-        MountNotMovable, MemoryFilesTooLarge."""
-        reader = _Reader(at, contents=contents)
+    def read(cls, root: str, at: str, points: Collection[str] = (), *, contents: bool = True) -> Folder:
+        """``root``: a path of the tree's root directory; ``points``: where something is mounted; without ``contents``
+        it is only looked through. MountNotMovable, MemoryFilesTooLarge."""
+        reader = _Reader(at, _below(at, points), contents=contents)
         try:
             with _opened(root, at) as base:
                 nodes = tuple(reader.walk(base, b"", os.fstat(base).st_dev))
@@ -113,10 +114,14 @@ class Folder:
             raise MountNotMovable(f"what is in a file system in memory cannot be read: {error}", object=at) from error
         return cls(at=at, nodes=nodes)
 
-    def write(self, root: str, owner: tuple[int, int]) -> None:
-        """Make it again in an empty one. ``owner``: user and group that may make files in it. NamespaceNotMade."""
+    def write(self, root: str, owner: tuple[int, int], points: Collection[str] = ()) -> None:
+        """Make it again in one that is empty but for mount points (``points``) and what :func:`ensure` has made.
+        ``owner``: user and group that may make files in it. NamespaceNotMade."""
         try:
             with _opened(root, self.at) as base:
+                _remove_others(
+                    base, b"", _with_folders([*(node.path for node in self.nodes), *_below(self.at, points)])
+                )
                 for node in self.nodes:
                     with _parent(base, node) as folder:
                         _make(base, folder, node, owner)
@@ -127,6 +132,60 @@ class Folder:
                         os.utime(name, ns=node.times, dir_fd=folder, follow_symlinks=False)
         except OSError as error:
             raise NamespaceNotMade(f"what was in its file system in memory: {error}", object=self.at) from error
+
+
+def ensure(root: str, path: str, owner: tuple[int, int]) -> None:
+    """Make an empty file, and its directories, where there are none, so that it can be mapped before its bytes come;
+    others than plain ones are left to be found by who opens it. OSError."""
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        *folders, name = filter(None, path.split("/"))
+        with _acting(owner):
+            for folder in folders:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(folder, 0o700, dir_fd=fd)
+                below = os.open(folder, _OPEN, dir_fd=fd)
+                os.close(fd)
+                fd = below
+            with contextlib.suppress(FileExistsError):
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                os.close(os.open(name, flags, 0o600, dir_fd=fd))
+    finally:
+        os.close(fd)
+
+
+def _below(at: str, points: Collection[str]) -> set[bytes]:
+    """The mount points that are below one, from there."""
+    start = f"{at.rstrip('/')}/"
+    return {os.fsencode(one[len(start) :]) for one in points if one.startswith(start) and one != start}
+
+
+def _remove_others(folder: int, path: bytes, wanted: set[bytes]) -> None:
+    """Of an earlier round, what is gone by now. ``wanted``: paths with all their directories."""
+    for name in map(os.fsencode, os.listdir(folder)):
+        here = path + b"/" + name if path else name
+        is_directory = stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
+        if here not in wanted:
+            if is_directory:
+                shutil.rmtree(name, dir_fd=folder)
+            else:
+                os.unlink(name, dir_fd=folder)
+        elif is_directory:
+            below = os.open(name, _OPEN, dir_fd=folder)
+            try:
+                # what is in a directory that something is mounted on is not ours
+                if os.fstat(below).st_dev == os.fstat(folder).st_dev:
+                    _remove_others(below, here, wanted)
+            finally:
+                os.close(below)
+
+
+def _with_folders(paths: Iterable[bytes]) -> set[bytes]:
+    found = set(paths)
+    for path in paths:
+        while path := path.rpartition(b"/")[0]:
+            found.add(path)
+    return found
 
 
 @contextlib.contextmanager
@@ -160,8 +219,9 @@ def _parent(base: int, node: Node) -> Iterator[int]:
 class _Reader:
     """Reads one file system."""
 
-    def __init__(self, at: str, *, contents: bool) -> None:
+    def __init__(self, at: str, points: set[bytes], *, contents: bool) -> None:
         self._at = at
+        self._points = points
         self._contents = contents
         self._seen: dict[int, bytes] = {}
         self._bytes = self._count = 0
@@ -180,7 +240,7 @@ class _Reader:
     def _entry(self, fd: int, name: bytes, path: bytes, device: int) -> Iterator[Node]:
         found = os.stat(name, dir_fd=fd, follow_symlinks=False)
         # the directory of a mount is itself on another device
-        if found.st_dev != device or stat.S_ISSOCK(found.st_mode):
+        if found.st_dev != device or stat.S_ISSOCK(found.st_mode) or path in self._points:
             return
         if not stat.S_ISDIR(found.st_mode):
             yield self._node(fd, name, path, found)
@@ -200,7 +260,7 @@ class _Reader:
         if self._bytes > _LARGEST or self._count > _MOST:
             raise MemoryFilesTooLarge(f"more than {_LARGEST >> 20} MiB, or {_MOST} entries, are in it", object=self._at)
         number = os.major(found.st_rdev), os.minor(found.st_rdev)
-        if stat.S_IFMT(found.st_mode) not in _TYPES or (stat.S_ISCHR(found.st_mode) and number not in _DEVICES):
+        if stat.S_IFMT(found.st_mode) not in _TYPES or (stat.S_ISCHR(found.st_mode) and number not in DEVICES):
             raise MountNotMovable(
                 f"a device {number[0]}:{number[1]} is in it", object=f"{self._at}/{os.fsdecode(path)}"
             )

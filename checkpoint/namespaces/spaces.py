@@ -24,6 +24,7 @@ from checkpoint.kernel.clone import CloneFlag
 from checkpoint.namespaces import network
 from checkpoint.namespaces.entering import run_in
 from checkpoint.namespaces.ipc import IpcSettings
+from checkpoint.namespaces.mountlook import mounts_of
 from checkpoint.namespaces.mounts import Mounts
 from checkpoint.namespaces.network import Network
 from checkpoint.namespaces.users import Users, UserSpace
@@ -246,10 +247,16 @@ class Spaces:
             pids=Kind.PID in own,
             uts=Uts.of(root) if Kind.UTS in own else None,
             ipc=_settings(root) if Kind.IPC in own else None,
-            mounts=Mounts.of(root, unified(cgroups)) if Kind.MNT in own else None,
+            mounts=mounts_of(root, unified(cgroups)) if Kind.MNT in own else None,
             users=Users.of(root) if Kind.USER in own else None,
             cgroups=cgroups,
         )
+
+    @property
+    def owner(self) -> tuple[int, int]:
+        """User and group that may make files in what is mounted for the tree, by our numbers."""
+        users = self.users
+        return (os.geteuid(), os.getegid()) if users is None else (users.uids[0].outside, users.gids[0].outside)
 
     def user_space(self) -> UserSpace | None:
         """One like theirs: that which our network namespace is in, if theirs is. NamespaceNotMade."""

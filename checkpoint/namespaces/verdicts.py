@@ -20,7 +20,7 @@ from checkpoint.errors import (
 )
 from checkpoint.namespaces import users
 from checkpoint.namespaces.ipc import left_over
-from checkpoint.namespaces.mounts import judge
+from checkpoint.namespaces.mountlook import judge
 from checkpoint.namespaces.spaces import (
     Kind,
     cgroup_roots,

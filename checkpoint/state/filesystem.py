@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.errors import DirectoryGone
+from checkpoint.namespaces.ways import way_of
 from checkpoint.state.base import State, TaskBuilder, TaskView, bounded, register
 from tcpstate.kernel.machine import SYS
 
@@ -25,10 +26,10 @@ _UMASK_MAX: Final = 0o777
 @register("filesystem")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filesystem(State):
-    """Paths are as the tool sees them, from its own root.
+    """Paths are as the tool sees them, from its own root, or from that of the mount namespace, if it is the tree's own.
 
     cwd    working directory
-    root   root directory; ``None``: the same as the tool's
+    root   root directory; ``None``: that one
     umask  permission bits taken from new files
     """
 
@@ -104,7 +105,8 @@ def _enter(task: TaskBuilder, cwd: str, root: str | None, umask: int) -> None:
 
 
 def directory(pid: int | str, which: str) -> str:
-    """The path of ``cwd`` or ``root`` of a process (or PID/task/TID), as this process sees it.
+    """The path of ``cwd`` or ``root`` of a process (or PID/task/TID), as this process sees it, or
+    from the root of its mount namespace.
 
     DirectoryGone if no path leads there: it was removed, or lies outside of our root.
     """
@@ -112,7 +114,7 @@ def directory(pid: int | str, which: str) -> str:
     path = os.readlink(link)
     seen = os.stat(link)
     try:
-        found = os.stat(path)
+        found = os.stat(way_of(_number(pid)) + path)
     except OSError:
         found = None
     if found is None or not os.path.samestat(seen, found):
@@ -121,7 +123,11 @@ def directory(pid: int | str, which: str) -> str:
     return path
 
 
+def _number(pid: int | str) -> int:
+    return int(str(pid).partition("/")[0])
+
+
 def _own_root(pid: int | str) -> str | None:
-    if os.path.samestat(os.stat(f"/proc/{pid}/root"), os.stat("/")):
+    if os.path.samestat(os.stat(f"/proc/{pid}/root"), os.stat(way_of(_number(pid)) or "/")):
         return None
     return directory(pid, "root")

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from checkpoint.files.regular import RegularFile
 from checkpoint.files.table import TreeFiles
+from checkpoint.image.frames import PageRun, Space
+from checkpoint.live import Round
 from checkpoint.memory.layout import Mapping, MemoryFields, MemoryLayout
+from checkpoint.namespaces.spaces import NO_SPACES, Spaces
 from checkpoint.records import LiveProcess, LiveTree, MapsDelta, fits
+from checkpoint.spool import Spool
 from checkpoint.state.clocks import Clocks
 from checkpoint.tree import Task
 from tcpstate import codec
@@ -88,6 +94,21 @@ def test_only_the_same_processes_with_the_same_programs_go_on() -> None:
     dead = LiveProcess(task=dataclasses.replace(TASK, pid=9, wait_code=0), exit_signal=17)
     # without its layout a tree of zombies alone has no files to be told
     told = tree(processes=(dead,))
-    assert fits(told, [dead.task], {})
-    assert not fits(told, [dead.task, TASK], {7: LAYOUT})
-    assert not fits(told, [dataclasses.replace(dead.task, ppid=2)], {})
+    assert fits(told, [dead.task], {}, NO_SPACES)
+    assert not fits(told, [dead.task, TASK], {7: LAYOUT}, NO_SPACES)
+    assert not fits(told, [dead.task], {}, Spaces(pids=True))
+    assert not fits(told, [dataclasses.replace(dead.task, ppid=2)], {}, NO_SPACES)
+
+
+@pytest.mark.parametrize("spaces", [NO_SPACES, Spaces(pids=True)])
+def test_pages_of_all_rounds_are_kept(tmp_path: Path, spaces: Spaces) -> None:
+    """Of a tree with namespaces of its own, too: what came in the first round is not sent again."""
+    exe = RegularFile(flags=0, path="/exe", size=1, mtime_ns=1, inode=1, volatile=False)
+    spool = Spool(str(tmp_path))
+    for number in (1, 2):
+        told = tree(number=number, files=TreeFiles(files=[exe], contents=[], tables={}), spaces=spaces)
+        data = memoryview(bytes([number]) * PAGE)
+        runs = iter([PageRun(space=Space.MEMORY, id=7, runs=((number * PAGE, PAGE),), data=data)])
+        assert spool.take(Round(told, 0, [], runs, iter(()))) == PAGE
+    assert [(one.start, one.end) for one in spool.pieces()[7]] == [(PAGE, 3 * PAGE)]
+    spool.close()

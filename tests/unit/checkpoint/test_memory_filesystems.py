@@ -130,7 +130,7 @@ def overlay(data: str = LAYERS) -> Mount:
 def test_an_overlay_has_its_directories_where_they_are_here() -> None:
     assert Mounts(added=(overlay(),)).directories == {"/a", "/b", "/c", "/d"}
     calls = CallTable()
-    overlay().make(calls, lambda path: "/new" + path)
+    overlay().make(calls, lambda path: "/new" + path, "")
     assert b"lowerdir=/new/a:/new/b,upperdir=/new/c,workdir=/new/d,index=off\0" in calls._data
 
 
