@@ -48,13 +48,14 @@ def loaded(hosts: ThreeHosts, root: Path, *options: str) -> Iterator[tuple[Conta
             yield server, stage
 
 
-def test_a_container_with_redis_moves_there_and_back(hosts: ThreeHosts, tmp_path: Path) -> None:
-    """Under load; and into a file and out of it, with its connections held meanwhile."""
+@pytest.mark.parametrize("moves", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_container_with_redis_moves(hosts: ThreeHosts, tmp_path: Path, moves: int) -> None:
+    """Under load, there, or there and back; and into a file and out of it, with its connections held meanwhile."""
     root = make_root(tmp_path / "root")
     with loaded(hosts, root) as (server, stage):
         before = server.ask()
         assert [line for line in before["me"]["mounts"] if line.startswith("/ /dev/pts ")]
-        for _ in range(2):
+        for _ in range(moves):
             report = stage.move()
             assert not report.problems, report
             server.host, server.pid = stage.here, stage.pid
