@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,17 @@ __all__ = ["NAMES", "main", "run"]
 NAMES = ("redis", "nginx", *PROGRAMS, "sshd")
 #: what of the summaries is kept
 _CHECKPOINT, _RESTORE = ("stop_ms", "phases", "bytes", "connections"), ("run_ms", "phases", "held")
-#: look: whether all is well; end: the same when it is over
 _Ask = Callable[[], list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Scene:
+    """The root's PID; what is asked before each checkpoint and after each restore, and when it is over: problems."""
+
+    pid: int
+    before: _Ask
+    after: _Ask
+    end: _Ask
 
 
 def run(name: str, times: int = 20, *, seed: int = 1) -> dict[str, Any]:
@@ -57,12 +67,13 @@ def _leg(name: str, times: int, seed: str) -> dict[str, Any]:
     problems: list[str] = []
     with three_hosts() as hosts, tempfile.TemporaryDirectory(dir=hosts.net.directory) as folder:
         try:
-            with _scene(name, hosts, Path(folder)) as (pid, look, end):
+            with _scene(name, hosts, Path(folder)) as scene:
                 for number in range(times):
+                    wrong = scene.before()
                     time.sleep(chance.uniform(0, LONGEST_PAUSE))
-                    done.append(_through_a_file(hosts.source, pid, Path(folder) / f"image{number}"))
-                    problems += [f"restore {number + 1}: {problem}" for problem in look()]
-                problems += [f"at the end: {problem}" for problem in end()]
+                    done.append(_through_a_file(hosts.source, scene.pid, Path(folder) / f"image{number}"))
+                    problems += [f"restore {number + 1}: {problem}" for problem in wrong + scene.after()]
+                problems += [f"at the end: {problem}" for problem in scene.end()]
         except (AssertionError, CommandFailed, OSError) as error:
             problems.append(f"{type(error).__name__}: {error}")
     return {"seed": seed, "restores": done, "problems": problems}
@@ -85,7 +96,7 @@ def _through_a_file(host: Host, pid: int, image: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _scene(name: str, hosts: ThreeHosts, folder: Path) -> Iterator[tuple[int, _Ask, _Ask]]:
+def _scene(name: str, hosts: ThreeHosts, folder: Path) -> Iterator[_Scene]:
     if name == "sshd":
         with _session(hosts, folder / "keys") as made:
             yield made
@@ -93,17 +104,15 @@ def _scene(name: str, hosts: ThreeHosts, folder: Path) -> Iterator[tuple[int, _A
     scene = {"redis": scenes.redis, "nginx": scenes.nginx}.get(name)
     with scenes.program(hosts, folder, name) if scene is None else scene(hosts, folder) as stage:
 
-        def look() -> list[str]:
-            # they go on: each answers when something has come since
-            ask_all(stage.loads, "after")
+        def ask(word: str) -> list[str]:
+            ask_all(stage.loads, word)
             return [f"{load.name}: {text}" for load in stage.loads for text in load.news()]
 
-        ask_all(stage.loads, "before")
-        yield stage.pid, look, stage.finish
+        yield _Scene(stage.pid, lambda: ask("before"), lambda: ask("after"), stage.finish)
 
 
 @contextlib.contextmanager
-def _session(hosts: ThreeHosts, folder: Path) -> Iterator[tuple[int, _Ask, _Ask]]:
+def _session(hosts: ThreeHosts, folder: Path) -> Iterator[_Scene]:
     with logged_in(hosts, folder) as session:
         lines = iter(range(1 << 30))
 
@@ -119,8 +128,7 @@ def _session(hosts: ThreeHosts, folder: Path) -> Iterator[tuple[int, _Ask, _Ask]
             return []
 
         session.person.type("cat\n", "cat\r\n")
-        look()
-        yield session.pid, look, end
+        yield _Scene(session.pid, look, look, end)
 
 
 def main() -> int:

@@ -46,10 +46,10 @@ def test_both_halves_of_a_restore_have_their_steps() -> None:
     }
     cells = restore_row(state)
     assert cells[:5] == ["go", "2", "0", "12", "45 (40-50)"]
-    steps = dict(zip([*CHECKPOINT, "rest"], cells[5:9], strict=True))
-    assert (steps["write"], steps["rest"]) == ("20.0 (44 %)", "10.0 (22 %)")
-    assert cells[9] == "150 (100-200)"
-    assert dict(zip(RESTORE, cells[10:], strict=True))["check"] == "90.0 (60 %)"
+    steps = dict(zip(CHECKPOINT, cells[5:8], strict=True))
+    assert (steps["write"], steps["hold"]) == ("20.0 (44 %)", "5.0 (11 %)")
+    assert cells[8] == "150 (100-200)"
+    assert dict(zip(RESTORE, cells[9:], strict=True))["check"] == "90.0 (60 %)"
     lines = restores([state, {"name": "java", "legs": [{"restores": [], "problems": ["y"]}]}]).splitlines()
     assert len({line.count("|") for line in lines}) == 1
     assert lines[3].startswith("| java | 0 | 1 | - |")
