@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -9,6 +10,7 @@ from typing import cast
 import pytest
 
 from tests.hosts import ThreeHosts
+from tests.hosts.tcpmig import MigrationFailed
 from tests.workloads import deaths, steps
 from tests.workloads.contained import PYTHON, contained, in_container, make_root, refused
 from tests.workloads.move import Stage
@@ -100,3 +102,22 @@ def test_nothing_is_left_of_a_container_that_did_not_come(hosts: ThreeHosts, tmp
         server.move()
         assert server.ask() == before
         assert not list(root.rglob(".tcpmig-*"))
+
+
+@pytest.mark.long
+def test_a_root_that_is_elsewhere_at_the_target(hosts: ThreeHosts, tmp_path: Path) -> None:
+    """--map is about paths of the host: those inside stay what they are."""
+    root, other = make_root(tmp_path / "root"), tmp_path / "other"
+    shutil.copytree(root, other, symlinks=True)
+    unshare = ("--pid", "--mount", "--ipc", "--uts", "--cgroup", *map(str, in_container(root)))
+    with contained(hosts, *unshare, python=PYTHON, program="/srv/contained.py") as server:
+        before = server.ask()
+        with pytest.raises(MigrationFailed) as failed:
+            server.move("--map", f"{root}=/nowhere")
+        assert failed.value.status == 3
+        assert server.ask() == before
+        server.move("--map", f"{root}={other}")
+        after = server.ask()
+        assert [line.replace("/other /", "/root /") for line in after["me"]["mounts"]] == before["me"]["mounts"]
+        assert after["me"]["directory"] == before["me"]["directory"]
+        assert server.host.path(f"/proc/{server.pid}/root").stat().st_ino == other.stat().st_ino
