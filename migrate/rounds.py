@@ -1,9 +1,11 @@
 """How many rounds of pre-copy: from what was sent, how fast, and what was written meanwhile. No sockets, no clock.
 
 A round takes as long as its bytes; what the processes write meanwhile is the next one's.  So rounds shrink as long as
-the line is faster than the processes write, until what remains fits the stop.  If they do not shrink any more the user
-has said what to do: to copy the rest in the stop, however long it takes, to leave the processes where they are, to let
-them run there before the rest has come, or to slow them down until the rounds get there.
+the line is faster than the processes write, until what remains fits the stop, and further as long as each leaves less
+than half of what it sent: all that together takes less than twice the time that was allowed for the stop, and makes of
+that a fraction.  If they do not shrink any more the user has said what to do: to copy the rest in the stop, however
+long it takes, to leave the processes where they are, to let them run there before the rest has come, or to slow them
+down until the rounds get there.
 
 Source: C. Clark et al., Live Migration of Virtual Machines (NSDI 2005), section 3.
 """
@@ -24,9 +26,11 @@ _log = logging.getLogger(__name__)
 
 #: rounds at most
 _MOST = 30
-#: a round that leaves more than this part of what the one before left is no progress ..
+#: a round that leaves more than this part of what the one before left is no progress
 _SHRINKS = 0.8
-#: .. and so many of them in a row are enough
+#: one that leaves less than this part of what it sent is worth the next one, although the rest fits already
+_HALVES = 0.5
+#: so many rounds without progress in a row are enough
 _IDLE_ROUNDS = 3
 #: processes that are slowed down run so much of the time at least
 _LEAST_SHARE = 0.05
@@ -105,6 +109,10 @@ class Pace:
             raise WritesTooFast(text, object=f"pid {pid}")
         _log.warning("pid %d: %s", pid, text)
 
+    def go_on(self) -> None:
+        """There will be more rounds, after something else: what was written meanwhile is no sign of theirs."""
+        self._since = len(self._left)
+
     def another(self, sent: Round, written: Mapping[int, int]) -> bool:
         """Take note of a round and of what was ``written`` since it began; whether there should be another one."""
         self.rounds.append(sent)
@@ -113,8 +121,11 @@ class Pace:
         if sent.ms > 0 and sent.bytes > _LITTLE:
             self._rates.append(1e3 * sent.bytes / sent.ms)
         left = self._left[-1]
-        if left <= _LITTLE or self.predicted_ms() <= self._budget_ms:
+        if left <= _LITTLE:
             return False
+        if self.predicted_ms() <= self._budget_ms:
+            # small rounds are slower by the byte than the best one, by which this was predicted
+            return left < _HALVES * sent.bytes and len(self.rounds) < _MOST
         recent = self._left[self._since :][-_IDLE_ROUNDS - 1 :]
         idle = len(recent) > _IDLE_ROUNDS and all(
             after > _SHRINKS * before for before, after in itertools.pairwise(recent)

@@ -13,6 +13,7 @@ import logging
 import os
 import secrets
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
@@ -321,7 +322,7 @@ class Source(SourceTalk):
             self._outgoing.end()
 
     def _copy_live(self, image: ImageWriter, moved: tuple[str, ...]) -> list[Round]:
-        """Rounds of pre-copy, until what remains fits the stop; then idle connections. WritesTooFast."""
+        """Rounds of pre-copy, until what remains fits the stop; idle connections; rounds again. WritesTooFast."""
         with self._phase("precopy"):
             self._measure(MEASUREMENTS)
             # nothing is stopped, but there is something at the target that has to be undone
@@ -334,27 +335,35 @@ class Source(SourceTalk):
                 return self._offset.there(here) - self._offset.error_ns
 
             rounds = self._outgoing.copy_live(image, there, lambda: self._measure(1))
-            for sent, written in rounds:
-                _log.info(
-                    "round %d: %.1f MB in %.0f ms; %.1f MB written meanwhile",
-                    len(pace.rounds) + 1,
-                    sent.bytes / 1e6,
-                    sent.ms,
-                    sum(written.values()) / 1e6,
-                )
-                if not pace.another(sent, written):
-                    break
-                if pace.share < self._share:
-                    self._share = pace.share
-                    pid, text = pace.busiest()
-                    _log.warning("pid %d: %s; from now on it runs %.0f %% of the time", pid, text, 100 * pace.share)
-                    self._outgoing.throttle(pace.share)
-            pace.judge(self._options.if_busy)
-            if pace.busy and self._options.if_busy is IfBusy.POSTCOPY:
-                self._outgoing.leave_pages()
+            self._copy_rounds(rounds, pace)
             self._outgoing.copy_ahead(image, moved, there, lambda: self._measure(1))
+            if not pace.busy:
+                # what was written while connections were told would be copied in the stop
+                pace.go_on()
+                self._copy_rounds(rounds, pace)
             self._copying = False
             return pace.rounds
+
+    def _copy_rounds(self, rounds: Iterator[tuple[Round, Mapping[int, int]]], pace: Pace) -> None:
+        """Until what remains fits the stop, or does not shrink. WritesTooFast."""
+        for sent, written in rounds:
+            _log.info(
+                "round %d: %.1f MB in %.0f ms; %.1f MB written meanwhile",
+                len(pace.rounds) + 1,
+                sent.bytes / 1e6,
+                sent.ms,
+                sum(written.values()) / 1e6,
+            )
+            if not pace.another(sent, written):
+                break
+            if pace.share < self._share:
+                self._share = pace.share
+                pid, text = pace.busiest()
+                _log.warning("pid %d: %s; from now on it runs %.0f %% of the time", pid, text, 100 * pace.share)
+                self._outgoing.throttle(pace.share)
+        pace.judge(self._options.if_busy)
+        if pace.busy and self._options.if_busy is IfBusy.POSTCOPY:
+            self._outgoing.leave_pages()
 
     def _examine(self, prepared: Prepared) -> None:
         for found in prepared.comparison.differences:

@@ -65,7 +65,24 @@ def test_who_writes_too_fast_even_so_is_named() -> None:
 
 
 def test_a_longer_stop_takes_fewer_rounds() -> None:
-    assert run(Pace(500), 1000 * MB, 1e9, 3e8) < run(Pace(1), 1000 * MB, 1e9, 3e8)
+    assert run(Pace(500), 1000 * MB, 1e9, 6e8) < run(Pace(1), 1000 * MB, 1e9, 6e8)
+
+
+def test_what_fits_is_made_smaller_as_long_as_that_is_cheap() -> None:
+    pace = Pace(300)
+    run(pace, 1000 * MB, 1e9, 2e8)
+    assert pace.predicted_ms() < 1
+    fits = next(i for i, one in enumerate(pace.rounds) if one.ms <= 300)
+    assert sum(one.ms for one in pace.rounds[fits:]) < 2 * 300
+
+
+def test_rounds_that_have_a_least_length_end_when_they_do_not_shrink() -> None:
+    pace, left, sent = Pace(100), 20 * MB, Round(bytes=1000 * MB, ms=1000.0)
+    # what is written in 50 ms, however little there is to send
+    while pace.another(sent, {1: left}):
+        sent, left = Round(bytes=left, ms=50.0), MB
+    assert [one.bytes for one in pace.rounds] == [1000 * MB, 20 * MB, MB]
+    assert not pace.busy
 
 
 @given(st.integers(0, 1 << 34), st.floats(1e6, 1e10), st.floats(0, 1e10), st.floats(0, 1e4))
