@@ -146,6 +146,8 @@ def show(size: int, row: Row) -> None:
 def socket_taken() -> bool:
     """Whether a holder has the port still."""
     with socket.socket() as sock:
+        # connections in TIME_WAIT, for a minute after the last question, are nobody's
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind(("127.0.0.1", PORT))
         except OSError:
