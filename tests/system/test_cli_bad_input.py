@@ -326,8 +326,9 @@ def test_a_dry_run_foretells_what_a_migration_takes(service: Service) -> None:
     status, done, said = service.migrate()
     assert status == 0, said
     (predicted,) = found["predicted"]
-    # it waits for its client, and writes nothing: one round, and little for the stop
-    assert len(predicted["rounds"]) == len(done["rounds"]) == 2
+    # it waits for its client, and writes nothing: one round, and little for the stop; a last look may come between
+    assert len(predicted["rounds"]) == 2
+    assert 2 <= len(done["rounds"]) <= 3
     assert 0.7 < predicted["rounds"][0]["bytes"] / done["rounds"][0]["bytes"] < 1.4
     assert predicted["rounds"][-1]["bytes"] < 1 << 20
     assert predicted["bytes_sent"] == sum(one["bytes"] for one in predicted["rounds"])

@@ -184,8 +184,16 @@ def test_a_target_that_says_nothing_after_commit_leaves_the_source_in_doubt(tmp_
 def test_the_source_may_take_minutes_to_look_at_what_it_has_and_no_longer_for_anything_else(tmp_path: Path) -> None:
     world, seen = World(), []
     run = Run(world, tmp_path)
-    for point in ("needs", "prepare"):
-        world.fail[point] = lambda: seen.append(run.channel.silence)
+
+    def look() -> None:
+        # the target is another thread: it may only have said who it is
+        end = time.monotonic() + 5
+        while run.channel.silence < 600.0 and time.monotonic() < end:
+            time.sleep(0.001)
+        seen.append(run.channel.silence)
+
+    world.fail["needs"] = look
+    world.fail["prepare"] = lambda: seen.append(run.channel.silence)
     run.go()
     assert isinstance(run.sent, Summary), run.sent
     assert seen == [600.0, 10.0]
