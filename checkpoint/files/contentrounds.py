@@ -63,7 +63,7 @@ class _Change:
 
     holes  (start, end) where the target has bytes, and there are none any more
     runs   (start, length) of bytes that the target lacks
-    data   those bytes, one after the other
+    data   those bytes, one after the other, until the next window is asked for
     """
 
     holes: list[Range]
@@ -79,8 +79,7 @@ class ContentRounds:
         self.wanted = False
         self._known: dict[tuple[int, int], _Known] = {}
         self._seed = int.from_bytes(os.urandom(8), "little")
-        #: of FILES: index of a content -> its number at the target
-        self.staged: dict[int, int] = {}
+        #: by index of a content in FILES
         self._adopted: dict[int, _Known] = {}
         self._left: dict[int, list[tuple[int, int]]] = {}
 
@@ -123,7 +122,11 @@ class ContentRounds:
             one = self._known.get(key)
             if one is not None and one.told and goes_on(one.content, contents.records[index]):
                 self._adopted[index] = one
-        self.staged = {index: one.number for index, one in self._adopted.items()}
+
+    @property
+    def staged(self) -> dict[int, int]:
+        """Index of a content in FILES: its number at the target."""
+        return {index: one.number for index, one in self._adopted.items()}
 
     def compare(self) -> Iterator[Runs]:
         """Holes that the target is to make; nobody of the tree writes any more. OSError."""
@@ -203,7 +206,6 @@ class ContentRounds:
             if runs:
                 together = data[0] if len(data) == 1 else memoryview(b"".join(data))
                 yield _Change(holes, tuple(runs), together)
-                buffer = memoryview(bytearray(DATA_MAX))
         for block in gone if remember else ():
             del one.blocks[block]
         if gone:

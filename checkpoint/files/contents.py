@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 from checkpoint.files.abi import Fcntl
 from checkpoint.files.base import FdView
-from checkpoint.files.content import Content, ContentKind, data_runs, nonzero_runs
+from checkpoint.files.content import Content, ContentKind, data_runs, nonzero_runs, reopened
 
-__all__ = ["ContentTable", "read_exactly"]
+__all__ = ["ContentTable"]
 
 
 class ContentTable:
@@ -68,7 +68,15 @@ class ContentTable:
 
     def read(self, index: int, offset: int, length: int) -> bytes:
         """Bytes of a content; short at its end only."""
-        return read_exactly(self.fd(index), offset, length)
+        parts = []
+        while length:
+            part = os.pread(self.fd(index), length, offset)
+            if not part:
+                break
+            parts.append(part)
+            offset += len(part)
+            length -= len(part)
+        return b"".join(parts)
 
     def close(self) -> None:
         """Our descriptors."""
@@ -76,22 +84,6 @@ class ContentTable:
             os.close(self._fds.popitem()[1])
 
 
-def read_exactly(fd: int, offset: int, length: int) -> bytes:
-    """Bytes of a file; short at its end only."""
-    parts = []
-    while length:
-        part = os.pread(fd, length, offset)
-        if not part:
-            break
-        parts.append(part)
-        offset += len(part)
-        length -= len(part)
-    return b"".join(parts)
-
-
 def _seals(view: FdView) -> int:
-    fd = os.open(view.magic, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with reopened(view.magic) as fd:
         return fcntl.fcntl(fd, Fcntl.GET_SEALS)
-    finally:
-        os.close(fd)
