@@ -35,6 +35,13 @@ def sh(command, *, check=True):
     return done.stdout
 
 
+def until_local(name, address, device):
+    """Wait until the namespace takes packets for the address: of an IPv6 address, a work queue of the kernel adds the
+    route a moment after the address is there, without duplicate address detection too (addrconf_dad_start)."""
+    if ":" in address:
+        wait_until(lambda: sh(f"ip -n {name} -6 route show table local {address} dev {device}").strip())
+
+
 class Space:
     """A network namespace; inside ``with space:`` this thread is in it."""
 
@@ -82,6 +89,7 @@ class Host(Space):
         )
         sh(f"ip -n {name} link set eth0 up")
         sh(f"ip -n {name} addr add {V4}{number}/24 dev eth0; ip -n {name} addr add {V6}{number}/64 dev eth0 nodad")
+        until_local(name, f"{V6}{number}", "eth0")
         self.mac = bytes.fromhex(self.sh("cat /sys/class/net/eth0/address").strip().replace(":", ""))
 
     def own(self, family):
@@ -91,6 +99,7 @@ class Host(Space):
         """Take the service address, and tell the others."""
         flags = "nodad" if family == socket.AF_INET6 else ""
         sh(f"ip -n {self.name} addr add {SERVICE[family]}/{PREFIX[family]} dev eth0 {flags}")
+        until_local(self.name, SERVICE[family], "eth0")
         self.announce(family)
 
     def remove(self, family):

@@ -184,6 +184,10 @@ class Host:
     def add_address(self, address: str, device: str = "eth0") -> None:
         """Add ADDRESS/LENGTH; IPv6 without duplicate address detection, so that it is usable at once."""
         self.ip(f"addr add {address} dev {device}" + (" nodad" if ":" in address else ""))
+        # a work queue of the kernel makes an IPv6 address local a moment later (addrconf_dad_start)
+        shown = ["ip", "-6", "route", "show", "table", "local", address.partition("/")[0], "dev", device]
+        while ":" in address and not self.run(shown).stdout:
+            time.sleep(0.002)
 
     def remove_address(self, address: str, device: str = "eth0") -> None:
         """Remove ADDRESS/LENGTH."""

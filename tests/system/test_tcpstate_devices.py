@@ -16,7 +16,7 @@ from tcpstate.record import ConnectionRecord, State
 from tcpstate.release import release_connections
 from tcpstate.segment import Flag, Segment
 from tests.cells import FAMILIES
-from tests.tscnet import Watcher, net, sh, wait_until
+from tests.tscnet import Watcher, net, sh, until_local, wait_until
 
 LINK_LOCAL = "fe80::100"
 #: what the moved end is called at the source and at the target
@@ -44,6 +44,8 @@ def service(kind):
 def place(host, device, kind, word):
     address, length = service(kind), 24 if "." in service(kind) else 64
     sh(f"ip -n {host.name} addr {word} {address}/{length} dev {device}" + " nodad" * (length == 64 and word == "add"))
+    if word == "add":
+        until_local(host.name, address, device)
 
 
 @contextlib.contextmanager

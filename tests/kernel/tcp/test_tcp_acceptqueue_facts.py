@@ -10,7 +10,7 @@ from tcpstate.kernel.bpf.handshake import cookies_allowed
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.kernel.tcp import TCP, TcpInfo
 from tcpstate.locate import accept_queues
-from tests.tscnet import PREFIX, SERVICE, Watcher, net, sh, wait_until
+from tests.tscnet import PREFIX, SERVICE, Watcher, net, sh, until_local, wait_until
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 CHANCE = random.Random(8)
@@ -38,6 +38,7 @@ def info(sock):
 def take(host, family):
     flags = "nodad" if family == V6 else ""
     sh(f"ip -n {host.name} addr replace {SERVICE[family]}/{PREFIX[family]} dev eth0 {flags}")
+    until_local(host.name, SERVICE[family], "eth0")
     host.announce(family)
 
 

@@ -15,7 +15,7 @@ from tcpstate.connid import ConnId
 from tcpstate.kernel.bpf import call
 from tcpstate.kernel.bpf.steer import AWAY_MAC, HOME_MAC, PROBE, PROBE_MAC, Role, Seen, Steering, attach
 from tcpstate.segment import Flag
-from tests.tscnet import PREFIX, SERVICE, Watcher, net, sh, wait_until
+from tests.tscnet import PREFIX, SERVICE, Watcher, net, sh, until_local, wait_until
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 FAMILIES = pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
@@ -81,6 +81,7 @@ class Ends:
         """The service address: on a's eth0 it is, on b's tunnel it comes."""
         nodad = "nodad" if family == V6 else ""
         sh(f"ip -n {self.hosts.b.name} addr replace {SERVICE[family]}/{32 if family == V4 else 128} dev tmf0 {nodad}")
+        until_local(self.hosts.b.name, SERVICE[family], "tmf0")
         self.away.admit(SERVICE[family])
         self.away.switch(on=True)
 
@@ -91,6 +92,7 @@ def hosts():
         for family in (V4, V6):
             nodad = "nodad" if family == V6 else ""
             sh(f"ip -n {made.a.name} addr add {SERVICE[family]}/{PREFIX[family]} dev eth0 {nodad}")
+            until_local(made.a.name, SERVICE[family], "eth0")
         yield made
 
 
