@@ -130,9 +130,11 @@ def image(service: Service) -> Path:
 
 def refused(host: Host, image: Path, code: str, *options: object) -> dict[str, object]:
     """Restoring is refused, and leaves nothing."""
-    before = set(host.processes()), host.addresses()
+    processes, addresses = set(host.processes()), host.addresses()
     found = assert_told(tcpmig(host, "restore", image, *options), REFUSED, code)
-    assert (set(host.processes()), host.addresses()) == before
+    # one that was there may have been about to end: the checkpoint's witness outlives it by a moment
+    assert set(host.processes()) <= processes
+    assert host.addresses() == addresses
     return found
 
 
