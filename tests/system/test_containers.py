@@ -62,6 +62,7 @@ def test_a_container_moves_there_and_back(hosts: ThreeHosts, tmp_path: Path) -> 
             assert sock.recv(100) == b":4\r\n"
 
 
+@pytest.mark.long
 def test_a_container_of_its_own_users(hosts: ThreeHosts) -> None:
     """All kinds at once, as `unshare` makes them for somebody who is root only inside."""
     with networked(hosts, "--user", "--map-root-user", *CONTAINER, script=f"{MOUNTS} env SYSTEM_V=yes") as server:

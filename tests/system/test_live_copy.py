@@ -108,7 +108,7 @@ def compare(process: Process, model: Model, one: MemoryLayout) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("program", [1, 2], indirect=True)
+@pytest.mark.parametrize("program", [1, pytest.param(2, marks=pytest.mark.long)], indirect=True)
 def test_nothing_is_missed(program: int, request: pytest.FixtureRequest) -> None:
     seed = request.node.callspec.params["program"]
     cycles = 15

@@ -28,7 +28,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("compress", ["auto", "never"])
+@pytest.mark.parametrize("compress", ["auto", pytest.param("never", marks=pytest.mark.long)])
 def test_a_slow_line_carries_less_than_there_is(hosts: ThreeHosts, compress: str) -> None:
     address = hosts.net.service4
     argv = [sys.executable, "-IS", "-c", SERVER, address, PORT, SIZE]

@@ -64,7 +64,7 @@ def test_memory_that_changes_in_every_way(hosts: ThreeHosts, seed: int) -> None:
     pid = churn(hosts, seed).pid
     with talking(hosts.client, hosts.net.service4) as sock:
         steps = 0
-        for _ in range(4):
+        for _ in range(2):
             time.sleep(chance.uniform(0.05, 0.3))
             # a budget of nothing: as many rounds as there can be
             summary = migrate(here, pid, there, options=["--max-downtime", 0])
