@@ -71,7 +71,7 @@ def missing() -> ForwardUnavailable | None:
             try:
                 with contextlib.closing(Steering.make(1, 1)) as maps:
                     index = socket.if_nametoindex(record.device)
-                    for link in steer.attach(Role.HOME, maps, index, []).values():
+                    for link in steer.attach(Role.HOME, maps, index, [], _LEAST_MTU).values():
                         os.close(link)
             finally:
                 _delete_tunnel(netlink, record)
@@ -118,7 +118,8 @@ def build(record: ForwardRecord, *, connections: int = 0, ports: int = 0, device
         with contextlib.closing(Steering.make(connections, ports)) as maps:
             for address in record.addresses:
                 maps.admit(address)
-            links = steer.attach(record.role, maps, socket.if_nametoindex(record.device), devices)
+            tunnel = socket.if_nametoindex(record.device)
+            links = steer.attach(record.role, maps, tunnel, devices, _fits(record))
             try:
                 folder = _folder(record)
                 folder.mkdir(mode=0o700, parents=True)
@@ -168,8 +169,11 @@ def _no_own_addresses() -> dict[str, Any]:
 def _mtu(record: ForwardRecord) -> int:
     """Away, what fits the way without fragments: new connections then agree on segments that do.  At home all that
     comes goes in."""
-    if record.role is Role.HOME:
-        return _LONGEST_MTU
+    return _LONGEST_MTU if record.role is Role.HOME else _fits(record)
+
+
+def _fits(record: ForwardRecord) -> int:
+    """Bytes of the longest packet that goes the way in one piece."""
     device = device_towards(record.far)
     own = int(Path(f"/sys/class/net/{device}/mtu").read_text())
     return max(_LEAST_MTU, own - _ADDED[ipaddress.ip_address(record.far).version])

@@ -51,6 +51,7 @@ class Helper(enum.IntEnum):
     SKB_LOAD_BYTES = 26
     GET_CURRENT_TASK = 35
     GET_SOCKET_COOKIE = 46
+    SKB_ADJUST_ROOM = 50
     SKB_LOAD_BYTES_RELATIVE = 68
     SK_RELEASE = 86
     SKC_LOOKUP_TCP = 99
@@ -123,6 +124,10 @@ class Asm:
     def add_register(self, to: int, other: int) -> Self:
         """to += the register ``other``"""
         return self._add(_ADD, to, other)
+
+    def subtract_register(self, to: int, other: int) -> Self:
+        """to -= the register ``other``"""
+        return self._add(_SUB, to, other)
 
     def either(self, to: int, other: int) -> Self:
         """to |= the register ``other``"""

@@ -3,8 +3,8 @@
 At *home*, the host to which the network brings the address:
 
     steer     ingress of its Ethernet interfaces: segments of forwarded connections, and of new ones to a forwarded
-              port, leave through the tunnel; so do ICMP errors about them.  What another process of home has a socket
-              for stays
+              port, leave through the tunnel, the segments of a GSO packet made short enough for it; so do ICMP errors
+              about them.  What another process of home has a socket for stays
     returned  ingress of the tunnel: the answers leave by the interface by which the connection comes, with home's own
               hardware address; nothing else gets out
 
@@ -39,6 +39,7 @@ from tcpstate.connid import ConnId
 from tcpstate.kernel.bpf import call
 from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
 from tcpstate.kernel.bpf.handshake import tuple_key
+from tcpstate.kernel.bpf.resize import shorten
 
 __all__ = ["AWAY_MAC", "HOME_MAC", "PROBE", "PROBE_MAC", "Entry", "Role", "Seen", "Steering", "attach"]
 
@@ -71,9 +72,9 @@ _IPV4, _IPV6, _ARP = 0x0800, 0x86DD, 0x0806
 _LISTEN: Final = 10
 _TIME_WAIT: Final = 6
 _SOCK_STATE: Final = 72  # struct bpf_sock.state
-_FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
-#: the frame: key, header, key of a port, a value
-_AT_KEY, _AT_HEAD, _AT_PORT, _AT_VALUE = -40, -80, -104, -120
+_FIN, _SYN, _RST, _ACK, _URG = 1, 2, 4, 16, 32
+#: the frame: key, header, key of a port, a value, length of the headers
+_AT_KEY, _AT_HEAD, _AT_PORT, _AT_VALUE, _AT_LENGTH = -40, -80, -104, -120, -128
 
 
 class Seen(enum.IntFlag):
@@ -241,7 +242,7 @@ class _Source:
         self.asm.map_value(1, self._maps.fds["state"]).load(4, 1, 1, _ON).jump_if(Jump.EQUAL, 1, 0, self._lost)
 
     def clear(self) -> None:
-        for at in range(_AT_VALUE, 0, 8):
+        for at in range(_AT_LENGTH, 0, 8):
             self.asm.store_number(8, FRAME, at, 0)
 
     def fetch(self, to: int, length: int, *, at: int | None = None, beyond: int = 0) -> None:
@@ -263,8 +264,9 @@ class _Source:
         self.asm.jump(self._lost)
 
     def key(self, *, arriving: bool) -> None:
-        """The key of the connection and that of its port, the TCP flags in register 8. The peer stands first in a key:
-        it is the source of what arrives. ICMP errors that arrive count as segments of what they are about."""
+        """The key of the connection and that of its port, how long the headers are, the TCP flags in register 8. The
+        peer stands first in a key: it is the source of what arrives. ICMP errors that arrive count as segments of what
+        they are about."""
         self.family("v4", "v6")
         for name, head, protocol, size, own, peer, port in (
             ("v4", 20, 9, 4, 12, 16, 8),
@@ -293,6 +295,8 @@ class _Source:
         self._ends(size, first, second)
         self.fetch(_AT_HEAD, 14)
         asm.load(1, 8, FRAME, _AT_HEAD + 13)
+        asm.load(1, 1, FRAME, _AT_HEAD + 12).mask(1, 0xF0).shift_right(1, 2).add_register(1, 9)
+        asm.store(4, FRAME, _AT_LENGTH, 1)
         self._ports(size, port, swapped=not arriving)
         asm.jump("keyed")
         if not arriving:
@@ -344,7 +348,7 @@ class _Source:
         return self.asm.label(self._lost).exit(value).code()
 
 
-def _steer(maps: Steering, tunnel: int) -> bytes:
+def _steer(maps: Steering, tunnel: int, fits: int) -> bytes:
     source = _Source(maps, tunnel, "out")
     asm = source.asm
     source.switched_on()
@@ -368,7 +372,11 @@ def _steer(maps: Steering, tunnel: int) -> bytes:
     asm.label("new").mov(1, 8).mask(1, _SYN | _ACK).jump_if(Jump.NOT_EQUAL, 1, _SYN, "forward")
     asm.load(4, 1, 6, _IFINDEX).store(4, FRAME, _AT_VALUE, 1)
     asm.map(1, maps.fds["fresh"]).frame(2, _AT_KEY).frame(3, _AT_VALUE).set(4, 0).call(Helper.MAP_UPDATE)
-    asm.label("forward")
+    # of an urgent segment there is no shorter one: where it points to counts from each one's beginning
+    asm.label("forward").jump_if(Jump.SET, 8, _URG, "away")
+    shorten(asm, fits, _AT_LENGTH, "away", "broken")
+    asm.label("broken").exit(_DROP)
+    asm.label("away")
     for at in (0, 2, 4):
         asm.store_number(2, FRAME, _AT_HEAD + at, int.from_bytes(AWAY_MAC[at : at + 2], sys.byteorder))
     asm.mov(1, 6).set(2, 0).frame(3, _AT_HEAD).set(4, 6).set(5, 0).call(Helper.SKB_STORE_BYTES)
@@ -376,7 +384,7 @@ def _steer(maps: Steering, tunnel: int) -> bytes:
     return source.out(_NEXT)
 
 
-def _returned(maps: Steering, tunnel: int) -> bytes:
+def _returned(maps: Steering, tunnel: int, _: int) -> bytes:
     source = _Source(maps, tunnel, "drop")
     asm = source.asm
     asm.load(4, 1, 6, _PROTOCOL).jump_if(Jump.NOT_EQUAL, 1, socket.htons(PROBE), "segment")
@@ -396,7 +404,7 @@ def _returned(maps: Steering, tunnel: int) -> bytes:
     return source.out(_DROP)
 
 
-def _guard(maps: Steering, tunnel: int) -> bytes:
+def _guard(maps: Steering, tunnel: int, _: int) -> bytes:
     source = _Source(maps, tunnel, "drop")
     asm = source.asm
     asm.load(4, 1, 6, _PROTOCOL).jump_if(Jump.NOT_EQUAL, 1, socket.htons(PROBE), "segment")
@@ -424,7 +432,7 @@ def _guard(maps: Steering, tunnel: int) -> bytes:
     return source.out(_DROP)
 
 
-def _hush(maps: Steering, tunnel: int) -> bytes:
+def _hush(maps: Steering, tunnel: int, _: int) -> bytes:
     source = _Source(maps, tunnel, "out")
     asm = source.asm
     asm.load(4, 1, 6, _PROTOCOL).jump_if(Jump.NOT_EQUAL, 1, socket.htons(_ARP), "out")
@@ -435,14 +443,17 @@ def _hush(maps: Steering, tunnel: int) -> bytes:
     return source.out(_NEXT)
 
 
-def attach(role: Role, maps: Steering, tunnel: int, devices: Iterable[int]) -> dict[str, int]:
+def attach(role: Role, maps: Steering, tunnel: int, devices: Iterable[int], fits: int) -> dict[str, int]:
     """Load the programs of one end and attach them: to the ``tunnel`` and to ``devices`` (indices). The links, by a
-    name for each, as descriptors. Refused."""
+    name for each, as descriptors. Refused.
+
+    fits  bytes of the longest packet that need not be sent through the tunnel in fragments
+    """
     inner, outer = (_returned, _steer) if role is Role.HOME else (_guard, _hush)
     links: dict[str, int] = {}
     try:
         for make, places in ((inner, [tunnel]), (outer, list(devices))):
-            code = make(maps, tunnel)
+            code = make(maps, tunnel, fits)
             program = call.load(
                 call.ProgramType.SCHED_CLS, code, attach=call.Attach.TCX_INGRESS, name=f"tcpmig{make.__name__}"
             )
