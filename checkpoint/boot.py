@@ -15,7 +15,6 @@ import ctypes
 import functools
 import os
 import struct
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.arch import BOOT_SIZE, BOOT_STOP, boot_call, boot_image, boot_result
@@ -24,6 +23,7 @@ from checkpoint.excursion import Excursions
 from checkpoint.memory.vma import VDSO, Vma, find_named
 from checkpoint.tracee import Process
 from tcpstate.kernel.calls import CallError
+from tcpstate.slotted import dataclass
 
 __all__ = ["HEAD_SIZE", "MARK_SIZE", "Boot", "Mark", "head_bytes", "is_head", "pristine", "tail", "vdso_of"]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from checkpoint.errors import BadLayout
@@ -21,6 +20,7 @@ from checkpoint.memory.layout import MemoryLayout
 from checkpoint.memory.ranges import Range, difference, intersection, joined, total
 from checkpoint.spawn import Stub
 from checkpoint.tracee import Process
+from tcpstate.slotted import dataclass
 
 __all__ = ["Armed", "LaterMemory", "PageBringer", "divided", "leave", "left"]
 

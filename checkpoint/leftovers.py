@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import signal
 import time
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint import procfs
@@ -23,6 +22,7 @@ from checkpoint.memory.vma import VDSO, find_named
 from checkpoint.thread import Thread
 from checkpoint.tracee import Process
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["Leftovers", "clean", "leftovers"]
 

@@ -20,7 +20,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from checkpoint import preflight, procfs
 from checkpoint.described import Sharing, task_of
@@ -52,6 +51,7 @@ from checkpoint.tracee import Process, Tree
 from checkpoint.tree import Task
 from tcpstate.kernel.calls import CallError, CallTable
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["LiveCopy", "Remaining", "Round", "foresee"]
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.arch import init_image
@@ -31,6 +30,7 @@ from checkpoint.tree import INIT, Task
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.prctl import Pr
+from tcpstate.slotted import dataclass
 
 __all__ = ["complete", "settle", "with_init"]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from checkpoint import procfs, refuse
 from checkpoint.described import Sharing, task_of
@@ -33,6 +32,7 @@ from tcpstate.errors import NoSuchConnection, Outcome, TcpmigError, catalogue
 from tcpstate.kernel.bpf.layout import parsed_once
 from tcpstate.kernel.route import local_addresses
 from tcpstate.locate import Located
+from tcpstate.slotted import dataclass
 
 __all__ = ["Peered", "check", "connections", "first_refusal", "live_files", "pids"]
 

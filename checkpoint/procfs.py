@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from checkpoint.errors import NoSuchProcess
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "ZOMBIE_STATES",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final
 
 from checkpoint.arch import USER_END
@@ -32,6 +32,7 @@ from checkpoint.tree import Task
 from tcpstate import codec
 from tcpstate.connid import ConnId
 from tcpstate.record import ConnectionRecord
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "ENDED_MAX",

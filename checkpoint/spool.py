@@ -14,7 +14,6 @@ import heapq
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from checkpoint.errors import ImageNotWritten
 from checkpoint.files.table import TreeFiles
@@ -26,6 +25,7 @@ from checkpoint.memory.layout import MemoryLayout
 from checkpoint.memory.pages import chunks
 from checkpoint.memory.ranges import Range, difference, intersection
 from checkpoint.records import LiveTree, fits, same_file
+from tcpstate.slotted import dataclass
 
 __all__ = ["Piece", "Spool", "resolve"]
 

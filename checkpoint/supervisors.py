@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from checkpoint import procfs, units
@@ -18,6 +18,7 @@ from checkpoint.errors import NoSuchProcess, SupervisedElsewhere, UnitMainProces
 from checkpoint.state.cgroup import parse_cgroups
 from checkpoint.units import Unit, UnitName
 from checkpoint.verdict import Status, Verdict
+from tcpstate.slotted import dataclass
 
 __all__ = ["Supervised", "parent_supervisor", "supervised", "verdicts"]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint import procfs
@@ -16,6 +15,7 @@ from checkpoint.arch import Registers, get_extended, set_extended
 from checkpoint.errors import ProcessDied, StopTimeout
 from checkpoint.kernel import ptrace
 from checkpoint.kernel.ptrace import Event, Option, RseqConfig
+from tcpstate.slotted import dataclass
 
 __all__ = ["Stop", "Thread", "signal_of", "wait_status"]
 

@@ -14,7 +14,7 @@ import enum
 import socket
 import stat
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from checkpoint import procfs
 from checkpoint.errors import NoSuchProcess
@@ -28,6 +28,7 @@ from tcpstate import codec
 from tcpstate.freeze import QuietState
 from tcpstate.kernel.bpf import Instruction
 from tcpstate.kernel.sockets import SO, Level
+from tcpstate.slotted import dataclass
 
 _PEEK_OFF = (int(Level.SOCKET), int(SO.PEEK_OFF))
 #: options that are on while a queue is read

@@ -22,10 +22,11 @@ session or group that has no number in the namespace: the one that the stand-in 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final
 
 from checkpoint.errors import UnsupportedSession, UnsupportedSharing
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "INIT",

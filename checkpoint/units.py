@@ -14,11 +14,11 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from checkpoint.state.cgroup import Cgroup
+from tcpstate.slotted import dataclass
 
 __all__ = ["Unit", "UnitName", "look", "parse_properties", "parse_unit_files", "unit_in", "unit_of"]
 

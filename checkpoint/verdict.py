@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from tcpstate.errors import TcpmigError
+from tcpstate.slotted import dataclass
 
 __all__ = ["Status", "Verdict", "refusals"]
 

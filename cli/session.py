@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from tcpstate.errors import Outcome, TcpmigError
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     # `tcpmig --help` passes through here: what only a running command needs is imported there

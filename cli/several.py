@@ -11,7 +11,6 @@ import logging
 import multiprocessing
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -24,6 +23,7 @@ from cli.session import Result, Session
 from migrate.errors import MoveDied
 from migrate.summary import SourceOptions
 from tcpstate.errors import Outcome
+from tcpstate.slotted import dataclass
 
 __all__ = ["Move", "Moved", "all_of", "gathered", "worst"]
 

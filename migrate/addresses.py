@@ -14,7 +14,7 @@ import os
 import socket
 import struct
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from migrate.errors import AddressSyntax
@@ -32,6 +32,7 @@ from migrate.rtnetlink import (
     packed_address,
 )
 from tcpstate.kernel.route import refusals
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "AddressRecord",

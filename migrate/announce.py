@@ -22,7 +22,8 @@ import socket
 import struct
 import time
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+
+from tcpstate.slotted import dataclass
 
 __all__ = ["REPEATS", "Claim", "LinkSocket", "announcement", "claim", "probe"]
 

@@ -18,7 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from checkpoint.verdict import Status, Verdict
 from migrate import brought
@@ -48,6 +48,7 @@ from migrate.rtnetlink import (
     unpacked_address,
 )
 from tcpstate.kernel.route import refusals
+from tcpstate.slotted import dataclass
 
 __all__ = ["Arrival", "ArrivalRecord", "Landing", "choose_interface", "take_away"]
 

@@ -30,7 +30,6 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.image.lazypages import FileIndex, ImagePages
@@ -45,6 +44,7 @@ from migrate.errors import PageBringerFailed
 from migrate.pageline import PageLine
 from tcpstate import codec
 from tcpstate.errors import TcpmigError
+from tcpstate.slotted import dataclass
 
 __all__ = ["Bringer"]
 

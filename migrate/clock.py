@@ -9,7 +9,9 @@ drift since.  CLOCK_MONOTONIC is the clock of TCP's timestamps (tcp_clock_ns).
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from tcpstate.slotted import dataclass
 
 __all__ = ["Laps", "Offset", "elapsed_since", "monotonic_ns"]
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from migrate import brought
 from migrate.addresses import (
@@ -47,6 +47,7 @@ from migrate.rtnetlink import (
     attributes,
     packed_address,
 )
+from tcpstate.slotted import dataclass
 
 __all__ = ["Departure", "DepartureRecord", "give_back"]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ipaddress
 import socket
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 
 from migrate.addresses import AddressRecord, Configuration, read_configuration
 from migrate.routes import COMMON_TABLES, RouteRecord, RuleRecord, portable_route, portable_rule, route_body
@@ -25,6 +24,7 @@ from migrate.rtnetlink import (
     attributes,
     packed_address,
 )
+from tcpstate.slotted import dataclass
 
 __all__ = ["Dependents", "dependents", "drop_metrics", "only_way"]
 

@@ -10,7 +10,6 @@ import re
 import secrets
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +18,7 @@ from migrate.errors import NothingDrained
 from migrate.journal import End, JournalView, Role, journals
 from migrate.traces import Traces
 from tcpstate import codec
+from tcpstate.slotted import dataclass
 
 __all__ = ["NOTE", "Drain", "back", "here", "label", "new_id", "told"]
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from checkpoint.files.pathmap import PathMap
 from checkpoint.files.policy import External
 from checkpoint.files.verdicts import SHIPPED
 from checkpoint.verdict import Verdict
+from tcpstate.slotted import dataclass
 
 __all__ = ["FileOptions", "device_texts", "devices_told", "shared_and_apart"]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.memory.forecast import Observed, observe
@@ -18,6 +17,7 @@ from migrate.clock import monotonic_ns
 from migrate.fileoptions import shared_and_apart
 from migrate.messages import Message, Needs, Probe, Probed
 from migrate.rounds import Pace, Round
+from tcpstate.slotted import dataclass
 
 __all__ = ["Forecast", "forecast", "foresee", "line_rate"]
 

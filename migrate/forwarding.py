@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from checkpoint.files.held import HeldSocket
@@ -48,6 +48,7 @@ from tcpstate.connid import ConnId
 from tcpstate.errors import TcpmigError
 from tcpstate.kernel.bpf.steer import Role
 from tcpstate.kernel.route import is_local, source_towards
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "NOTE",

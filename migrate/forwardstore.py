@@ -10,7 +10,6 @@ import ipaddress
 import logging
 import re
 import time
-from dataclasses import dataclass
 
 from migrate import records
 from migrate.errors import ForwardChangeFailed
@@ -19,6 +18,7 @@ from tcpstate import codec
 from tcpstate.errors import BadRecord
 from tcpstate.frozen import runtime_dir
 from tcpstate.kernel.bpf.steer import Role
+from tcpstate.slotted import dataclass
 
 __all__ = ["ForwardRecord", "find", "forget", "forwards", "named", "of_address", "write"]
 

@@ -26,7 +26,6 @@ import logging
 import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from checkpoint import procfs
@@ -70,6 +69,7 @@ from tcpstate import codec
 from tcpstate.codec import member
 from tcpstate.errors import TcpmigError
 from tcpstate.segment import Segment
+from tcpstate.slotted import dataclass
 
 __all__ = ["DEFAULT_REMOTE_COMMAND", "Origin", "hand_over", "settle"]
 

@@ -50,6 +50,7 @@ from tcpstate.kernel.tcp import TCP, TcpState
 from tcpstate.rows import describe
 from tcpstate.segment import Segment
 from tcpstate.silence import Blackhole
+from tcpstate.slotted import dataclass
 from tcpstate.uses.hold import DropRule
 
 __all__ = ["DEFAULT_TIMEOUT", "NOTE", "HoldMade", "NewHold", "TakenHold", "release"]
@@ -68,7 +69,7 @@ NoteWriter = Callable[[str, bytes], None]
 NOTE = "hold"
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HoldMade:
     """The record HOLD of an image: which hold has the connections, and of which host.
 

@@ -23,7 +23,6 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -32,6 +31,7 @@ from migrate.errors import HolderFailed
 from tcpstate import codec
 from tcpstate.codec import family, member
 from tcpstate.errors import BadRecord
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "Captured",

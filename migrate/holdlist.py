@@ -6,7 +6,6 @@ from __future__ import annotations
 import enum
 import socket
 import time
-from dataclasses import dataclass
 
 from migrate import forwardends, forwardstore, holdstore, lazystore
 from migrate.forwardstore import ForwardRecord
@@ -16,6 +15,7 @@ from tcpstate import frozen
 from tcpstate.frozen import FrozenConnection
 from tcpstate.kernel import route
 from tcpstate.silence import MARK
+from tcpstate.slotted import dataclass
 from tcpstate.uses.hold import PREFIX, standing
 
 __all__ = ["Forwarding", "Frozen", "Hold", "HoldState", "Rule", "Standing", "describe", "survey"]

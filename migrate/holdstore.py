@@ -18,7 +18,6 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import procfs
@@ -30,6 +29,7 @@ from migrate.hostfacts import host_facts
 from tcpstate import codec
 from tcpstate.errors import BadRecord
 from tcpstate.frozen import runtime_dir
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "HoldRecord",

@@ -26,7 +26,6 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,6 +37,7 @@ from migrate.messages import HostFacts
 from tcpstate import codec
 from tcpstate.codec import family, member
 from tcpstate.errors import BadRecord
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "AddressesArrive",

@@ -14,13 +14,13 @@ import os
 import secrets
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint.image.frames import Buffer, Frame, Kind, Space
 from checkpoint.traces import NoteWriter
 from migrate.errors import KeptFramesLost
 from tcpstate.frozen import runtime_dir
+from tcpstate.slotted import dataclass
 
 __all__ = ["NOTE", "KeptFrame", "KeptFrames", "read_kept"]
 

@@ -14,7 +14,6 @@ import enum
 import logging
 import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoint import procfs
@@ -26,6 +25,7 @@ from migrate.hostfacts import host_facts
 from tcpstate import codec
 from tcpstate.errors import BadRecord
 from tcpstate.frozen import runtime_dir
+from tcpstate.slotted import dataclass
 
 __all__ = ["Lazy", "LazyRecord", "LazyState", "folder", "forget", "pages_path", "remember", "socket_path", "survey"]
 

@@ -11,7 +11,6 @@ import ipaddress
 import os
 import re
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from checkpoint.errors import NoSuchProcess
@@ -22,6 +21,7 @@ from tcpstate.kernel import diag
 from tcpstate.kernel.route import is_local
 from tcpstate.kernel.tcp import TcpState
 from tcpstate.locate import owners_of
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     import psutil  # at run time where it is used: it takes its time

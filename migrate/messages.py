@@ -1,8 +1,7 @@
 """The messages of a migration, as they are on the wire.
 
-One codec family; the transport frames them (:mod:`migrate.wire`).  Image bytes are not messages: they travel in frames
-of their own, opaque here.  A later version may add fields with defaults and new messages; the versions are agreed in
-Hello, whose own shape never changes.
+One codec family; the transport frames them (:mod:`migrate.wire`).  Image bytes travel in frames of their own, opaque
+here.  Later versions may add messages, and fields with defaults; Hello, whose own shape never changes, agrees on one.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import enum
 import ipaddress
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import checkpoint.files.kinds  # noqa: F401  (makes every kind of open file known to the codec)
 from checkpoint.files.base import OpenFile
@@ -22,6 +21,7 @@ from checkpoint.verdict import Verdict
 from migrate.addresses import AddressRecord
 from migrate.unithook import HookUnit
 from tcpstate.codec import family, member
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "HIGHEST_VERSION",

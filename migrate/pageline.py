@@ -25,7 +25,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.errors import MemoryUnreadable
@@ -53,6 +52,7 @@ from migrate.protocol import SourceMachine
 from migrate.summary import SourceOptions
 from migrate.transport import DEFAULT_REMOTE_COMMAND, DEFAULT_RSH, Remote
 from tcpstate.errors import TcpmigError
+from tcpstate.slotted import dataclass
 
 __all__ = ["NOTE", "LeftPages", "PageGiver", "PageLine", "giver_of", "hand_over", "pages_there"]
 

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from checkpoint.files.held import HeldSocket
@@ -16,6 +15,7 @@ from checkpoint.verdict import Verdict
 from migrate.messages import Comparison, Lost, Needs
 from migrate.rounds import Round
 from migrate.wire import ImageSink, ImageWriter
+from tcpstate.slotted import dataclass
 
 __all__ = ["Arrived", "Incoming", "NoteWriter", "Outgoing"]
 

@@ -25,7 +25,7 @@ import contextlib
 import enum
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from checkpoint.namespaces.spaces import at_home
@@ -43,6 +43,7 @@ from migrate.settle import discard_original, end_rebuilt, finish_rebuilt, give_u
 from migrate.traces import Traces
 from migrate.whereabouts import in_its_network
 from tcpstate.errors import Outcome, TcpmigError
+from tcpstate.slotted import dataclass
 
 __all__ = ["Assume", "Item", "Report", "State", "recover", "survey"]
 

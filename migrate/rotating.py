@@ -13,11 +13,12 @@ import os
 import re
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from checkpoint.errors import ImageError, ImageNotWritten
 from migrate.errors import RotationName
 from migrate.snapsummary import CheckpointSummary
+from tcpstate.slotted import dataclass
 
 __all__ = ["FULL", "KEEP", "Plan", "Rotation"]
 

@@ -16,9 +16,9 @@ import enum
 import itertools
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from migrate.errors import WritesTooFast
+from tcpstate.slotted import dataclass
 
 __all__ = ["IfBusy", "Pace", "Round"]
 

@@ -12,7 +12,6 @@ import ipaddress
 import socket
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from migrate.rtnetlink import (
@@ -27,6 +26,7 @@ from migrate.rtnetlink import (
     packed_address,
     unpacked_address,
 )
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "MAIN_TABLE",

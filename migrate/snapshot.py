@@ -18,7 +18,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from checkpoint import births
@@ -58,6 +58,7 @@ from migrate.takeover import AddressPlan, AddressPolicy, Arrival, all_addresses,
 from migrate.unithook import HookFacts, UnitHook
 from tcpstate.capture import Capture
 from tcpstate.segment import Segment
+from tcpstate.slotted import dataclass
 
 __all__ = ["Addresses", "checkpoint", "restore"]
 

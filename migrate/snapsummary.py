@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from migrate.rounds import Round
 from tcpstate.errors import Outcome
+from tcpstate.slotted import dataclass
 
 __all__ = ["CheckpointSummary", "RestoreSummary"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from checkpoint.verdict import Verdict
@@ -12,6 +12,7 @@ from migrate.rounds import IfBusy, Round
 from migrate.takeover import AddressPolicy
 from migrate.unithook import LIMIT
 from tcpstate.errors import Outcome
+from tcpstate.slotted import dataclass
 
 __all__ = ["MAX_DOWNTIME_MS", "Checked", "SourceOptions", "Summary"]
 

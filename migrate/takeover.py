@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from checkpoint.verdict import Status, Verdict
 from migrate import brought
@@ -29,6 +29,7 @@ from migrate.judge import AddressPolicy, judge, tunnel_ends
 from migrate.rtnetlink import Netlink, RouteAttribute, Scope, find_route, packed_address, unpacked_address
 from migrate.usage import descendants, held_by, users_of
 from tcpstate.kernel.route import source_towards
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "AddressPlan",

@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from migrate.errors import AddressNotTaken, TakeoverHookRefused, TakeoverHookSyntax
 from migrate.hookrun import HookCall, words_of
 from migrate.unithook import LIMIT, HookFacts
 from tcpstate import codec
+from tcpstate.slotted import dataclass
 
 __all__ = ["NOTE", "TakeoverHook", "TakeoverNote", "TakeoverPoint"]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -67,6 +67,7 @@ from migrate.takeover import Arrival
 from migrate.unithook import HookFacts, UnitHook
 from migrate.wire import Channel, ImageFrame
 from tcpstate.errors import TcpmigError
+from tcpstate.slotted import dataclass
 
 __all__ = ["Received", "Target"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from migrate.journal import JournalView
 from tcpstate import codec
 from tcpstate.errors import BadRecord
 from tcpstate.shelf import Shelved
+from tcpstate.slotted import dataclass
 
 __all__ = ["Traces"]
 

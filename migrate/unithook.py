@@ -18,11 +18,12 @@ from __future__ import annotations
 
 import enum
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 from migrate.errors import UnitHookFailed, UnitHookSyntax
 from migrate.hookrun import HookCall, words_of
 from tcpstate import codec
+from tcpstate.slotted import dataclass
 
 __all__ = ["LIMIT", "HookFacts", "HookNote", "HookPoint", "HookUnit", "UnitHook"]
 

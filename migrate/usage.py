@@ -12,10 +12,11 @@ import os
 import sys
 import time
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from tcpstate.locate import owners_of
+from tcpstate.slotted import dataclass
 
 __all__ = ["AddressUser", "descendants", "held_by", "parse_socket_table", "users_of"]
 

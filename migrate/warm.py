@@ -7,7 +7,7 @@ import gc
 from checkpoint import records, rehearsal
 from migrate.journal import JournalRecord
 from migrate.messages import Message
-from tcpstate import codec
+from tcpstate import codec, slotted
 from tcpstate.kernel.bpf.layout import parsed_once
 from tcpstate.kernel.bpf.signed import nobody_signs
 from tcpstate.rehearsal import rehearse
@@ -24,6 +24,7 @@ def warm() -> None:
         records.prepare()
         codec.prepare(Message, JournalRecord, Segment)
         rehearsal.rehearse()
+        slotted.complete()
     # What lives by now lives to the end: a collection in the stop need not look at it again.
     gc.collect()
     gc.freeze()

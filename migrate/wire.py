@@ -26,7 +26,6 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from migrate.errors import BadFrame, LinkLost, LinkSilent, NotTcpmig
@@ -34,6 +33,7 @@ from migrate.messages import Message
 from migrate.squeeze import Squeeze, expand
 from tcpstate import codec
 from tcpstate.errors import BadRecord
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "MAX_CHUNK",

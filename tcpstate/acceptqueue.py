@@ -29,7 +29,6 @@ import logging
 import socket
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from tcpstate.capture import Injector
@@ -46,6 +45,7 @@ from tcpstate.locate import accept_queues
 from tcpstate.record import ConnectionRecord
 from tcpstate.segment import SEQ_MASK, Flag, Segment, timestamp_option
 from tcpstate.shelf import Shelf
+from tcpstate.slotted import dataclass
 
 __all__ = ["Policy", "Queue", "capture", "discard", "keeps", "missing", "put_back", "refill"]
 

@@ -16,7 +16,6 @@ import socket
 import struct
 import threading
 from collections import deque
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
@@ -24,6 +23,7 @@ from tcpstate.capture import Capture
 from tcpstate.connid import ConnId
 from tcpstate.kernel import route
 from tcpstate.kernel.sockets import SO, Level
+from tcpstate.slotted import dataclass
 from tcpstate.tuplefilter import arriving
 
 __all__ = ["Arrival", "ArrivalRing"]

@@ -6,13 +6,13 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from tcpstate.access import check_user
 from tcpstate.connid import ConnId
 from tcpstate.errors import NoSuchConnection, TcpmigError, UnsupportedSocket
 from tcpstate.kernel.sockets import is_v6
 from tcpstate.locate import Located, Owner, find, take
+from tcpstate.slotted import dataclass
 
 __all__ = ["Attached", "Conn", "attached", "conn_id_of", "name_of"]
 

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from tcpstate import giving, opening, options
@@ -22,6 +21,7 @@ from tcpstate.options import Stage, number
 from tcpstate.reading import PEEK, SMALL, Raw, peek_from, peeking_on, read_numbers, read_queues
 from tcpstate.record import ConnectionRecord, Negotiated, State
 from tcpstate.segment import SEQ_MASK
+from tcpstate.slotted import dataclass
 from tcpstate.urgent import held_back
 
 __all__ = ["Difference", "compare", "differences", "read_back"]

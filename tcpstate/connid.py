@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import re
 import socket
-from dataclasses import dataclass
 from typing import Self
 
 from tcpstate.errors import ConnIdSyntax
 from tcpstate.kernel.sockets import MAPPED_PREFIX, is_v6
+from tcpstate.slotted import dataclass
 
 __all__ = ["ConnId"]
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import socket
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from tcpstate.kernel.columns import Column, Field, Reusable, Rows
@@ -26,6 +25,7 @@ from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpState
 from tcpstate.preflight import NOT_CONNECTED, STATES, supported
 from tcpstate.record import PEER_FINISHED
 from tcpstate.rows import failures
+from tcpstate.slotted import dataclass
 
 __all__ = ["COUNTED", "Early", "consumed", "read_early"]
 

@@ -11,7 +11,6 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from tcpstate.errors import ConnectionCallFailed, ForeignFilter, ListenerFilterRefused
 from tcpstate.kernel import bpf
@@ -20,6 +19,7 @@ from tcpstate.kernel.columns import Column, Field, Reusable, Rows
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.rows import describe, failures
 from tcpstate.silence import MARK
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "ListenerState",

@@ -27,7 +27,6 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from tcpstate import codec
 from tcpstate.errors import ConnectionCallFailed
@@ -49,6 +48,7 @@ from tcpstate.kernel.sockets import IP, IPV6, SO, Ioctl, Level
 from tcpstate.kernel.tcp import TCP, USER_TIMEOUT_MAX, Repair, RepairQueue
 from tcpstate.rows import describe, failures
 from tcpstate.silence import MARK, Blackhole, blackhole
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "MARK",

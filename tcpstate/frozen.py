@@ -23,7 +23,6 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tcpstate import codec
@@ -51,6 +50,7 @@ from tcpstate.record import ConnectionRecord
 from tcpstate.release import release_connections, write_ends
 from tcpstate.segment import SEQ_MASK, Segment
 from tcpstate.silence import MARK, Blackhole
+from tcpstate.slotted import dataclass
 from tcpstate.standstill import standstill
 from tcpstate.tuplefilter import arriving
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import socket
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from tcpstate.connid import ConnId, canonical_address
@@ -26,6 +25,7 @@ from tcpstate.kernel.bpf.handshake import Agreed, Vouching
 from tcpstate.kernel.bpf.layout import Layout, layout
 from tcpstate.kernel.bpf.tcpsock import iterator_program
 from tcpstate.segment import SEQ_MASK
+from tcpstate.slotted import dataclass
 
 __all__ = ["HalfOpen", "capture", "expect"]
 

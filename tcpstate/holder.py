@@ -14,11 +14,11 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from tcpstate.kernel.sockets import pidfd_getfd
+from tcpstate.slotted import dataclass
 
 __all__ = ["Holder", "starting"]
 

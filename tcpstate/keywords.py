@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from tcpstate import options
 from tcpstate.kernel.sockets import SO
 from tcpstate.options import Format, Option, Stage
+from tcpstate.slotted import dataclass
 from tcpstate.stateitem import Datatype, StateFlag
 
 __all__ = ["BEFORE_BIND", "KEYWORDS", "TABLE", "Change", "Keyword", "Kind", "Life", "Source"]

@@ -9,7 +9,6 @@ import errno
 import os
 import socket
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from tcpstate.connid import ConnId
 from tcpstate.errors import NoSuchConnection, NotPermitted, UnsupportedSocket
@@ -17,6 +16,7 @@ from tcpstate.kernel import diag
 from tcpstate.kernel.sockets import Level, pidfd_getfd
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpInfo, TcpState
 from tcpstate.silence import MARK
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "Backlog",

@@ -19,7 +19,7 @@ import ipaddress
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Final
 
 from tcpstate.connid import canonical_address
@@ -29,6 +29,7 @@ from tcpstate.kernel.bpf.signed import nobody_signs
 from tcpstate.kernel.sockets import Level, is_v6, pack_address
 from tcpstate.kernel.tcp import TCP
 from tcpstate.segment import Segment, build
+from tcpstate.slotted import dataclass
 
 __all__ = ["SigningKey", "all_keys", "give_keys", "key_for", "keys_of", "signed", "supported"]
 

@@ -17,7 +17,7 @@ import socket
 import struct
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from tcpstate.errors import UnsupportedSocket
 from tcpstate.kernel.columns import Column, Field, Reusable, Rows, numbers_of
@@ -25,6 +25,7 @@ from tcpstate.kernel.sockets import IP, IPV6, SO, Level, family_of
 from tcpstate.kernel.tcp import TCP
 from tcpstate.record import ConnectionRecord
 from tcpstate.rows import describe
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "EXCLUDED",

@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Collection
-from dataclasses import dataclass
 
 from tcpstate.connid import ConnId
 from tcpstate.errors import KernelFeatureMissing, KernelReadRefused
@@ -30,6 +29,7 @@ from tcpstate.kernel.bpf.memory import KernelMemory
 from tcpstate.kernel.bpf.packets import PACKETS_MAX, PacketReader, Shape
 from tcpstate.kernel.bpf.tcpsock import HEAD, conn_id_of, head, iterator_program
 from tcpstate.segment import SEQ_MASK
+from tcpstate.slotted import dataclass
 
 __all__ = ["Piece", "read"]
 

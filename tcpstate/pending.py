@@ -16,7 +16,6 @@ import dataclasses
 import itertools
 import socket
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from tcpstate import frozen
@@ -25,6 +24,7 @@ from tcpstate.frozen import FrozenConnection
 from tcpstate.record import ConnectionRecord
 from tcpstate.replacement import replace
 from tcpstate.segment import SEQ_MASK, Flag, Segment
+from tcpstate.slotted import dataclass
 from tcpstate.stateread import frozen_record
 
 __all__ = ["Extent", "Purged", "purge", "read_pending", "restore_pending"]

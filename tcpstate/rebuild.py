@@ -25,7 +25,6 @@ import socket
 import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from socket import htons
 from typing import ClassVar, Final, Self
 
@@ -60,6 +59,7 @@ from tcpstate.release import release_connections
 from tcpstate.roundtrip import Teachers
 from tcpstate.rows import Names, failures
 from tcpstate.segment import SEQ_MASK
+from tcpstate.slotted import dataclass
 from tcpstate.urgent import held_back
 
 #: what records may ask a reader to know (:attr:`~tcpstate.record.ConnectionRecord.required`)

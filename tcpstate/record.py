@@ -16,7 +16,7 @@ from __future__ import annotations
 import enum
 import errno
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, NoReturn, Self
 
 from tcpstate import codec
@@ -26,6 +26,7 @@ from tcpstate.kernel.bpf import MAX_INSTRUCTIONS, Instruction
 from tcpstate.kernel.sockets import BufferLock
 from tcpstate.md5keys import SigningKey
 from tcpstate.segment import SEQ_MASK, before
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "DEVICE_OPTION",

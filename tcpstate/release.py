@@ -6,7 +6,6 @@ import contextlib
 import socket
 from array import array
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import compress
 from typing import Final, Self
 
@@ -26,6 +25,7 @@ from tcpstate.refill import put, put_sent
 from tcpstate.reopen import tell_windows
 from tcpstate.rows import Names, failures
 from tcpstate.segment import SEQ_MASK, Segment
+from tcpstate.slotted import dataclass
 from tcpstate.urgent import put_marks
 
 __all__ = [

@@ -26,7 +26,6 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final, NamedTuple, Self
 
 from tcpstate.connid import ConnId
@@ -39,6 +38,7 @@ from tcpstate.kernel.sockets import SO, Ioctl, Level, pack_address
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, InfoOption, RepairQueue, TcpInfo
 from tcpstate.rows import Names, failures
 from tcpstate.segment import SEQ_MASK, Flag, Segment, build, timestamp_option
+from tcpstate.slotted import dataclass
 
 __all__ = ["SAMPLES_MAX", "Lesson", "Teachers", "samples", "teach", "teaching"]
 

@@ -10,10 +10,11 @@ import enum
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tcpstate.connid import PORT_MAX, ConnId, canonical_address
 from tcpstate.kernel.sockets import is_v6
+from tcpstate.slotted import dataclass
 
 __all__ = ["Flag", "OptionKind", "Segment", "build", "intact", "parse", "split", "timestamp_option"]
 

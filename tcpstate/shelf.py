@@ -13,11 +13,11 @@ import os
 import socket
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final, Self
 
 from tcpstate.holder import Holder, starting
 from tcpstate.kernel.sockets import SO, Level
+from tcpstate.slotted import dataclass
 
 __all__ = ["Shelf", "Shelved"]
 

@@ -19,12 +19,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tcpstate import codec
 from tcpstate.errors import BadKeyFile, BadRecord, BadSignature, UnsignedRecord, UntrustedKey
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey

@@ -25,7 +25,6 @@ import logging
 import socket
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from tcpstate.connid import ConnId
@@ -48,6 +47,7 @@ from tcpstate.record import DEVICE_OPTION, ConnectionRecord, Family, SoftState, 
 from tcpstate.roundtrip import Lesson, Teachers, samples, teach, teaching
 from tcpstate.rows import Names, failures
 from tcpstate.silence import MARK
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "NOTHING",

@@ -13,7 +13,6 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import compress
 from typing import Final
 
@@ -27,6 +26,7 @@ from tcpstate.kernel.tcp import TcpState
 from tcpstate.reading import Numbers, read_live
 from tcpstate.record import ConnectionRecord
 from tcpstate.rows import failures
+from tcpstate.slotted import dataclass
 
 __all__ = ["Standing", "cookies", "idle", "read_standing", "supposed", "unchanged"]
 

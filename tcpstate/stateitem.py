@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 from typing import Final
 
 from tcpstate.errors import BadStateItem
+from tcpstate.slotted import dataclass
 
 __all__ = ["Datatype", "StateFlag", "StateItem", "Value", "check_value"]
 

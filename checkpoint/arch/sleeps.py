@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
 from typing import Final
+
+from tcpstate.slotted import dataclass
 
 __all__ = ["FUTEX_PRIVATE", "FUTEX_WAIT", "POLLFD_SIZE", "TIMER_ABSTIME", "Note", "Sleep"]
 

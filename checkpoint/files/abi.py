@@ -11,12 +11,12 @@ import enum
 import errno
 import os
 import struct
-from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from tcpstate.kernel import batch
 from tcpstate.kernel.machine import EPOLL_EVENT, O_LARGEFILE, SYS
 from tcpstate.kernel.sockets import pidfd_getfd
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "CAPTURED_FLAGS",

@@ -23,7 +23,6 @@ import os
 import socket
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.errors import FileCaptureFailed
@@ -46,6 +45,7 @@ from tcpstate.kernel.route import local_addresses
 from tcpstate.options import in_force, number
 from tcpstate.record import ConnectionRecord, Family
 from tcpstate.segment import Segment
+from tcpstate.slotted import dataclass
 from tcpstate.standing import Standing, read_standing, supposed
 
 __all__ = ["Ahead", "AheadView", "lasts", "tell"]

@@ -25,12 +25,12 @@ import socket
 import stat
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from checkpoint.errors import FileCaptureFailed, UnsupportedLock
 from checkpoint.files.abi import CAPTURED_FLAGS, SETTABLE_FLAGS, AccessMode, Fcntl, FileFlag, LockType, OwnerType
 from tcpstate.codec import family, kind_of, member
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

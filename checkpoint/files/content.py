@@ -17,7 +17,6 @@ import mmap
 import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.errors import BadFileRecord, FileMissing, FileRebuildFailed
@@ -25,6 +24,7 @@ from checkpoint.files.abi import Fcntl, Seal, punch_hole
 from checkpoint.files.identity import BEACON
 from checkpoint.namespaces.ways import real
 from tcpstate.errors import KernelFeatureMissing
+from tcpstate.slotted import dataclass
 
 __all__ = ["Content", "ContentKind", "data_runs", "nonzero_runs", "punch", "put"]
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final
 
 from checkpoint.files.content import Content, ContentKind, data_runs
@@ -33,6 +33,7 @@ from checkpoint.files.staged import StagedContents, goes_on
 from checkpoint.image.frames import DATA_MAX, PageRun, Runs, Space
 from checkpoint.memory.pages import chunks
 from checkpoint.memory.ranges import Range, difference, joined, total
+from tcpstate.slotted import dataclass
 
 __all__ = ["BLOCK", "LEAST", "ContentRounds"]
 

@@ -15,7 +15,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final, Self
 
 from checkpoint.errors import FileRebuildFailed, UnsupportedFile
@@ -24,6 +24,7 @@ from checkpoint.files.inet import Endpoint
 from checkpoint.kernel import corked
 from tcpstate.errors import KernelFeatureMissing, KernelReadRefused
 from tcpstate.kernel.sockets import IP, IPV6, SO, Level
+from tcpstate.slotted import dataclass
 
 __all__ = ["Corked", "begin_again", "begun", "examine", "nothing_corked", "of_socket"]
 

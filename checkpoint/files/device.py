@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from checkpoint.errors import FileMissing, FileRebuildFailed
 from checkpoint.files.abi import REOPEN_FLAGS
 from checkpoint.files.base import FdView, OpenFile, register
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

@@ -17,12 +17,12 @@ import select
 import stat
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from checkpoint.errors import BadFileRecord, EpollTargetLost, FileCaptureFailed
 from checkpoint.files.abi import EpollFlag, kcmp_epoll
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

@@ -6,10 +6,10 @@ Source: Linux fs/eventfd.c; /proc/PID/fdinfo/N, line ``eventfd-count`` (hexadeci
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

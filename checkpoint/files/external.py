@@ -12,7 +12,6 @@ import dataclasses
 import fcntl
 import os
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from checkpoint.errors import ExternalNotHere, FileRebuildFailed
@@ -23,6 +22,7 @@ from checkpoint.files.policy import External as Rule
 from checkpoint.files.policy import rule_for
 from checkpoint.files.pty import is_slave_of_tree
 from checkpoint.files.unixdiag import peer_outside
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

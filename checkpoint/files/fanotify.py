@@ -15,7 +15,6 @@ import enum
 import os
 import re
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from checkpoint.errors import FileCaptureFailed, FileMissing, FileRebuildFailed, UnsupportedFile
@@ -25,6 +24,7 @@ from checkpoint.namespaces.ways import way_of
 from tcpstate.kernel import batch
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import Ioctl, ioctl_int
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from checkpoint.errors import FileMissing, FileRebuildFailed, PeerOutsideTree
@@ -17,6 +16,7 @@ from checkpoint.files.base import FdView, OpenFile, register, set_flags
 from checkpoint.files.outside import holders_text
 from checkpoint.files.pipe import PipeQueue, ends_in_tree, read_queue, write_queue
 from checkpoint.files.regular import path_of
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

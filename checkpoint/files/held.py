@@ -7,9 +7,9 @@ anything while they are kept.  The number of a file in the image's table (FILES)
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
 
 from tcpstate.freeze import QuietState
+from tcpstate.slotted import dataclass
 from tcpstate.uses.hold import ListeningEnd
 
 __all__ = ["HeldFile", "HeldSocket"]

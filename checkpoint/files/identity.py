@@ -23,8 +23,9 @@ import secrets
 import stat
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final
+
+from tcpstate.slotted import dataclass
 
 __all__ = ["BEACON", "Beacons", "Evidence", "build_id", "digest", "evidence_of", "same_folder", "shown"]
 

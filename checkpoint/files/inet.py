@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Self
 
 from tcpstate.kernel.sockets import SO, Level
+from tcpstate.slotted import dataclass
 
 __all__ = ["Endpoint", "bound_devices"]
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from checkpoint.errors import FileCaptureFailed, FileMissing, FileRebuildFailed, UnsupportedFile
@@ -25,6 +24,7 @@ from tcpstate.kernel import batch
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import Ioctl, ioctl_int
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

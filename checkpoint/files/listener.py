@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import socket
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from checkpoint.errors import AddressTaken, FileRebuildFailed, InterfaceMissing, UnsupportedProtocol
@@ -27,6 +26,7 @@ from tcpstate.kernel.sockets import SO, Level
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpInfo, TcpState
 from tcpstate.md5keys import SigningKey, give_keys, keys_of, supported
 from tcpstate.record import ConnectionRecord, State
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

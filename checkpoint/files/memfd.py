@@ -7,12 +7,12 @@ Its pages may be out of the pool of huge pages (MFD_HUGETLB).
 from __future__ import annotations
 
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from checkpoint.files.abi import Magic, filesystem_magic
 from checkpoint.files.base import FdView, OpenFile, register
 from checkpoint.files.content import DELETED, ContentKind, reopened
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

@@ -13,11 +13,12 @@ import re
 import socket
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Final, Self
 
 from checkpoint.errors import UnsupportedProtocol
 from tcpstate.kernel.sockets import Level, pack_address
+from tcpstate.slotted import dataclass
 
 __all__ = ["Membership", "join", "of_socket"]
 

@@ -12,7 +12,6 @@ import os
 import socket
 import stat
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from checkpoint.errors import FileRebuildFailed, UnreadKernelMessages, UnsupportedProtocol
@@ -22,6 +21,7 @@ from checkpoint.files.unix import held_outside
 from tcpstate.kernel.bpf import MAX_INSTRUCTIONS, Instruction
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.record import Buffers
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

@@ -14,7 +14,7 @@ import socket
 import stat
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Self
 
 from checkpoint.errors import FileMissing, UnsupportedProtocol
@@ -26,6 +26,7 @@ from tcpstate.kernel import bpf
 from tcpstate.kernel.bpf import MAX_INSTRUCTIONS, Instruction
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.record import Buffers
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

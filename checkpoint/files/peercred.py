@@ -16,7 +16,6 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from checkpoint import procfs
@@ -26,6 +25,7 @@ from tcpstate.kernel.calls import CallError, CallTable, Data, Result
 from tcpstate.kernel.capability import capset_data, capset_header
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import SO, Level
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.namespaces.users import Users

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from checkpoint import procfs
 from checkpoint.errors import FileRebuildFailed, NoSuchProcess, PeerOutsideTree
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

@@ -16,13 +16,13 @@ import os
 import select
 import stat
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from checkpoint.errors import BadFileRecord, FileCaptureFailed, FileRebuildFailed, PeerOutsideTree
 from checkpoint.files.abi import AccessMode, Fcntl, FileFlag, Ioctl, tee
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
 from checkpoint.files.outside import holders_text
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

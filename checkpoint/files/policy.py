@@ -10,13 +10,13 @@ import enum
 import posixpath
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.errors import BadExternal
 from checkpoint.namespaces.mounts import Mounts
 from checkpoint.namespaces.ways import Ways
 from tcpstate.acceptqueue import Policy as AcceptQueues
+from tcpstate.slotted import dataclass
 
 __all__ = ["NO_POLICY", "AcceptQueues", "External", "LocalPeers", "Policy", "rule_for"]
 

@@ -15,7 +15,6 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from checkpoint import procfs
@@ -23,6 +22,7 @@ from checkpoint.errors import FileRebuildFailed, NoSuchProcess, PeerOutsideTree,
 from checkpoint.files.abi import REOPEN_FLAGS, FileFlag
 from checkpoint.files.base import FdView, OpenFile, register
 from checkpoint.files.content import DELETED
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

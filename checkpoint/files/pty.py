@@ -17,7 +17,6 @@ import os
 import select
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from checkpoint.errors import BadFileRecord, UnsupportedTerminal
@@ -37,6 +36,7 @@ from checkpoint.files.terminal import (
 from checkpoint.kernel.mountinfo import read_mounts
 from checkpoint.namespaces.mounts import TERMINALS
 from checkpoint.namespaces.ways import way_of
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

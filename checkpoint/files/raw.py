@@ -13,7 +13,6 @@ import errno
 import os
 import socket
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from checkpoint.errors import FileRebuildFailed, UnsupportedProtocol
@@ -27,6 +26,7 @@ from checkpoint.files.sockopts import SocketOptions, before_bind, give_late, giv
 from checkpoint.files.udp import examine_datagrams
 from tcpstate.filters import give_filter
 from tcpstate.kernel import bpf
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, Self
 
 from checkpoint.errors import (
@@ -25,6 +24,7 @@ from checkpoint.files.base import FdView, OpenFile, register
 from checkpoint.files.content import DELETED, ContentKind, reopened
 from checkpoint.files.identity import Evidence, build_id, digest, evidence_of, same_folder, shown
 from checkpoint.namespaces.ways import way_of
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

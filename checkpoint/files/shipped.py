@@ -16,7 +16,7 @@ import logging
 import os
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from checkpoint.errors import FileMissing, FileNotShared, FileRebuildFailed, ShipWouldOverwrite
@@ -26,6 +26,7 @@ from checkpoint.files.identity import shown
 from checkpoint.files.policy import Policy
 from checkpoint.files.regular import RegularFile, path_of, volatile
 from checkpoint.namespaces.ways import real
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

@@ -6,11 +6,11 @@ the process's own, and are rebuilt with it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from checkpoint.files import abi
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

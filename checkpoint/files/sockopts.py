@@ -15,7 +15,7 @@ import functools
 import logging
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Final, Protocol, Self, cast
 
 from checkpoint.errors import FileRebuildFailed, InterfaceMissing, UnsupportedProtocol
@@ -25,6 +25,7 @@ from tcpstate.kernel.bpf import MAX_INSTRUCTIONS, Instruction
 from tcpstate.kernel.sockets import IP, SO, BufferLock, Level
 from tcpstate.options import TABLE, Format, Option, Stage, Where
 from tcpstate.record import DEVICE_OPTION, Buffers
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "IPPROTO_MPTCP",

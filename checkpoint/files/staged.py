@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from checkpoint.errors import BadFileRecord, FileRebuildFailed
 from checkpoint.files.abi import Seal
 from checkpoint.files.content import Content, ContentKind, punch, put
 from checkpoint.files.treefiles import TreeFiles
 from checkpoint.image.frames import PageRun, Runs
+from tcpstate.slotted import dataclass
 
 __all__ = ["STAGED_MAX", "Staged", "StagedContents", "goes_on"]
 

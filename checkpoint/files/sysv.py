@@ -15,7 +15,6 @@ import logging
 import mmap
 import os
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from checkpoint.errors import FileRebuildFailed, SegmentTaken
@@ -25,6 +24,7 @@ from checkpoint.kernel import sysv
 from checkpoint.memory.segments import require_alone
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

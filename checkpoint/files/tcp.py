@@ -11,7 +11,6 @@ import itertools
 import logging
 import socket
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from checkpoint.errors import BadFileRecord, LocalPeer
@@ -38,6 +37,7 @@ from tcpstate.rows import conn_id_of, describe
 from tcpstate.segment import Segment
 from tcpstate.shelf import Shelf
 from tcpstate.silence import Blackhole
+from tcpstate.slotted import dataclass
 from tcpstate.uses.hold import ListeningEnd
 
 if TYPE_CHECKING:

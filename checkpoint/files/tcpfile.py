@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import socket
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from checkpoint.errors import AddressTaken, FileRebuildFailed
@@ -28,6 +27,7 @@ from tcpstate.kernel.sockets import SO, Level
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, TcpInfo
 from tcpstate.record import ConnectionRecord
 from tcpstate.rows import describe
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

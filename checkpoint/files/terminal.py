@@ -14,8 +14,9 @@ import os
 import select
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar, Final, Self
+
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "PTMX",

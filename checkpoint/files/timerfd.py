@@ -9,13 +9,13 @@ from __future__ import annotations
 import fcntl
 import re
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from checkpoint.errors import FileCaptureFailed
 from checkpoint.files import abi
 from checkpoint.files.abi import NS_PER_SECOND, TimerfdFlag, TimerSpec
 from checkpoint.files.base import FdView, OpenFile, register, set_flags
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

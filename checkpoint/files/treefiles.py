@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Protocol
 
 from checkpoint.files.base import OpenFile, PosixLock
 from checkpoint.files.content import Content
 from checkpoint.files.epoll import EpollWatch
+from tcpstate.slotted import dataclass
 
 __all__ = ["AheadEpoll", "AheadFiles", "AheadPlace", "LastMapped", "LocksOfFile", "Mapping", "Owner", "TreeFiles"]
 

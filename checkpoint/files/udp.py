@@ -13,7 +13,6 @@ import errno
 import socket
 import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from checkpoint.errors import FileCaptureFailed, FileRebuildFailed
@@ -29,6 +28,7 @@ from checkpoint.files.unix import held_outside
 from tcpstate.filters import give_filter
 from tcpstate.kernel import bpf
 from tcpstate.kernel.sockets import SO, Level
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

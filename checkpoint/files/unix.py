@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import socket
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from checkpoint.errors import (
@@ -34,6 +33,7 @@ from checkpoint.files.unixdiag import SocketState, UnixSocket
 from checkpoint.files.unixname import UnixName, name_of
 from checkpoint.files.unixqueue import Message
 from tcpstate.kernel.sockets import SO, Ioctl, Level, ioctl_int
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder

@@ -10,10 +10,10 @@ import enum
 import socket
 import stat
 import struct
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from checkpoint.errors import FileCaptureFailed
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.base import FdView

@@ -19,12 +19,13 @@ import stat
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final
 
 from checkpoint.errors import AddressTaken, FileRebuildFailed
 from checkpoint.files.abi import unshare_filesystem
 from checkpoint.namespaces.ways import found_in, way_of
+from tcpstate.slotted import dataclass
 
 __all__ = ["BoundName", "Stage", "UnixName", "name_of"]
 

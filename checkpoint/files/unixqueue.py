@@ -18,13 +18,13 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.errors import FileCaptureFailed, FileRebuildFailed, UnsupportedFile
 from tcpstate.kernel import batch
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import SO, Level
+from tcpstate.slotted import dataclass
 
 __all__ = ["Message", "read", "send"]
 

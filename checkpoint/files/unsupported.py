@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import stat
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.errors import UnsupportedFile, UnsupportedProtocol
@@ -17,6 +16,7 @@ from checkpoint.files.external import is_terminal
 from checkpoint.files.regular import is_message_queue
 from checkpoint.files.sockopts import IPPROTO_MPTCP
 from tcpstate.errors import TcpmigError
+from tcpstate.slotted import dataclass
 
 __all__ = ["Unsupported", "why"]
 

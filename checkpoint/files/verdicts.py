@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from checkpoint.errors import BadExternal, FileCaptureFailed
 from checkpoint.files.base import FdView, OpenFile, kind_name
@@ -22,6 +21,7 @@ from checkpoint.files.table import FileTable, TreeFiles
 from checkpoint.memory.vma import Vma, read_maps
 from checkpoint.verdict import Status, Verdict
 from tcpstate.errors import TcpmigError
+from tcpstate.slotted import dataclass
 
 __all__ = ["SHIPPED", "foretell", "judge_here", "verdicts"]
 

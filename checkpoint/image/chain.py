@@ -10,12 +10,12 @@ from __future__ import annotations
 import bisect
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from checkpoint.errors import BadImageRecord, ParentDiffers, ParentMissing
 from checkpoint.image import frames
 from checkpoint.image.frames import DATA_MAX, DIGEST_SIZE, Frame, Header, Kind, PageRun, Runs, Space
 from checkpoint.image.reader import ImageReader, open_image
+from tcpstate.slotted import dataclass
 
 __all__ = ["MOST", "Chain", "Inherited", "Own", "Parent", "Parents", "open_chain"]
 

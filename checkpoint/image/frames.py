@@ -27,7 +27,6 @@ import struct
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgpack
@@ -41,6 +40,7 @@ from checkpoint.errors import (
 )
 from tcpstate import codec
 from tcpstate.errors import BadRecord
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "ALIGNMENT",

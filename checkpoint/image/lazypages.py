@@ -13,7 +13,7 @@ import collections
 import itertools
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from checkpoint.errors import ImageDamaged, ImageTruncated
 from checkpoint.image import frames
@@ -29,6 +29,7 @@ from checkpoint.image.frames import (
     aligned_buffer,
 )
 from checkpoint.memory.ranges import Range, joined
+from tcpstate.slotted import dataclass
 
 __all__ = ["FileIndex", "ImagePages", "IndexMaker", "words"]
 

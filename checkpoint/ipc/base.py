@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from checkpoint.kernel.sysvipc import Listed
 from tcpstate.codec import family
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.spawn import Stub

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Self
 
 from checkpoint.ipc.base import SystemV
@@ -20,6 +19,7 @@ from checkpoint.kernel.sysvipc import Listed, MsgFlag
 from tcpstate.codec import member
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.spawn import Stub

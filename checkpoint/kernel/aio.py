@@ -13,7 +13,6 @@ import functools
 import logging
 import os
 import struct
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.kernel import taskiter
@@ -22,6 +21,7 @@ from tcpstate.kernel.bpf import call
 from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
 from tcpstate.kernel.bpf.btf import BadBtf
 from tcpstate.kernel.bpf.layout import Layout, layout
+from tcpstate.slotted import dataclass
 
 __all__ = ["EVENT_SIZE", "IOCB", "IOCB_FD", "MOST", "RING", "RING_MAGIC", "Context", "contexts"]
 

@@ -17,7 +17,6 @@ import os
 import struct
 import threading
 import time
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.arch import KERNEL_STACK_POINTER
@@ -26,6 +25,7 @@ from tcpstate.kernel.bpf import call
 from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
 from tcpstate.kernel.bpf.btf import BadBtf
 from tcpstate.kernel.bpf.layout import Layout, layout
+from tcpstate.slotted import dataclass
 
 __all__ = ["CallWatch", "Places", "prepare", "timer_on"]
 

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
 from typing import Final
+
+from tcpstate.slotted import dataclass
 
 __all__ = ["AT_EMPTY_PATH", "CLONE_ARGS_SIZE", "SET_TID_OFFSET", "THREAD", "CloneArgs", "CloneFlag", "pack_tids"]
 

@@ -20,7 +20,6 @@ import contextlib
 import functools
 import socket
 import struct
-from dataclasses import dataclass
 from typing import Final
 
 from tcpstate.errors import KernelFeatureMissing, KernelReadRefused
@@ -29,6 +28,7 @@ from tcpstate.kernel.bpf.btf import BadBtf, Place
 from tcpstate.kernel.bpf.layout import Layout, layout
 from tcpstate.kernel.bpf.memory import KernelMemory
 from tcpstate.kernel.bpf.packets import PacketReader, Shape
+from tcpstate.slotted import dataclass
 
 __all__ = ["Pending", "pending", "prepare"]
 

@@ -6,9 +6,9 @@ Source: Documentation/filesystems/proc.rst 3.5; fs/proc_namespace.c show_mountin
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from checkpoint.errors import NoSuchProcess
+from tcpstate.slotted import dataclass
 
 __all__ = ["MountInfo", "read_mounts"]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import struct
-from dataclasses import dataclass
 from typing import Final, Self
 
 from tcpstate.kernel.ptrace import (
@@ -27,6 +26,7 @@ from tcpstate.kernel.ptrace import (
     seize,
     step,
 )
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "GENERAL_SET",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import logging
 import struct
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.arch import Note
@@ -20,6 +19,7 @@ from checkpoint.kernel import taskiter
 from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
 from tcpstate.kernel.bpf.btf import BadBtf
 from tcpstate.kernel.bpf.layout import Layout, layout
+from tcpstate.slotted import dataclass
 
 __all__ = ["left", "noted", "prepare"]
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final, Self
+
+from tcpstate.slotted import dataclass
 
 __all__ = ["CriticalSection", "abort_address"]
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import ctypes
 import enum
 import struct
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from typing import Final, Self
 
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "CPU_SET_SIZE",

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import logging
 import struct
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.kernel import taskiter
@@ -19,6 +18,7 @@ from tcpstate.errors import KernelFeatureMissing
 from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
 from tcpstate.kernel.bpf.btf import BadBtf
 from tcpstate.kernel.bpf.layout import Layout, layout
+from tcpstate.slotted import dataclass
 
 __all__ = ["LONGEST", "adjustments"]
 

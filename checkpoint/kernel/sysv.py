@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 import enum
 import struct
-from dataclasses import dataclass
 from typing import Final
 
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["At", "Mode", "Segment", "change_owner", "create", "lock", "look", "remove"]
 

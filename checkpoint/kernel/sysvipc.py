@@ -10,11 +10,11 @@ import ctypes
 import enum
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "SEMBUF",

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
 from typing import Final, Self
+
+from tcpstate.slotted import dataclass
 
 __all__ = ["ITIMER_SIZE", "NS", "Clock", "Itimer", "Notify", "TimerSpec", "is_cpu_clock", "sigevent"]
 

@@ -11,7 +11,8 @@ import enum
 import errno
 import fcntl
 import struct
-from dataclasses import dataclass
+
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "CREATE_FLAGS",

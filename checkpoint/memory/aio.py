@@ -14,7 +14,6 @@ import itertools
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from checkpoint.arch import USER_END
@@ -25,6 +24,7 @@ from checkpoint.memory.vma import PAGE, Vma
 from tcpstate.errors import KernelFeatureMissing
 from tcpstate.kernel.calls import CallError, CallTable, Data
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.spawn import Stub

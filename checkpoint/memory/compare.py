@@ -9,12 +9,12 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from checkpoint.memory import scan
 from checkpoint.memory.huge import is_private_huge
 from checkpoint.memory.layout import KEPT_FLAGS
 from checkpoint.memory.vma import PAGE, VSYSCALL, Vma, read_smaps
+from tcpstate.slotted import dataclass
 
 __all__ = ["Region", "differences", "snapshot"]
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from checkpoint.memory.layout import Mapping, MemoryLayout
 from checkpoint.memory.ranges import Range, difference, intersection, joined
+from tcpstate.slotted import dataclass
 
 __all__ = ["Delta", "delta", "same_process", "without"]
 

@@ -5,10 +5,10 @@ Source: include/uapi/linux/prctl.h (struct prctl_mm_map), fs/proc/array.c (do_ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from checkpoint.arch import USER_END
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.procfs import Stat

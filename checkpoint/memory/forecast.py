@@ -12,7 +12,6 @@ import random
 import time
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.errors import NoSuchProcess
@@ -20,6 +19,7 @@ from checkpoint.kernel import process_vm
 from checkpoint.memory import scan
 from checkpoint.memory.ranges import Range
 from checkpoint.memory.vma import PAGE, VSYSCALL, Vma, read_maps
+from tcpstate.slotted import dataclass
 
 __all__ = ["Observed", "observe"]
 

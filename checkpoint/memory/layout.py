@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from checkpoint.arch import USER_END
@@ -36,6 +35,7 @@ from checkpoint.memory.huge import map_flags, page_shift
 from checkpoint.memory.vma import PAGE, SPECIAL_NAMES, VDSO, VSYSCALL, Vma, with_flags, without
 from tcpstate.kernel.calls import CallError, CallTable, Result
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.spawn import Stub

@@ -25,7 +25,7 @@ import logging
 import mmap
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Final
 
 from checkpoint.arch import USER_END
@@ -41,6 +41,7 @@ from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.calls import CallError, CallTable
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.sockets import pidfd_getfd
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.spawn import Stub

@@ -33,7 +33,6 @@ import logging
 import mmap
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from checkpoint.kernel import pagemap, userfaultfd
 from checkpoint.kernel.pagemap import Category, ScanFlag
@@ -42,6 +41,7 @@ from checkpoint.memory.ranges import Range, difference, intersection, joined
 from checkpoint.memory.vma import PAGE
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["Area", "Found", "Tracking", "Untracked", "available"]
 

@@ -12,13 +12,13 @@ import ctypes
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.errors import IpcLeftOver, NamespaceNotMade
 from tcpstate.errors import TcpmigError
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["IpcSettings", "left_over"]
 

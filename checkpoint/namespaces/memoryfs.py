@@ -16,12 +16,13 @@ import os
 import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final
 
 from checkpoint.errors import MemoryFilesTooLarge, MountNotMovable, NamespaceNotMade
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["DEVICES", "Folder", "Node", "ensure"]
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.kernel.clone import CloneFlag
@@ -22,6 +21,7 @@ from checkpoint.kernel.mounts import MNT_DETACH, MountFlag, mount
 from checkpoint.namespaces.memoryfs import DEVICES, Folder
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["FLAGS", "LAYERS", "MADE_UP", "MEMORY", "OPTIONS", "OVERLAY", "TERMINALS", "Mount", "Mounts"]
 

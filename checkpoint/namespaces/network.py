@@ -15,7 +15,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, Final
 
 from checkpoint.errors import BridgeMissing, NamespaceNotMade, NetworkNotMovable
@@ -26,6 +26,7 @@ from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.nftables import NfTables
 from tcpstate.kernel.route import iproute, refusals
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute

@@ -14,7 +14,6 @@ import enum
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from checkpoint import procfs
@@ -33,6 +32,7 @@ from checkpoint.state.cgroup import Cgroup, Cgroups, namespace_roots, read_cgrou
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.spawn import Stub

@@ -23,7 +23,6 @@ import resource
 import signal
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from checkpoint import procfs
@@ -44,6 +43,7 @@ from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.prctl import Pr, Securebit
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.spawn import Stub

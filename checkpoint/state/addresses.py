@@ -5,12 +5,12 @@ Source: Linux kernel/futex/syscalls.c (robust list), kernel/fork.c (clear_child_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Self
 
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, register, unsigned
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.prctl import Pr
+from tcpstate.slotted import dataclass
 
 __all__ = ["ClearChildTid", "RestartableSequences", "RobustList"]
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 import abc
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -36,6 +36,7 @@ from checkpoint.kernel.sched import get_attributes, online_cpus
 from checkpoint.kernel.signals import SigInfo
 from tcpstate.codec import family, kind_of, member
 from tcpstate.kernel.calls import CallTable, Result
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint import tracee

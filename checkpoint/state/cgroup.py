@@ -13,12 +13,12 @@ import functools
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Final, Self
 
 from checkpoint.errors import NoSuchProcess
 from checkpoint.state.base import State, TaskBuilder, TaskView, register
+from tcpstate.slotted import dataclass
 
 __all__ = ["Cgroup", "Cgroups", "Mount", "mounts", "namespace_roots", "parse_cgroups", "read_cgroups"]
 

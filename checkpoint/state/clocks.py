@@ -22,7 +22,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint import births
@@ -31,6 +30,7 @@ from checkpoint.kernel.timers import NS
 from checkpoint.state.base import bounded
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["TOLERANCE", "Clocks", "Offsets", "continued", "enter", "offsets_for", "read"]
 

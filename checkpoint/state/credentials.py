@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import struct
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.errors import StateRefused
@@ -32,6 +31,7 @@ from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.capability import CAPABILITY_BITS, capset_data, capset_header, names
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.prctl import CapAmbient, Pr, Securebit
+from tcpstate.slotted import dataclass
 
 __all__ = ["Capabilities", "Credentials", "Ids"]
 

@@ -10,13 +10,13 @@ Source: Linux fs/fs_struct.c; /proc/PID/cwd, /proc/PID/root.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.errors import DirectoryGone
 from checkpoint.namespaces.ways import way_of
 from checkpoint.state.base import State, TaskBuilder, TaskView, bounded, register
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["Filesystem", "ThreadDirectories", "directory"]
 

@@ -5,12 +5,12 @@ Source: Linux Documentation/userspace-api/spec_ctrl.rst; kernel/sys.c; mm/memory
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, bounded, register, unsigned
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.prctl import MceKill, Pr, Speculation, SpeculationState
+from tcpstate.slotted import dataclass
 
 __all__ = ["MachineCheckPolicy", "SpeculationControls", "TimeStampCounter"]
 

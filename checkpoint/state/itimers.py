@@ -6,13 +6,13 @@ Source: Linux kernel/time/itimer.c.
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.kernel.signals import SiCode, SigInfo, siginfo
 from checkpoint.kernel.timers import ITIMER_SIZE, Itimer, TimerSpec
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, bounded, register
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["IntervalTimer", "IntervalTimers"]
 

@@ -8,11 +8,11 @@ Source: Linux fs/proc/base.c; Documentation/filesystems/proc.rst, sections 3.1 a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.errors import NoSuchProcess
 from checkpoint.state.base import State, TaskBuilder, TaskView, bounded, register, unsigned
+from tcpstate.slotted import dataclass
 
 __all__ = ["CoredumpFilter", "OomScoreAdjustment"]
 

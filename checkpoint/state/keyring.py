@@ -10,11 +10,11 @@ Source: keyctl(2); security/keys/process_keys.c (join_session_keyring); include/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, register
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["SessionKeyring"]
 

@@ -6,11 +6,11 @@ Source: Linux Documentation/arch/x86/xstate.rst, arch/x86/kernel/fpu/xstate.c; a
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, register
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["LargeRegisters"]
 

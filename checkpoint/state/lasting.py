@@ -6,13 +6,13 @@ Source: Linux kernel/cred.c, commit_creds: when an ID changes or capabilities sh
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.kernel.signals import NSIG
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, bounded, register
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.prctl import Pr
+from tcpstate.slotted import dataclass
 
 __all__ = ["Dumpable", "ParentDeathSignal"]
 

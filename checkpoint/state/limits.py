@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import resource
 import struct
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, register, unsigned
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["Limit", "ResourceLimits"]
 

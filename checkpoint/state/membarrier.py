@@ -10,11 +10,11 @@ Source: Linux kernel/sched/membarrier.c, include/uapi/linux/membarrier.h.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 from typing import Self
 
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, register
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["Membarrier", "MembarrierCommand"]
 

@@ -6,7 +6,6 @@ Source: Linux kernel/sys.c; mm/huge_memory.c, mm/ksm.c; Documentation/userspace-
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.kernel.mman import LockAll
@@ -15,6 +14,7 @@ from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, registe
 from tcpstate.kernel.calls import Result
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.prctl import MdweFlag, Pr
+from tcpstate.slotted import dataclass
 
 __all__ = ["MemoryDenyWriteExecute", "MemorySwitches"]
 

@@ -5,12 +5,12 @@ Source: Linux mm/mempolicy.c.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.kernel.sched import MemoryPolicy
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, register, unsigned
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["NumaPolicy"]
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.kernel.signals import NSIG, SIGINFO_SIZE, SiCode, SigInfo, siginfo, without_kernel_fields
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, register
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["PendingForProcess", "PendingForThread", "late"]
 

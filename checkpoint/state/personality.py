@@ -5,11 +5,11 @@ Source: Linux kernel/exec_domain.c.  Rebuilt when the memory stands: READ_IMPLIE
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, register, unsigned
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["Personality"]
 

@@ -16,7 +16,6 @@ import ctypes
 import functools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint import procfs
@@ -26,6 +25,7 @@ from checkpoint.kernel.timers import ITIMER_SIZE, Clock, Notify, TimerSpec, is_c
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, bounded, register, unsigned
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.prctl import Pr, TimerIds
+from tcpstate.slotted import dataclass
 
 __all__ = ["PosixTimer", "PosixTimers", "creates_wanted_ids", "parse_timers"]
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from checkpoint import arch
@@ -22,6 +21,7 @@ from checkpoint.errors import ExtendedStateForeign, MachineForeign
 from checkpoint.kernel import restart_block
 from checkpoint.state.base import State, TaskBuilder, TaskView, bounded, register, unsigned
 from checkpoint.telling import call_in_vdso, tell
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint import tracee

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.kernel.sched import (
@@ -28,6 +27,7 @@ from checkpoint.kernel.sched import (
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, bounded, register, unsigned
 from tcpstate.kernel.machine import SYS
 from tcpstate.kernel.prctl import Pr
+from tcpstate.slotted import dataclass
 
 __all__ = ["CpuAffinity", "IoPriority", "Scheduling", "TimerSlack"]
 

@@ -13,7 +13,6 @@ Source: Linux kernel/seccomp.c; PTRACE_SECCOMP_GET_FILTER, PTRACE_SECCOMP_GET_ME
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.errors import SeccompSupervised
@@ -31,6 +30,7 @@ from checkpoint.kernel.seccomp import (
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, register
 from tcpstate.kernel.capability import Cap
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["Filter", "Seccomp"]
 

@@ -6,7 +6,6 @@ Source: Linux kernel/signal.c, do_sigaction, do_sigaltstack.
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.kernel.signals import (
@@ -20,6 +19,7 @@ from checkpoint.kernel.signals import (
 )
 from checkpoint.state.base import Capture, State, TaskBuilder, TaskView, bounded, register, unsigned
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["AlternateStack", "Handler", "SignalHandlers"]
 

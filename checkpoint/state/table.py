@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from checkpoint import procfs
@@ -52,6 +52,7 @@ from checkpoint.state.seccomp import Seccomp
 from checkpoint.state.signals import AlternateStack, SignalHandlers
 from checkpoint.state.subreaper import ChildSubreaper
 from tcpstate.kernel.calls import CallError, CallTable
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.inject import Injection

@@ -22,7 +22,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from tcpstate.capture import Capture, replay
 from tcpstate.chaperone.identity import Holder, Peer, conn_id_of, cookie_of, found
@@ -50,6 +50,7 @@ from tcpstate.rebuild import rebuild_connections, release_connections
 from tcpstate.record import ConnectionRecord, Family
 from tcpstate.rows import describe
 from tcpstate.segment import Flag, Segment
+from tcpstate.slotted import dataclass
 
 __all__ = ["Held", "Holding"]
 

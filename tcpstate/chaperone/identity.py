@@ -12,7 +12,6 @@ import os
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from tcpstate.chaperone.policy import ROOT
 from tcpstate.connid import ConnId
@@ -22,6 +21,7 @@ from tcpstate.kernel.sockets import SO, Level
 from tcpstate.kernel.tcp import TcpState
 from tcpstate.locate import take
 from tcpstate.rows import describe
+from tcpstate.slotted import dataclass
 
 __all__ = ["Holder", "Peer", "conn_id_of", "cookie_of", "found", "nameless", "others_at", "passed", "peer_of"]
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from tcpstate import codec
 from tcpstate.connid import ConnId
 from tcpstate.errors import BadRecord
 from tcpstate.freeze import QuietState
+from tcpstate.slotted import dataclass
 
 __all__ = ["Journal", "Note"]
 

@@ -7,10 +7,10 @@ empty ``conn`` speaks of the socket that comes with it (SCM_RIGHTS, one descript
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 from tcpstate.codec import family, member
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "VERSION",

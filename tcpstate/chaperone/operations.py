@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from tcpstate.chaperone.holding import Held, Holding
 from tcpstate.chaperone.identity import Holder, Peer, found, others_at, passed
@@ -49,6 +48,7 @@ from tcpstate.kernel.sockets import SO, Level
 from tcpstate.observe import observe_socket
 from tcpstate.record import ConnectionRecord
 from tcpstate.silence import MARK
+from tcpstate.slotted import dataclass
 
 __all__ = ["Outcome", "perform"]
 

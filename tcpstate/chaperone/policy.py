@@ -12,13 +12,14 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Final
 
 from tcpstate.chaperone.messages import Limits
 from tcpstate.errors import ForbiddenEndpoint, ForbiddenState
 from tcpstate.record import ConnectionRecord
+from tcpstate.slotted import dataclass
 from tcpstate.softstate import clamp
 
 __all__ = ["PRIVILEGED_OPTIONS", "ROOT", "Host", "Network", "Policy", "RateLimit", "checked_record"]

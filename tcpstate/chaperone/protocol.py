@@ -11,11 +11,12 @@ import enum
 import struct
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from tcpstate import codec
 from tcpstate.chaperone.messages import VERSION, Answer, Hello, Limits, Message, Request, Welcome
 from tcpstate.errors import BadChaperoneMessage, BadRecord
+from tcpstate.slotted import dataclass
 
 __all__ = ["HELLO_MAX", "ClientProtocol", "Frames", "Received", "ServerProtocol", "encode"]
 

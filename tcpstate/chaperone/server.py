@@ -16,7 +16,7 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from tcpstate import codec
@@ -27,6 +27,7 @@ from tcpstate.chaperone.operations import Context, perform
 from tcpstate.chaperone.policy import Policy, RateLimit
 from tcpstate.chaperone.protocol import Received, ServerProtocol, encode
 from tcpstate.errors import BadChaperoneMessage, ChaperoneLimit, ChaperoneRuns, NotYours, TcpmigError
+from tcpstate.slotted import dataclass
 
 __all__ = ["Server", "listen"]
 

@@ -9,7 +9,7 @@ import pwd
 import signal
 from pathlib import Path
 
-from tcpstate import codec
+from tcpstate import codec, slotted
 from tcpstate.chaperone.holding import Holding
 from tcpstate.chaperone.journal import Journal, Note
 from tcpstate.chaperone.messages import Message
@@ -72,6 +72,7 @@ def _make_ready() -> None:
     """All that a first use would import, load or compile: later there may be no right to read it, and others wait."""
     rehearse()
     codec.prepare(Message, ConnectionRecord, Note)
+    slotted.complete()
     is_local("127.0.0.1")
     Host.read()
 

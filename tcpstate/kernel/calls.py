@@ -19,8 +19,9 @@ import errno
 import itertools
 import os
 import struct
-from dataclasses import dataclass
 from typing import ClassVar
+
+from tcpstate.slotted import dataclass
 
 __all__ = ["ENTRY_SIZE", "IGNORE_ERROR", "CallError", "CallTable", "Data", "Result", "indirect"]
 

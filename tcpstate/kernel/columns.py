@@ -39,13 +39,14 @@ import sys
 import threading
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Generic, Protocol, TypeVar
 
 from tcpstate.kernel import batch
 from tcpstate.kernel.calls import ENTRY_SIZE, IGNORE_ERROR, RET_OFFSET, indirect
 from tcpstate.kernel.lanes import WIDE, both, processors
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["Column", "Field", "Reusable", "RowError", "RowResult", "Rows", "Shared", "make_all", "numbers_of"]
 

@@ -10,12 +10,12 @@ import errno
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from tcpstate.connid import ConnId
 from tcpstate.kernel import md5sig, netlink
 from tcpstate.kernel.sockets import is_v6, unmapped
 from tcpstate.kernel.tcp import TcpInfo, TcpState
+from tcpstate.slotted import dataclass
 
 __all__ = ["ALL_STATES", "DiagSocket", "dump", "get", "md5_keys"]
 

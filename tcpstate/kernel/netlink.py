@@ -14,8 +14,9 @@ import os
 import socket
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Self
+
+from tcpstate.slotted import dataclass
 
 __all__ = ["Netlink", "Protocol", "Request", "attribute", "attributes"]
 

@@ -12,10 +12,10 @@ import enum
 import socket
 import struct
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from tcpstate.kernel.netlink import Netlink, Protocol, Request, attribute, attributes
 from tcpstate.kernel.sockets import SO, Level
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "ACCEPT",

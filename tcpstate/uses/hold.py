@@ -23,7 +23,6 @@ import errno
 import socket
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from tcpstate.connid import ConnId
 from tcpstate.inward import MARK as INWARD
@@ -49,6 +48,7 @@ from tcpstate.kernel.nftables import (
     value,
 )
 from tcpstate.kernel.sockets import is_v6
+from tcpstate.slotted import dataclass
 
 __all__ = ["DropRule", "ListeningEnd", "standing"]
 

@@ -19,11 +19,11 @@ import enum
 import errno
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.errors import ExtendedStateForeign, MatrixInUse
 from checkpoint.kernel import ptrace
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "Component",

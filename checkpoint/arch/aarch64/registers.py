@@ -24,12 +24,12 @@ import enum
 import errno
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.errors import ForeignMode
 from checkpoint.kernel import origx0
 from tcpstate.kernel.machine.aarch64 import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "AUDIT_ARCH",

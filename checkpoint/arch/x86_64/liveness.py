@@ -11,8 +11,9 @@ Source: Intel SDM 2, chapter 2 and appendix A.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
+
+from tcpstate.slotted import dataclass
 
 __all__ = ["unused"]
 

@@ -10,11 +10,11 @@ import enum
 import errno
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Final, Self
 
 from checkpoint.errors import ForeignMode
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "AUDIT_ARCH",

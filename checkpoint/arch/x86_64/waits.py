@@ -13,12 +13,12 @@ from __future__ import annotations
 import dataclasses
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.arch.x86_64.liveness import unused
 from checkpoint.arch.x86_64.registers import Registers, Restart
 from tcpstate.kernel.machine import SYS
+from tcpstate.slotted import dataclass
 
 __all__ = ["KERNEL_STACK_POINTER", "WAITS", "Wait", "may_change_time", "wait_of"]
 

@@ -19,12 +19,12 @@ import functools
 import mmap
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final
 
 from checkpoint.errors import ExtendedStateForeign
 from checkpoint.kernel import ptrace
 from tcpstate.kernel.batch import libc
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "Component",

@@ -10,9 +10,10 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
+
+from tcpstate.slotted import dataclass
 
 __all__ = ["VMLINUX", "BadBtf", "Btf", "Kind", "Member", "Place", "minimal"]
 

@@ -17,7 +17,6 @@ import os
 import socket
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
 
@@ -27,6 +26,7 @@ from tcpstate.kernel.bpf import call
 from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
 from tcpstate.kernel.bpf.btf import BadBtf, Kind
 from tcpstate.kernel.bpf.layout import Layout, layout
+from tcpstate.slotted import dataclass
 
 __all__ = ["Agreed", "Vouching", "cookies_allowed", "tuple_key"]
 

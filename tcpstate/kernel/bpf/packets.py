@@ -16,13 +16,13 @@ import secrets
 import socket
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from tcpstate.errors import KernelReadRefused
 from tcpstate.kernel.bpf import opensock
 from tcpstate.kernel.bpf.layout import Layout
 from tcpstate.kernel.bpf.memory import KernelMemory
+from tcpstate.slotted import dataclass
 
 __all__ = ["PACKETS_MAX", "Packet", "PacketReader", "Shape"]
 

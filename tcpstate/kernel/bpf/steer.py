@@ -32,7 +32,6 @@ import socket
 import struct
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from tcpstate.connid import ConnId
@@ -40,6 +39,7 @@ from tcpstate.kernel.bpf import call
 from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
 from tcpstate.kernel.bpf.handshake import tuple_key
 from tcpstate.kernel.bpf.resize import shorten
+from tcpstate.slotted import dataclass
 
 __all__ = ["AWAY_MAC", "HOME_MAC", "PROBE", "PROBE_MAC", "Entry", "Role", "Seen", "Steering", "attach"]
 

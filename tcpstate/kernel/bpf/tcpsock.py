@@ -13,7 +13,6 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from tcpstate.connid import ConnId, canonical_address
@@ -23,6 +22,7 @@ from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
 from tcpstate.kernel.bpf.btf import BadBtf, Kind
 from tcpstate.kernel.bpf.layout import Layout, layout
 from tcpstate.kernel.tcp import TcpState
+from tcpstate.slotted import dataclass
 
 __all__ = [
     "FIELDS",

@@ -126,6 +126,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert {name for name in ours if not name.startswith("tcpstate.errors.")} == {
         "tcpstate",
         "tcpstate.errors",
+        "tcpstate.slotted",
         "tcpstate.version",
     }
     assert not {name for name in loaded if name.startswith("cli.commands")}
