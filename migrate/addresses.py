@@ -1,4 +1,4 @@
-"""What a host has of addresses: records of interfaces, addresses and routes, read by pyroute2 and rtnetlink.
+"""What a host has of addresses: records of interfaces, addresses and routes, read by rtnetlink.
 
 :class:`AddressRecord` and :class:`RouteRecord` are portable: they travel to the target.  :class:`Configuration` is a
 picture of this host, kept (in the journal too) so that it can be put back exactly: of routes it holds the kernel's own
@@ -13,25 +13,29 @@ import ipaddress
 import os
 import socket
 import struct
+import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from migrate.errors import AddressSyntax
 from migrate.routes import RouteRecord, RuleRecord, configured
 from migrate.rtnetlink import (
     ADDRESS_HEADER,
     INFINITE,
+    LINK_HEADER,
     ROUTE_HEADER,
     AddressAttribute,
     AddressFlag,
+    LinkAttribute,
     LinkFlag,
     MessageType,
     Netlink,
     attribute,
+    attributes,
     packed_address,
+    unpacked_address,
 )
-from tcpstate.kernel.route import refusals
 from tcpstate.slotted import dataclass
 
 __all__ = [
@@ -40,12 +44,14 @@ __all__ = [
     "InterfaceRecord",
     "add_body",
     "delete_body",
+    "link_name",
     "parse_address",
     "read_configuration",
     "stable_flags",
 ]
 
 _CACHE = struct.Struct("=IIII")  # struct ifa_cacheinfo: preferred, valid, created, updated
+_FOR_EVER = _CACHE.pack(INFINITE, INFINITE, 0, 0)
 _U32 = struct.Struct("=I")
 _ETHERNET = 1  # ARPHRD_ETHER
 
@@ -213,25 +219,29 @@ def parse_address(text: str) -> tuple[str, int | None]:
 
 def read_configuration(netlink: Netlink) -> Configuration:
     """The picture of this network namespace as it is now."""
-    with refusals():
-        links = list(netlink.iproute.get_links())
-        found = list(netlink.iproute.get_addr())
-    names = {link["index"]: _text(link.get("ifname")) for link in links}
+    links = netlink.dump(MessageType.GETLINK, LINK_HEADER.pack(0, 0, 0, 0, 0))
+    found = netlink.dump(MessageType.GETADDR, ADDRESS_HEADER.pack(0, 0, 0, 0, 0))
+    names = {}
+    for body in links:
+        names[LINK_HEADER.unpack_from(body)[2]] = link_name(attributes(body, LINK_HEADER.size))
     addresses: dict[int, list[AddressRecord]] = {}
-    for message in found:
-        index = message["index"]
-        addresses.setdefault(index, []).append(_address(message, names.get(index, "")))
-    interfaces = (
-        InterfaceRecord(
-            index=link["index"],
-            name=names[link["index"]],
-            # pyroute2 makes six bytes of every link's address
-            mac=link.get("address") or "" if link["ifi_type"] == _ETHERNET else "",
-            flags=link["flags"],
-            addresses=tuple(addresses.get(link["index"], ())),
+    for body in found:
+        index = ADDRESS_HEADER.unpack_from(body)[4]
+        if body[0] in (socket.AF_INET, socket.AF_INET6):
+            addresses.setdefault(index, []).append(_address(body, names.get(index, "")))
+    interfaces = []
+    for body in links:
+        _, hardware, index, flags, _ = LINK_HEADER.unpack_from(body)
+        mac = attributes(body, LINK_HEADER.size).get(LinkAttribute.ADDRESS, b"") if hardware == _ETHERNET else b""
+        interfaces.append(
+            InterfaceRecord(
+                index=index,
+                name=names[index],
+                mac=mac.hex(":"),
+                flags=flags,
+                addresses=tuple(addresses.get(index, ())),
+            )
         )
-        for link in links
-    )
     routes = (
         body
         for family in (socket.AF_INET, socket.AF_INET6)
@@ -247,30 +257,38 @@ def read_configuration(netlink: Netlink) -> Configuration:
     return Configuration(interfaces=tuple(interfaces), routes=tuple(routes), rules=tuple(rules), taken=taken)
 
 
-def _address(message: Any, interface: str) -> AddressRecord:
-    far = message.get("address")
-    near = message.get("local") or far
-    flags = message.get("flags")
-    cache = message.get("cacheinfo") or {}
+def link_name(told: Mapping[int, bytes]) -> str:
+    """The name of an interface, out of its attributes: any bytes."""
+    return os.fsdecode(told.get(LinkAttribute.IFNAME, b"").partition(b"\0")[0])
+
+
+def _address(body: bytes, interface: str) -> AddressRecord:
+    """Out of the body of an RTM_NEWADDR."""
+    _, prefixlen, low_flags, scope, _ = ADDRESS_HEADER.unpack_from(body)
+    told = attributes(body, ADDRESS_HEADER.size)
+    far = told[AddressAttribute.ADDRESS] if AddressAttribute.ADDRESS in told else told[AddressAttribute.LOCAL]
+    near = told.get(AddressAttribute.LOCAL, far)
+    preferred, valid, _, _ = _CACHE.unpack(told.get(AddressAttribute.CACHE, _FOR_EVER))
+    broadcast = told.get(AddressAttribute.BROADCAST)
     return AddressRecord(
-        address=near,
-        prefixlen=message["prefixlen"],
+        address=unpacked_address(near),
+        prefixlen=prefixlen,
         interface=interface,
-        scope=message["scope"],
-        flags=flags,
-        label=_text(message.get("label")),
-        broadcast=message.get("broadcast") or "",
-        peer="" if far == near else far,
-        valid=cache.get("ifa_valid", INFINITE),
-        preferred=cache.get("ifa_preferred", INFINITE),
-        priority=message.get("rt_priority") or 0,
-        protocol=message.get("proto") or 0,
+        scope=scope,
+        # all 32 bits, of which the header has eight
+        flags=_number(told.get(AddressAttribute.FLAGS, bytes([low_flags]))),
+        label=os.fsdecode(told.get(AddressAttribute.LABEL, b"").partition(b"\0")[0]),
+        broadcast=unpacked_address(broadcast) if broadcast else "",
+        peer="" if far == near else unpacked_address(far),
+        valid=valid,
+        preferred=preferred,
+        priority=_number(told.get(AddressAttribute.PRIORITY, b"")),
+        protocol=_number(told.get(AddressAttribute.PROTOCOL, b"")),
     )
 
 
-def _text(name: str | bytes | None) -> str:
-    """A name of an interface: bytes to pyroute2 where it is not UTF-8."""
-    return os.fsdecode(name or "")
+def _number(data: bytes) -> int:
+    return int.from_bytes(data, sys.byteorder)
 
 
 def stable_flags(record: AddressRecord) -> int:

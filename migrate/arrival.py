@@ -10,7 +10,6 @@ net/core/neighbour.c (NTF_USE starts the resolution of a neighbour).
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import ipaddress
 import logging
@@ -36,21 +35,24 @@ from migrate.dependents import drop_metrics
 from migrate.errors import AddressChangeFailed, AddressNotLocal, AddressTakenAtTarget, NoInterfaceForAddress
 from migrate.routes import RouteRecord, portable_route, portable_rule, route_body, rule_body
 from migrate.rtnetlink import (
+    NEIGHBOUR_HEADER,
     AddressFlag,
     LinkFlag,
     MessageType,
+    NeighbourAttribute,
+    NeighbourFlag,
     Netlink,
     Request,
     RouteAttribute,
     RouteType,
+    attribute,
     find_route,
     packed_address,
     unpacked_address,
 )
-from tcpstate.kernel.route import refusals
 from tcpstate.slotted import dataclass
 
-__all__ = ["Arrival", "ArrivalRecord", "Landing", "choose_interface", "take_away"]
+__all__ = ["Arrival", "ArrivalRecord", "Landing", "choose_interface", "resolving", "take_away"]
 
 #: seconds that a probe waits for another machine's answer
 PROBE_WAIT = 0.25
@@ -59,8 +61,6 @@ LOCAL_WAIT = 2.0
 
 #: neighbours that are resolved beforehand; the kernel's table begins to drop entries at 1024 (gc_thresh3)
 WARM_LIMIT = 256
-
-NTF_USE = 0x01  # linux/neighbour.h: resolve it, as a segment would
 
 _log = logging.getLogger(__name__)
 
@@ -278,10 +278,8 @@ class Arrival:
                 hops.add((int.from_bytes(found[RouteAttribute.OIF], sys.byteorder), hop))
         if len(hops) > WARM_LIMIT:
             _log.debug("%d of %d neighbours are not resolved beforehand", len(hops) - WARM_LIMIT, len(hops))
-        for index, hop in sorted(hops)[:WARM_LIMIT]:
-            # a neighbour that cannot be resolved stays unresolved: that is no reason not to move
-            with contextlib.suppress(OSError), refusals():
-                self._netlink.iproute.neigh("set", dst=hop, ifindex=index, state=0, flags=NTF_USE)
+        # a neighbour that cannot be resolved stays unresolved: that is no reason not to move
+        self._netlink.change(resolving(index, hop) for index, hop in sorted(hops)[:WARM_LIMIT])
 
     def add(self) -> None:
         """Add the addresses and the routes that depend on them, and wait until the addresses are local.
@@ -387,6 +385,13 @@ def _addition(landing: Landing, passed: float = 0.0) -> tuple[MessageType, Reque
     # without NODAD an IPv6 address would be unusable for a second; that it is free was probed
     flags = stable_flags(landing.record) | AddressFlag.NODAD
     return MessageType.NEWADDR, _ADD, add_body(landing.record.aged(passed), landing.interface, flags)
+
+
+def resolving(interface: int, hop: str) -> tuple[MessageType, Request, bytes]:
+    """The request that has the kernel resolve a neighbour, as a segment to it would."""
+    family, packed = packed_address(hop)
+    head = NEIGHBOUR_HEADER.pack(family, interface, 0, NeighbourFlag.USE, 0)
+    return MessageType.NEWNEIGH, Request.CREATE | Request.REPLACE, head + attribute(NeighbourAttribute.DST, packed)
 
 
 def take_away(netlink: Netlink, record: ArrivalRecord) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import enum
 import ipaddress
 from collections.abc import Collection, Mapping
+from typing import Final
 
 from checkpoint.verdict import Status, Verdict
 from migrate import forwardstore
-from migrate.addresses import AddressRecord, Configuration
+from migrate.addresses import AddressRecord, Configuration, link_name
 from migrate.dependents import Dependents
 from migrate.errors import (
     AddressCarriesControl,
@@ -18,16 +19,43 @@ from migrate.errors import (
     AddressUsedByHost,
     ForwardedElsewhere,
 )
-from migrate.rtnetlink import AddressFlag, AddressOrigin, Netlink
+from migrate.rtnetlink import (
+    LINK_HEADER,
+    AddressFlag,
+    AddressOrigin,
+    LinkAttribute,
+    MessageType,
+    Netlink,
+    attributes,
+    unpacked_address,
+)
 from migrate.usage import AddressUser
 from tcpstate.errors import TcpmigError
 from tcpstate.kernel.bpf.steer import Role
-from tcpstate.kernel.route import refusals
 
 __all__ = ["AddressPolicy", "judge", "tunnel_ends"]
 
 _KIND = "address"
 _SHOWN = 3
+
+_GRE: Final = (6,)  # IFLA_GRE_LOCAL
+_IPTUN: Final = (2,)  # IFLA_IPTUN_LOCAL
+_VTI: Final = (4,)  # IFLA_VTI_LOCAL
+#: kinds of tunnels, and which of their attributes is the end at this host (linux/if_link.h, linux/if_tunnel.h)
+_NEAR_END: Final[Mapping[bytes, tuple[int, ...]]] = {
+    b"vxlan": (4, 17),  # IFLA_VXLAN_LOCAL, IFLA_VXLAN_LOCAL6
+    b"gre": _GRE,
+    b"gretap": _GRE,
+    b"erspan": _GRE,
+    b"ip6gre": _GRE,
+    b"ip6gretap": _GRE,
+    b"ip6erspan": _GRE,
+    b"ipip": _IPTUN,
+    b"sit": _IPTUN,
+    b"ip6tnl": _IPTUN,
+    b"vti": _VTI,
+    b"vti6": _VTI,
+}
 
 
 class AddressPolicy(enum.Enum):
@@ -118,14 +146,14 @@ def _told(record: AddressRecord, depend: Dependents) -> list[str]:
 def tunnel_ends(netlink: Netlink) -> dict[str, list[str]]:
     """The interfaces that are tunnels, by the address of this host on which they end."""
     found: dict[str, list[str]] = {}
-    with refusals():
-        links = list(netlink.iproute.get_links())
-    for link in links:
-        data = link.get_nested("IFLA_LINKINFO", "IFLA_INFO_DATA")
-        # IFLA_VXLAN_LOCAL, IFLA_GRE_LOCAL, IFLA_IPIP_LOCAL, ..; of a kind that pyroute2 does not know there are bytes
-        for name, value in data["attrs"] if isinstance(data, dict) else ():
-            if name.endswith(("_LOCAL", "_LOCAL6")) and isinstance(value, str):
-                found.setdefault(value, []).append(str(link.get("ifname")))
+    for body in netlink.dump(MessageType.GETLINK, LINK_HEADER.pack(0, 0, 0, 0, 0)):
+        told = attributes(body, LINK_HEADER.size)
+        info = attributes(told.get(LinkAttribute.LINKINFO, b""))
+        kind = info.get(LinkAttribute.INFO_KIND, b"").partition(b"\0")[0]
+        data = attributes(info.get(LinkAttribute.INFO_DATA, b""))
+        for number in _NEAR_END.get(kind, ()):
+            if (packed := data.get(number)) and any(packed):
+                found.setdefault(unpacked_address(packed), []).append(link_name(told))
     for record in forwardstore.forwards():
         if record.role is Role.HOME:
             # its connections live elsewhere, and need it here

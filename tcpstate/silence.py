@@ -11,13 +11,10 @@ import errno
 import random
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from tcpstate.connid import ConnId
 from tcpstate.kernel import route
-
-if TYPE_CHECKING:
-    from pyroute2.iproute.linux import IPRoute
+from tcpstate.kernel.netlink import Netlink
 
 __all__ = ["MARK", "PASSING_MARK", "Blackhole", "blackhole", "muted"]
 
@@ -49,7 +46,7 @@ class Blackhole:
         note  told, before each rule is added, what :attr:`priorities` will be then: what a journal must know
         """
         try:
-            with route.iproute() as channel:
+            with Netlink() as channel:
                 for family in (socket.AF_INET, socket.AF_INET6):
                     if family not in self.priorities:
                         self._add(channel, family, note)
@@ -57,7 +54,7 @@ class Blackhole:
             self.remove()
             raise
 
-    def _add(self, channel: IPRoute, family: int, note: Callable[[dict[int, int]], None] | None) -> None:
+    def _add(self, channel: Netlink, family: int, note: Callable[[dict[int, int]], None] | None) -> None:
         try:
             # At random if it is written down: should we die before the rule is there, hardly anybody takes the same.
             chosen = _RULE_PRIORITIES if note is None else random.sample(_NOTED_PRIORITIES, len(_NOTED_PRIORITIES))
@@ -78,7 +75,7 @@ class Blackhole:
         """Remove them; none must be frozen any more. Rules that are gone already are no error."""
         if not self.priorities:
             return
-        with route.iproute() as channel:
+        with Netlink() as channel:
             while self.priorities:
                 family, priority = self.priorities.popitem()
                 route.remove_blackhole_rule(channel, family, MARK, priority)
@@ -109,7 +106,7 @@ def muted(conn_id: ConnId, marks: Collection[int] = (0,)) -> Iterator[None]:
     local, peer = (address.partition("%")[0] for address in (conn_id.local, conn_id.peer))
     flow = (local, conn_id.local_port, peer, conn_id.peer_port)
     added: list[tuple[int, int]] = []
-    with route.iproute() as channel:
+    with Netlink() as channel:
         try:
             for mark in sorted(set(marks) - {PASSING_MARK}):
                 for priority in _RULE_PRIORITIES:

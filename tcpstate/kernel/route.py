@@ -1,5 +1,5 @@
-"""Routes and rules by pyroute2, outside the stop: docs/design/netlink.md tells what that costs, and what is done by
-:mod:`tcpstate.kernel.netlink` instead.
+"""Questions about routes and addresses, the rules that silence sockets; and pyroute2, where it is needed:
+docs/design/netlink.md.
 """
 
 from __future__ import annotations
@@ -8,8 +8,27 @@ import contextlib
 import errno
 import os
 import socket
+import struct
+import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from tcpstate.kernel.netlink import Netlink, Request
+from tcpstate.kernel.rtnetlink import (
+    ADDRESS_HEADER,
+    ROUTE_HEADER,
+    AddressAttribute,
+    MessageType,
+    RouteAttribute,
+    RouteType,
+    RuleAction,
+    RuleAttribute,
+    attribute,
+    attributes,
+    find_route,
+    packed_address,
+    unpacked_address,
+)
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
@@ -30,8 +49,8 @@ __all__ = [
 #: (source, port, destination, port) of packets that leave
 Flow = tuple[str, int, str, int]
 
-_ROUTE_TYPE_LOCAL = 2  # RTN_LOCAL
-_ACTION_BLACKHOLE = 6  # FR_ACT_BLACKHOLE
+_U32 = struct.Struct("=I")
+_RANGE = struct.Struct("=HH")  # struct fib_rule_port_range
 _NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EACCES)
 
 
@@ -59,11 +78,11 @@ def iproute() -> Iterator[IPRoute]:
         yield channel
 
 
-def _route_to(address: str) -> Any:
-    """The route that packets to ``address`` take, as pyroute2 tells it; None if there is none."""
+def _route_to(address: str) -> tuple[int, dict[int, bytes]] | None:
+    """The type and the attributes of the route that packets to ``address`` take; None if there is none."""
     try:
-        with iproute() as channel:
-            return next(iter(channel.route("get", dst=address.partition("%")[0])))
+        with Netlink() as channel:
+            return find_route(channel, packed_address(address.partition("%")[0])[1])
     except OSError as error:
         if error.errno in _NO_WAY:
             return None
@@ -73,70 +92,84 @@ def _route_to(address: str) -> Any:
 def is_local(address: str) -> bool:
     """Whether packets to ``address`` are delivered in this network namespace (a new IPv6 address takes a moment)."""
     route = _route_to(address)
-    return route is not None and route["type"] == _ROUTE_TYPE_LOCAL
+    return route is not None and route[0] == RouteType.LOCAL
 
 
 def local_addresses() -> set[str]:
     """The addresses that are configured in this network namespace, loopback included."""
-    with iproute() as channel:
-        found = list(channel.get_addr())
-    return {address for one in found if (address := one.get("local") or one.get("address"))}
+    found = set()
+    with Netlink() as channel:
+        for body in channel.dump(MessageType.GETADDR, ADDRESS_HEADER.pack(0, 0, 0, 0, 0)):
+            told = attributes(body, ADDRESS_HEADER.size)
+            # the former is this end's, where the other end has one of its own
+            packed = told.get(AddressAttribute.LOCAL) or told.get(AddressAttribute.ADDRESS)
+            if packed:
+                found.add(socket.inet_ntop(body[0], packed))
+    return found
 
 
 def device_towards(address: str) -> str:
     """The interface through which packets to ``address`` leave, loopback for our own; nothing if there is no route."""
     route = _route_to(address)
-    return "" if route is None else socket.if_indextoname(route.get("oif"))
+    return "" if route is None else socket.if_indextoname(int.from_bytes(route[1][RouteAttribute.OIF], sys.byteorder))
 
 
 def source_towards(address: str) -> str:
     """The source address that the kernel would choose towards ``address``, or nothing if there is no route."""
     route = _route_to(address)
-    return "" if route is None else route.get("prefsrc") or ""
+    packed = b"" if route is None else route[1].get(RouteAttribute.PREFSRC, b"")
+    return unpacked_address(packed) if packed else ""
 
 
-def _rule(family: int, mark: int, priority: int, flow: Flow | None) -> dict[str, Any]:
-    rule = {"family": family, "priority": priority, "fwmark": mark, "fwmask": 0xFFFFFFFF, "action": "blackhole"}
+def _rule(family: int, mark: int, priority: int, flow: Flow | None) -> bytes:
+    bits = 0
+    parts = [
+        (RuleAttribute.PRIORITY, _U32.pack(priority)),
+        (RuleAttribute.FWMARK, _U32.pack(mark)),
+        (RuleAttribute.FWMASK, _U32.pack(0xFFFFFFFF)),
+    ]
     if flow is not None:
         source, source_port, destination, destination_port = flow
-        rule |= {
-            "src": source,
-            "dst": destination,
-            "ip_proto": socket.IPPROTO_TCP,
-            "sport_range": f"{source_port}:{source_port}",
-            "dport_range": f"{destination_port}:{destination_port}",
-        }
-    return rule
+        near, far = (packed_address(address)[1] for address in (source, destination))
+        bits = 8 * len(near)
+        parts += [
+            (RuleAttribute.SRC, near),
+            (RuleAttribute.DST, far),
+            (RuleAttribute.IP_PROTO, bytes([socket.IPPROTO_TCP])),
+            (RuleAttribute.SPORT_RANGE, _RANGE.pack(source_port, source_port)),
+            (RuleAttribute.DPORT_RANGE, _RANGE.pack(destination_port, destination_port)),
+        ]
+    head = ROUTE_HEADER.pack(family, bits, bits, 0, 0, 0, 0, RuleAction.BLACKHOLE, 0)
+    return head + b"".join(attribute(kind, data) for kind, data in parts)
 
 
-def add_blackhole_rule(channel: IPRoute, family: int, mark: int, priority: int, flow: Flow | None = None) -> bool:
+def add_blackhole_rule(channel: Netlink, family: int, mark: int, priority: int, flow: Flow | None = None) -> bool:
     """Add the rule, for all packets with the mark or only those of one TCP ``flow``; False if the very same one is
     there already. OSError if the kernel refuses it (ports: since 4.17)."""
-    try:
-        with refusals():
-            channel.rule("add", **_rule(family, mark, priority, flow))
-    except OSError as error:
-        if error.errno == errno.EEXIST:
-            return False
-        raise
-    return True
+    fresh = Request.CREATE | Request.EXCLUSIVE
+    return _changed(channel, MessageType.NEWRULE, fresh, _rule(family, mark, priority, flow), errno.EEXIST)
 
 
-def remove_blackhole_rule(channel: IPRoute, family: int, mark: int, priority: int, flow: Flow | None = None) -> bool:
+def remove_blackhole_rule(channel: Netlink, family: int, mark: int, priority: int, flow: Flow | None = None) -> bool:
     """Remove the rule; False if there is none."""
-    try:
-        with refusals():
-            channel.rule("del", **_rule(family, mark, priority, flow))
-    except OSError as error:
-        if error.errno == errno.ENOENT:
-            return False
-        raise
-    return True
+    return _changed(channel, MessageType.DELRULE, Request(0), _rule(family, mark, priority, flow), errno.ENOENT)
+
+
+def _changed(channel: Netlink, kind: MessageType, flags: Request, rule: bytes, as_wished: int) -> bool:
+    """Whether it was done; False for an error that means that there is nothing to do. OSError."""
+    (error,) = channel.change([(kind, flags, rule)])
+    if error is not None and error.errno != as_wished:
+        raise error
+    return error is None
 
 
 def blackhole_rules(family: int, mark: int) -> list[int]:
     """Priorities of the rules that blackhole ``mark``."""
-    with iproute() as channel:
-        found = list(channel.get_rules(family=family))
-    ours = [rule for rule in found if rule["action"] == _ACTION_BLACKHOLE and rule.get("fwmark") == mark]
-    return sorted(rule.get("priority") or 0 for rule in ours)
+    found = []
+    with Netlink() as channel:
+        for body in channel.dump(MessageType.GETRULE, ROUTE_HEADER.pack(family, 0, 0, 0, 0, 0, 0, 0, 0)):
+            told = attributes(body, ROUTE_HEADER.size)
+            action = ROUTE_HEADER.unpack_from(body)[7]
+            if action == RuleAction.BLACKHOLE and told.get(RuleAttribute.FWMARK) == _U32.pack(mark):
+                found.append(int.from_bytes(told.get(RuleAttribute.PRIORITY, b""), sys.byteorder))
+    return sorted(found)

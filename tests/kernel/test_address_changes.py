@@ -8,7 +8,7 @@ import time
 import pytest
 
 from migrate.addresses import AddressRecord, add_body, delete_body
-from migrate.arrival import NTF_USE
+from migrate.arrival import resolving
 from migrate.rtnetlink import AddressFlag, MessageType, Netlink, Request
 from tests.system.test_takeover import Host, hosts
 
@@ -94,7 +94,7 @@ def test_replacing_flags_of_an_ipv6_address_starts_no_duplicate_detection(hosts:
 def test_use_of_a_neighbour_resolves_it(hosts: Hosts) -> None:
     a, b, _ = hosts
     with a.inside(), Netlink() as netlink:
-        netlink.iproute.neigh("set", dst="10.94.0.2", ifindex=index(a), state=0, flags=NTF_USE)
+        assert netlink.change([resolving(index(a), "10.94.0.2")]) == [None]
     deadline = time.monotonic() + 2
     while a.neighbour("10.94.0.2") is None and time.monotonic() < deadline:
         time.sleep(0.005)
