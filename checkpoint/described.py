@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from checkpoint.files.base import OpenFile
-from checkpoint.files.pty import masters_of
 from checkpoint.files.sysv import SysvSegment
 from checkpoint.files.table import FileTable
 from checkpoint.files.tcp import Original
@@ -55,9 +54,8 @@ def manifest(tree: Tree, roots: Sequence[int], number: Numbers) -> Manifest:
     )
 
 
-def process_records(tree: Tree, states: Mapping[int, ProcessState]) -> list[ProcessRecord]:
-    """Every process, parents before children, zombies last; by our numbers."""
-    masters = masters_of([process.pid for process in tree.processes])
+def process_records(tree: Tree, states: Mapping[int, ProcessState], masters: set[int]) -> list[ProcessRecord]:
+    """Every process, parents before children, zombies last; by our numbers. ``masters`` as in :func:`task_of`."""
     sharing = Sharing()
     living = [
         ProcessRecord(
@@ -127,13 +125,13 @@ def frozen_tree(
     records: Sequence[OpenFile],
     objects: Callable[[Iterable[str]], list[str]],
 ) -> FrozenTree:
-    """What is noted of a tree before it is kept stopped. ``objects``: adds to the notes of segments those of other
-    System V objects (ipc.table.Objects.notes)."""
+    """What is noted of a tree before it is kept stopped. ``records``: of all entries of the table. ``objects``: adds to
+    the notes of segments those of other System V objects (ipc.table.Objects.notes)."""
     return FrozenTree(
         processes=[Traced.of(process) for process in tree.processes],
         connections=list(connections),
-        locks=given_up_locks(table.entries, records),
-        objects=objects(record.note for record in records if isinstance(record, SysvSegment)),
+        locks=given_up_locks(table.later, records[table.first :]),
+        objects=objects(record.note for record in records[table.first :] if isinstance(record, SysvSegment)),
         more=table.ahead is not None,
     )
 

@@ -299,13 +299,13 @@ class Dump:
             self._layouts[process.pid] = layout.capture(process, self._table, brk=brk.value)
         self._ipc.capture(self.pids)
         self._group = TcpGroup(self._table, self._blackhole)
-        if (sockets := peeked(self._table.entries)).sockets:
+        if (sockets := peeked(self._table.later)).sockets:
             write(self.note, Trace.PEEKED, sockets)
         try:
             self._spaces = Spaces.of(self.roots)
             self._files = self._table.records()
             self._group.find_peers(self._local)
-            refuse_new(self._files.files, self._policy)
+            refuse_new(self._files.files[self._table.first :], self._policy)
         except Refused as error:
             raise TreeChanged(f"{error.message} [{error.code}]", object=error.object) from error
         self.warnings += self._table.warnings
@@ -317,7 +317,7 @@ class Dump:
         """The records from which everything but bytes and connections can be built."""
         tree, number, files = self._tree, self.numbers, self._files
         yield Kind.MANIFEST, manifest(tree, self.roots, number)
-        records = process_records(tree, self._states)
+        records = process_records(tree, self._states, self._files_table.masters)
         objects = number.objects(self._ipc.records)
         yield Kind.TREE, tree_record(number.processes(records), self.roots, objects, self._spaces)
         self.contents.adopt(self._files_table.contents)

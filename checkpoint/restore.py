@@ -30,6 +30,7 @@ from checkpoint import newpids
 from checkpoint.collector import CollectorPause
 from checkpoint.errors import ImageIncomplete, RebuildDiffers
 from checkpoint.files.aheadbuild import BuiltAhead
+from checkpoint.files.base import OpenFile
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.install import install
 from checkpoint.files.policy import External
@@ -37,6 +38,7 @@ from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.staged import Staged, StagedContents
 from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcpfile import TcpFile
+from checkpoint.files.told import whole
 from checkpoint.files.treefiles import AheadFiles
 from checkpoint.ground import Ground
 from checkpoint.image.frames import Frame, Kind, PageRun, Runs, Space
@@ -160,6 +162,7 @@ class Restore:
             case Kind.PAGES_DROP:
                 self._drop(frame.decode(Runs))
             case Kind.TREE:
+                self._pause.begin()
                 self._arrived_ns = time.monotonic_ns()
                 self._tree = frame.decode(TreeRecord)
             case Kind.FILES:
@@ -209,12 +212,9 @@ class Restore:
 
     def _whole(self, files: TreeFiles) -> TreeFiles:
         try:
-            whole = files.whole(None if self._ahead is None else self._ahead.told)
+            return whole(files, None) if self._ahead is None else self._ahead.go_on(files)
         except ValueError as error:
             raise ImageIncomplete(f"the record FILES does not go on from AHEAD: {error}") from None
-        if self._ahead is not None:
-            self._ahead.forget(files.gone)
-        return whole
 
     def _enter_clocks(self, wanted: clocks.Clocks, elapsed: int) -> None:
         clocks.enter(wanted, elapsed)
@@ -245,7 +245,6 @@ class Restore:
     def _build(self) -> None:
         if self._files is None or self._tree is None or self.manifest is None:
             raise ImageIncomplete("a record MANIFEST or FILES did not come where it is needed")
-        self._pause.begin()
         if not self._clocks_go_on:
             self._enter_clocks(self._tree.clocks, 0)
             # their clocks stood until now: what has passed here before has not passed for them
@@ -283,7 +282,7 @@ class Restore:
         self._ways.root = self._ground.root(self._tree.spaces)
         self._tree.move_in(next(iter(self.stubs.values())).pid, self._inside)
         ipc.make(self._tree.ipc, None if own_ipc else self._note_made, self._ipc.append)
-        self._bear_named_threads(self._files)
+        self._bear_named_threads(self._rebuilder.later)
         self._rebuilder.rebuild()
         for pid, one in self._layouts.items():
             if goes_on:
@@ -305,9 +304,9 @@ class Restore:
         if lasting := self._ways.lasting(path):
             write(self.note, Trace.MADE, Made(path=lasting))
 
-    def _bear_named_threads(self, files: TreeFiles) -> None:
+    def _bear_named_threads(self, files: Sequence[OpenFile]) -> None:
         """Threads that an open file refers to must be there before it."""
-        named = frozenset[int]().union(*(file.tids for file in files.files))
+        named = frozenset[int]().union(*(file.tids for file in files))
         for record in self._living() if named else ():
             state = record.state
             if state is not None and named & {thread.tid for thread in state.threads[1:]}:

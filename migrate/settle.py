@@ -17,6 +17,7 @@ from checkpoint import preflight, undo
 from checkpoint.errors import NoSuchProcess
 from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcp import TcpGroup
+from checkpoint.files.told import whole
 from checkpoint.files.treefiles import AheadFiles
 from checkpoint.finish import Finish, remove_made, running
 from checkpoint.image.frames import Kind, PageRun, Runs
@@ -290,7 +291,7 @@ def _finish(traces: Traces, stubs: Stubs) -> Iterator[Finish]:
                     case Kind.AHEAD:
                         ahead = codec.unpack(AheadFiles, frame.record)
                     case Kind.FILES:
-                        files = codec.unpack(TreeFiles, frame.record).whole(ahead)
+                        files = whole(codec.unpack(TreeFiles, frame.record), ahead)
                     case Kind.FILES_DELTA:
                         delta = FilesDelta(files={**delta.files, **codec.unpack(FilesDelta, frame.record).files})
                     case _:

@@ -14,7 +14,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from checkpoint.errors import BadFileRecord
 from checkpoint.files.aheadinstall import install_ahead
@@ -24,7 +24,8 @@ from checkpoint.files.epoll import Epoll
 from checkpoint.files.listener import new_socket
 from checkpoint.files.peercred import Stub
 from checkpoint.files.tcpfile import TcpFile
-from checkpoint.files.treefiles import AheadFiles
+from checkpoint.files.told import Told
+from checkpoint.files.treefiles import AheadFiles, TreeFiles
 from tcpstate import rebuild
 from tcpstate.discard import discard_connections
 from tcpstate.kernel.sockets import SO, Level
@@ -53,9 +54,12 @@ class BuiltAhead:
         self.ports = {record.conn_id.local_port for record in self._records}
         self._gone: set[int] = set()
         self._changed: list[int] = []
+        #: their descriptors in the new processes
+        self.tables = Told(told)
         self._handed_over = False
         ensure_descriptors(len(self.files))
         self._socks: list[socket.socket] = []
+        self._fds: list[int] = []
         self._epolls: list[int] = []
         #: processes that have their descriptors already
         self._stubs: Mapping[int, Stub] = {}
@@ -68,6 +72,7 @@ class BuiltAhead:
             rebuild_connections(self._records, self._socks, elapsed=elapsed)
             self._differences = rebuild.differences(self._socks, self._records)
             self._ready = Ready(self._socks, self._records)
+            self._fds = [sock.fileno() for sock in self._socks]
             for _ in told.epolls:
                 self._epolls.append(_new_epoll())
         except BaseException:
@@ -92,7 +97,7 @@ class BuiltAhead:
     def install(self, stubs: Mapping[int, Stub]) -> None:
         """Give the new processes their descriptors, and the epoll instances what they watch. CallError,
         TooManyDescriptors."""
-        self._stubs = install_ahead(self.told, [sock.fileno() for sock in self._socks], self._epolls, stubs)
+        self._stubs = install_ahead(self.told, self._fds, self._epolls, stubs)
 
     def uninstall(self) -> None:
         """The new processes are others."""
@@ -102,13 +107,11 @@ class BuiltAhead:
         """Whether these processes have them."""
         return bool(self._stubs) and all(stubs.get(pid) is stub for pid, stub in self._stubs.items())
 
-    def kept(self, pid: int, table: Mapping[int, tuple[int, bool]]) -> dict[int, int]:
-        """Of an installed process: descriptors that are already what its ``table`` says, and what they lead to."""
-        return {
-            place.fd: index
-            for index, place in enumerate(self.told.places)
-            if place.pid == pid and table.get(place.fd) == (index, place.cloexec)
-        }
+    def go_on(self, files: TreeFiles) -> TreeFiles:
+        """The files of the tree, now that it stands still; connections that are gone are forgotten. ValueError."""
+        whole = self.tables.go_on(files)
+        self._forget(files.gone)
+        return whole
 
     def take_epoll(self, at: int) -> int:
         """A descriptor of ours of an instance that stands."""
@@ -128,7 +131,7 @@ class BuiltAhead:
         kept = tuple(watch for watch in self.told.epolls[epoll.told].watches if watch.number not in dropped)
         return dataclasses.replace(epoll, watches=kept + epoll.watches, told=-1, dropped=())
 
-    def forget(self, gone: Iterable[int]) -> None:
+    def _forget(self, gone: Iterable[int]) -> None:
         """The source has them no more, or tells them otherwise."""
         for index in gone:
             self._gone.add(index)
@@ -138,15 +141,17 @@ class BuiltAhead:
     def hand_over(self) -> list[int | None]:
         """Their descriptors, which are the caller's from now on; None of those that are gone."""
         self._handed_over = True
-        return [None if index in self._gone else sock.fileno() for index, sock in enumerate(self._socks)]
+        found: list[int | None] = list(self._fds)
+        for index in self._gone:
+            found[index] = None
+        return found
 
     # -- the connections are frozen
 
-    def dissolve_changed(self, now: Sequence[OpenFile]) -> list[int]:
-        """Make room on the descriptors of those that were told again: ``now``, the first of which are ours. Their
-        indexes. ConnectionCallFailed."""
-        told = self.files
-        self._changed = [i for i in range(len(told)) if now[i] is not told[i] and i not in self._gone]
+    def dissolve_changed(self, again: Collection[int], now: Sequence[OpenFile]) -> list[int]:
+        """Make room on the descriptors of those that were told ``again``; ``now``: all files, the first of which are
+        ours. Their indexes. ConnectionCallFailed."""
+        self._changed = sorted(i for i in again if i < len(self.files) and i not in self._gone)
         if not self._changed:
             return []
         socks = [self._socks[i] for i in self._changed]

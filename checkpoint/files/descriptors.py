@@ -45,8 +45,13 @@ def allow(pid: int, highest: int) -> None:
 
 def gaps(kept: Collection[int], end: int) -> Iterator[tuple[int, int]]:
     """(start, end) of the numbers below ``end`` that are not among those."""
-    start = 0
-    for number in sorted(kept):
+    start, found = 0, sorted(kept)
+    if found and found[-1] - found[0] == len(found) - 1:
+        # thousands, one after the other
+        if found[0]:
+            yield 0, found[0]
+        start, found = found[-1] + 1, []
+    for number in found:
         if start < number:
             yield start, number
         start = number + 1

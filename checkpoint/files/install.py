@@ -86,9 +86,9 @@ class Installation:
         self._kept = {} if shared else rebuilder.standing.kept(pid)
         self._deaf_candidates: set[tuple[int, int]] = set()
         self._special, self._ordinary = self._watches()
-        numbers = [*self._table, *(watch.number for _, watch in self._special)]
+        special = max((watch.number for _, watch in self._special), default=-1)
         #: our pidfd's place during the work: above all numbers of the process
-        self._tool = max(numbers, default=-1) + 1
+        self._tool = max(max(self._table, default=-1), special) + 1
         self._work = self._tool + 1
         self._pidfd = pidfd
         self._deaf: list[tuple[Result, int, EpollWatch]] = []
@@ -109,10 +109,11 @@ class Installation:
         """(special, ordinary) entries of epoll instances that this process adds: (index of the instance, entry)."""
         special: list[tuple[int, EpollWatch]] = []
         ordinary: list[tuple[int, EpollWatch]] = []
-        held = {index for index, _ in self._table.values()}
-        for index, record in enumerate(self._host.files):
+        held: set[int] = set()
+        for index, record in enumerate(self._host.later, self._host.first):
             if not isinstance(record, Epoll):
                 continue
+            held = held or {file for file, _ in self._table.values()}
             for watch in record.watches:
                 if watch.pid == self._pid:
                     place = self._table.get(watch.number)
@@ -208,7 +209,7 @@ class Installation:
 
     def _terminals(self) -> None:
         """The session that this process leads tells its terminal which group is in front."""
-        for index, record in enumerate(self._host.files):
+        for index, record in enumerate(self._host.later, self._host.first):
             if not isinstance(record, PtyMaster) or not record.session:
                 continue
             if record.session == self._pid and record.number in self._host.terminals:

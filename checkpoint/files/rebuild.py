@@ -91,9 +91,7 @@ class Rebuilder:
     ship, beacons  for a check before the stop of the source: files that are not shared can travel; by what directories
                of the source are known here (files/identity.py), None: the source is not there to tell
     held     sockets that were kept on this host, by index: they are taken instead of being made, and ours from then on
-
     ahead      connections that were built before the stop: the first of the files
-
     stubs      the new processes, by the PIDs of the source: what is to be theirs from the beginning is made in them
     own_ipc    the tree has an IPC namespace of its own, and we are in it: nothing is taken in there, nor outlasts it
     terminals  pseudo terminals that are somebody's controlling terminal already, by number; they stay the caller's
@@ -121,8 +119,7 @@ class Rebuilder:
         ahead: BuiltAhead | None = None,
     ) -> None:
         self.ahead = ahead
-        #: where those begin that are built now
-        self.first = 0 if ahead is None else ahead.count
+        self.first = 0 if ahead is None else ahead.count  #: where those begin that are built now
         self.stubs: Mapping[int, Stub] = {} if stubs is None else stubs
         self.held = dict(held or {})
         # filled in while the tree grows
@@ -139,7 +136,7 @@ class Rebuilder:
         self.beacons = beacons
         self.travelling: set[str] = set()
         #: files that some description is open for writing of
-        self.written = {f.path for f in self.files if isinstance(f, RegularFile) and f.written}
+        self.written = {f.path for f in self.later if isinstance(f, RegularFile) and f.written}
         self.shipments: list[Shipment] = []
         self.path = path if isinstance(path, Ways) else Ways(path)
         self.own_ipc = False
@@ -148,6 +145,7 @@ class Rebuilder:
         self.blackhole = Blackhole() if blackhole is None else blackhole
         self.queues = Queues()
         self.shared: dict[tuple[str, object], object] = {}
+        self.retold: set[int] = set()  #: indexes of records that were told again
         self._descriptors: list[int | None] = [None] * len(self.files)
         if ahead is not None:
             self._descriptors[: self.first] = ahead.hand_over()
@@ -161,8 +159,7 @@ class Rebuilder:
         self._tcp: RebuiltTcp | None = None
         self._exported = time.monotonic()
         self._vouching: list[Vouching] = []
-        #: the first (pid, fd) of each file, once one is asked for
-        self._first: dict[int, tuple[int, int]] | None = None
+        self._first: dict[int, tuple[int, int]] | None = None  #: (pid, fd) of each file, once one is asked for
         #: connections whose handshakes are half done: segments for them are to be replayed, too
         self.half_open: set[ConnId] = set()
         #: (conn-ID, reason) of connections that could not be brought back
@@ -278,9 +275,14 @@ class Rebuilder:
         """What we call a process, thread, group or session of the tree; 0: it has no number, or is not there."""
         return number_here(self.stubs, pid)
 
+    @property
+    def later(self) -> list[OpenFile]:
+        """The files that were not built ahead."""
+        return self.files[self.first :]
+
     def listens(self, port: int) -> bool:
         """Whether a listener of the tree has this port."""
-        return any(isinstance(f, Listener) and f.name.port == port for f in self.files)
+        return any(isinstance(f, Listener) and f.name.port == port for f in self.later)
 
     def at_end(self, action: Callable[[], None]) -> None:
         """To be done when every descriptor has been made."""
@@ -292,14 +294,15 @@ class Rebuilder:
 
     def name(self, index: int) -> str:
         """The file in the words of errors: a process and descriptor that has it."""
+        if self.ahead is not None and index < self.first:
+            return self.ahead.tables.name(index)
         if self._first is None:
             self._first = {}
-            for pid, table in self.records.tables.items():
+            for pid, table in (self.records.tables if self.ahead is None else self.ahead.tables.since).items():
                 for fd, (file, _) in table.items():
                     self._first.setdefault(file, (pid, fd))
         if index in self._first:
-            pid, fd = self._first[index]
-            return f"pid {pid} fd {fd}"
+            return "pid {} fd {}".format(*self._first[index])
         return f"file {index} ({kind_name(type(self.files[index]))})"
 
     # ---- the stages
@@ -308,7 +311,7 @@ class Rebuilder:
         """Look, before anything is built, for what would stand in the way. Warnings; the first obstacle is raised."""
         warnings = [
             warning
-            for index, record in enumerate(self.files[self.first :], self.first)
+            for index, record in enumerate(self.later, self.first)
             # what is held is there, and in nobody's way; what is in the tree's own file systems comes later
             if index not in self.held and not self.path.carried_file(record) and (warning := record.check(self))
         ]
@@ -319,13 +322,13 @@ class Rebuilder:
 
     def rebuild(self) -> None:
         """Every descriptor, and all that does not change any more. Nothing is left if it fails."""
-        ensure_descriptors(len(self.files) + len(self._contents) + sum(map(_has_another, self.files)))
+        ensure_descriptors(len(self.files) + len(self._contents) + sum(map(_has_another, self.later)))
         try:
             # what was built ahead needs nothing more
             for index in range(self.first, len(self.files)):
                 self.descriptor(index)
             self._do_at_end()
-            for index, record in enumerate(self.files[self.first :], self.first):
+            for index, record in enumerate(self.later, self.first):
                 fd = self.descriptor(index)
                 try:
                     record.complete(self, fd)
@@ -380,6 +383,7 @@ class Rebuilder:
             if not 0 <= index < len(self.files) or type(record) is not type(self.files[index]):
                 raise BadFileRecord("a record that is told again is of another kind", object=f"file {index}")
             record = self.files[index] = record.on_devices(self._devices)
+            self.retold.add(index)
             record.late(self, self.descriptor(index))
 
     def complete(self, *, elapsed: float = 0.0) -> None:
@@ -399,13 +403,13 @@ class Rebuilder:
     def tcp_ports(self) -> set[int]:
         """The local ports of all TCP connections and listeners that were told."""
         told = set() if self.ahead is None else self.ahead.ports
-        return told | {port for file in self.files[self.first :] if (port := file.tcp_port)}
+        return told | {port for file in self.later if (port := file.tcp_port)}
 
     @property
     def connections(self) -> list[ConnectionRecord]:
         """The connections, once they are rebuilt, and those that the release puts into the queues of listeners: what a
         replay must know."""
-        listeners = (file for file in self.files[self.first :] if isinstance(file, Listener))
+        listeners = (file for file in self.later if isinstance(file, Listener))
         return self._connections.records + [record for file in listeners for record in file.waiting]
 
     @property

@@ -52,7 +52,7 @@ class RebuiltTcp:
         if self._socks or self._held:
             raise RuntimeError("the connections were rebuilt already")
         others: list[tuple[socket.socket, ConnectionRecord]] = []
-        changed = [] if self._ahead is None else self._ahead.dissolve_changed(self._host.files)
+        changed = [] if self._ahead is None else self._ahead.dissolve_changed(self._host.retold, self._host.files)
         for index in (*changed, *range(self._host.first, len(self._host.files))):
             record = self._host.files[index]
             if not isinstance(record, TcpFile) or not record.conn_id:

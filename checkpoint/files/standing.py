@@ -25,8 +25,7 @@ class Standing:
         self, ahead: BuiltAhead | None, files: list[OpenFile], tables: Tables, stubs: Mapping[int, Stub]
     ) -> None:
         self._tables = tables
-        #: the files that each process has some descriptor of
-        self._had = {pid: {index for index, _ in table.values()} for pid, table in tables.items()}
+        self._files_of: dict[int, set[int]] = {}
         first = 0 if ahead is None else ahead.count
         epolls = {at: one for at, one in enumerate(files[first:], first) if isinstance(one, Epoll)}
         if ahead is not None:
@@ -42,16 +41,22 @@ class Standing:
         """Whether its entries can be made when everything is at its number."""
         for watch in epoll.watches:
             at = self._tables.get(watch.pid, {}).get(watch.number)
-            if at is None or at[0] != watch.file or fired(watch) or index not in self._had[watch.pid]:
+            if at is None or at[0] != watch.file or fired(watch) or index not in self._had(watch.pid):
                 return False
         return True
+
+    def _had(self, pid: int) -> set[int]:
+        """The files that a process has some descriptor of."""
+        if pid not in self._files_of:
+            self._files_of[pid] = {index for index, _ in self._tables[pid].values()}
+        return self._files_of[pid]
 
     def kept(self, pid: int) -> dict[int, int]:
         """Descriptors that the new process has already, and what they lead to."""
         if self._ahead is None:
             return {}
         table = self._tables.get(pid, {})
-        found = self._ahead.kept(pid, table)
+        found = self._ahead.tables.kept(pid)
         for index, epoll in self._epolls.items():
             told = self._ahead.told.epolls[epoll.told]
             if told.pid == pid and table.get(told.fd) == (index, told.cloexec):

@@ -80,6 +80,8 @@ class FileTable:
         self.closed: set[tuple[int, int]] = set()
         self._written: set[tuple[int, int]] = set()
         self._given_up: list[tuple[int, FileLock]] = []
+        #: where the entries begin that were not told ahead
+        self.first = 0 if ahead is None else ahead.count
         self._posix: dict[int, dict[tuple[int, int], tuple[int, tuple[PosixLock, ...]]]] = {}
         if ahead is not None:
             self.entries += ahead.views
@@ -326,6 +328,16 @@ class FileTable:
 
     # ---- asking
 
+    @property
+    def later(self) -> list[FdView]:
+        """The entries that were not told ahead."""
+        return self.entries[self.first :]
+
+    @property
+    def masters(self) -> set[int]:
+        """The numbers of the pseudo terminals whose masters are among the entries."""
+        return {view.number("tty-index") for view in self.later if "tty-index" in view.info}
+
     def index_of_socket(self, inode: int) -> int | None:
         """The entry of the socket with this inode, if the tree has it and keeps it."""
         index = self._by_socket.get(inode)
@@ -377,12 +389,15 @@ class FileTable:
 
     def untold(self, files: TreeFiles, staged: dict[int, int]) -> TreeFiles:
         """Of :meth:`records` what was not told ahead; ``staged`` as in TreeFiles."""
-        files = dataclasses.replace(files, staged=staged)
         if self.ahead is None:
-            return files
-        count = self.ahead.count
+            return dataclasses.replace(files, staged=staged)
         return dataclasses.replace(
-            files, files=files.files[count:], tables=self._told_now, ahead=count, gone=tuple(self.ahead.gone)
+            files,
+            files=files.files[self.first :],
+            tables=self._told_now,
+            ahead=self.first,
+            gone=tuple(self.ahead.gone),
+            staged=staged,
         )
 
     def record(self, index: int) -> OpenFile:
@@ -399,7 +414,9 @@ class FileTable:
         flock and OFD locks are given up now, for their new owner; :meth:`go_on` takes them back."""
         changed = {}
         self.late = True
-        for index, old in enumerate(self._files):
+        # what was told ahead are connections, which have no locks
+        later = list(enumerate(self._files[self.first :], self.first))
+        for index, old in later:
             kind = type(old)
             if kind.by_clock and clocks_stand:
                 continue
@@ -407,8 +424,8 @@ class FileTable:
                 new = kind.capture(self.entries[index])
                 if new != old:
                     changed[index] = self._files[index] = new
-        for index, old in enumerate(self._files):
-            for lock in old.locks:
+        for index, _ in later:
+            for lock in self._files[index].locks:
                 locks.release(self.entries[index].dup, lock)
                 self._given_up.append((index, lock))
         return changed

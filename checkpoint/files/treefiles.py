@@ -91,9 +91,10 @@ class TreeFiles:
     def __post_init__(self) -> None:
         count = self.ahead + len(self.files)
         for pid, table in self.tables.items():
-            for fd, (index, _) in table.items():
-                if not 0 <= fd < 1 << 30 or not 0 <= index < count:
-                    raise ValueError(f"pid {pid} fd {fd} leads to file {index} of {count}")
+            # there may be thousands, and everything stands still: the lowest and the highest tell of all
+            indexes = [index for index, _ in table.values()]
+            if table and not (min(table) >= 0 and max(table) < 1 << 30 and min(indexes) >= 0 and max(indexes) < count):
+                raise ValueError(f"pid {pid} has descriptors, or files, that are out of range of {count}")
         for pid, held in self.locks.items():
             for lock in held:
                 if not 0 <= lock.file < count:
@@ -112,21 +113,6 @@ class TreeFiles:
             tables={number(pid): table for pid, table in self.tables.items()},
             locks={number(pid): held for pid, held in self.locks.items()},
         )
-
-    def whole(self, told: AheadFiles | None) -> TreeFiles:
-        """With what was told ahead. ValueError if that is not what this goes on from."""
-        if self.ahead != (0 if told is None else len(told.files)):
-            raise ValueError(f"{self.ahead} files are to have been told ahead")
-        if told is None:
-            return self
-        tables: dict[int, dict[int, tuple[int, bool]]] = {}
-        gone = set(self.gone)
-        for index, place in enumerate(told.places):
-            if index not in gone:
-                tables.setdefault(place.pid, {})[place.fd] = index, place.cloexec
-        for pid, table in self.tables.items():
-            tables.setdefault(pid, {}).update(table)
-        return dataclasses.replace(self, files=[*told.files, *self.files], tables=tables, ahead=0, gone=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
