@@ -23,18 +23,20 @@ import os
 import socket
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import field
 from typing import Final
 
 from checkpoint.errors import FileCaptureFailed
 from checkpoint.files.abi import CAPTURED_FLAGS, pidfd_getfd
-from checkpoint.files.base import FdView, OpenFile, parse_info, read_info
-from checkpoint.files.epoll import EpollWatch, device_of, entry_of, fired
+from checkpoint.files.aheadepoll import AheadEpolls, Watchable
+from checkpoint.files.base import FdView, OpenFile
 from checkpoint.files.peers import is_loopback
 from checkpoint.files.policy import Policy
 from checkpoint.files.table import FileTable
 from checkpoint.files.tcpfile import TcpFile
-from checkpoint.files.treefiles import AheadEpoll, AheadFiles, AheadPlace
+from checkpoint.files.treefiles import AheadFiles, AheadPlace
 from checkpoint.kernel import filetable
+from checkpoint.kernel.difference import differing
 from checkpoint.kernel.filetable import Row
 from checkpoint.namespaces.numbers import Numbers
 from tcpstate.connid import ConnId
@@ -56,7 +58,6 @@ _log = logging.getLogger(__name__)
 _PORTION: Final = 256
 #: seconds for which probes must go unanswered before they end a connection, so that a doubt can be settled
 _DOUBT: Final = 300
-_EPOLL: Final = "anon_inode:[eventpoll]"
 
 
 class AheadView(FdView):
@@ -79,6 +80,38 @@ class AheadView(FdView):
         return super().socket
 
 
+@dataclass(slots=True)
+class _Member:
+    """What is looked at in the stop, of one process: prepared before it, since there may be thousands.
+
+    rows     of the connections, joined, by descriptor
+    table    what its table has of them
+    inodes   which they are, by inode
+    indexes  all of them
+    files    what epoll instances may watch, by the address of the description
+    """
+
+    rows: bytes = b""
+    table: dict[int, tuple[int, bool]] = field(default_factory=dict)
+    inodes: dict[int, int] = field(default_factory=dict)
+    indexes: set[int] = field(default_factory=set)
+    files: dict[int, Watchable] = field(default_factory=dict)
+    _rows: list[tuple[int, bytes]] = field(default_factory=list)
+
+    def add(self, index: int, one: _Found) -> None:
+        """One of its connections."""
+        fd = one.view.fd
+        self._rows.append((fd, one.row))
+        self.table[fd] = index, one.place.cloexec
+        self.inodes[one.view.stat.st_ino] = index
+        self.indexes.add(index)
+        self.files[one.place.file] = Watchable(index, fd)
+
+    def sort(self) -> None:
+        """All are there."""
+        self.rows = b"".join(row for _, row in sorted(self._rows))
+
+
 @dataclass(frozen=True, slots=True)
 class _Found:
     """One connection."""
@@ -97,21 +130,18 @@ class Ahead:
         self._moved = frozenset(moved)
         self._gate: Gate | None = None
         self._found: list[_Found] = []
-        #: by process: descriptor -> (its row, index)
-        self._rows: dict[int, dict[int, tuple[bytes, int]]] = {}
-        #: row -> descriptor and what the process's table has there; inode -> descriptor
-        self._places: dict[int, dict[bytes, tuple[int, tuple[int, bool]]]] = {}
-        self._inodes: dict[int, dict[int, int]] = {}
+        self._members: dict[int, _Member] = {}
         self._by_conn: dict[ConnId, int] = {}
         #: their records in the file table
         self.files: list[OpenFile] = []
         #: their local ports and addresses
         self.ports: set[int] = set()
         self.local_addresses: set[str] = set()
+        #: the entries of the file table
+        self.views: list[FdView] = []
         #: indexes of those that are what they were, as far as is known
         self.here: set[int] = set()
-        #: epoll instances that watch them: their places, and the lines of fdinfo with number and index
-        self._epolls: dict[tuple[int, int], tuple[int, dict[str, tuple[int, int]]]] = {}
+        self.epolls = AheadEpolls()
 
     # -- while they run
 
@@ -130,49 +160,24 @@ class Ahead:
                     self._found += _read(table, pid, places[at : at + _PORTION], before)
         after = counts.take()
         self._found = [one for one in self._found if self._fits(one, after, local)]
+        self.views += [one.view for one in self._found]
         for index, one in enumerate(self._found):
-            self._rows.setdefault(one.view.pid, {})[one.view.fd] = one.row, index
             self._by_conn[one.standing.record.conn_id] = index
-            place = one.view.fd, (index, one.place.cloexec)
-            self._places.setdefault(one.view.pid, {})[one.row] = place
-            self._inodes.setdefault(one.view.pid, {})[one.view.stat.st_ino] = one.view.fd
+            self._members.setdefault(one.view.pid, _Member()).add(index, one)
+        for member in self._members.values():
+            member.sort()
         if self._found:
             self._gate = Gate(self._by_conn)
         self.files += map(_file, self._found)
         self.ports |= {conn.local_port for conn in self._by_conn}
         self.local_addresses |= {conn.local for conn in self._by_conn}
-        epolls = [one for pid in self._rows for one in self._read_epolls(pid)]
+        epolls = self.epolls.read({pid: member.files for pid, member in self._members.items()})
         return AheadFiles(
             files=self.files,
             places=[AheadPlace(pid=one.view.pid, fd=one.view.fd, cloexec=one.place.cloexec) for one in self._found],
             read_at=read_at,
             epolls=epolls,
         )
-
-    def _read_epolls(self, pid: int) -> Iterator[AheadEpoll]:
-        """Epoll instances of a process, as far as they watch what is told: each entry by itself, unless two of one
-        instance have one number."""
-        for row in filetable.rows(filetable.read(pid)):
-            lines: tuple[str, ...] = ()
-            with contextlib.suppress(OSError):
-                if not row.cookie and os.readlink(f"/proc/{pid}/fd/{row.fd}") == _EPOLL:
-                    lines, _ = parse_info(read_info(pid, row.fd))
-            told: dict[str, tuple[int, int]] = {}
-            watches: list[EpollWatch] = []
-            for line in lines:
-                entry = entry_of(line)
-                index = -1 if entry is None else self._rows[pid].get(entry.number, (b"", -1))[1]
-                if entry is None or index < 0:
-                    continue
-                stat = self._found[index].view.stat
-                watch = EpollWatch(number=entry.number, pid=pid, file=index, events=entry.events, data=entry.data)
-                same = (stat.st_ino, (os.major(stat.st_dev), os.minor(stat.st_dev))) == (entry.inode, device_of(entry))
-                if same and not fired(watch):
-                    told[line] = entry.number, index
-                    watches.append(watch)
-            if watches and len({watch.number for watch in watches}) == len(watches):
-                self._epolls[pid, row.fd] = len(self._epolls), told
-                yield AheadEpoll(pid=pid, fd=row.fd, cloexec=row.cloexec, watches=tuple(watches))
 
     def _choose(self, pids: Sequence[int], before: Mapping[int, bytes]) -> dict[int, list[tuple[bytes, Row]]]:
         """Established connections that one descriptor leads to, and nobody is told of by signals."""
@@ -203,11 +208,6 @@ class Ahead:
     # -- in the stop
 
     @property
-    def views(self) -> list[FdView]:
-        """The entries of the file table."""
-        return [one.view for one in self._found]
-
-    @property
     def count(self) -> int:
         """How many were told."""
         return len(self._found)
@@ -215,40 +215,22 @@ class Ahead:
     @property
     def gone(self) -> list[int]:
         """Indexes of those that the target is to forget: their descriptors lead elsewhere by now."""
-        return [index for index in range(len(self._found)) if index not in self.here]
+        return sorted(set(range(len(self._found))) - self.here)
 
-    def standing(self, pid: int) -> tuple[dict[int, tuple[int, bool]], list[int]]:
-        """Of a process that stands still: the descriptors that are what was told, as its table has them, and the
-        numbers of all others. OSError."""
-        known, now = self._places.get(pid, {}), filetable.read(pid)
-        # sets and dictionaries of bytes: there may be thousands, and everything stands still
-        same = known.keys() & set(now)
-        table = dict(map(known.__getitem__, same))
-        self.here.update(index for index, _ in table.values())
-        return table, [row.fd for row in filetable.rows([raw for raw in now if raw not in same])]
-
-    def inodes(self, pid: int) -> Mapping[int, int]:
-        """Of the connections of a process that were told: inode to descriptor."""
-        return self._inodes.get(pid, {})
-
-    def epoll_kept(
-        self, places: Sequence[tuple[int, int]], lines: Sequence[str]
-    ) -> tuple[int, frozenset[str], tuple[int, ...]]:
-        """Of an epoll instance at ``places``, whose fdinfo has these lines: its number among those told (-1: it was
-        not), lines of entries that were told and hold, numbers of entries that do not hold any more."""
-        for place in places:
-            if place not in self._epolls:
-                continue
-            number, told = self._epolls[place]
-            kept = frozenset(line for line in told.keys() & set(lines) if told[line][1] in self.here)
-            dropped = tuple(sorted(entry for line, (entry, _) in told.items() if line not in kept))
-            numbers = {told[line][0] for line in kept}
-            others = (entry_of(line) for line in lines if line not in kept)
-            if any(entry is not None and entry.number in numbers for entry in others):
-                # one more entry by the same number: which is which is told by all of them
-                break
-            return number, kept, dropped
-        return -1, frozenset(), ()
+    def standing(self, pid: int) -> tuple[dict[int, tuple[int, bool]], dict[int, int], list[int]]:
+        """Of a process that stands still: the descriptors that are what was told, as its table has them; which of the
+        connections these are, by inode; the numbers of all other descriptors. OSError."""
+        member, now = self._members.get(pid, _Member()), filetable.table(pid)
+        gone, fresh = differing(member.rows, now, filetable.SIZE, filetable.number_of)
+        table, inodes = member.table.copy(), member.inodes.copy()
+        self.here |= member.indexes
+        for row in gone:
+            index, _ = table.pop(filetable.number_of(row))
+            del inodes[self.views[index].stat.st_ino]
+            self.here.discard(index)
+        others = list(filetable.rows(fresh))
+        self.epolls.stand(pid, others)
+        return table, inodes, [row.fd for row in others]
 
     def shut(self) -> None:
         """From now on nothing of these connections comes in or goes out."""
@@ -273,6 +255,7 @@ class Ahead:
 
     def close(self) -> None:
         """Take the gate away."""
+        self.epolls.close()
         gate, self._gate = self._gate, None
         if gate is not None:
             gate.close()
@@ -344,7 +327,7 @@ def _view(table: FileTable, pid: int, row: Row, sock: socket.socket) -> AheadVie
         dup=-1,
         magic=f"/proc/{pid}/fd/{row.fd}",
         link=f"socket:[{stat.st_ino}]",
-        flags=row.flags & CAPTURED_FLAGS,
+        flags=row.status & CAPTURED_FLAGS,
         pos=0,
         info={},
         lines=(),

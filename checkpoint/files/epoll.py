@@ -16,7 +16,7 @@ import re
 import select
 import stat
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from checkpoint.errors import BadFileRecord, EpollTargetLost, FileCaptureFailed
@@ -27,8 +27,9 @@ from tcpstate.slotted import dataclass
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
 
-__all__ = ["Entry", "Epoll", "EpollWatch", "device_of", "entry_of", "fired"]
+__all__ = ["EPOLL_LINK", "Entry", "Epoll", "EpollWatch", "entry_of", "fired"]
 
+EPOLL_LINK: Final = "anon_inode:[eventpoll]"
 _LINE: Final = re.compile(
     r"tfd:\s*(\d+)\s+events:\s*([0-9a-f]+)\s+data:\s*([0-9a-f]+)\s+pos:-?\w+\s+ino:([0-9a-f]+)\s+sdev:([0-9a-f]+)"
 )
@@ -72,7 +73,7 @@ def fired(watch: EpollWatch) -> bool:
     return bool(watch.events & _ONESHOT) and not watch.events & ~_PRIVATE
 
 
-@register("epoll", link=r"anon_inode:\[eventpoll\]")
+@register("epoll", link=re.escape(EPOLL_LINK))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Epoll(OpenFile):
     """One open epoll instance. Each of its watches is added again in the process that it names.
@@ -95,10 +96,13 @@ class Epoll(OpenFile):
     def capture(cls, view: FdView) -> Self:
         if view.table.live:
             view.refresh()
-        told, kept, dropped = -1, frozenset[str](), tuple[int, ...]()
-        if view.table.ahead is not None:
-            told, kept, dropped = view.table.ahead.epoll_kept(view.places, view.lines)
-        return cls(watches=tuple(_watches(view, kept)), told=told, dropped=dropped, **view.common())
+        ahead = view.table.ahead
+        kept = None if ahead is None else ahead.epolls.capture(view, ahead.gone)
+        if kept is not None:
+            return cls(watches=kept.watches, told=kept.told, dropped=kept.dropped, **view.common())
+        if "pos" not in view.info:
+            view.refresh()  # what was told of it was to be enough
+        return cls(watches=tuple(_watches(view)), **view.common())
 
     def rebuild(self, host: Rebuilder) -> int:
         if self.told >= 0:
@@ -135,12 +139,11 @@ def device_of(entry: Entry) -> tuple[int, int]:
     return entry.sdev >> _MINOR_BITS, entry.sdev & ((1 << _MINOR_BITS) - 1)
 
 
-def _watches(view: FdView, kept: Collection[str] = frozenset()) -> list[EpollWatch]:
-    """``kept``: lines of entries that need not be told; no other has a number of theirs."""
+def _watches(view: FdView) -> list[EpollWatch]:
     found: list[EpollWatch] = []
     seen: Counter[int] = Counter()
     for line in view.lines:
-        if line in kept or not line.startswith("tfd:"):
+        if not line.startswith("tfd:"):
             continue
         entry = entry_of(line)
         if entry is None:

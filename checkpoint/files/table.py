@@ -25,6 +25,7 @@ from checkpoint.files.base import FdView, FileLock, OpenFile, PosixLock, kind_na
 from checkpoint.files.content import ContentKind
 from checkpoint.files.contents import ContentTable
 from checkpoint.files.descriptors import ensure_descriptors
+from checkpoint.files.epoll import EPOLL_LINK
 from checkpoint.files.identity import Evidence
 from checkpoint.files.kinds import kind_for
 from checkpoint.files.outside import Outside
@@ -128,17 +129,16 @@ class FileTable:
     def _add_standing(self, ahead: Ahead, pid: int) -> list[int]:
         """The descriptors that are as they were told ahead; the numbers of the others."""
         try:
-            told, numbers = ahead.standing(pid)
+            told, inodes, numbers = ahead.standing(pid)
         except OSError as error:
             raise FileCaptureFailed(f"its descriptors: {error.strerror}", object=f"pid {pid}") from error
-        inodes = ahead.inodes(pid)
         for inode in inodes.keys() & self._by_socket.keys():
             # another process, captured before, has it as well by now
-            place = told.pop(inodes[inode], None)
-            if place is not None:
-                ahead.here.discard(place[0])
-                numbers.append(inodes[inode])
-        self._by_socket.update((inode, told[fd][0]) for inode, fd in inodes.items() if fd in told)
+            index = inodes.pop(inode)
+            ahead.here.discard(index)
+            numbers.append(ahead.views[index].fd)
+            del told[ahead.views[index].fd]
+        self._by_socket.update(inodes)
         self.tables.setdefault(pid, {}).update(told)
         return sorted(numbers)
 
@@ -173,7 +173,8 @@ class FileTable:
         pid = process.pid
         magic = f"/proc/{pid}/fd/{fd}"
         link = os.readlink(magic)
-        lines, info = parse_info(read_info(pid, fd))
+        row = self.ahead.epolls.row(pid, fd) if self.ahead is not None and link == EPOLL_LINK else None
+        lines, info = parse_info(read_info(pid, fd) if row is None else f"flags:\t0{row.status:o}")
         try:
             flags = int(info["flags"], 8)
             inode = int(link[8:-1]) if link.startswith("socket:[") else 0

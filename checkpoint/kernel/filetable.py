@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import os
 import struct
+import sys
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
@@ -23,11 +24,13 @@ from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
 from tcpstate.kernel.bpf.btf import BadBtf, Kind
 from tcpstate.kernel.bpf.layout import Layout, layout
 
-__all__ = ["Row", "prepare", "read", "rows"]
+__all__ = ["SIZE", "Row", "number_of", "prepare", "read", "rows", "table"]
 
 #: members of struct bpf_iter__task_file: pointers and a number, laid out by the macro of include/linux/bpf.h
 _META, _TASK, _FD, _FILE = 0, 8, 16, 24
 _ROW: Final = struct.Struct("=IIQQQQ")
+SIZE: Final = _ROW.size
+_STATUS: Final = 0x7FFFFFFF & ~os.O_CLOEXEC
 #: the frame below a row: what close_on_exec holds
 _AT_BITS: Final = -8
 _AT: Final = _AT_BITS - _ROW.size
@@ -55,6 +58,11 @@ class Row(NamedTuple):
     def cloexec(self) -> bool:
         """Whether exec closes it."""
         return bool(self.flags >> 31)
+
+    @property
+    def status(self) -> int:
+        """The flags as fdinfo tells them, O_CLOEXEC among them."""
+        return self.flags & _STATUS | (os.O_CLOEXEC if self.cloexec else 0)
 
 
 def _program(known: Layout) -> bytes:
@@ -110,14 +118,24 @@ def prepare() -> None:
     _loaded()
 
 
-def read(pid: int) -> list[bytes]:
-    """The rows of a process, by descriptor; none of one that has ended. KernelFeatureMissing, OSError."""
+def table(pid: int) -> bytes:
+    """The rows of a process, by descriptor, of SIZE bytes each; none of one that has ended. KernelFeatureMissing,
+    OSError."""
     link = call.link(_loaded(), 0, call.Attach.TRACE_ITER, info=LINK_INFO.pack(pid, 0, 0))
     try:
-        data = call.iterate(link)
+        return call.iterate(link)
     finally:
         os.close(link)
-    return [row for (row,) in struct.iter_unpack(f"{_ROW.size}s", data)]
+
+
+def read(pid: int) -> list[bytes]:
+    """The same, row by row."""
+    return [row for (row,) in struct.iter_unpack(f"{SIZE}s", table(pid))]
+
+
+def number_of(row: bytes) -> int:
+    """The descriptor of a row."""
+    return int.from_bytes(row[:4], sys.byteorder)
 
 
 def rows(data: list[bytes]) -> Iterator[Row]:

@@ -23,6 +23,7 @@ _MOV, _MOV_NUMBER = 0xBF, 0xB7
 _ADD, _ADD_NUMBER, _SUB, _AND_NUMBER, _OR, _SHIFT_LEFT, _SHIFT_RIGHT = 0x0F, 0x07, 0x1F, 0x57, 0x4F, 0x67, 0x77
 _TO_BIG_ENDIAN = 0xDC
 _JUMP_ALWAYS, _CALL, _EXIT = 0x05, 0x85, 0x95
+_MAY_GOTO = 0xE5
 _BY_REGISTER = 0x08
 _LOAD_WIDE = 0x18
 _PSEUDO_MAP_FD, _PSEUDO_MAP_VALUE, _PSEUDO_KFUNC = 1, 2, 2
@@ -157,6 +158,12 @@ class Asm:
         """Go on at ``label``."""
         self._jumps.append((len(self._code), label))
         return self._add(_JUMP_ALWAYS)
+
+    def once_more(self, otherwise: str) -> Self:
+        """Inside a loop: go on, unless it has lasted too long (8 million times, or 250 ms); then at ``otherwise``.
+        From 6.9."""
+        self._jumps.append((len(self._code), otherwise))
+        return self._add(_MAY_GOTO)
 
     def jump_if(self, condition: Jump, register: int, number: int, label: str) -> Self:
         """Go on at ``label`` if the register compares so with a number."""
