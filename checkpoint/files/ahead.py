@@ -26,6 +26,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import field
 from typing import Final
 
+from checkpoint.beside import Beside
 from checkpoint.errors import FileCaptureFailed
 from checkpoint.files.abi import CAPTURED_FLAGS, pidfd_getfd
 from checkpoint.files.aheadepoll import AheadEpolls, Watchable
@@ -43,6 +44,7 @@ from tcpstate.connid import ConnId
 from tcpstate.errors import KernelFeatureMissing, TcpmigError
 from tcpstate.kernel.bpf.census import census
 from tcpstate.kernel.bpf.gate import Gate
+from tcpstate.kernel.bpf.recount import Recount
 from tcpstate.kernel.route import local_addresses
 from tcpstate.options import in_force, number
 from tcpstate.record import ConnectionRecord, Family
@@ -129,6 +131,8 @@ class Ahead:
     def __init__(self, moved: Collection[str]) -> None:
         self._moved = frozenset(moved)
         self._gate: Gate | None = None
+        self._recount: Recount | None = None
+        self._look: Beside[tuple[bytes, bool]] | None = None
         self._found: list[_Found] = []
         self._members: dict[int, _Member] = {}
         self._by_conn: dict[ConnId, int] = {}
@@ -167,7 +171,9 @@ class Ahead:
         for member in self._members.values():
             member.sort()
         if self._found:
-            self._gate = Gate(self._by_conn)
+            self._gate = Gate(one.standing.record.conn_id for one in self._found)
+            standing = [one.standing for one in self._found]
+            self._recount = Recount([one.cookie for one in standing], [one.census for one in standing])
         self.files += map(_file, self._found)
         self.ports |= {conn.local_port for conn in self._by_conn}
         self.local_addresses |= {conn.local for conn in self._by_conn}
@@ -232,16 +238,49 @@ class Ahead:
         self.epolls.stand(pid, others)
         return table, inodes, [row.fd for row in others]
 
+    def look(self) -> None:
+        """First of the stop: the connections are looked at, beside whatever else is done, and from now on the gate
+        notes what passes."""
+        if self._gate is not None and self._recount is not None:
+            self._gate.note()
+            self._look = Beside(self._recount.take)
+
+    @property
+    def nobody_signs(self) -> bool:
+        """Whether it is certain that no socket of this network namespace has a key. OSError."""
+        if self._look is None:
+            return False
+        _, signs = self._look.result()
+        return not signs
+
     def shut(self) -> None:
         """From now on nothing of these connections comes in or goes out."""
         if self._gate is not None:
             self._gate.shut()
 
     def changed(self) -> list[int]:
-        """Indexes, in order, of those that are here and not what was told. OSError."""
-        now = census().take()
-        found = self._found
-        return sorted(i for i in self.here if now.get(found[i].standing.cookie) != found[i].standing.census)
+        """Indexes, in order, of those that are here and not what was told. OSError.
+
+        Their owners stand still since before they were looked at: what has changed since was sent or arrived, and has
+        passed the gate. After :meth:`shut`."""
+        if self._gate is None or self._recount is None:
+            return []
+        passed = self._gate.seen() if self._look is not None else None
+        if passed is None or self._look is None:
+            same, _ = self._recount.take()
+            passed = bytes(len(same))
+        else:
+            same, _ = self._look.result()
+        # there may be thousands: as numbers they are compared at once
+        whole = int.from_bytes(b"\1" * len(same), "little")
+        changed = whole & ~int.from_bytes(same, "little") | int.from_bytes(passed, "little")
+        places = changed.to_bytes(len(same), "little")
+        found, at = [], places.find(1)
+        while at >= 0:
+            if at in self.here:
+                found.append(at)
+            at = places.find(1, at + 1)
+        return found
 
     def record_for(self, segment: Segment) -> ConnectionRecord | None:
         """Of a connection that is as it was told."""
@@ -254,11 +293,16 @@ class Ahead:
             self._gate.open()
 
     def close(self) -> None:
-        """Take the gate away."""
+        """Take the gate away, and what looks at them."""
         self.epolls.close()
-        gate, self._gate = self._gate, None
+        look, self._look = self._look, None
+        if look is not None:
+            look.wait()
+        gate, recount, self._gate, self._recount = self._gate, self._recount, None, None
         if gate is not None:
             gate.close()
+        if recount is not None:
+            recount.close()
 
 
 def lasts(record: ConnectionRecord) -> bool:

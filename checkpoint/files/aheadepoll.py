@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from checkpoint.files.epoll import EPOLL_LINK, EpollWatch, fired
@@ -20,6 +19,7 @@ from checkpoint.kernel.difference import differing
 from checkpoint.kernel.epolltree import Reader, Watched
 from checkpoint.kernel.filetable import Row
 from tcpstate.errors import KernelFeatureMissing
+from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
     from checkpoint.files.base import FdView

@@ -51,7 +51,7 @@ class FileTable:
 
     ``live``: the processes run; descriptors that vanish meanwhile are left out, and nothing is captured.
     ``policy``: what the user decided.
-    ``ahead``: connections that were told before the stop: they are the first entries.
+    ``ahead``: connections that were told before the stop, and are looked at from now on: they are the first entries.
     """
 
     def __init__(self, *, live: bool = False, policy: Policy = NO_POLICY, ahead: Ahead | None = None) -> None:
@@ -85,6 +85,7 @@ class FileTable:
         self.first = 0 if ahead is None else ahead.count
         self._posix: dict[int, dict[tuple[int, int], tuple[int, tuple[PosixLock, ...]]]] = {}
         if ahead is not None:
+            ahead.look()
             self.entries += ahead.views
             self._files += ahead.files
 
@@ -365,7 +366,7 @@ class FileTable:
     @functools.cached_property
     def signing_keys(self) -> dict[int, tuple[SigningKey, ...]]:
         """The TCP MD5 keys of this network namespace's sockets, by inode, as they were when first asked for."""
-        return all_keys()
+        return {} if self.ahead is not None and self.ahead.nobody_signs else all_keys()
 
     def content(self, view: FdView, kind: ContentKind, name: str, huge: int = 0) -> int:
         """The index of the content of a file, recorded when it is first asked for."""

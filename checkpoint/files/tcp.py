@@ -234,7 +234,7 @@ class TcpGroup:
         if self._options is not None:
             self._options += options.save(socks)
         if self._keys is not None:
-            self._keys += keys_of(socks)
+            self._keys += keys_of(socks, self._table.signing_keys)
         self._early += [None] * len(views)
         self._views += views
         return [] if self._originals is None else self._told_originals()

@@ -93,8 +93,11 @@ class TreeFiles:
         for pid, table in self.tables.items():
             # there may be thousands, and everything stands still: the lowest and the highest tell of all
             indexes = [index for index, _ in table.values()]
-            if table and not (min(table) >= 0 and max(table) < 1 << 30 and min(indexes) >= 0 and max(indexes) < count):
-                raise ValueError(f"pid {pid} has descriptors, or files, that are out of range of {count}")
+            if not table or (0 <= min(table) <= max(table) < 1 << 30 and 0 <= min(indexes) <= max(indexes) < count):
+                continue
+            for fd, index in zip(table, indexes, strict=True):
+                if not 0 <= fd < 1 << 30 or not 0 <= index < count:
+                    raise ValueError(f"pid {pid} fd {fd} leads to file {index} of {count}")
         for pid, held in self.locks.items():
             for lock in held:
                 if not 0 <= lock.file < count:

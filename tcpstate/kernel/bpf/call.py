@@ -12,7 +12,7 @@ import errno
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from tcpstate.kernel import batch
@@ -38,6 +38,7 @@ __all__ = [
     "pinned",
     "run",
     "update",
+    "update_all",
 ]
 
 #: what a program says of its licence: the project's own
@@ -63,6 +64,7 @@ class _Cmd(enum.IntEnum):
     PROG_TEST_RUN = 10
     RAW_TRACEPOINT_OPEN = 17
     BTF_LOAD = 18
+    MAP_UPDATE_BATCH = 26
     LINK_CREATE = 28
     ITER_CREATE = 33
 
@@ -146,6 +148,16 @@ def update(fd: int, key: bytes, value: bytes) -> None:
     """Set one element. Refused."""
     data = ctypes.create_string_buffer(value, len(value))
     _element(_Cmd.MAP_UPDATE_ELEM, fd, key, ctypes.addressof(data))
+
+
+def update_all(fd: int, keys: Sequence[bytes], values: Sequence[bytes]) -> None:
+    """Set many elements of a hash map, all keys and all values of one size each. Refused. From 5.6."""
+    if not keys:
+        return
+    joined = [b"".join(parts) for parts in (keys, values)]
+    at = [ctypes.create_string_buffer(data, len(data)) for data in joined]
+    attr = struct.pack("=QQQQIIQQ", 0, 0, *map(ctypes.addressof, at), len(keys), fd, 0, 0)
+    _call(_Cmd.MAP_UPDATE_BATCH, attr, 56)
 
 
 def lookup(fd: int, key: bytes, size: int) -> bytes | None:

@@ -27,7 +27,7 @@ from tcpstate.kernel.bpf.layout import Layout, layout
 from tcpstate.kernel.bpf.tcpsock import iterator_program
 from tcpstate.kernel.tcp import TcpState
 
-__all__ = ["NUMBERS", "Census", "census"]
+__all__ = ["NUMBERS", "Census", "census", "describe"]
 
 _SK: Final = "inet_conn.icsk_inet.sk."
 _INET: Final = "inet_conn.icsk_inet."
@@ -129,8 +129,10 @@ def _size(known: Layout) -> int:
     return total
 
 
-def _program(known: Layout) -> tuple[bytes, int, dict[str, tuple[int, str]]]:
-    """(code, bytes of a record, where each of :data:`NUMBERS` is in it and its format)."""
+def describe(known: Layout, other: str = "out") -> tuple[Asm, int, dict[str, tuple[int, str]]]:
+    """A program that has a socket's record at the bottom of its frame (register 6 is the iterator's meta, 7 the socket,
+    8 its struct tcp_sock), or goes on at "out", or at ``other`` if it is not established; bytes of a record; where each
+    of :data:`NUMBERS` is in it and its format. BadBtf."""
     size = _size(known)
     if size > _FRAME_MAX:
         raise BadBtf(f"a record of {size} bytes does not fit the frame")
@@ -138,7 +140,7 @@ def _program(known: Layout) -> tuple[bytes, int, dict[str, tuple[int, str]]]:
     asm = Asm().load(8, 6, 1, 0).load(8, 7, 1, 8).jump_if(Jump.EQUAL, 7, 0, "out")
     # what is not established has more state than this tells
     state = known.offset("sock_common", "skc_state")
-    asm.load(1, 1, 7, state).jump_if(Jump.NOT_EQUAL, 1, TcpState.ESTABLISHED, "out")
+    asm.load(1, 1, 7, state).jump_if(Jump.NOT_EQUAL, 1, TcpState.ESTABLISHED, other)
     asm.mov(1, 7).call(Helper.SKC_TO_TCP_SOCK).jump_if(Jump.EQUAL, 0, 0, "out").mov(8, 0)
     asm.mov(1, 7).call(Helper.GET_SOCKET_COOKIE)
     for at in range(start, 0, _WORD):
@@ -151,8 +153,13 @@ def _program(known: Layout) -> tuple[bytes, int, dict[str, tuple[int, str]]]:
     packer.at += -packer.at % _WORD
     asm.load(8, 9, 8, known.offset("tcp_sock", _INET + "pinet6")).jump_if(Jump.EQUAL, 9, 0, "tell")
     packer.copy(9, "ipv6_pinfo", _IPV6)
-    asm.label("tell").load(8, 1, 6, known.offset("bpf_iter_meta", "seq"))
-    asm.frame(2, start).set(3, size).call(Helper.SEQ_WRITE)
+    return asm.label("tell"), size, numbers
+
+
+def _program(known: Layout) -> tuple[bytes, int, dict[str, tuple[int, str]]]:
+    """(code, bytes of a record, where each of :data:`NUMBERS` is in it and its format)."""
+    asm, size, numbers = describe(known)
+    asm.load(8, 1, 6, known.offset("bpf_iter_meta", "seq")).frame(2, -size).set(3, size).call(Helper.SEQ_WRITE)
     return asm.label("out").exit(0).code(), size, numbers
 
 

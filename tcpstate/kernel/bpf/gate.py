@@ -1,9 +1,9 @@
 """A gate before many connections at once: one store in memory shuts it, in both directions.
 
 A tcx program at the ingress and one at the egress of each interface but loopback look a segment's addresses and ports
-up in a hash map, and drop what is found there as long as the flag is set.  Capture by AF_PACKET sees what arrives
-before the gate does.  Nothing outlives its owner: links, map and flag go with our descriptors, and an open gate is what
-is left.
+up in a hash map, and drop what is found there as long as the gate is shut.  Before that it may note which connections
+something came for or left from.  Capture by AF_PACKET sees what arrives before the gate does.  Nothing outlives its
+owner: links, map and flag go with our descriptors, and an open gate is what is left.
 
 What one processor let through just before another shut the gate may still be at work.  It is not answered any more:
 the answer would have to leave through the gate.
@@ -39,8 +39,12 @@ _DROP: Final = 2
 _TCP: Final = 6
 #: the frame: key, head of the IP header
 _AT_KEY, _AT_HEAD = -40, -80
-_OPEN: Final = struct.pack("=I", 0)
-_SHUT: Final = struct.pack("=I", 1)
+#: the memory: what the gate does, whether something passed that may be of any connection, what passed of each
+_AT_STATE, _AT_UNCLEAR, _AT_SEEN = 0, 4, 8
+_OPEN, _NOTING, _SHUT = 0, 1, 2
+#: what may have TCP inside and is not looked into: ESP, AH; of IPv6 all headers before the last
+_WRAPPED: Final = (50, 51)
+_WRAPPED_IPV6: Final = (0, 43, 44, 50, 51, 60, 135, 139, 140)
 
 
 def _load(asm: Asm, where: int | None, to: int, length: int) -> None:
@@ -54,9 +58,9 @@ def _load(asm: Asm, where: int | None, to: int, length: int) -> None:
     asm.jump_if(Jump.NOT_EQUAL, 0, 0, "out")
 
 
-def _program(keys: int, flag: int, *, arriving: bool) -> bytes:
+def _program(keys: int, memory: int, count: int, *, arriving: bool) -> bytes:
     """The keys have the peer first: of what arrives it is the source, of what leaves the destination."""
-    asm = Asm().mov(6, 1).map_value(1, flag).load(4, 1, 1, 0).jump_if(Jump.EQUAL, 1, 0, "out")
+    asm = Asm().mov(6, 1).map_value(7, memory).load(4, 1, 7, _AT_STATE).jump_if(Jump.EQUAL, 1, _OPEN, "out")
     for at in range(_AT_HEAD, 0, 8):
         asm.store_number(8, FRAME, at, 0)
     asm.load(4, 1, 6, _SKB_PROTOCOL)
@@ -64,7 +68,10 @@ def _program(keys: int, flag: int, *, arriving: bool) -> bytes:
     asm.jump("out")
     asm.label("v4")
     _load(asm, 0, _AT_HEAD, 20)
-    asm.load(1, 1, FRAME, _AT_HEAD + 9).jump_if(Jump.NOT_EQUAL, 1, _TCP, "out")
+    asm.load(1, 1, FRAME, _AT_HEAD + 9)
+    for protocol in _WRAPPED:
+        asm.jump_if(Jump.EQUAL, 1, protocol, "unclear")
+    asm.jump_if(Jump.NOT_EQUAL, 1, _TCP, "out")
     source, destination = (12, 16) if arriving else (16, 12)
     asm.load(4, 1, FRAME, _AT_HEAD + source).store(4, FRAME, _AT_KEY, 1)
     asm.load(4, 1, FRAME, _AT_HEAD + destination).store(4, FRAME, _AT_KEY + 4, 1)
@@ -74,13 +81,19 @@ def _program(keys: int, flag: int, *, arriving: bool) -> bytes:
     asm.jump("look")
     asm.label("v6")
     _load(asm, 0, _AT_HEAD, 8)
-    asm.load(1, 1, FRAME, _AT_HEAD + 6).jump_if(Jump.NOT_EQUAL, 1, _TCP, "out")
+    asm.load(1, 1, FRAME, _AT_HEAD + 6)
+    for protocol in _WRAPPED_IPV6:
+        asm.jump_if(Jump.EQUAL, 1, protocol, "unclear")
+    asm.jump_if(Jump.NOT_EQUAL, 1, _TCP, "out")
     _load(asm, 8 if arriving else 24, _AT_KEY, 16)
     _load(asm, 24 if arriving else 8, _AT_KEY + 16, 16)
     _load(asm, 40, _AT_HEAD, 4)
     _ports(asm, 32, arriving)
     asm.label("look").map(1, keys).frame(2, _AT_KEY).call(Helper.MAP_LOOKUP).jump_if(Jump.EQUAL, 0, 0, "out")
-    return asm.exit(_DROP).label("out").exit(_NEXT).code()
+    asm.load(4, 1, 0, 0).jump_if(Jump.GREATER, 1, count - 1, "out").mov(2, 7).add_register(2, 1)
+    asm.store_number(1, 2, _AT_SEEN, 1).load(4, 1, 7, _AT_STATE).jump_if(Jump.NOT_EQUAL, 1, _SHUT, "out").exit(_DROP)
+    asm.label("unclear").store_number(4, 7, _AT_UNCLEAR, 1)
+    return asm.label("out").exit(_NEXT).code()
 
 
 def _ports(asm: Asm, at: int, arriving: bool) -> None:
@@ -95,22 +108,24 @@ class Gate:
 
     def __init__(self, connections: Iterable[ConnId]) -> None:
         keys = [tuple_key(one) for one in connections]
+        self._count = count = max(1, len(keys))
+        self._interfaces = socket.if_nameindex()
         self._fds: list[int] = []
         self._memory: mmap.mmap | None = None
         try:
-            known = self._keep(call.create_map(call.MapType.HASH, _KEY, 1, max(1, len(keys)), name="tcpmig_gated"))
-            flag = self._keep(call.create_map(
-                call.MapType.ARRAY, 4, 4, 1, flags=call.MapFlag.MMAPABLE, name="tcpmig_gate"
+            known = self._keep(call.create_map(call.MapType.HASH, _KEY, 4, count, name="tcpmig_gated"))
+            size = -(-(_AT_SEEN + count) // _PAGE) * _PAGE
+            memory = self._keep(call.create_map(
+                call.MapType.ARRAY, 4, size, 1, flags=call.MapFlag.MMAPABLE, name="tcpmig_gate"
             ))  # fmt: skip
-            self._memory = call.map_memory(flag, _PAGE)
-            for key in keys:
-                call.update(known, key, b"\1")
+            self._memory = call.map_memory(memory, size)
+            call.update_all(known, keys, [struct.pack("=I", index) for index in range(len(keys))])
             for attach, arriving in ((call.Attach.TCX_INGRESS, True), (call.Attach.TCX_EGRESS, False)):
                 program = self._keep(call.load(
-                    call.ProgramType.SCHED_CLS, _program(known, flag, arriving=arriving), attach=attach,
+                    call.ProgramType.SCHED_CLS, _program(known, memory, count, arriving=arriving), attach=attach,
                     name="tcpmig_gate",
                 ))  # fmt: skip
-                for index, name in socket.if_nameindex():
+                for index, name in self._interfaces:
                     if name != "lo":
                         self._keep(call.link(program, index, attach))
         except OSError as error:
@@ -125,6 +140,19 @@ class Gate:
         self._fds.append(fd)
         return fd
 
+    def note(self) -> None:
+        """From now on it is noted which connections something comes for or leaves from."""
+        self._set(_NOTING)
+
+    def seen(self) -> bytes | None:
+        """A byte for each connection, in their order: 1 if something came for it or left from it since :meth:`note`.
+        None if something may have passed unseen: wrapped into something else, or by an interface that is new."""
+        if self._memory is None:
+            raise RuntimeError("the gate was taken away")
+        if any(self._memory[_AT_UNCLEAR:_AT_SEEN]) or socket.if_nameindex() != self._interfaces:
+            return None
+        return self._memory[_AT_SEEN : _AT_SEEN + self._count]
+
     def shut(self) -> None:
         """Nothing comes in or goes out any more."""
         self._set(_SHUT)
@@ -133,10 +161,10 @@ class Gate:
         """As if it were not there."""
         self._set(_OPEN)
 
-    def _set(self, value: bytes) -> None:
+    def _set(self, state: int) -> None:
         if self._memory is None:
             raise RuntimeError("the gate was taken away")
-        self._memory[: len(value)] = value
+        self._memory[_AT_STATE:_AT_UNCLEAR] = struct.pack("=I", state)
 
     def close(self) -> None:
         """Take it away: it is open then. May be called again."""

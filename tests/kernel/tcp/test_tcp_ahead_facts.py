@@ -17,8 +17,10 @@ from tcpstate.export import export_connections
 from tcpstate.freeze import quiet, thaw
 from tcpstate.kernel.bpf.census import census
 from tcpstate.kernel.bpf.gate import Gate
+from tcpstate.kernel.bpf.recount import Recount
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.kernel.tcp import TCP
+from tcpstate.md5keys import SigningKey, give_keys, supported
 from tcpstate.options import VOLATILE, Format, Stage, Where
 from tcpstate.rows import conn_id_of
 from tcpstate.silence import blackhole
@@ -179,6 +181,97 @@ def test_corked_data_shows_and_is_no_rest(hosts, ends):
         assert not idle(census().numbers(corked))
         served.send(b"held back")
         assert not idle(census().numbers(census_of(served)))
+
+
+@pytest.fixture
+def counted(hosts, ends):
+    """Both are told of what was there a moment ago: the connection's census, and itself."""
+    served, _ = ends
+    with hosts.a:
+        other, beside = pair(hosts.a, hosts.c, V4, service=False, port=0)
+        time.sleep(0.1)
+        named = cookies([other, served])
+        now = census().take()
+        with contextlib.closing(Recount(named, [now[cookie] for cookie in named])) as made:
+            yield made
+    for sock in (other, beside):
+        sock.close()
+
+
+def test_the_kernel_itself_tells_what_has_changed(ends, counted):
+    served, client = ends
+    same = bytes([1, 1])
+    assert counted.take() == (same, False)
+    assert counted.take() == (same, False)
+    other = bytes([1, 0])
+    client.send(b"a")
+    wait_until(lambda: served.recv(1, socket.MSG_PEEK) == b"a")
+    assert counted.take() == (other, False)
+    served.recv(1)
+    assert counted.take() == (other, False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda served, client: served.setsockopt(Level.TCP, TCP.NODELAY, 1),
+        lambda served, client: served.setsockopt(Level.SOCKET, SO.RCVBUF, 20_000),
+        lambda served, client: served.setsockopt(Level.TCP, TCP.CORK, 1),
+        lambda served, client: served.shutdown(socket.SHUT_WR),
+        lambda served, client: client.shutdown(socket.SHUT_WR),
+        lambda served, client: served.close(),
+    ],
+    ids=["option", "buffer", "corked", "its FIN", "the peer's FIN", "closed"],
+)
+def test_whatever_is_done_to_one_is_told_of_it_alone(ends, counted, change):
+    change(*ends)
+    wait_until(lambda: counted.take() == (bytes([1, 0]), False))
+
+
+def test_the_kernel_tells_as_well_whether_anybody_signs(hosts, counted):
+    with hosts.a, socket.socket() as listener:
+        assert counted.take() == (bytes([1, 1]), False)
+        if not supported():
+            return
+        give_keys(listener, [SigningKey(address="10.9.8.7", prefix=32, secret=b"secret")], "listener")
+        listener.bind(("", 0))
+        listener.listen()
+        assert counted.take() == (bytes([1, 1]), True)
+
+
+def test_a_gate_notes_what_passes_and_lets_it_through(hosts, ends):
+    served, client = ends
+    other, beside = pair(hosts.a, hosts.c, V4, service=False, port=0)
+    names = [conn_id_of(other), conn_id_of(served)]
+    with hosts.a, contextlib.closing(Gate(names)) as gate:
+        client.send(b"1")
+        wait_until(lambda: heard(served) == b"1")
+        time.sleep(0.1)  # its ACK is out
+        # nobody asked for it
+        assert gate.seen() == bytes([0, 0])
+        gate.note()
+        assert gate.seen() == bytes([0, 0])
+        client.send(b"2")
+        wait_until(lambda: heard(served) == b"2")
+        assert gate.seen() == bytes([0, 1])
+        other.send(b"3")
+        wait_until(lambda: heard(beside) == b"3")
+        assert gate.seen() == bytes([1, 1])
+        gate.shut()
+        assert gate.seen() == bytes([1, 1])
+    for sock in (other, beside):
+        sock.close()
+
+
+def test_what_a_gate_cannot_look_into_is_told(hosts, ends):
+    served, _ = ends
+    with hosts.a, contextlib.closing(Gate([conn_id_of(served)])) as gate:
+        gate.note()
+        assert gate.seen() == bytes([0])
+        # ESP: whatever is in it
+        with socket.socket(V4, socket.SOCK_RAW, 50) as raw:
+            raw.sendto(bytes(40), (hosts.c.own(V4), 0))
+        wait_until(lambda: gate.seen() is None)
 
 
 def test_a_keepalive_probe_shows(hosts, ends):

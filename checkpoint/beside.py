@@ -1,0 +1,39 @@
+"""Something that is done by another thread while we go on: what waits for the kernel only."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+__all__ = ["Beside"]
+
+_Result = TypeVar("_Result")
+
+
+class Beside(Generic[_Result]):
+    """``work``, begun now, in the namespaces of the calling thread."""
+
+    def __init__(self, work: Callable[[], _Result]) -> None:
+        self._work = work
+        self._results: list[_Result] = []
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._results.append(self._work())
+        except BaseException as error:  # told to who asks for the result
+            self._error = error
+
+    def wait(self) -> None:
+        """Until it is over, however it ends. May be repeated."""
+        self._thread.join()
+
+    def result(self) -> _Result:
+        """What it returned, or raises what it raised. May be repeated."""
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        return self._results[0]

@@ -1,0 +1,92 @@
+"""Which connections are what they were, told by the kernel itself: a census that is compared where it is taken.
+
+As :mod:`tcpstate.kernel.bpf.census`, whose records it is given; but nothing is written of a connection: of ten thousand
+there is nothing to be read, and a thread that waits for it needs the interpreter for a moment only.  In the same pass:
+does anybody sign (:mod:`tcpstate.kernel.bpf.signed`)?
+
+Source: as there.  BPF_F_MMAPABLE arrays since 5.5, batches of elements since 5.6.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+from tcpstate.errors import KernelFeatureMissing
+from tcpstate.kernel.bpf import call
+from tcpstate.kernel.bpf.asm import FRAME, Helper, Jump
+from tcpstate.kernel.bpf.btf import BadBtf
+from tcpstate.kernel.bpf.census import describe
+from tcpstate.kernel.bpf.layout import Layout, layout
+from tcpstate.kernel.bpf.tcpsock import iterator_program
+
+__all__ = ["Recount"]
+
+_WORD: Final = 8
+_PAGE: Final = 4096
+_KEY: Final = struct.Struct("=Q")
+#: the memory: whether anybody signs, then a byte for each connection
+_AT_SIGNS, _AT_SAME = 0, 8
+
+
+def _program(known: Layout, told: int, memory: int, most: int) -> bytes:
+    asm, size, _ = describe(known, "other")
+    keys = known.offset("tcp_sock", "md5sig_info")
+    asm.load(8, 1, 8, keys).jump_if(Jump.NOT_EQUAL, 1, 0, "signs")
+    asm.map(1, told).frame(2, -size).call(Helper.MAP_LOOKUP).jump_if(Jump.EQUAL, 0, 0, "out")
+    # a value is the place of the connection, and its record behind the cookie
+    for at in range(_WORD, size, _WORD):
+        asm.load(8, 1, 0, at).load(8, 2, FRAME, at - size).jump_if_register(Jump.NOT_EQUAL, 1, 2, "out")
+    asm.load(8, 1, 0, 0).jump_if(Jump.GREATER, 1, most - 1, "out").map_value(2, memory).add_register(2, 1)
+    asm.store_number(1, 2, _AT_SAME, 1).jump("out")
+    asm.label("other").mov(1, 7).call(Helper.SKC_TO_TCP_SOCK).jump_if(Jump.EQUAL, 0, 0, "out")
+    asm.load(8, 1, 0, keys).jump_if(Jump.EQUAL, 1, 0, "out")
+    asm.label("signs").map_value(2, memory).store_number(1, 2, _AT_SIGNS, 1)
+    return asm.label("out").exit(0).code()
+
+
+class Recount:
+    """Of connections by ``cookies``, whose ``records`` are as a census has them. KernelFeatureMissing. Close it."""
+
+    def __init__(self, cookies: Sequence[int], records: Sequence[bytes]) -> None:
+        known = layout()
+        self._count = count = len(cookies)
+        size = -(-(_AT_SAME + count) // _PAGE) * _PAGE
+        fds: list[int] = []
+        try:
+            _, length, _ = describe(known)
+            if any(len(record) != length - _WORD for record in records):
+                raise ValueError("records of another census")
+            told = call.create_map(call.MapType.HASH, _KEY.size, length, max(1, count), name="tcpmig_told")
+            fds.append(told)
+            memory = call.create_map(call.MapType.ARRAY, 4, size, 1, flags=call.MapFlag.MMAPABLE, name="tcpmig_same")
+            fds.append(memory)
+            self._memory = call.map_memory(memory, size)
+            values = [_KEY.pack(at) + record for at, record in enumerate(records)]
+            call.update_all(told, [_KEY.pack(cookie) for cookie in cookies], values)
+            known.save()
+            known.forget_btf()
+            self._link = iterator_program(_program(known, told, memory, size - _AT_SAME), known)
+        except (OSError, BadBtf) as error:
+            raise KernelFeatureMissing(
+                f"connections cannot be told from what they were: {error}",
+                object="bpf_iter_tcp",
+                fix="Run as root (CAP_BPF, CAP_PERFMON) on a kernel from 6.6 on with CONFIG_DEBUG_INFO_BTF.",
+            ) from None
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def take(self) -> tuple[bytes, bool]:
+        """A byte for each connection, in their order: 1 if it is what it was; whether any socket of the calling
+        thread's network namespace signs. OSError."""
+        self._memory[:] = bytes(len(self._memory))
+        call.iterate(self._link)
+        return self._memory[_AT_SAME : _AT_SAME + self._count], bool(self._memory[_AT_SIGNS])
+
+    def close(self) -> None:
+        """Give the program and its memory up."""
+        os.close(self._link)
+        self._memory.close()
