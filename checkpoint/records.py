@@ -271,10 +271,10 @@ def fits(told: LiveTree, tasks: Iterable[Task], layouts: Mapping[int, MemoryLayo
     return before.keys() == layouts.keys() and all(same_process(before[pid], layouts[pid]) for pid in before)
 
 
-def prepare() -> None:
-    """Work out beforehand how the records of an image are written and read, and how sleeps are: 12 ms that the stop
+def prepare(*, read: bool) -> None:
+    """Work out beforehand how the records of an image are written, and read, and how sleeps are: 12 ms that the stop
     would pay else."""
     restart_block.prepare()
     callwatch.prepare()
     image = (Manifest, TreeRecord, TreeFiles, MemoryLayout, MapsDelta, FilesDelta, End)
-    codec.prepare(*image, LiveTree, AheadFiles, ConnectionRecord, FrozenTree)
+    codec.prepare(*image, LiveTree, AheadFiles, ConnectionRecord, FrozenTree, unpacked=read)

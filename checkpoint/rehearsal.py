@@ -36,10 +36,13 @@ _log = logging.getLogger(__name__)
 _THREADS = 2
 
 
-def rehearse() -> None:
-    """Do it. It is no check: where it cannot be done, the real thing says so itself."""
+def rehearse(*, built: bool = True) -> None:
+    """Do it; ``built``: also what is only done where processes are put together. It is no check: where it cannot be
+    done, the real thing says so itself."""
     try:
-        _put_together(*_taken_apart())
+        image = _taken_apart()
+        if built:
+            _put_together(*image)
     except (TcpmigError, OSError) as error:
         _log.debug("no rehearsal with a process: %s", error)
 

@@ -24,6 +24,7 @@ from tcpstate import acceptqueue
 __all__ = [
     "ACCEPT_QUEUE",
     "AHEAD",
+    "CHECK_FOLLOWS",
     "FORWARD",
     "LAZY",
     "PROBE",
@@ -49,6 +50,8 @@ PROBE: Final = "probe"
 FORWARD: Final = "forward"
 #: the same, and the option of Check that has the migration's ID: pages can come after the processes have begun to run
 LAZY: Final = "lazy"
+#: of a source's Hello: it will send Check, and looks at its processes meanwhile
+CHECK_FOLLOWS: Final = "check-follows"
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _DEFAULT_STATE = "/var/lib/tcpmig"

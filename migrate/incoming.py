@@ -30,7 +30,7 @@ from migrate.hostfacts import LAZY
 from migrate.kept import KeptFrames
 from migrate.messages import Comparison, Difference, Lost, Needs
 from migrate.parts import Arrived
-from migrate.warm import warm
+from migrate.warm import arriving
 from tcpstate import codec, softstate
 from tcpstate.capture import Capture
 from tcpstate.connid import ConnId
@@ -68,6 +68,7 @@ class IncomingTrees:
         self._bringer: Bringer | None = None
         self._network: NewNetwork | None = None
         self._ended: Gate | None = None
+        self._ready = False
 
     # -- the image ------------------------------------------------------------------------------------------------
 
@@ -97,10 +98,16 @@ class IncomingTrees:
 
     # -- the steps ------------------------------------------------------------------------------------------------
 
+    def expect(self) -> None:
+        """What every migration needs is got ready."""
+        arriving()
+        self._ready = True
+
     def check(self, needs: Needs, options: dict[str, str]) -> list[Verdict]:
         """A verdict on this host, and on every PID and path."""
         found = self._expect_pages(options)
-        warm()
+        if not self._ready:
+            self.expect()
         self._connected = needs.connections > 0
         self._pairs = _pairs(needs)
         self._used = None if needs.anywhere else needs.used_addresses

@@ -43,7 +43,7 @@ from migrate.messages import Needs, TreeNeed
 from migrate.parts import NoteWriter
 from migrate.rounds import Pace, Round
 from migrate.unithook import HookUnit
-from migrate.warm import warm
+from migrate.warm import leaving
 from migrate.wire import ImageWriter
 from tcpstate import acceptqueue, codec
 from tcpstate.capture import Capture, unanswered
@@ -106,7 +106,6 @@ class OutgoingTrees:
 
     def needs(self) -> Needs:
         """What has to be true at the target; raises the first refusal."""
-        warm()
         self._dump.prepare()
         members = preflight.pids(self._roots)
         if not self._stay:
@@ -117,6 +116,7 @@ class OutgoingTrees:
             bound = {_bare(name[0]) for name in names}
             local, devices = group.local_addresses, group.devices
         connections = preflight.connections(members)
+        leaving(connections=bool(connections or names))
         peers = {_bare(one.connection.conn_id.peer) for one in connections if one.away}
         paired = {_bare(one.connection.conn_id.local) for one in connections if not one.away}
         foretold = foretell(members, self._policy)

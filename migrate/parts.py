@@ -39,7 +39,7 @@ class Outgoing(Protocol):
     :meth:`resume`, which the driver calls."""
 
     def meet(self, features: frozenset[str]) -> None:
-        """First of all: what the target's kernel can (:func:`migrate.hostfacts.features`)."""
+        """In step 1, once it is known: what the target's kernel can (:func:`migrate.hostfacts.features`)."""
 
     def needs(self) -> Needs:
         """Step 1: look at everything, stop nothing. Raises what has to be refused. ``addresses`` and ``macs`` are left
@@ -150,6 +150,10 @@ class Outgoing(Protocol):
 class Incoming(ImageSink, Protocol):
     """N process trees at the target. The image's bytes are put into it as they come (:class:`ImageSink`), and it builds
     what can be built. Nothing of it survives this program until :meth:`keep`."""
+
+    def expect(self) -> None:
+        """Before step 1, if the source has announced it: what takes time and needs no knowledge of the processes, while
+        the source looks at them."""
 
     def check(self, needs: Needs, options: dict[str, str]) -> list[Verdict]:
         """Step 1: a verdict on every PID, path and feature that is needed here. Nothing is built."""

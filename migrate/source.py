@@ -36,11 +36,9 @@ from migrate.errors import (
 from migrate.fileoptions import shared_and_apart
 from migrate.forecast import Forecast, foresee, line_rate
 from migrate.forwarding import SourceForward
-from migrate.hostfacts import LAZY, PROBE, host_facts, without
+from migrate.hostfacts import LAZY, PROBE, without
 from migrate.journal import AddressesLeave, End, Journal, Place, Role, Step, StepKind
 from migrate.messages import (
-    HIGHEST_VERSION,
-    LOWEST_VERSION,
     TOKEN_SIZE,
     Abort,
     Check,
@@ -50,6 +48,7 @@ from migrate.messages import (
     Hello,
     Keepalive,
     Message,
+    Needs,
     Prepare,
     Prepared,
     Running,
@@ -69,6 +68,7 @@ from migrate.summary import Checked, SourceOptions, Summary
 from migrate.takeover import AddressPlan, Departure, control_addresses
 from migrate.talk import SourceTalk
 from migrate.transport import Remote
+from migrate.warm import speaking
 from migrate.wire import ImageWriter
 from tcpstate import codec
 from tcpstate.errors import TcpmigError
@@ -154,10 +154,9 @@ class Source(SourceTalk):
 
     def _check(self, netlink: Netlink) -> tuple[Checked, AddressPlan]:
         with self._phase("check"):
-            hello = Hello(lowest=LOWEST_VERSION, highest=HIGHEST_VERSION, host=host_facts(), program="tcpmig migrate")
-            with contextlib.suppress(LinkLost):
-                # a remote shell that has ended already: the next line tells why
-                self._say(hello)
+            # who brings pages later is forked there before anything else is made
+            self._greet(follows=not self._options.may_leave)
+            looked = self._look()
             theirs = self._machine.receive(self._remote.first())
             self._there = Place.of(theirs.host) if isinstance(theirs, Hello) else None
             if isinstance(theirs, Hello):
@@ -165,7 +164,9 @@ class Source(SourceTalk):
                 if self._options.may_leave and LAZY not in self._offered:
                     raise refused(LazyImpossible("pages cannot come later there", object=self._remote.host))
                 self._outgoing.meet(self._offered)
-            needs = without(self._outgoing.needs(), self._options.cpu_unused)
+            if isinstance(looked, Exception):
+                raise looked
+            needs = without(looked, self._options.cpu_unused)
             control = control_addresses(netlink, self._remote.pid, self._remote.host)
             self._forwarding, addresses = plan_addresses(
                 netlink, self.migration, needs, control, self._remote.host, self._options, self._offered
@@ -192,6 +193,14 @@ class Source(SourceTalk):
                 " ".join(map(str, needs.addresses)) or "none",
             )
             return Checked(needs=needs, here=addresses.verdicts, there=answer.items), addresses
+
+    def _look(self) -> Needs | Exception:
+        """What the processes need, while the other side starts; or why they cannot be moved: first it is heard from."""
+        speaking()
+        try:
+            return self._outgoing.needs()
+        except Exception as error:
+            return error
 
     def _foresee(self, checked: Checked) -> Forecast | None:
         if PROBE not in self._offered:

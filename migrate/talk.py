@@ -11,7 +11,18 @@ from typing import TypeVar
 from migrate.clock import Offset, monotonic_ns
 from migrate.driving import remote_error
 from migrate.errors import LinkLost, ProtocolError, TargetAborted, TargetRefused, refused
-from migrate.messages import Abort, Keepalive, Measure, Measured, Message, Refused
+from migrate.hostfacts import CHECK_FOLLOWS, host_facts
+from migrate.messages import (
+    HIGHEST_VERSION,
+    LOWEST_VERSION,
+    Abort,
+    Hello,
+    Keepalive,
+    Measure,
+    Measured,
+    Message,
+    Refused,
+)
 from migrate.protocol import SourceMachine
 from migrate.summary import Checked
 from migrate.transport import Remote
@@ -32,6 +43,18 @@ class SourceTalk:
         self._phases: dict[str, float] = {}
         self._asked: Checked | None = None
         self._refused: Checked | None = None
+
+    def _greet(self, *, follows: bool) -> None:
+        """The first word; ``follows``: the target may get ready what Check will ask for."""
+        hello = Hello(
+            lowest=LOWEST_VERSION,
+            highest=HIGHEST_VERSION,
+            host=replace(host_facts(), features=frozenset((CHECK_FOLLOWS,) if follows else ())),
+            program="tcpmig migrate",
+        )
+        with contextlib.suppress(LinkLost):
+            # a remote shell that has ended already: the next line tells why
+            self._say(hello)
 
     def _measure(self, count: int) -> None:
         for number in range(count):

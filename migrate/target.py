@@ -30,7 +30,7 @@ from migrate.errors import (
 )
 from migrate.fileoptions import device_texts
 from migrate.forwarding import TargetForward
-from migrate.hostfacts import features, host_facts, judge_host
+from migrate.hostfacts import CHECK_FOLLOWS, features, host_facts, judge_host
 from migrate.journal import AddressesArrive, End, Journal, Role, Step, StepKind
 from migrate.messages import (
     HIGHEST_VERSION,
@@ -167,6 +167,8 @@ class Target:
         self._say(ours)
         # the machine has given up if they have none in common; this raises why
         agree(ours, theirs)
+        if CHECK_FOLLOWS in theirs.host.features:
+            self._incoming.expect()
 
     def _accept(self) -> Check | None:
         """Step 1; None if there was only a question to be answered. Raises the first refusal, after the source has been

@@ -1,4 +1,7 @@
-"""What the first use of anything costs, paid before the stop instead of in it."""
+"""What the first use of anything costs, paid before the stop instead of in it.
+
+Each end gets ready what it will do itself: the source reads no image, and a checkpoint speaks to nobody.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +9,50 @@ import gc
 
 from checkpoint import records, rehearsal
 from migrate.journal import JournalRecord
-from migrate.messages import Message
+from migrate.messages import Abort, Measured, Message, Prepared, Probed, Refused, Running, Started, Stuck, Verdicts
 from tcpstate import codec, slotted
 from tcpstate.kernel.bpf.layout import parsed_once
 from tcpstate.kernel.bpf.signed import nobody_signs
 from tcpstate.rehearsal import rehearse
 from tcpstate.segment import Segment
 
-__all__ = ["warm"]
+__all__ = ["arriving", "leaving", "speaking"]
 
 
-def warm() -> None:
-    """Get everything ready that both ends of a migration will use while the processes stand still."""
+def leaving(*, connections: bool) -> None:
+    """Where processes are stopped and captured.
+
+    connections  they have connections or listeners
+    """
+    _warm(connections=connections, built=False)
+    codec.prepare(JournalRecord, Segment, unpacked=False)
+    _settled()
+
+
+def speaking() -> None:
+    """The source of a migration, besides: its messages, and the target's answers."""
+    codec.prepare(Message, unpacked=False)
+    codec.prepare(Verdicts, Refused, Measured, Probed, Prepared, Started, Running, Stuck, Abort)
+
+
+def arriving() -> None:
+    """Where processes are built."""
+    _warm(connections=True, built=True)
+    codec.prepare(Message, JournalRecord, Segment)
+    _settled()
+
+
+def _warm(*, connections: bool, built: bool) -> None:
     with parsed_once():
-        rehearse()
-        nobody_signs()
-        records.prepare()
-        codec.prepare(Message, JournalRecord, Segment)
-        rehearsal.rehearse()
-        slotted.complete()
+        if connections:
+            rehearse()
+            nobody_signs()
+        records.prepare(read=built)
+        rehearsal.rehearse(built=built)
+
+
+def _settled() -> None:
+    slotted.complete()
     # What lives by now lives to the end: a collection in the stop need not look at it again.
     gc.collect()
     gc.freeze()

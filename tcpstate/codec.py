@@ -137,15 +137,17 @@ def unpack(cls: type[T], data: bytes | memoryview) -> T:
     return value
 
 
-def prepare(*classes: Any) -> None:
-    """Work out beforehand all that packing and unpacking values annotated with these takes."""
+def prepare(*classes: Any, unpacked: bool = True) -> None:
+    """Work out beforehand all that packing values annotated with these takes, and, if they are ``unpacked`` here, what
+    unpacking them takes: that is most of it."""
     todo, seen = list(classes), set[Any]()
     while todo:
         hint = todo.pop()
         if hint in seen or hint is Ellipsis:
             continue
         seen.add(hint)
-        _decoder(hint)
+        if unpacked:
+            _decoder(hint)
         todo += typing.get_args(hint)
         todo += _families.get(hint, {}).values()
         if isinstance(hint, type) and dataclasses.is_dataclass(hint) and hint not in _families:

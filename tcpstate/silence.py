@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import random
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -57,8 +58,10 @@ class Blackhole:
     def _add(self, channel: Netlink, family: int, note: Callable[[dict[int, int]], None] | None) -> None:
         try:
             # At random if it is written down: should we die before the rule is there, hardly anybody takes the same.
-            chosen = _RULE_PRIORITIES if note is None else random.sample(_NOTED_PRIORITIES, len(_NOTED_PRIORITIES))
-            for priority in chosen:
+            chosen, first = _RULE_PRIORITIES, 0
+            if note is not None:
+                chosen, first = _NOTED_PRIORITIES, random.randrange(len(_NOTED_PRIORITIES))
+            for priority in itertools.chain(chosen[first:], chosen[:first]):
                 if note is not None:
                     note({**self.priorities, family: priority})
                 if route.add_blackhole_rule(channel, family, MARK, priority):

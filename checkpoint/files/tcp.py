@@ -208,7 +208,7 @@ class TcpGroup:
         socks = self.established
         if self._options is None:
             self._options = options.save(socks)
-        self._keys = keys_of(socks, self._table.signing_keys)
+        self._keys = keys_of(socks, self._table.signing_keys) if socks else []
         for _ in range(_EARLY_ROUNDS):
             found = read_early(socks, self._early, _EARLY_GROWTH)
             for at, (early, data) in found.items():

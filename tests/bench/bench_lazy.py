@@ -68,9 +68,9 @@ NULL = subprocess.DEVNULL
 def imported() -> None:
     """Have what a first use costs behind us."""
     from migrate.rtnetlink import Netlink
-    from migrate.warm import warm
+    from migrate.warm import arriving
 
-    warm()
+    arriving()
     with Netlink():
         pass
 

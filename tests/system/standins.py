@@ -170,6 +170,9 @@ class FakeIncoming:
             self.world.reach("build")
         self.image += self.room[:count]
 
+    def expect(self) -> None:
+        self.world.events.append("expect")
+
     def check(self, needs: Needs, options: dict[str, str]) -> list[Verdict]:
         self.world.reach("check")
         assert options == {"map": "/a=/b"}
@@ -252,6 +255,7 @@ class Run:
         self.sent: Summary | BaseException | None = None
 
     def go(self) -> Run:
+        self.channel = Channel(self.theirs.fileno(), self.theirs.fileno(), silence=self.silence + 5.0, listens=False)
         thread = threading.Thread(target=self._target)
         thread.start()
         options = SourceOptions(
@@ -275,7 +279,6 @@ class Run:
         return self
 
     def _target(self) -> None:
-        self.channel = Channel(self.theirs.fileno(), self.theirs.fileno(), silence=self.silence + 5.0, listens=False)
         try:
             with self.inside():
                 self.received = Target(self.incoming, self.channel, state_directory=self.directory / "there").run()
