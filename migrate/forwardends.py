@@ -28,7 +28,7 @@ from migrate.rtnetlink import AddressFlag, Netlink
 from tcpstate.connid import ConnId
 from tcpstate.kernel.bpf import call, steer
 from tcpstate.kernel.bpf.steer import Role, Steering
-from tcpstate.kernel.route import device_towards, refusals
+from tcpstate.kernel.route import mtu_towards, refusals
 
 __all__ = [
     "PORT",
@@ -174,9 +174,7 @@ def _mtu(record: ForwardRecord) -> int:
 
 def _fits(record: ForwardRecord) -> int:
     """Bytes of the longest packet that goes the way in one piece."""
-    device = device_towards(record.far)
-    own = int(Path(f"/sys/class/net/{device}/mtu").read_text())
-    return max(_LEAST_MTU, own - _ADDED[ipaddress.ip_address(record.far).version])
+    return max(_LEAST_MTU, mtu_towards(record.far) - _ADDED[ipaddress.ip_address(record.far).version])
 
 
 def _delete_tunnel(netlink: Netlink, record: ForwardRecord) -> None:

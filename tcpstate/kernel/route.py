@@ -41,6 +41,7 @@ __all__ = [
     "iproute",
     "is_local",
     "local_addresses",
+    "mtu_towards",
     "refusals",
     "remove_blackhole_rule",
     "source_towards",
@@ -49,6 +50,9 @@ __all__ = [
 #: (source, port, destination, port) of packets that leave
 Flow = tuple[str, int, str, int]
 
+#: linux/in.h, linux/in6.h
+_IP_MTU, _IPV6_MTU = 14, 24
+_DISCARD = 9  # a port; nothing is sent
 _U32 = struct.Struct("=I")
 _RANGE = struct.Struct("=HH")  # struct fib_rule_port_range
 _NO_WAY = (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EINVAL, errno.EACCES)
@@ -112,6 +116,16 @@ def device_towards(address: str) -> str:
     """The interface through which packets to ``address`` leave, loopback for our own; nothing if there is no route."""
     route = _route_to(address)
     return "" if route is None else socket.if_indextoname(int.from_bytes(route[1][RouteAttribute.OIF], sys.byteorder))
+
+
+def mtu_towards(address: str) -> int:
+    """Bytes of the longest packet that goes to ``address`` in one piece, for all that the kernel knows: by the
+    interface, the route, and what routers have told. OSError if there is no route."""
+    family, _ = packed_address(address)
+    level, option = (socket.IPPROTO_IP, _IP_MTU) if family == socket.AF_INET else (socket.IPPROTO_IPV6, _IPV6_MTU)
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, _DISCARD))
+        return probe.getsockopt(level, option)
 
 
 def source_towards(address: str) -> str:

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from tcpstate.kernel.bpf import resize
+from tcpstate.kernel.route import mtu_towards
 from tcpstate.segment import Flag, OptionKind, Segment, build, checksum, intact, parse, split, timestamp_option
 from tests.kernel.tcp.test_tcp_forward_facts import FITS, PORT, Ends, carried, forwarded
 from tests.tscnet import ETH_P_ALL, PREFIX, SERVICE, Watcher, net, sh, until_local
@@ -215,6 +216,19 @@ def test_urgent_segments_are_not_cut_anew(ends, family):
     with offloads(ends.hosts.a, "eth0", False, CHECKSUMS, SEGMENTS), Wire(ends) as wire:
         send_merged(ends.hosts, family, segment, 1400)
         assert wire.until(4) == ([], 4)
+
+
+@FAMILIES
+def test_what_fits_the_way_is_asked_of_a_socket(hosts, family):
+    name, far = hosts.a.name, hosts.b.own(family)
+    with hosts.a:
+        assert mtu_towards(far) == 1500
+        # what routers have told is kept in the same place (dst_mtu)
+        sh(f"ip -n {name} route add {far} dev eth0 mtu 1400")
+        assert mtu_towards(far) == 1400
+        sh(f"ip -n {name} route del {far}")
+        with pytest.raises(OSError, match="unreachable"):
+            mtu_towards("192.0.2.1" if family == V4 else "2001:db8::1")
 
 
 @FAMILIES
