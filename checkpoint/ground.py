@@ -22,6 +22,7 @@ from checkpoint.image.format import PageRun
 from checkpoint.image.frames import Runs, Space
 from checkpoint.kernel.mman import Advice
 from checkpoint.memory import layout
+from checkpoint.memory.crew import Crew
 from checkpoint.memory.delta import delta, without
 from checkpoint.memory.layout import Descriptors, MemoryLayout
 from checkpoint.memory.pages import PageWriter
@@ -42,6 +43,8 @@ __all__ = ["Ground"]
 _HEAP_ROOM = 4 << 30
 #: seconds in which the numbers of processes that were ended are free again: zombies of theirs are reaped by init
 _REAPED = 2.0
+#: bytes of pages that are worth the way to another thread
+_MANY = 512 << 10
 #: calls in one table
 _AT_ONCE = 2048
 
@@ -74,6 +77,7 @@ class Ground:
         self._told: LiveTree | None = None
         self._layouts: dict[int, MemoryLayout] = {}
         self._writers: dict[int, PageWriter] = {}
+        self._crew = Crew()
 
     def apply(self, tree: LiveTree) -> None:
         """One round. BadLayout, PidTaken, FileMissing, ..."""
@@ -172,6 +176,7 @@ class Ground:
 
     def clear(self) -> None:
         """End the stubs."""
+        self._crew.close()
         while self._stubs:
             # leaves first: a process's end is only complete when its parent's is not
             self._stubs.popitem()[1].kill()
@@ -183,6 +188,7 @@ class Ground:
     def close(self) -> None:
         """Our descriptors, and the keeper of a user namespace; those whose processes live have been taken by the files
         by now."""
+        self._crew.close()
         users, self._users = self._users, None
         if users is not None:
             users.close()
@@ -237,9 +243,26 @@ class Ground:
             raise ImageIncomplete(f"pages of process {pid} came before its memory was laid out, or it has none")
         return writer
 
-    def write(self, run: PageRun) -> None:
-        """Pages of a round. BadLayout, MemoryUnwritable."""
-        self.writer(run.id).write(run)
+    def write(self, run: PageRun, done: Callable[[], None] | None = None) -> bool:
+        """Pages of a round; whether they are still being written, until ``done`` is called, by another thread: so many
+        are, if there is one to call. BadLayout, MemoryUnwritable, perhaps of an earlier run, or from :meth:`settle`."""
+        writer = self.writer(run.id)
+        if done is None or len(run.data) < _MANY:
+            writer.write(run)
+            return False
+
+        _ = self._stubs[run.id].mem_fd  # opened once, and here
+
+        def work() -> None:
+            writer.write(run)
+            done()
+
+        self._crew.do(work)
+        return True
+
+    def settle(self) -> None:
+        """Until all pages are written. BadLayout, MemoryUnwritable."""
+        self._crew.wait()
 
     def drop(self, runs: Runs) -> None:
         """Pages that are as in a fresh mapping again. BadLayout."""

@@ -307,7 +307,7 @@ class LiveCopy:
 
     def _read(self, ranges: Mapping[int, list[Range]]) -> Iterator[PageRun]:
         for pid, wanted in ranges.items():
-            yield from pages.read_live(self._processes[pid], pid, wanted)
+            yield from pages.read_live(self._processes[pid], pid, wanted, buffers=2)
 
     def written(self) -> dict[int, int]:
         """Bytes written since the last round, by process; of shared memory, all as the root's."""

@@ -142,10 +142,12 @@ class Restore:
 
     def apply(self, frame: Frame) -> None:
         """Take one frame in, and do what it allows. ImageError, ImageIncomplete, BadLayout, PidTaken, ..."""
+        if frame.kind != Kind.PAGES:
+            self._ground.settle()  # all else goes on from memory as it was told
         match frame.kind:
             case Kind.PAGES:
-                if self._write(frame.pages()):
-                    return  # the frame's buffer is in use until the connections are rebuilt
+                if self._write(frame.pages(), frame.release):
+                    return  # the frame's buffer is in use, a queue's until the connections are rebuilt
             case Kind.MANIFEST:
                 self.manifest = frame.decode(Manifest)
             case Kind.LIVE:
@@ -312,8 +314,8 @@ class Restore:
             if state is not None and named & {thread.tid for thread in state.threads[1:]}:
                 table.bear_threads(self.stubs[record.task.pid], state, self._warn)
 
-    def _write(self, run: PageRun) -> bool:
-        """Put the bytes where they belong; whether their memory is needed from now on."""
+    def _write(self, run: PageRun, done: Callable[[], None] | None = None) -> bool:
+        """Put the bytes where they belong; whether they are needed from now on, perhaps until ``done`` is called."""
         if run.space in (Space.RECEIVED, Space.SENT):
             return self._files_rebuilder.take_queue(run)
         if self._processes_complete:
@@ -322,9 +324,7 @@ class Restore:
             self._files_rebuilder.write_content(run.id, run.runs, run.data)
         elif run.space is Space.STAGED:
             self._staged.write(run)
-        else:
-            self._ground.write(run)
-        return False
+        return run.space is Space.MEMORY and self._ground.write(run, done)
 
     # -- the end --------------------------------------------------------------------------------------------------
 
@@ -335,11 +335,10 @@ class Restore:
         """
         if not self._complete:
             raise ImageIncomplete("the image has not come to its end")
-        rebuilder = self._files_rebuilder
         if not self._processes_complete:
             self._complete_processes()
-        rebuilder.complete(elapsed=elapsed)
-        return rebuilder.compare()
+        self._files_rebuilder.complete(elapsed=elapsed)
+        return self._files_rebuilder.compare()
 
     def _complete_processes(self) -> None:
         """Threads and state, registers last: their files are open, and all of their memory has come. What is still to

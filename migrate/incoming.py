@@ -8,7 +8,6 @@ import os
 import re
 import socket
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from checkpoint import hostcheck
 from checkpoint.errors import FileMissing, InterfaceMissing, LazyImpossible, PairWithoutAddress, PidTaken
@@ -54,8 +53,7 @@ class IncomingTrees:
 
     def __init__(self) -> None:
         self._restore = Restore(check=False)
-        self._executor = ThreadPoolExecutor(1)
-        self._reader = FrameReader(executor=self._executor, stream=True)
+        self._reader = FrameReader(stream=True)
         self._capture: Capture | None = None
         self._replayed = False
         #: the connections that replayed SYNs began, and these SYNs' sequence numbers
@@ -264,7 +262,6 @@ class IncomingTrees:
             self._bringer.close()
         if self._kept is not None:
             self._kept.close()
-        self._executor.shutdown()
         if self._network is not None:
             self._network.close()
 

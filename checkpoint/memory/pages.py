@@ -49,12 +49,13 @@ def read_runs(process: Process, pid: int, ranges: Iterable[tuple[int, int]], *, 
         yield PageRun(space=Space.MEMORY, id=pid, runs=runs, data=data)
 
 
-def read_live(process: Process, pid: int, ranges: Iterable[tuple[int, int]]) -> Iterator[PageRun]:
-    """As read_runs(), of a process that runs: pages that are gone meanwhile are left out. A run is valid until the next
-    one is asked for."""
-    space = aligned_buffer(DATA_MAX)
+def read_live(process: Process, pid: int, ranges: Iterable[tuple[int, int]], *, buffers: int = 1) -> Iterator[PageRun]:
+    """As read_runs(), of a process that runs: pages that are gone meanwhile are left out."""
+    spaces = [aligned_buffer(DATA_MAX) for _ in range(buffers)]
+    turn = 0
     for runs in chunks(ranges):
-        left = runs
+        left, space = runs, spaces[turn]
+        turn = (turn + 1) % buffers
         try:
             _fetch(process, runs, space[: sum(length for _, length in runs)])
         except MemoryUnreadable:
