@@ -124,6 +124,8 @@ def _copy(process: Process, runs: Sequence[tuple[int, int]], local: int, data: m
             done += length
             continue
         done += count
+        if done == len(data):
+            return
         while left and count >= left[0][1]:
             count -= left.pop(0)[1]
         if count:

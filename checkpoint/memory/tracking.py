@@ -25,6 +25,7 @@ Source: Documentation/admin-guide/mm/pagemap.rst, userfaultfd.rst; fs/proc/task_
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import errno
@@ -139,10 +140,11 @@ class Tracking:
         first = self._look(self._scan(start, end, anonymous, again, Category.WRITTEN))
         now = self._look(self._scan(start, end, anonymous, ScanFlag.CHECK_WPASYNC))
         told = list(intersection(self._told, [(start, end)]))
-        held = list(difference(now.held, first.blank))
-        full = joined([*first.full, *intersection(told, now.doubtful)])
-        empty = list(difference(told, joined([*held, *full])))
-        self._told = joined([*difference(self._told, empty), *full])
+        full = _both(first.full, intersection(told, now.doubtful))
+        empty = list(difference(difference(told, difference(now.held, first.blank)), full))
+        # mostly nothing is new, and there are thousands of ranges
+        if empty or any(difference(full, told)):
+            self._told = joined([*difference(self._told, empty), *full])
         return Found(full, empty)
 
     def written(self, start: int, end: int, *, anonymous: bool) -> Found:
@@ -171,21 +173,23 @@ class Tracking:
         wanted = joined(one for one in asked if one in whole)
         now = self._look(runs)
         told = list(intersection(self._told, wanted))
-        full = joined([*intersection(now.full, wanted), *intersection(told, now.doubtful)])
+        full = _both(intersection(now.full, wanted), intersection(told, now.doubtful))
         return Found(full, list(difference(told, now.held))), untracked
 
     def _look(self, runs: list[tuple[int, int, int]]) -> _Look:
-        look = _Look([], [], [], [])
+        sorts: collections.defaultdict[int, list[Range]] = collections.defaultdict(list)
         for first, last, sort in runs:
-            run = (first, last)
+            sorts[sort].append((first, last))
+        look = _Look([], [], [], [])
+        for sort, found in sorts.items():
             if not sort & _IS_THERE or sort & _IS_NOT_ITS_OWN:
-                look.blank.append(run)
+                look.blank.extend(found)
                 continue
-            look.held.append(run)
+            look.held.extend(found)
             if sort & _WAS_WRITTEN:
-                look.full.append(run)
+                look.full.extend(found)
             elif not sort & _IS_PRESENT:
-                look.doubtful.append(run)
+                look.doubtful.extend(found)
         return _Look(*map(joined, (look.full, look.held, look.doubtful, look.blank)))
 
     def _scan(
@@ -208,6 +212,12 @@ class Tracking:
             if error.errno != errno.EPERM:
                 raise
             raise Untracked from None
+
+
+def _both(ranges: Iterable[Range], more: Iterable[Range]) -> list[Range]:
+    """The union of ascending ``ranges`` with what there is mostly nothing of."""
+    found, others = list(ranges), list(more)
+    return joined([*found, *others]) if others else joined(found)
 
 
 def _spans(mappings: Sequence[Area], beside: Sequence[Range]) -> list[Area]:
