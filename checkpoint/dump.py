@@ -54,10 +54,10 @@ from checkpoint.inject import Injection
 from checkpoint.ipc import table as ipc
 from checkpoint.latermemory import leave
 from checkpoint.live import LiveCopy, Remaining
-from checkpoint.live import foresee as foresee_tracked
 from checkpoint.memory import layout, pages
 from checkpoint.memory.layout import MemoryLayout
-from checkpoint.memory.vma import Vma, foresee
+from checkpoint.memory.vma import Vma
+from checkpoint.memory.vmflags import foresee
 from checkpoint.namespaces.numbers import Numbers
 from checkpoint.namespaces.spaces import Spaces
 from checkpoint.records import FilesDelta, MapsDelta
@@ -141,7 +141,7 @@ class Dump:
         self._ipc.look(preflight.pids(self.roots))
         for pid in preflight.pids(self.roots):
             try:
-                # the flags of mappings take milliseconds per gigabyte: in the stop only changes are read
+                # on older kernels their flags take milliseconds per gigabyte, and only changes are read in the stop
                 self._foreseen[pid] = foresee(pid)
                 table.make_ready(pid)
             except (NoSuchProcess, FileNotFoundError, ProcessLookupError):
@@ -158,7 +158,7 @@ class Dump:
         if self._live is not None:
             for pid in self._live.pids:
                 with contextlib.suppress(NoSuchProcess):
-                    self._foreseen[pid] = foresee_tracked(pid)
+                    self._foreseen[pid] = foresee(pid, self._foreseen.get(pid), tracked=True)
 
     def tell_ahead(self, moved: Collection[str]) -> AheadFiles | None:
         """Idle connections, to be built before the stop; None if there are none, or this kernel cannot tell whether

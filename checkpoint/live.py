@@ -35,13 +35,12 @@ from checkpoint.image.format import PageRun
 from checkpoint.image.frames import Runs, Space
 from checkpoint.inject import Injection
 from checkpoint.kernel.userfaultfd import CREATE_FLAGS
-from checkpoint.memory import layout, pages, scan, softdirty, tracking
-from checkpoint.memory import vma as vmas
+from checkpoint.memory import layout, pages, scan, softdirty, tracking, vmflags
 from checkpoint.memory.delta import delta, without
-from checkpoint.memory.layout import TRACKING_FLAGS, MemoryLayout
 from checkpoint.memory.layout import Mapping as Mapped
+from checkpoint.memory.layout import MemoryLayout
 from checkpoint.memory.ranges import Range, difference, intersection, joined, total
-from checkpoint.memory.tracking import Tracking, Untracked
+from checkpoint.memory.tracking import LARGE, Tracking, Untracked
 from checkpoint.memory.vma import Vma
 from checkpoint.namespaces.numbers import Numbers
 from checkpoint.namespaces.spaces import Spaces
@@ -53,7 +52,7 @@ from tcpstate.kernel.calls import CallError, CallTable
 from tcpstate.kernel.machine import SYS
 from tcpstate.slotted import dataclass
 
-__all__ = ["LiveCopy", "Remaining", "Round", "foresee"]
+__all__ = ["LiveCopy", "Remaining", "Round"]
 
 _log = logging.getLogger(__name__)
 
@@ -111,14 +110,9 @@ class _Running(Process):
     @property
     def maps(self) -> list[Vma]:
         if self._maps is None:
-            self._maps = [v._replace(flags=v.flags - TRACKING_FLAGS) for v in vmas.read_smaps(self.pid)]
+            self.foreseen = vmflags.foresee(self.pid, self.foreseen, tracked=True)
+            self._maps = list(self.foreseen.values())
         return self._maps
-
-
-def foresee(pid: int) -> dict[bytes, Vma]:
-    """memory.vma.foresee() of a tracked process. NoSuchProcess."""
-    found = vmas.foresee(pid)
-    return {line: vma._replace(flags=vma.flags - TRACKING_FLAGS) for line, vma in found.items()}
 
 
 class LiveCopy:
@@ -289,7 +283,7 @@ class LiveCopy:
         found = _Pages()
         hopeless: list[Range] = []
         kept, fresh = _compare(told, now, files)
-        for mapping in kept:
+        for mapping in _worth_a_look(track, now, kept):
             try:
                 found.add(mapping, track.protect(mapping.start, mapping.end, anonymous=mapping.anonymous))
             except Untracked:
@@ -407,6 +401,23 @@ def _written(
     areas = [(mapping.start, mapping.end, mapping.anonymous) for mapping in mappings]
     others = difference(((m.start, m.end) for m in layout.mappings), [(start, end) for start, end, _ in areas])
     return track.written_in(areas, others)
+
+
+def _worth_a_look(
+    track: Tracking | softdirty.Tracking, layout: MemoryLayout, kept: Sequence[Mapped]
+) -> Iterator[Mapped]:
+    """Those of ``kept`` in which something may have been written, or given back: to look at a mapping and to protect it
+    takes two calls, and of the many small ones most were not touched. They are looked at together."""
+    small = [mapping for mapping in kept if mapping.end - mapping.start < LARGE]
+    seen, untracked = _written(track, layout, small)
+    changed = joined([*seen.full, *seen.empty, *untracked])
+    at = 0
+    for mapping in kept:
+        while at < len(changed) and changed[at][1] <= mapping.start:
+            at += 1
+        touched = at < len(changed) and changed[at][0] < mapping.end
+        if touched or mapping.end - mapping.start >= LARGE:
+            yield mapping
 
 
 def _private(mappings: Iterable[Mapped]) -> list[Mapped]:

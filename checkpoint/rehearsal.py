@@ -20,7 +20,7 @@ from checkpoint.image.frames import Frame, Kind
 from checkpoint.memory import layout, pages
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.memory.pages import PageWriter
-from checkpoint.memory.vma import foresee
+from checkpoint.memory.vmflags import foresee
 from checkpoint.records import ProcessRecord, TreeRecord
 from checkpoint.spawn import Stub, spawn_stub
 from checkpoint.state import table

@@ -36,6 +36,7 @@ from checkpoint.kernel import ptrace
 from checkpoint.kernel.callwatch import CallWatch
 from checkpoint.kernel.ptrace import Event, Option
 from checkpoint.kernel.rseq import abort_address
+from checkpoint.memory import vmflags
 from checkpoint.memory.vma import Vma, read_maps
 from checkpoint.procfs import Stat
 from checkpoint.refuse import refuse_process, refuse_root, refuse_traced
@@ -68,7 +69,7 @@ class Process:
     threads      leader first
     stat         /proc/PID/stat as of the stop
     stop_signal  the signal that holds it in a stop of its own (state T), 0 if none does
-    foreseen     what memory.vma.foresee() gave before the stop; ``maps`` takes it over
+    foreseen     what memory.vmflags.foresee() gave before the stop; ``maps`` goes on from it, and has flags then
     tracked      our own tracking of writes is on, and shows in the flags of its mappings
     watch        looks at its threads before they are stopped; None: nobody does
     """
@@ -150,7 +151,8 @@ class Process:
     def maps(self) -> list[Vma]:
         """Its mappings, read once; :meth:`forget_maps` when they have changed."""
         if self._maps is None:
-            self._maps = read_maps(self.pid, self.foreseen)
+            known = self.foreseen
+            self._maps = vmflags.mappings(self.pid, known, tracked=self.tracked) if known else read_maps(self.pid)
         return self._maps
 
     def forget_maps(self) -> None:

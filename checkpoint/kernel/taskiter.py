@@ -1,4 +1,5 @@
-"""BPF iterators over tasks, attached to one thread: what the kernel keeps of it, and no interface of its own tells.
+"""BPF iterators over tasks and their mappings, attached to one thread: what the kernel keeps, and no interface of its
+own tells, or only slowly.
 
 Nothing is changed.  Attaching to a single thread came with Linux 6.1.
 
@@ -15,20 +16,23 @@ from tcpstate.kernel.bpf import call
 from tcpstate.kernel.bpf.btf import Kind
 from tcpstate.kernel.bpf.layout import Layout
 
-__all__ = ["LINK_INFO", "META", "TASK", "load", "read"]
+__all__ = ["LINK_INFO", "MAPPINGS", "META", "TASK", "TASKS", "VMA", "load", "read"]
 
-#: members of struct bpf_iter__task, the program's context: pointers, laid out by the macro of include/linux/bpf.h
-META, TASK = 0, 8
+#: members of struct bpf_iter__task and bpf_iter__task_vma, the program's context: pointers, laid out by the macro of
+#: include/linux/bpf.h
+META, TASK, VMA = 0, 8, 16
+#: what is walked over: tasks, or the mappings of their memory
+TASKS, MAPPINGS = "bpf_iter_task", "bpf_iter_task_vma"
 LINK_INFO: Final = struct.Struct("=III4x")  # tid, pid, pid_fd
 
 
-def load(known: Layout, code: bytes, name: str) -> int:
+def load(known: Layout, code: bytes, name: str, over: str = TASKS) -> int:
     """A descriptor of the program. OSError, BadBtf."""
     return call.load(
         call.ProgramType.TRACING,
         code,
         attach=call.Attach.TRACE_ITER,
-        target=known.id(Kind.FUNCTION, "bpf_iter_task"),
+        target=known.id(Kind.FUNCTION, over),
         name=name,
         gpl=True,
     )

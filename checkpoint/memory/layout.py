@@ -32,7 +32,7 @@ from checkpoint.memory import aio, scan, segments, special, vdso, verdicts
 from checkpoint.memory.aio import Ring
 from checkpoint.memory.fields import MemoryFields
 from checkpoint.memory.huge import map_flags, page_shift
-from checkpoint.memory.vma import PAGE, SPECIAL_NAMES, VDSO, VSYSCALL, Vma, with_flags, without
+from checkpoint.memory.vma import PAGE, SPECIAL_NAMES, TRACKING_FLAGS, VDSO, VSYSCALL, Vma, with_flags, without
 from tcpstate.kernel.calls import CallError, CallTable, Result
 from tcpstate.kernel.machine import SYS
 from tcpstate.slotted import dataclass
@@ -72,8 +72,6 @@ _DROPPABLE_HAS = frozenset({"nr", "wf", "dd"})
 _ANY_PROT = int(Prot.READ | Prot.WRITE | Prot.EXEC)
 _ANON_NAMES = ("[anon:", "[anon_shmem:")
 _ANON_NAME_MAX = 80  # kernel: ANON_VMA_NAME_MAX_LEN, with the zero byte
-#: what our own tracking of writes adds to a mapping's flags
-TRACKING_FLAGS = frozenset({"uw"})
 #: the kernel keeps no more of the auxiliary vector (mm->saved_auxv)
 _AUXV_MAX = 1024
 
@@ -238,7 +236,7 @@ def capture(
     vmas = with_flags(process.pid, maps, known)
     if vmas is not maps:
         vmas = without([vma for vma in vmas if vma.name != VSYSCALL], ranges)
-    if process.tracked:
+    if process.tracked and any(not vma.flags.isdisjoint(TRACKING_FLAGS) for vma in vmas):
         vmas = [vma._replace(flags=vma.flags - TRACKING_FLAGS) for vma in vmas]
     for vma in vmas:
         verdicts.check(process.pid, vma)

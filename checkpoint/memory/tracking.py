@@ -44,7 +44,7 @@ from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
 from tcpstate.slotted import dataclass
 
-__all__ = ["Area", "Found", "Tracking", "Untracked", "available"]
+__all__ = ["LARGE", "Area", "Found", "Tracking", "Untracked", "available"]
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ _NOTHING_OF_ITS_OWN = Category.PFNZERO | Category.FILE | Category.GUARD
 _IS_THERE, _IS_NOT_ITS_OWN = int(_THERE), int(_NOTHING_OF_ITS_OWN)
 _IS_PRESENT, _WAS_WRITTEN, _TRACKED = int(Category.PRESENT), int(Category.WRITTEN), int(Category.WPALLOWED)
 #: bytes from which on an anonymous mapping is looked at by itself: whether pages are a file's is costly to ask
-_LARGE = 1 << 20
+LARGE = 1 << 20
 #: what the kernel answers for memory that is not there (any more), or not of a kind that can be tracked
 _NOT_TRACKABLE = (errno.EINVAL, errno.ENOMEM, errno.EBUSY, errno.ESRCH, errno.EPERM)
 
@@ -225,7 +225,7 @@ def _spans(mappings: Sequence[Area], beside: Sequence[Range]) -> list[Area]:
     found: list[Area] = []
     at = 0
     for start, end, anonymous in mappings:
-        alone = anonymous and end - start >= _LARGE
+        alone = anonymous and end - start >= LARGE
         if found and not alone and not found[-1][2]:
             last = found[-1][1]
             while at < len(beside) and beside[at][1] <= last:

@@ -1,8 +1,9 @@
 """Mappings as /proc tells them.
 
 ``maps`` is cheap; ``smaps`` adds the flags and the protection key, and walks every page for it: 11-20 ms per GB of
-small pages.  So smaps is read before a process is stopped, and in the stop :func:`read_maps` takes over what it told of
-every mapping whose line is still the same, which saves parsing as well.
+small pages.  Where the kernel lends us a quicker way (:mod:`checkpoint.memory.vmflags`), smaps is read once; where not,
+before a process is stopped, and in the stop :func:`read_maps` takes over what it told of every mapping whose line is
+still the same, which saves parsing as well.
 
 Source: Linux fs/proc/task_mmu.c (show_map_vma, show_smap_vma_flags), Documentation/filesystems/proc.rst.
 """
@@ -19,11 +20,13 @@ from checkpoint.errors import NoSuchProcess
 __all__ = [
     "PAGE",
     "SPECIAL_NAMES",
+    "TRACKING_FLAGS",
     "VDSO",
     "VSYSCALL",
     "Vma",
     "find_named",
     "foresee",
+    "lines",
     "parse_maps",
     "parse_smaps",
     "read_maps",
@@ -40,6 +43,9 @@ VDSO = "[vdso]"
 SPECIAL_NAMES = frozenset({VDSO, "[vvar]", "[vvar_vclock]"})
 #: shown in every process, and in none's memory
 VSYSCALL = "[vsyscall]"
+
+#: what our own tracking of writes adds to a mapping's flags
+TRACKING_FLAGS = frozenset({"uw"})
 
 _NO_FLAGS: frozenset[str] = frozenset()
 
@@ -143,16 +149,20 @@ def _read(pid: int, name: str) -> bytes:
         raise NoSuchProcess("the process does not exist, or has just ended", object=f"pid {pid}") from error
 
 
+def lines(pid: int) -> list[bytes]:
+    """The lines of maps. NoSuchProcess."""
+    return _read(pid, "maps").rstrip(b"\n").split(b"\n")
+
+
 def read_maps(pid: int, known: Mapping[bytes, Vma] | None = None) -> list[Vma]:
     """The mappings of a process. One consistent picture only while it is stopped. NoSuchProcess.
 
     known  what foresee() gave a moment ago: mappings that it tells of have flags, others have none
     """
-    text = _read(pid, "maps")
     if not known:
-        return parse_maps(text)
+        return parse_maps(_read(pid, "maps"))
     found: list[Vma] = []
-    for line in text.rstrip(b"\n").split(b"\n"):
+    for line in lines(pid):
         vma = known.get(line)
         if vma is None:
             found += parse_maps(line)

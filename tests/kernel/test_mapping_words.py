@@ -1,0 +1,80 @@
+"""The flags word of a mapping: a BPF iterator tells it, and smaps gives one set of names to one word."""
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from checkpoint.kernel import vmaiter
+from checkpoint.kernel.mman import Advice
+from checkpoint.memory import vma, vmflags
+from checkpoint.memory.vma import PAGE, VSYSCALL
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def place_of(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+@pytest.fixture
+def child() -> Iterator[int]:
+    """A process that stands still."""
+    with subprocess.Popen([sys.executable, "-IS", "-c", "input()"], stdin=subprocess.PIPE) as process:
+        while Path(f"/proc/{process.pid}/wchan").read_text() not in ("pipe_read", "anon_pipe_read"):
+            assert process.poll() is None
+        yield process.pid
+        process.kill()
+
+
+def test_there_is_a_word_for_each_mapping_but_the_vsyscall_page(child: int) -> None:
+    words = vmaiter.words(child)
+    assert words is not None
+    assert set(words) == {(v.start, v.end) for v in vma.read_maps(child) if v.name != VSYSCALL}
+
+
+def test_one_word_has_one_set_of_names(child: int) -> None:
+    words = vmaiter.words(child)
+    assert words is not None
+    names: dict[int, object] = {}
+    for each in vma.read_smaps(child):
+        if each.name != VSYSCALL:
+            told = each.flags, each.pkey
+            assert names.setdefault(words[each.start, each.end], told) == told
+
+
+def test_the_same_is_told_as_by_smaps(child: int) -> None:
+    assert vmflags.foresee(child) == vma.foresee(child)
+    # with nothing to learn any more, and going on from what was told
+    again = vmflags.foresee(child, vmflags.foresee(child))
+    assert again == vma.foresee(child)
+
+
+@pytest.mark.parametrize("advice", ["DONTDUMP", "WIPEONFORK", "NOHUGEPAGE"])
+def test_what_splits_no_mapping_is_noticed(advice: str) -> None:
+    """smaps that was read before does not know of it, and the line in maps is the same as before."""
+    with mmap.mmap(-1, 16 * PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        start = place_of(memory)
+        # with guards beside it, it is no neighbour's part
+        assert libc.mprotect(ctypes.c_void_p(start), PAGE, 0) == 0
+        assert libc.mprotect(ctypes.c_void_p(start + 15 * PAGE), PAGE, 0) == 0
+        before = vmflags.foresee(os.getpid())
+        number = int(getattr(Advice, advice))
+        assert libc.madvise(ctypes.c_void_p(start + PAGE), ctypes.c_size_t(14 * PAGE), number) == 0
+        (old,) = (v for v in before.values() if v.start == start + PAGE)
+        (now,) = (v for v in vmflags.mappings(os.getpid(), before) if v.start == start + PAGE)
+        (true,) = (v for v in vma.read_smaps(os.getpid()) if v.start == start + PAGE)
+        assert now.key == old.key
+        assert now == true
+        assert now.flags != old.flags
+
+
+def test_nothing_of_a_process_that_has_ended() -> None:
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    assert vmaiter.words(process.pid) == {}
