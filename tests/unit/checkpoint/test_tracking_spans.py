@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from checkpoint.memory.tracking import _LARGE, _spans
+from checkpoint.memory.tracking import LARGE, _spans
 
 PAGE = 4096
 
@@ -14,7 +14,7 @@ def test_neighbours_are_looked_at_together_also_across_a_hole() -> None:
 
 
 def test_large_anonymous_memory_is_looked_at_alone_and_without_its_files() -> None:
-    large = (PAGE, PAGE + _LARGE, True)
+    large = (PAGE, PAGE + LARGE, True)
     after = (large[1], large[1] + PAGE, False)
     assert _spans([(0, PAGE, False), large, after], []) == [(0, PAGE, False), large, after]
 
