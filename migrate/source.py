@@ -346,10 +346,9 @@ class Source(SourceTalk):
             rounds = self._outgoing.copy_live(image, there, lambda: self._measure(1))
             self._copy_rounds(rounds, pace)
             self._outgoing.copy_ahead(image, moved, there, lambda: self._measure(1))
-            if not pace.busy:
-                # what was written while connections were told would be copied in the stop
-                pace.go_on()
-                self._copy_rounds(rounds, pace)
+            # what was written while connections were told would be copied in the stop
+            pace.go_on()
+            self._copy_rounds(rounds, pace)
             self._copying = False
             return pace.rounds
 

@@ -34,6 +34,7 @@ import logging
 import mmap
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from checkpoint.kernel import pagemap, userfaultfd
 from checkpoint.kernel.pagemap import Category, ScanFlag
@@ -57,6 +58,8 @@ _IS_THERE, _IS_NOT_ITS_OWN = int(_THERE), int(_NOTHING_OF_ITS_OWN)
 _IS_PRESENT, _WAS_WRITTEN, _TRACKED = int(Category.PRESENT), int(Category.WRITTEN), int(Category.WPALLOWED)
 #: bytes from which on an anonymous mapping is looked at by itself: whether pages are a file's is costly to ask
 LARGE = 1 << 20
+#: bytes of which a scan takes milliseconds: worth a second thread
+_HUGE = 256 << 20
 #: what the kernel answers for memory that is not there (any more), or not of a kind that can be tracked
 _NOT_TRACKABLE = (errno.EINVAL, errno.ENOMEM, errno.EBUSY, errno.ESRCH, errno.EPERM)
 
@@ -101,6 +104,7 @@ class Tracking:
     def __init__(self, pid: int, uffd: int) -> None:
         self._uffd = uffd
         self._pagemap = -1
+        self._helper: ThreadPoolExecutor | None = None
         #: the pages that were told and hold something, as far as we know
         self._told: list[Range] = []
         try:
@@ -112,6 +116,8 @@ class Tracking:
 
     def close(self) -> None:
         """Stop tracking. May be repeated."""
+        if self._helper is not None:
+            self._helper.shutdown()
         for fd in (self._uffd, self._pagemap):
             if fd >= 0:
                 os.close(fd)
@@ -162,7 +168,10 @@ class Tracking:
         """
         runs: list[tuple[int, int, int]] = []
         for start, end, anonymous in _spans(mappings, list(beside)):
-            runs += self._scan(start, end, anonymous, ScanFlag(0), more=Category.WPALLOWED)
+            if end - start >= _HUGE and anonymous:
+                runs += self._scan_by_two(start, end)
+            else:
+                runs += self._scan(start, end, anonymous, ScanFlag(0), more=Category.WPALLOWED)
         # every page of what is tracked says so, also one that was never touched
         runs = [run for run in runs if run[2] & _TRACKED]
         tracked = joined((start, end) for start, end, _ in runs)
@@ -191,6 +200,23 @@ class Tracking:
             elif not sort & _IS_PRESENT:
                 look.doubtful.extend(found)
         return _Look(*map(joined, (look.full, look.held, look.doubtful, look.blank)))
+
+    def _scan_by_two(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """Anonymous memory, half of it by another thread: in the stop the other processors have nothing to do. Both
+        only read, under a lock that they share."""
+        middle = (start + end) // 2 // PAGE * PAGE
+        if self._helper is None:
+            self._helper = ThreadPoolExecutor(1, "scan")
+
+        def scan(first: int, last: int) -> list[tuple[int, int, int]]:
+            return self._scan(first, last, True, ScanFlag(0), more=Category.WPALLOWED)
+
+        later = self._helper.submit(scan, middle, end)
+        try:
+            return scan(start, middle) + later.result()
+        finally:
+            # not to be left at work on a descriptor that may be closed
+            later.cancel() or later.exception()
 
     def _scan(
         self,

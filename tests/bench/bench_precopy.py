@@ -6,8 +6,9 @@ room for is named).  The process writes
 pages at random, and counts in a loop in the time that it has left: ``slower`` is by how much less it counted per second
 while the command ran and it did not stand still, than before.  ``sent`` is bytes on the line over bytes of memory.
 What the stop consists of is named step by step: all threads stopped; what is left of memory copied, and the processes
-built; connections frozen and exported; rebuilt; committed; addresses, release and the first instruction.  The floor is
-memcpy of the same bytes in the same run.  Nothing is judged by the clock.
+built; connections frozen and exported; rebuilt; committed; addresses, release and the first instruction.  The floors
+are memcpy of the same bytes, and to write them into memory that is not there yet, in the same run.  Nothing is judged by
+the clock.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from tests.bench.floors import memcpy_rate
+from tests.bench.floors import memcpy_rate, new_memory_rate
 from tests.bench.results import Row, measured, spread
 from tests.hosts import ThreeHosts, three_hosts
 from tests.hosts.tcpmig import migrate
@@ -133,6 +134,7 @@ def moves(hosts: ThreeHosts, size: int, rate: int, options: Sequence[str]) -> Ro
         "slower": spread(slower),
         "rounds": max(rounds),
         "memcpy": memcpy_ms(size << 20),
+        "new": (size << 20) / new_memory_rate(size << 20) / 1e6,
     }
 
 
@@ -148,13 +150,13 @@ def measure(size: int, rate: int, *options: str) -> None:
     figures = f"{row['stop']['median']:8.1f} {row['stop']['max']:8.1f} {row['total']['median']:9.0f}"
     figures += f" {row['sent']['median']:6.2f} {100 * row['slower']['median']:8.0f} {row['rounds']:6d}"
     steps = "".join(f" {row['steps'][step]['median']:8.1f}" for step in STEPS)
-    print(f"{size:5d} {rate:5d} {how:16s} {figures} {row['memcpy']:9.1f} {steps}", flush=True)
+    print(f"{size:5d} {rate:5d} {how:16s} {figures} {row['memcpy']:9.1f} {row['new']:7.0f} {steps}", flush=True)
 
 
 def main() -> None:
     sizes = [int(text) for text in sys.argv[1:]] or SIZES
     steps = "".join(f" {step:>8s}" for step in STEPS)
-    print(f"  MiB  MB/s how              stop ms  max stop  total ms   sent slower % rounds memcpy ms {steps}")
+    print(f"  MiB  MB/s how              stop ms  max stop  total ms   sent slower % rounds memcpy ms  new ms {steps}")
     for size in sizes:
         if size > room():
             print(f"{size:5d} (not measured: there is room for {room()} MiB)", flush=True)

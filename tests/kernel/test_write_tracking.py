@@ -14,6 +14,7 @@ import pytest
 
 from checkpoint.kernel.pagemap import Category, scan
 from checkpoint.kernel.userfaultfd import CREATE_FLAGS
+from checkpoint.memory import tracking
 from checkpoint.memory.tracking import Tracking, Untracked, available
 from checkpoint.memory.vma import PAGE, read_smaps
 from tcpstate.kernel.batch import libc, syscall
@@ -56,8 +57,12 @@ class Memory:
         return found.full, found.empty
 
 
-@pytest.fixture
-def memory() -> Iterator[Memory]:
+@pytest.fixture(params=["by one", "by two"])
+def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
+    if request.param == "by two":
+        # as memory of a quarter of a gigabyte is looked at
+        monkeypatch.setattr(tracking, "LARGE", PAGE)
+        monkeypatch.setattr(tracking, "_HUGE", 2 * PAGE)
     made = Memory()
     yield made
     made.tracking.close()
