@@ -7,8 +7,8 @@ pages at random, and counts in a loop in the time that it has left: ``slower`` i
 while the command ran and it did not stand still, than before.  ``sent`` is bytes on the line over bytes of memory.
 What the stop consists of is named step by step: all threads stopped; what is left of memory copied, and the processes
 built; connections frozen and exported; rebuilt; committed; addresses, release and the first instruction.  The floors
-are memcpy of the same bytes, and to write them into memory that is not there yet, in the same run.  Nothing is judged by
-the clock.
+are memcpy of the same bytes, and writing them into memory that is not there yet, in the same run.  Nothing is judged
+by the clock.
 """
 
 from __future__ import annotations
