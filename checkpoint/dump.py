@@ -284,7 +284,7 @@ class Dump:
 
     def _capture(self, tree: Tree) -> None:
         self.numbers = Numbers([*self.pids, *(zombie.pid for zombie in tree.zombies)])
-        self._table = FileTable(policy=self._policy, ahead=self._ahead)
+        self._table = FileTable(policy=self._policy, ahead=self._ahead, stopped=True)
         self._table.evidence = self._evidence
         for process in tree.processes:
             process.foreseen = self._foreseen.get(process.pid, {})

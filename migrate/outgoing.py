@@ -253,7 +253,8 @@ class OutgoingTrees:
             image.write(self._writer.frame(kind, record))
             if isinstance(record, TreeFiles):
                 few = len(record.files) <= _FEW_FILES and len(self._dump.pids) <= _FEW_PROCESSES
-                # read there while we look for what was written
+            if kind in (Kind.TREE, Kind.FILES):
+                # read there while we pack the next one, and look for what was written
                 image.flush()
         image.flush()
         left = [one.bytes for one in self._dump.remaining.values()]

@@ -18,6 +18,7 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from checkpoint import procfs
+from checkpoint.beside import Beside
 from checkpoint.errors import FileCaptureFailed, LockTaken, SharedDescriptors, UnsupportedMapping
 from checkpoint.files import abi, locks
 from checkpoint.files.abi import CAPTURED_FLAGS, AccessMode, FileFlag, Kcmp
@@ -52,9 +53,12 @@ class FileTable:
     ``live``: the processes run; descriptors that vanish meanwhile are left out, and nothing is captured.
     ``policy``: what the user decided.
     ``ahead``: connections that were told before the stop, and are looked at from now on: they are the first entries.
+    ``stopped``: the processes stand still already: what takes long to ask is asked beside.
     """
 
-    def __init__(self, *, live: bool = False, policy: Policy = NO_POLICY, ahead: Ahead | None = None) -> None:
+    def __init__(
+        self, *, live: bool = False, policy: Policy = NO_POLICY, ahead: Ahead | None = None, stopped: bool = False
+    ) -> None:
         self.live = live
         self.ahead = ahead
         self.policy = policy
@@ -84,6 +88,8 @@ class FileTable:
         #: where the entries begin that were not told ahead
         self.first = 0 if ahead is None else ahead.count
         self._posix: dict[int, dict[tuple[int, int], tuple[int, tuple[PosixLock, ...]]]] = {}
+        # the kernel goes through all sockets of the host: milliseconds
+        self._keys = Beside(all_keys) if stopped and ahead is None else None
         if ahead is not None:
             ahead.look()
             self.entries += ahead.views
@@ -366,7 +372,9 @@ class FileTable:
     @functools.cached_property
     def signing_keys(self) -> dict[int, tuple[SigningKey, ...]]:
         """The TCP MD5 keys of this network namespace's sockets, by inode, as they were when first asked for."""
-        return {} if self.ahead is not None and self.ahead.nobody_signs else all_keys()
+        if self.ahead is not None and self.ahead.nobody_signs:
+            return {}
+        return all_keys() if self._keys is None else self._keys.result()
 
     def content(self, view: FdView, kind: ContentKind, name: str, huge: int = 0) -> int:
         """The index of the content of a file, recorded when it is first asked for."""
@@ -447,6 +455,8 @@ class FileTable:
 
     def close(self) -> None:
         """Give up all duplicates."""
+        if self._keys is not None:
+            self._keys.wait()
         segments = {view.stat.st_ino for view in self.entries if view.fd < 0 and kind_for(view) is SysvSegment}
         # the processes were captured to the end, and are gone: what only they had goes with them
         if segments and self.late and not any(map(procfs.lives, self._pidfds)):

@@ -80,7 +80,7 @@ class Stopwatch:
 def _ours(value: object) -> bool:
     return (
         isinstance(value, FunctionType)
-        and value.__module__.partition(".")[0] in ROOMS
+        and (value.__module__ or "").partition(".")[0] in ROOMS
         and not hasattr(value, "__wrapped__")
     )
 
