@@ -60,6 +60,8 @@ _log = logging.getLogger(__name__)
 _ATTEMPTS = 4
 #: how often mappings are read again that changed while they were read
 _LOOKS = 100
+#: rounds in which pages that were given back are looked for in large memory: the first, and then each of so many
+_FIRST, _AT_TIMES = 3, 4
 #: ranges in one PAGES_DROP frame
 _DROPS_AT_ONCE = 4096
 
@@ -283,9 +285,11 @@ class LiveCopy:
         found = _Pages()
         hopeless: list[Range] = []
         kept, fresh = _compare(told, now, files)
+        # what was given back is found in the stop, too: to look for it takes as long as for what was written
+        gone = self._rounds < _FIRST or self._rounds % _AT_TIMES == 0
         for mapping in _worth_a_look(track, now, kept):
             try:
-                found.add(mapping, track.protect(mapping.start, mapping.end, anonymous=mapping.anonymous))
+                found.add(mapping, track.protect(mapping.start, mapping.end, anonymous=mapping.anonymous, gone=gone))
             except Untracked:
                 found.stale.append((mapping.start, mapping.end))
                 fresh.append(mapping)

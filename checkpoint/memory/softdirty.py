@@ -62,7 +62,7 @@ class Tracking:
         self._due = joined([*self._due, *self._held(start, end)])
         return True
 
-    def protect(self, start: int, end: int, *, anonymous: bool) -> Found:
+    def protect(self, start: int, end: int, *, anonymous: bool, gone: bool = True) -> Found:
         """What was written in [start, end) until the last look and not told before."""
         asked = [(start, end)]
         due = list(intersection(self._due, asked))

@@ -136,17 +136,25 @@ class Tracking:
         self._told = list(difference(self._told, [(start, end)]))
         return True
 
-    def protect(self, start: int, end: int, *, anonymous: bool) -> Found:
+    def protect(self, start: int, end: int, *, anonymous: bool, gone: bool = True) -> Found:
         """What was written in [start, end) since the last time (the first time: all), protected again. Untracked.
 
         anonymous  no file is behind it
+        gone       look for pages that were given back with their page table, too, even if that takes milliseconds;
+                   what is not found now is found by the next look for it
         """
         again = ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC
         # what is told here as holding nothing has a marker now, and could not be told from what was swapped out
-        first = self._look(self._scan(start, end, anonymous, again, Category.WRITTEN))
-        now = self._look(self._scan(start, end, anonymous, ScanFlag.CHECK_WPASYNC))
+        first = self._look(self._scan_all(start, end, anonymous, again, Category.WRITTEN))
+        if not gone and end - start >= _HUGE:
+            empty = list(intersection(self._told, first.blank))
+            if empty or any(difference(first.full, self._told)):
+                self._told = joined([*difference(self._told, empty), *first.full])
+            return Found(first.full, empty)
+        now = self._look(self._scan_all(start, end, anonymous, ScanFlag.CHECK_WPASYNC))
         told = list(intersection(self._told, [(start, end)]))
-        full = _both(first.full, intersection(told, now.doubtful))
+        # the marks that were just made are not doubtful
+        full = _both(first.full, intersection(told, difference(now.doubtful, first.blank)))
         empty = list(difference(difference(told, difference(now.held, first.blank)), full))
         # mostly nothing is new, and there are thousands of ranges
         if empty or any(difference(full, told)):
@@ -168,10 +176,7 @@ class Tracking:
         """
         runs: list[tuple[int, int, int]] = []
         for start, end, anonymous in _spans(mappings, list(beside)):
-            if end - start >= _HUGE and anonymous:
-                runs += self._scan_by_two(start, end)
-            else:
-                runs += self._scan(start, end, anonymous, ScanFlag(0), more=Category.WPALLOWED)
+            runs += self._scan_all(start, end, anonymous, ScanFlag(0), more=Category.WPALLOWED)
         # every page of what is tracked says so, also one that was never touched
         runs = [run for run in runs if run[2] & _TRACKED]
         tracked = joined((start, end) for start, end, _ in runs)
@@ -201,19 +206,25 @@ class Tracking:
                 look.doubtful.extend(found)
         return _Look(*map(joined, (look.full, look.held, look.doubtful, look.blank)))
 
-    def _scan_by_two(self, start: int, end: int) -> list[tuple[int, int, int]]:
-        """Anonymous memory, half of it by another thread: in the stop the other processors have nothing to do. Both
-        only read, under a lock that they share."""
+    def _scan_all(
+        self,
+        start: int,
+        end: int,
+        anonymous: bool,
+        flags: ScanFlag,
+        all_of: Category = _NOTHING,
+        more: Category = _NOTHING,
+    ) -> list[tuple[int, int, int]]:
+        """As :meth:`_scan`; of large anonymous memory half by another thread: each takes the kernel's lock for
+        reading."""
+        if end - start < _HUGE or not anonymous:
+            return self._scan(start, end, anonymous, flags, all_of, more)
         middle = (start + end) // 2 // PAGE * PAGE
         if self._helper is None:
             self._helper = ThreadPoolExecutor(1, "scan")
-
-        def scan(first: int, last: int) -> list[tuple[int, int, int]]:
-            return self._scan(first, last, True, ScanFlag(0), more=Category.WPALLOWED)
-
-        later = self._helper.submit(scan, middle, end)
+        later = self._helper.submit(self._scan, middle, end, anonymous, flags, all_of, more)
         try:
-            return scan(start, middle) + later.result()
+            return self._scan(start, middle, anonymous, flags, all_of, more) + later.result()
         finally:
             # not to be left at work on a descriptor that may be closed
             later.cancel() or later.exception()

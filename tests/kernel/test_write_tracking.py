@@ -133,6 +133,48 @@ def test_memory_given_back_with_its_page_table_is_told_as_empty(tracked: Memory)
     libc.munmap(ctypes.c_void_p(start), ctypes.c_size_t(size))
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_memory_given_back_is_told_by_a_round_or_by_the_next_look_for_it(tracked: Memory, gone: bool) -> None:
+    """As large memory is looked at, in which one look of two is left out."""
+    tracked.write(7)
+    tracked.protect()
+    size = 8 << 20
+    start = libc.mmap(None, size, 3, PRIVATE | ANONYMOUS | 0x4000, -1, 0)
+    libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), 15)  # small pages
+    assert tracked.tracking.add(start, start + size)
+    first, middle = (start, start + PAGE), (start + (4 << 20)) & ~((2 << 20) - 1)
+    alone, beside = (middle, middle + PAGE), (middle + (2 << 20), middle + (2 << 20) + PAGE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tracking, "_HUGE", size)
+
+        def protect() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+            found = tracked.tracking.protect(start, start + size, anonymous=True, gone=gone)
+            return found.full, found.empty
+
+        def left() -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+            found = tracked.tracking.written(start, start + size, anonymous=True)
+            return found.full, found.empty
+
+        for page in (first, alone, beside):
+            ctypes.memset(page[0], 1, PAGE)
+        assert protect() == ([first, alone, beside], [])
+        assert protect() == ([], [])
+        # one page, of which the table stays: the kernel calls it written; and two with all around them
+        libc.madvise(ctypes.c_void_p(first[0]), ctypes.c_size_t(PAGE), DONTNEED)
+        libc.madvise(ctypes.c_void_p(middle), ctypes.c_size_t(4 << 20), DONTNEED)
+        told = protect()
+        assert told[0] == []
+        assert first in told[1]
+        assert left() == ([], sorted({alone, beside} - set(told[1])))
+        # what comes again is told again
+        ctypes.memset(alone[0], 2, PAGE)
+        ctypes.memset(first[0], 2, PAGE)
+        assert protect()[0] == [first, alone]
+        assert left()[0] == []
+        assert tracked.written() == ([], [])
+    libc.munmap(ctypes.c_void_p(start), ctypes.c_size_t(size))
+
+
 def test_memory_tracked_anew_is_told_whole(tracked: Memory) -> None:
     assert tracked.written()[0] == []
     assert tracked.tracking.add(tracked.start, tracked.end)
