@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 
 #: bytes that are brought for one page that is asked for: aligned, what is missing of them
 AROUND: Final = 64 << 10
+#: the same where nothing has to be waited for: to copy four times as much takes less than to be asked once more
+AROUND_AT_HAND: Final = 256 << 10
 #: bytes that are brought at a time when nobody asks
 _AHEAD: Final = 256 << 10
 #: milliseconds after a question in which the next one is waited for, rather than anything else done ..
@@ -251,11 +253,12 @@ class PageServer:
         if not space.missing.find(page, page + PAGE):
             space.clear(page)
             return
-        low = page & -AROUND
-        for piece in space.missing.find(low, low + AROUND):
+        around = AROUND_AT_HAND if self._source.immediate else AROUND
+        low = page & -around
+        for piece in space.missing.find(low, low + around):
             self._source.want(space.pid, piece.origin, piece.size, urgent=True)
         # what comes next is likely to be near
-        space.cursor = low + AROUND
+        space.cursor = low + around
         self._arrive()
 
     def _push(self) -> None:

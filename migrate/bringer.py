@@ -282,7 +282,7 @@ class _Duty:
         first = int(self._work.from_file)
         pairs = zip(self._descriptors[first::2], self._descriptors[first + 1 :: 2], strict=True)
         spaces = [
-            LazySpace(one.pid, fd, Missing(ranges), pagemap)
+            LazySpace(one.pid, fd, Missing(ranges), pagemap, cursor=_first(ranges))
             for one, ranges, (fd, pagemap) in zip(self._work.memories, self._missing, pairs, strict=True)
         ]
         if self._sealed and not self._guard:
@@ -460,6 +460,12 @@ def _readable(*descriptors: int, timeout: float | None = None) -> bool:
     for fd in descriptors:
         poll.register(fd, select.POLLIN)
     return bool(poll.poll(timeout))
+
+
+def _first(ranges: Sequence[Range]) -> int:
+    """Where to begin: behind the largest piece.  What every program soon touches (its stacks, the data of libraries, a
+    heap) is small; it comes while the tool makes the processes run, and of gigabytes nobody knows what is needed."""
+    return max(ranges, key=lambda one: one[1] - one[0])[1] if ranges else 0
 
 
 def _ranges(words: bytes) -> list[Range]:

@@ -176,8 +176,9 @@ def _verify_but_pages(whole: memoryview, executor: Executor | None) -> tuple[lis
     checks.settle(0)
     index = told[0].decode(FileIndex)
     numbers = {place: number for number, place in enumerate(words(index.offsets))}
-    records, lengths = words(index.records), words(index.data)
-    root, found, end = frames.root_state(), list[Frame](), PREAMBLE.size
+    records, lengths, digest = words(index.records), words(index.data), index.digest
+    align, digests, found, end = frames.ALIGNMENT, list[bytes](), list[Frame](), PREAMBLE.size
+    # thousands, before anything is built
     for place in offsets:
         if place != end:
             raise ImageDamaged("the index does not tell where the frames are", object=f"offset {place}")
@@ -185,14 +186,16 @@ def _verify_but_pages(whole: memoryview, executor: Executor | None) -> tuple[lis
         if number is None:
             one, its = _frame_at(whole, place)
             checks.add(one, its)
-            root.update(its.digest)
+            digests.append(its.digest)
             found.append(one)
             end = its.end
         else:
-            root.update(index.digest(number))
+            digests.append(digest(number))
             body = place + HEADER.size + records[number]
-            end = body + -body % frames.ALIGNMENT + lengths[number]
+            end = body + -body % align + lengths[number]
     checks.settle(0)
+    root = frames.root_state()
+    root.update(b"".join(digests))
     if end != last or numbers:
         raise ImageDamaged("the index does not tell where the frames are")
     return found, frames.check_end(frame, offsets, root.digest()), index

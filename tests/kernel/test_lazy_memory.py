@@ -25,7 +25,7 @@ from checkpoint.memory.lazy import LazySpace
 from checkpoint.memory.missing import Missing
 from checkpoint.memory.pagelog import PageLog
 from checkpoint.memory.vma import PAGE
-from checkpoint.pageserver import AROUND, PageServer, Sourced
+from checkpoint.pageserver import AROUND_AT_HAND, PageServer, Sourced
 from tcpstate.kernel.batch import libc, syscall
 from tcpstate.kernel.machine import SYS
 
@@ -152,7 +152,7 @@ def test_this_kernel_can() -> None:
 def test_pages_come_with_what_lies_around(tmp_path: Path) -> None:
     server = served(tmp_path, lambda owner: owner.right(0, 100, 255))
     missing = server.spaces[0].missing
-    assert 3 * PAGE < PAGES * PAGE - missing.bytes <= 3 * AROUND
+    assert 3 * PAGE < PAGES * PAGE - missing.bytes <= 3 * AROUND_AT_HAND < PAGES * PAGE
 
 
 def test_the_kernel_itself_waits_for_a_page(tmp_path: Path) -> None:
