@@ -150,8 +150,9 @@ def _read(pid: int, name: str) -> bytes:
 
 
 def lines(pid: int) -> list[bytes]:
-    """The lines of maps. NoSuchProcess."""
-    return _read(pid, "maps").rstrip(b"\n").split(b"\n")
+    """The lines of maps; none of a zombie. NoSuchProcess."""
+    text = _read(pid, "maps").rstrip(b"\n")
+    return text.split(b"\n") if text else []
 
 
 def read_maps(pid: int, known: Mapping[bytes, Vma] | None = None) -> list[Vma]:

@@ -55,6 +55,13 @@ def test_the_same_is_told_as_by_smaps(child: int) -> None:
     assert again == vma.foresee(child)
 
 
+def test_a_zombie_has_none() -> None:
+    with subprocess.Popen([sys.executable, "-IS", "-c", ""]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert vma.lines(process.pid) == []
+        assert vmflags.foresee(process.pid) == vma.foresee(process.pid) == {}
+
+
 @pytest.mark.parametrize("advice", ["DONTDUMP", "WIPEONFORK", "NOHUGEPAGE"])
 def test_what_splits_no_mapping_is_noticed(advice: str) -> None:
     """smaps that was read before does not know of it, and the line in maps is the same as before."""
