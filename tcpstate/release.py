@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 from array import array
-from collections.abc import Collection, Iterable, Sequence
-from itertools import compress
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final, Self
 
 from tcpstate import giving, softstate
@@ -15,6 +14,7 @@ from tcpstate.fin import put_own_fins, take_peer_fins
 from tcpstate.freeze import enter_repair, leave_repair, not_in_repair
 from tcpstate.kernel import bpf
 from tcpstate.kernel.columns import Column, Field, Reusable, Rows, numbers_of
+from tcpstate.kernel.lanes import Together
 from tcpstate.kernel.sockets import IP, IPV6, SO, Level
 from tcpstate.kernel.tcp import TCP, Repair, RepairQueue
 from tcpstate.opening import open_again
@@ -273,18 +273,27 @@ def _give_back(
 _LATER: Final = frozenset({"so.keepalive", "so.mark"})
 
 
-def _build_ready(rows: Rows) -> tuple[Column, Field, Field, Field]:
-    fd, mark, reuse_address, keepalive = rows.column(), rows.room(4), rows.room(4), rows.room(4)
+def _build_ready(rows: Rows) -> tuple[Column, Field]:
+    fd, reuse_address = rows.column(), rows.room(4)
     rows.setsockopt(fd, Level.SOCKET, SO.DETACH_FILTER, 0, ignore=True)
-    rows.setsockopt(fd, Level.SOCKET, SO.MARK, mark)
     rows.setsockopt(fd, Level.TCP, TCP.REPAIR, Repair.OFF_NO_PROBE, label="leaving repair mode")
     # leaving repair cleared it
     rows.setsockopt(fd, Level.SOCKET, SO.REUSEADDR, reuse_address)
-    rows.setsockopt(fd, Level.SOCKET, SO.KEEPALIVE, keepalive)
-    return fd, mark, reuse_address, keepalive
+    return fd, reuse_address
+
+
+def _build_number(option: SO) -> Callable[[Rows], tuple[Column, Field]]:
+    def build(rows: Rows) -> tuple[Column, Field]:
+        fd, value = rows.column(), rows.room(4)
+        rows.setsockopt(fd, Level.SOCKET, option, value)
+        return fd, value
+
+    return build
 
 
 _ready = Reusable(_build_ready)
+_marking = Reusable(_build_number(SO.MARK))
+_keeping = Reusable(_build_number(SO.KEEPALIVE))
 
 
 class Ready:
@@ -294,34 +303,40 @@ class Ready:
     def __init__(self, socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
         self._socks = socks
         self._records = records
-        if socks:
-            _give_back(socks, records, skip=_OWN_HANDS | _LATER, shared=True)
         # as the table of calls wants them: peers wait when it is filled
         self._fds = numbers_of(socks)
-        self._values = [
-            array("I", values)
-            for values in (
-                [number(r, "so.mark") for r in records],
-                [r.reuse_address for r in records],
-                [number(r, "so.keepalive") for r in records],
-            )
-        ]
+        self._reuse_address = array("I", [r.reuse_address for r in records])
+        self._keepalive = [at for at, r in enumerate(records) if number(r, "so.keepalive")]
+        if socks:
+            _give_back(socks, records, skip=_OWN_HANDS | _LATER, shared=True)
+            # In repair, behind its filter and without keepalive nothing makes it send.
+            self._set(_marking, self._fds, [number(r, "so.mark") for r in records], range(len(socks)))
 
-    def release(self, without: Collection[int] = ()) -> None:
-        """Let them live, but for those at these places. Their addresses are local. ConnectionCallFailed."""
-        here = [place not in without for place in range(len(self._socks))]
-        if not any(here):
-            return
-        records, socks, fds, values = self._records, self._socks, self._fds, self._values
-        if without:
-            records, socks = list(compress(records, here)), list(compress(socks, here))
-            fds, values = array("Q", compress(fds, here)), [array("I", compress(one, here)) for one in values]
-        rows, (fd, *fields) = _ready.of(len(socks))
+    def _set(
+        self, table: Reusable[tuple[Column, Field]], fds: array[int], values: Iterable[int], places: Sequence[int]
+    ) -> None:
+        """A table's calls for ``fds``, those at ``places``."""
+        rows, (fd, value) = table.of(len(fds))
         fd.set(fds)
-        for field, column in zip(fields, values, strict=True):
-            field.set(column)
-        with failures(socks, Names(records)):
+        value.set(values)
+        with failures(self._socks, Names([self._records[at] for at in places])):
             rows.run()
+
+    def release(self, without: Collection[int] = ()) -> Together:
+        """Let them live, but for those at these places: begun now, by another thread if they are many. Their addresses
+        are local. ConnectionCallFailed, when it is finished."""
+        places = [place for place in range(len(self._socks)) if place not in without]
+        fds, again = self._fds, self._reuse_address
+        if without:
+            fds, again = array("Q", [fds[at] for at in places]), array("I", [again[at] for at in places])
+        keep = {at for at in self._keepalive if at not in without}
+
+        def some(part: slice) -> None:
+            self._set(_ready, fds[part], again[part], places[part])
+            if keeping := [at for at in places[part] if at in keep] if keep else []:
+                self._set(_keeping, array("Q", [self._fds[at] for at in keeping]), [1] * len(keeping), keeping)
+
+        return Together(len(places), some)
 
 
 def retire(socks: Sequence[socket.socket]) -> None:

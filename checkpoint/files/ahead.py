@@ -26,7 +26,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import field
 from typing import Final
 
-from checkpoint.beside import Beside
 from checkpoint.errors import FileCaptureFailed
 from checkpoint.files.abi import CAPTURED_FLAGS, pidfd_getfd
 from checkpoint.files.aheadepoll import AheadEpolls, Watchable
@@ -39,9 +38,11 @@ from checkpoint.files.treefiles import AheadFiles, AheadPlace
 from checkpoint.kernel import filetable
 from checkpoint.kernel.difference import differing
 from checkpoint.kernel.filetable import Row
+from checkpoint.kernel.tablereader import TableReader
 from checkpoint.namespaces.numbers import Numbers
 from tcpstate.connid import ConnId
 from tcpstate.errors import KernelFeatureMissing, TcpmigError
+from tcpstate.kernel.beside import Beside
 from tcpstate.kernel.bpf.census import census
 from tcpstate.kernel.bpf.gate import Gate
 from tcpstate.kernel.bpf.recount import Recount
@@ -56,6 +57,10 @@ __all__ = ["Ahead", "AheadView", "lasts", "tell"]
 
 _log = logging.getLogger(__name__)
 
+#: how often they are read that something has happened to meanwhile
+_LOOKS: Final = 4
+#: descriptors that a process may have besides those of connections
+_MORE: Final = 4096
 #: connections whose descriptors we have at a time: what their owners close meanwhile ends when we give it up
 _PORTION: Final = 256
 #: seconds for which probes must go unanswered before they end a connection, so that a doubt can be settled
@@ -132,6 +137,7 @@ class Ahead:
         self._moved = frozenset(moved)
         self._gate: Gate | None = None
         self._recount: Recount | None = None
+        self._tables: TableReader | None = None
         self._look: Beside[tuple[bytes, bool]] | None = None
         self._found: list[_Found] = []
         self._members: dict[int, _Member] = {}
@@ -159,11 +165,18 @@ class Ahead:
         # The rows second: by the first every socket has a cookie.
         chosen = self._choose(pids, before)
         with FileTable(live=True) as table:
-            for pid, places in chosen.items():
-                for at in range(0, len(places), _PORTION):
-                    self._found += _read(table, pid, places[at : at + _PORTION], before)
-        after = counts.take()
-        self._found = [one for one in self._found if self._fits(one, after, local)]
+            for _ in range(_LOOKS):
+                found: list[_Found] = []
+                for pid, places in chosen.items():
+                    for at in range(0, len(places), _PORTION):
+                        found += _read(table, pid, places[at : at + _PORTION], before)
+                after = counts.take()
+                self._found += [one for one in found if self._fits(one, after, local)]
+                # What was busy meanwhile may rest for a shorter while, as they are few: if it is changed in the stop,
+                # it has its descriptor and is watched, and only the connection is told again.
+                busy = {cookie for cookie, was in before.items() if after.get(cookie, was) != was}
+                chosen = {pid: [one for one in places if one[1].cookie in busy] for pid, places in chosen.items()}
+                before = after
         self.views += [one.view for one in self._found]
         for index, one in enumerate(self._found):
             self._by_conn[one.standing.record.conn_id] = index
@@ -173,6 +186,7 @@ class Ahead:
         if self._found:
             self._gate = Gate(one.standing.record.conn_id for one in self._found)
             standing = [one.standing for one in self._found]
+            self._tables = TableReader(2 * len(self._found) + _MORE)
             self._recount = Recount([one.cookie for one in standing], [one.census for one in standing])
         self.files += map(_file, self._found)
         self.ports |= {conn.local_port for conn in self._by_conn}
@@ -221,12 +235,15 @@ class Ahead:
     @property
     def gone(self) -> list[int]:
         """Indexes of those that the target is to forget: their descriptors lead elsewhere by now."""
+        if len(self.here) == len(self._found):
+            return []
         return sorted(set(range(len(self._found))) - self.here)
 
     def standing(self, pid: int) -> tuple[dict[int, tuple[int, bool]], dict[int, int], list[int]]:
         """Of a process that stands still: the descriptors that are what was told, as its table has them; which of the
         connections these are, by inode; the numbers of all other descriptors. OSError."""
-        member, now = self._members.get(pid, _Member()), filetable.table(pid)
+        member = self._members.get(pid, _Member())
+        now = filetable.table(pid) if self._tables is None else self._tables.read(pid)
         gone, fresh = differing(member.rows, now, filetable.SIZE, filetable.number_of)
         table, inodes = member.table.copy(), member.inodes.copy()
         self.here |= member.indexes
@@ -298,11 +315,10 @@ class Ahead:
         look, self._look = self._look, None
         if look is not None:
             look.wait()
-        gate, recount, self._gate, self._recount = self._gate, self._recount, None, None
-        if gate is not None:
-            gate.close()
-        if recount is not None:
-            recount.close()
+        for one in (self._gate, self._recount, self._tables):
+            if one is not None:
+                one.close()
+        self._gate = self._recount = self._tables = None
 
 
 def lasts(record: ConnectionRecord) -> bool:

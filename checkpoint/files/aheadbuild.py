@@ -28,6 +28,7 @@ from checkpoint.files.told import Told
 from checkpoint.files.treefiles import AheadFiles, TreeFiles
 from tcpstate import rebuild
 from tcpstate.discard import discard_connections
+from tcpstate.kernel.lanes import Together
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.options import take_back
 from tcpstate.rebuild import Difference, rebuild_connections
@@ -175,9 +176,9 @@ class BuiltAhead:
         out = self._gone | set(self._changed)
         return [(str(self._records[at].conn_id), one) for at, one in self._differences if at not in out]
 
-    def release(self) -> None:
-        """They live: their addresses are local. ConnectionCallFailed."""
-        self._ready.release(self._gone | set(self._changed))
+    def release(self) -> Together:
+        """They live: their addresses are local. Begun now; ConnectionCallFailed when it is finished."""
+        return self._ready.release(self._gone | set(self._changed))
 
     def connections_for(self, segments: Iterable[Segment]) -> list[tuple[socket.socket, ConnectionRecord]]:
         """Those that stand as they were told, and some of the segments are for."""

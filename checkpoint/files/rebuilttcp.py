@@ -115,9 +115,13 @@ class RebuiltTcp:
     def release(self) -> None:
         """Let them live. The blackhole stays until :meth:`close`: nothing carries its mark any more, and removing it
         takes milliseconds."""
-        release_connections(self._socks, self._records, tell=False, connect=False)
-        if self._ahead is not None:
-            self._ahead.release()
+        # the thousands that were built ahead are begun beside the others
+        ahead = None if self._ahead is None else self._ahead.release()
+        try:
+            release_connections(self._socks, self._records, tell=False, connect=False)
+        finally:
+            if ahead is not None:
+                ahead.finish()
         if self._held:
             thaw([sock for sock, _ in self._held], [state for _, state in self._held])
         for sock in self._stand_ins:

@@ -18,7 +18,6 @@ import stat
 from typing import TYPE_CHECKING, Final
 
 from checkpoint import procfs
-from checkpoint.beside import Beside
 from checkpoint.errors import FileCaptureFailed, LockTaken, SharedDescriptors, UnsupportedMapping
 from checkpoint.files import abi, locks
 from checkpoint.files.abi import CAPTURED_FLAGS, AccessMode, FileFlag, Kcmp
@@ -36,6 +35,7 @@ from checkpoint.files.treefiles import LastMapped, LocksOfFile, Mapping, Owner, 
 from checkpoint.files.unixdiag import UnixSocket, unix_sockets
 from checkpoint.kernel.kcmp import KcmpType, Known
 from tcpstate.errors import KernelFeatureMissing
+from tcpstate.kernel.beside import Beside
 from tcpstate.md5keys import SigningKey, all_keys
 
 if TYPE_CHECKING:
@@ -384,7 +384,7 @@ class FileTable:
 
     def records(self) -> TreeFiles:
         """Every entry captured (those added since, if it is called again). Entries that come to light meanwhile (in
-        flight in messages) are captured as well."""
+        flight in messages) are captured as well. The tables are without the descriptors that were told ahead."""
         index = len(self._files)
         while index < len(self.entries):
             view = self.entries[index]
@@ -394,7 +394,10 @@ class FileTable:
                 raise FileCaptureFailed(f"{view.link}: {error}", object=view.object) from error
             index += 1
         return TreeFiles(
-            files=list(self._files), contents=list(self.contents.records), tables=self.tables, locks=self._posix_locks()
+            files=list(self._files),
+            contents=list(self.contents.records),
+            tables=self.tables if self.ahead is None else self._told_now,
+            locks=self._posix_locks(),
         )
 
     def untold(self, files: TreeFiles, staged: dict[int, int]) -> TreeFiles:
@@ -404,7 +407,6 @@ class FileTable:
         return dataclasses.replace(
             files,
             files=files.files[self.first :],
-            tables=self._told_now,
             ahead=self.first,
             gone=tuple(self.ahead.gone),
             staged=staged,

@@ -13,7 +13,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
-__all__ = ["PORTION", "WIDE", "both", "in_portions", "processors"]
+from tcpstate.kernel.beside import Beside
+
+__all__ = ["PORTION", "WIDE", "Together", "both", "in_portions", "processors"]
 
 T = TypeVar("T")
 
@@ -45,6 +47,36 @@ def both(run: Callable[[int], None]) -> None:
     finally:
         if other.ident is not None:
             other.join()
+
+
+class Together:
+    """Portions of ``count`` things, which another thread begins to ``work`` on now, if they are many; the caller joins
+    it when there is nothing else to do."""
+
+    def __init__(self, count: int, work: Callable[[slice], None]) -> None:
+        self._count, self._work = count, work
+        # an iterator over a range hands each number to one thread only
+        self._starts = iter(range(0, count, PORTION))
+        self._failed: dict[int, BaseException] = {}
+        self._other = None if count < WIDE or processors() < 2 else Beside(self._run)
+
+    def _run(self) -> None:
+        for start in self._starts:
+            if self._failed:
+                return
+            try:
+                self._work(slice(start, min(self._count, start + PORTION)))
+            except BaseException as error:
+                self._failed[start] = error
+
+    def finish(self) -> None:
+        """Until all is done. What is raised is the failure of the first portion, in their order, that failed; none is
+        begun after one has."""
+        self._run()
+        if self._other is not None:
+            self._other.wait()
+        if self._failed:
+            raise self._failed[min(self._failed)]
 
 
 def in_portions(count: int, work: Callable[[slice], Sequence[T]]) -> list[T]:

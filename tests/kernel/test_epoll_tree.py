@@ -1,11 +1,14 @@
-"""An epoll instance read by BPF: what its fdinfo says, and the very files that it watches."""
+"""Epoll instances and tables of descriptors read in one go: what fdinfo and the iterator over files say."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import random
 import select
+import signal
+import socket
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +17,8 @@ from checkpoint.files.base import parse_info, read_info
 from checkpoint.files.epoll import entry_of
 from checkpoint.kernel import epolltree, filetable
 from checkpoint.kernel.epolltree import Reader
+from checkpoint.kernel.tablereader import TableReader
+from tcpstate.kernel.sockets import SO
 
 ROOM = 300
 
@@ -76,6 +81,46 @@ def test_the_address_of_a_watched_file_is_that_of_the_descriptor_that_leads_to_i
     assert one.file == files[twin] != files[event]
     for fd in (event, twin, other):
         os.close(fd)
+
+
+def _many_descriptors() -> None:
+    socks = [socket.socket() for _ in range(150)]
+    for sock in socks[::2]:
+        sock.getsockopt(socket.SOL_SOCKET, SO.COOKIE, 8)
+        os.set_inheritable(sock.fileno(), True)
+    for sock in socks[::3]:
+        sock.close()
+    socks[1].setblocking(False)
+    fcntl.fcntl(socks[2].fileno(), fcntl.F_SETOWN, os.getpid())
+    fcntl.flock(socks[4], fcntl.LOCK_EX)
+    with select.epoll() as epoll:
+        os.dup2(epoll.fileno(), 900)
+    for sock in socks[1::3] + socks[2::3]:
+        sock.detach()
+
+
+def test_a_table_that_is_read_in_one_go_is_what_the_iterator_says() -> None:
+    """Sockets with and without a cookie, files, an epoll instance, a lock, an owner, gaps; of a process that rests,
+    and of one with more descriptors than there is room for."""
+    ready, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            _many_descriptors()
+            os.write(told, b"!")
+            signal.pause()
+        os._exit(1)
+    os.close(told)
+    assert os.read(ready, 1) == b"!"
+    with TableReader(150) as reader, TableReader(20) as small:
+        wanted = filetable.table(child)
+        assert len(wanted) > 90 * filetable.SIZE
+        assert reader.read(child) == wanted
+        assert small.read(child) == wanted
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert reader.read(child) == b""
+    os.close(ready)
 
 
 def test_what_has_no_room_is_not_told(reader: Reader) -> None:

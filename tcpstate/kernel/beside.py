@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import _thread
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -12,24 +12,36 @@ _Result = TypeVar("_Result")
 
 
 class Beside(Generic[_Result]):
-    """``work``, begun now, in the namespaces of the calling thread."""
+    """``work``, begun now, in the namespaces of the calling thread.
+
+    Not a :class:`threading.Thread`: whoever starts such a one waits until it runs, and if it takes our processor, until
+    the kernel lets go of that: milliseconds.
+    """
 
     def __init__(self, work: Callable[[], _Result]) -> None:
         self._work = work
         self._results: list[_Result] = []
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._over = _thread.allocate_lock()
+        self._over.acquire()
+        try:
+            _thread.start_new_thread(self._run, ())
+        except RuntimeError:
+            # no room for a thread (pids.max of a cgroup): now, then
+            self._run()
 
     def _run(self) -> None:
         try:
             self._results.append(self._work())
         except BaseException as error:  # told to who asks for the result
             self._error = error
+        finally:
+            self._over.release()
 
     def wait(self) -> None:
         """Until it is over, however it ends. May be repeated."""
-        self._thread.join()
+        with self._over:
+            pass
 
     def result(self) -> _Result:
         """What it returned, or raises what it raised. May be repeated."""
