@@ -128,7 +128,8 @@ def test_the_target_has_the_same_bytes_and_holes(changes: list[tuple[str, int, i
 
 def test_only_what_was_written_is_sent_again() -> None:
     with moving() as (fd, rounds, staged, made):
-        os.pwrite(fd, os.urandom(LEAST), 0)
+        # without those that are written below: nothing would have changed
+        os.pwrite(fd, os.urandom(LEAST).replace(b"x", b"-").replace(b"y", b"-"), 0)
         rounds.see(table := table_of(fd))
         table.close()
         assert send(rounds, staged) == LEAST
