@@ -5,11 +5,10 @@ and more to read them.  Here a program goes through the tree of entries (struct 
 each.  Two rows that are equal, of two readings: the same file, as long as that stays open, watched under the same
 number for the same events with the same data.
 
-Nothing is locked: whoever can change the instance must stand still.  What is read of one that changes meanwhile is
-anything at all, and harms nobody.
+Nothing is locked (:mod:`checkpoint.kernel.taskmemory`): whoever can change the instance must stand still.
 
 Source: fs/eventpoll.c (struct eventpoll, epitem; ep_show_fdinfo; files and numbers order the tree, ep_cmp_ffd),
-lib/rbtree.c; may_goto: kernel/bpf/verifier.c, Linux 6.9.
+lib/rbtree.c.
 """
 
 from __future__ import annotations
@@ -18,15 +17,13 @@ import os
 import select
 import struct
 from collections.abc import Iterator
-from typing import Final, NamedTuple, Self
+from typing import Final, NamedTuple
 
-from checkpoint.kernel import taskiter
 from checkpoint.kernel.taskiter import TASK
-from tcpstate.errors import KernelFeatureMissing
-from tcpstate.kernel.bpf import call
-from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
+from checkpoint.kernel.taskmemory import TaskMemory, read_word
+from tcpstate.kernel.bpf.asm import Asm, Helper, Jump
 from tcpstate.kernel.bpf.btf import BadBtf
-from tcpstate.kernel.bpf.layout import Layout, layout
+from tcpstate.kernel.bpf.layout import Layout
 
 __all__ = ["SIZE", "Reader", "Watched", "key_of", "pack", "pairs", "rows"]
 
@@ -42,9 +39,6 @@ _DEEPEST: Final = 64
 _HEADER: Final = _AT_WAY + 8 * _DEEPEST
 _ANSWER: Final = struct.Struct("=II")
 _CALLS: Final = struct.Struct("=Q")
-_PAGE: Final = 4096
-#: the frame: a word that was read
-_WORD: Final = -8
 
 
 class Watched(NamedTuple):
@@ -62,14 +56,10 @@ class Watched(NamedTuple):
     data: int
 
 
-def _read_word(asm: Asm, base: int, offset: int) -> None:
-    """Register 1 = the word at the address in ``base`` plus ``offset``."""
-    asm.mov(3, base).add(3, offset).frame(1, _WORD).set(2, 8).call(Helper.PROBE_READ_KERNEL)
-    asm.load(8, 1, FRAME, _WORD)
-
-
 def _program(known: Layout, memory: int, most: int) -> bytes:
     """Register 9 is the map's memory throughout; whatever lasts from one step to the next lies there."""
+    if known.place("epitem", "ffd").size != _FILE_PART or known.place("epitem", "event").size != _EVENT_PART:
+        raise BadBtf("an entry of an epoll instance is another")
     left = known.offset("rb_node", "rb_left")
     right = known.offset("rb_node", "rb_right")
     node = known.offset("epitem", "rbn")
@@ -79,20 +69,20 @@ def _program(known: Layout, memory: int, most: int) -> bytes:
     asm.load(4, 2, 9, _AT_FD).load(4, 3, 1, known.offset("fdtable", "max_fds"))
     asm.jump_if_register(Jump.GREATER, 3, 2, "open").jump("out")
     asm.label("open").load(8, 6, 1, known.offset("fdtable", "fd")).shift_left(2, 3).add_register(6, 2)
-    _read_word(asm, 6, 0)
+    read_word(asm, 6, 0)
     asm.jump_if(Jump.EQUAL, 1, 0, "out").mov(6, 1)
-    _read_word(asm, 6, known.offset("file", "f_op"))
+    read_word(asm, 6, known.offset("file", "f_op"))
     asm.store(8, 9, _AT_CALLS, 1)
-    _read_word(asm, 6, known.offset("file", "private_data"))
+    read_word(asm, 6, known.offset("file", "private_data"))
     asm.jump_if(Jump.EQUAL, 1, 0, "out").mov(6, 1)
-    _read_word(asm, 6, known.offset("eventpoll", "rbr.rb_root.rb_node"))
+    read_word(asm, 6, known.offset("eventpoll", "rbr.rb_root.rb_node"))
     asm.store(8, 9, _AT_NODE, 1).store_number(4, 9, _AT_DEPTH, 0).store_number(4, 9, _AT_COUNT, 0)
     # down to the left as far as it goes
     asm.label("loop").once_more("out").load(8, 6, 9, _AT_NODE).jump_if(Jump.EQUAL, 6, 0, "up")
     asm.load(4, 7, 9, _AT_DEPTH).jump_if(Jump.GREATER, 7, _DEEPEST - 1, "out")
     asm.mov(1, 7).add(1, 1).store(4, 9, _AT_DEPTH, 1)
     asm.shift_left(7, 3).mov(8, 9).add_register(8, 7).store(8, 8, _AT_WAY, 6)
-    _read_word(asm, 6, left)
+    read_word(asm, 6, left)
     asm.store(8, 9, _AT_NODE, 1).jump("loop")
     # the entry there, and then what is right of it
     asm.label("up").load(4, 7, 9, _AT_DEPTH).jump_if(Jump.EQUAL, 7, 0, "all")
@@ -104,66 +94,39 @@ def _program(known: Layout, memory: int, most: int) -> bytes:
     for at, size, member in ((0, _FILE_PART, "ffd"), (_FILE_PART, _EVENT_PART, "event")):
         asm.mov(1, 7).add(1, _HEADER + at).set(2, size).mov(3, 6).add(3, known.offset("epitem", member) - node)
         asm.call(Helper.PROBE_READ_KERNEL)
-    _read_word(asm, 6, right)
+    read_word(asm, 6, right)
     asm.store(8, 9, _AT_NODE, 1).jump("loop")
     asm.label("all").store_number(4, 9, _AT_DONE, 1)
     return asm.label("out").exit(0).code()
 
 
-class Reader:
+class Reader(TaskMemory):
     """Room for ``most`` entries, and the program that fills it. KernelFeatureMissing. Close it."""
 
     def __init__(self, most: int) -> None:
-        known = layout()
-        size = -(-(_HEADER + most * SIZE) // _PAGE) * _PAGE
-        fds: list[int] = []
         self._most = most
-        try:
-            if known.place("epitem", "ffd").size != _FILE_PART or known.place("epitem", "event").size != _EVENT_PART:
-                raise BadBtf("an entry of an epoll instance is another")
-            memory = call.create_map(
-                call.MapType.ARRAY, 4, size, 1, flags=call.MapFlag.MMAPABLE, name="tcpmig_epoll"
-            )  # fmt: skip
-            fds.append(memory)
-            self._memory = call.map_memory(memory, size)
-            self._program = taskiter.load(known, _program(known, memory, most), "tcpmig_epoll")
-        except (OSError, BadBtf) as error:
-            raise KernelFeatureMissing(
-                f"epoll instances cannot be read by BPF: {error}",
-                object="epoll",
-                fix="Run as root (CAP_BPF, CAP_PERFMON) on a kernel from 6.9 on with CONFIG_DEBUG_INFO_BTF.",
-            ) from None
-        finally:
-            for fd in fds:
-                os.close(fd)
-        known.save()
-        known.forget_btf()
+        super().__init__(
+            _HEADER + most * SIZE,
+            lambda known, memory: _program(known, memory, most),
+            name="tcpmig_epoll",
+            what="epoll instances",
+            object="epoll",
+            since="6.9",
+        )
         #: address of the calls of such files: what has others is no epoll instance
         self._calls = 0
         with select.epoll() as one:
             self.read(os.getpid(), one.fileno())
-        (self._calls,) = _CALLS.unpack_from(self._memory, _AT_CALLS)
+        (self._calls,) = _CALLS.unpack_from(self.memory, _AT_CALLS)
 
     def read(self, pid: int, fd: int) -> bytes | None:
         """The rows of the epoll instance behind a descriptor, of SIZE bytes each; None if there is none, or it has more
         than there is room for. OSError."""
-        self._memory[:_HEADER] = fd.to_bytes(4, "little").ljust(_HEADER, b"\0")
-        taskiter.read(self._program, pid)
-        done, count = _ANSWER.unpack_from(self._memory, _AT_DONE)
-        if _CALLS.unpack_from(self._memory, _AT_CALLS) != (self._calls,):
+        self.run(fd.to_bytes(4, "little").ljust(_HEADER, b"\0"), pid)
+        done, count = _ANSWER.unpack_from(self.memory, _AT_DONE)
+        if _CALLS.unpack_from(self.memory, _AT_CALLS) != (self._calls,):
             return None
-        return self._memory[_HEADER : _HEADER + count * SIZE] if done == 1 and count <= self._most else None
-
-    def close(self) -> None:
-        """Give the program and the memory up."""
-        self._memory.close()
-        os.close(self._program)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+        return self.memory[_HEADER : _HEADER + count * SIZE] if done == 1 and count <= self._most else None
 
 
 def rows(data: bytes) -> Iterator[Watched]:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from checkpoint.kernel.taskiter import LINK_INFO
+from checkpoint.kernel import taskiter
 from tcpstate.errors import KernelFeatureMissing
 from tcpstate.kernel.bpf import call
 from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
@@ -121,11 +121,7 @@ def prepare() -> None:
 def table(pid: int) -> bytes:
     """The rows of a process, by descriptor, of SIZE bytes each; none of one that has ended. KernelFeatureMissing,
     OSError."""
-    link = call.link(_loaded(), 0, call.Attach.TRACE_ITER, info=LINK_INFO.pack(pid, 0, 0))
-    try:
-        return call.iterate(link)
-    finally:
-        os.close(link)
+    return taskiter.read(_loaded(), pid)
 
 
 def read(pid: int) -> list[bytes]:

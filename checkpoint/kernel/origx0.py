@@ -16,8 +16,7 @@ from typing import Final
 
 from checkpoint.kernel import taskiter
 from tcpstate.kernel.bpf.asm import Asm, Helper, Jump
-from tcpstate.kernel.bpf.btf import BadBtf
-from tcpstate.kernel.bpf.layout import Layout, layout
+from tcpstate.kernel.bpf.layout import Layout
 
 __all__ = ["first_argument"]
 
@@ -37,15 +36,7 @@ def _program(known: Layout) -> bytes:
 @functools.cache
 def _reader() -> int | None:
     """The loaded program; None where the kernel does not lend us the iterator."""
-    known = layout()
-    try:
-        program = taskiter.load(known, _program(known), "tcpmig_orig_x0")
-    except (OSError, BadBtf) as error:
-        _log.info("calls that the stop has ended with EINTR stay so: %s", error)
-        return None
-    known.save()
-    known.forget_btf()
-    return program
+    return taskiter.lent(_program, "tcpmig_orig_x0", "calls that the stop has ended with EINTR stay so")
 
 
 def first_argument(tid: int) -> int | None:

@@ -16,8 +16,7 @@ from typing import Final
 
 from checkpoint.kernel import taskiter
 from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
-from tcpstate.kernel.bpf.btf import BadBtf
-from tcpstate.kernel.bpf.layout import Layout, layout
+from tcpstate.kernel.bpf.layout import Layout
 
 __all__ = ["allocated", "machine_has_keys"]
 
@@ -50,15 +49,7 @@ def _program(known: Layout) -> bytes:
 @functools.cache
 def _reader() -> int | None:
     """The loaded program; None where the kernel does not lend it, or knows no keys."""
-    known = layout()
-    try:
-        return taskiter.load(known, _program(known), "tcpmig_keys")
-    except (OSError, BadBtf) as error:
-        _log.info("allocated protection keys cannot be read: %s", error)
-        return None
-    finally:
-        known.save()
-        known.forget_btf()
+    return taskiter.lent(_program, "tcpmig_keys", "allocated protection keys cannot be read")
 
 
 def allocated(pid: int) -> frozenset[int]:

@@ -1,10 +1,9 @@
 """The rows of :mod:`checkpoint.kernel.filetable`, read in one go: for tables of thousands of descriptors.
 
 The iterator takes a reference to each file and runs the program anew for each.  Of a process that stands still nobody
-closes anything: here one run goes through its table, in a third of the time.  What is read of one that does change is
-anything at all, and harms nobody.
+closes anything: here one run goes through its table, in a third of the time.
 
-Source: include/linux/fdtable.h, include/linux/fs.h; may_goto: kernel/bpf/verifier.c, Linux 6.9.
+Source: include/linux/fdtable.h, include/linux/fs.h.
 """
 
 from __future__ import annotations
@@ -12,15 +11,14 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from typing import Final, Self
+from typing import Final
 
-from checkpoint.kernel import filetable, taskiter
+from checkpoint.kernel import filetable
 from checkpoint.kernel.taskiter import TASK
-from tcpstate.errors import KernelFeatureMissing
-from tcpstate.kernel.bpf import call
+from checkpoint.kernel.taskmemory import WORD, TaskMemory, read_word
 from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
 from tcpstate.kernel.bpf.btf import BadBtf
-from tcpstate.kernel.bpf.layout import Layout, layout
+from tcpstate.kernel.bpf.layout import Layout
 
 __all__ = ["TableReader"]
 
@@ -33,19 +31,11 @@ _HEADER: Final = 56
 _HEAD: Final = struct.Struct("=IIIIQQQQQ")
 _ANSWER: Final = struct.Struct("=II")
 _CALLS: Final = struct.Struct("=Q")
-_PAGE: Final = 4096
 #: of a row: number, flags, owner, file, cookie, locks
 _NUMBER, _FLAGS, _OWNER, _FILE, _COOKIE, _LOCKS = 0, 4, 8, 16, 24, 32
-#: the frame: a word, and below it what was read of a file
-_WORD: Final = -8
+#: of the frame, below a word: what was read of a file
 _MOST_OF_FILE: Final = 256
 _OF_FILE: Final = ("f_op", "private_data", "f_inode", "f_flags", "f_owner")
-
-
-def _read_word(asm: Asm, base: int, offset: int) -> None:
-    """Register 1 = the word at the address in ``base`` plus ``offset``."""
-    asm.mov(3, base).add(3, offset).frame(1, _WORD).set(2, 8).call(Helper.PROBE_READ_KERNEL)
-    asm.load(8, 1, FRAME, _WORD)
 
 
 def _program(known: Layout, memory: int, most: int) -> bytes:
@@ -55,7 +45,7 @@ def _program(known: Layout, memory: int, most: int) -> bytes:
     length = max(place.offset + place.size for place in places.values()) - first
     if length > _MOST_OF_FILE or places["f_owner"].size != 8 or places["f_flags"].size != 4:
         raise BadBtf("struct file is another")
-    start = _WORD - -(-length // 8) * 8
+    start = WORD - -(-length // 8) * 8
     at = {name: start + place.offset - first for name, place in places.items()}
     asm = Asm().load(8, 7, 1, TASK).jump_if(Jump.EQUAL, 7, 0, "out").map_value(9, memory)
     asm.load(8, 1, 7, known.offset("task_struct", "files")).jump_if(Jump.EQUAL, 1, 0, "out")
@@ -67,7 +57,7 @@ def _program(known: Layout, memory: int, most: int) -> bytes:
     asm.jump_if_register(Jump.GREATER, 1, 6, "more").jump("all")
     asm.label("more").mov(1, 6).add(1, 1).store(4, 9, _AT_NEXT, 1)
     asm.load(8, 7, 9, _AT_FILES).mov(1, 6).shift_left(1, 3).add_register(7, 1)
-    _read_word(asm, 7, 0)
+    read_word(asm, 7, 0)
     asm.jump_if(Jump.EQUAL, 1, 0, "loop").mov(7, 1)
     asm.load(4, 8, 9, _AT_COUNT).jump_if(Jump.GREATER, 8, most - 1, "out").mov(1, 8).add(1, 1).store(4, 9, _AT_COUNT, 1)
     # 40 bytes each
@@ -79,71 +69,48 @@ def _program(known: Layout, memory: int, most: int) -> bytes:
     asm.store(8, 9, _AT_CALLS, 1).label("another")
     # close-on-exec: a bit of an array of words
     asm.load(8, 7, 9, _AT_BITS).mov(1, 6).shift_right(1, 6).shift_left(1, 3).add_register(7, 1)
-    _read_word(asm, 7, 0)
+    read_word(asm, 7, 0)
     asm.mask(6, 63).shift_right_by(1, 6).mask(1, 1).shift_left(1, 31).load(4, 2, FRAME, at["f_flags"]).either(1, 2)
     asm.store(4, 8, _HEADER + _FLAGS, 1)
     asm.store_number(8, 8, _HEADER + _LOCKS, 0).load(8, 7, FRAME, at["f_inode"]).jump_if(Jump.EQUAL, 7, 0, "socket")
-    _read_word(asm, 7, known.offset("inode", "i_flctx"))
+    read_word(asm, 7, known.offset("inode", "i_flctx"))
     asm.store(8, 8, _HEADER + _LOCKS, 1)
     asm.label("socket").store_number(8, 8, _HEADER + _COOKIE, 0)
     asm.load(8, 1, FRAME, at["f_op"]).load(8, 2, 9, _AT_SOCKETS).jump_if_register(Jump.NOT_EQUAL, 1, 2, "loop")
     asm.load(8, 7, FRAME, at["private_data"]).jump_if(Jump.EQUAL, 7, 0, "loop")
-    _read_word(asm, 7, known.offset("socket", "sk"))
+    read_word(asm, 7, known.offset("socket", "sk"))
     asm.jump_if(Jump.EQUAL, 1, 0, "loop").mov(7, 1)
-    _read_word(asm, 7, known.offset("sock", "__sk_common.skc_cookie"))
+    read_word(asm, 7, known.offset("sock", "__sk_common.skc_cookie"))
     asm.store(8, 8, _HEADER + _COOKIE, 1).jump("loop")
     asm.label("all").store_number(4, 9, _AT_DONE, 1)
     return asm.label("out").exit(0).code()
 
 
-class TableReader:
+class TableReader(TaskMemory):
     """Room for ``most`` descriptors, and the program that fills it. KernelFeatureMissing. Close it."""
 
     def __init__(self, most: int) -> None:
-        known = layout()
-        size = -(-(_HEADER + most * filetable.SIZE) // _PAGE) * _PAGE
-        fds: list[int] = []
-        try:
-            memory = call.create_map(call.MapType.ARRAY, 4, size, 1, flags=call.MapFlag.MMAPABLE, name="tcpmig_table")
-            fds.append(memory)
-            self._memory = call.map_memory(memory, size)
-            self._program = taskiter.load(known, _program(known, memory, most), "tcpmig_table")
-        except (OSError, BadBtf) as error:
-            raise KernelFeatureMissing(
-                f"tables of descriptors cannot be read by BPF: {error}",
-                object="task",
-                fix="Run as root (CAP_BPF, CAP_PERFMON) on a kernel from 6.12 on with CONFIG_DEBUG_INFO_BTF.",
-            ) from None
-        finally:
-            for fd in fds:
-                os.close(fd)
-        known.save()
-        known.forget_btf()
+        super().__init__(
+            _HEADER + most * filetable.SIZE,
+            lambda known, memory: _program(known, memory, most),
+            name="tcpmig_table",
+            what="tables of descriptors",
+            object="task",
+            since="6.12",
+        )
         #: by these calls a file is known to be a socket
         self._sockets = 0
         with socket.socket() as sock:
             self._run(os.getpid(), sock.fileno())
-        (self._sockets,) = _CALLS.unpack_from(self._memory, _AT_CALLS)
+        (self._sockets,) = _CALLS.unpack_from(self.memory, _AT_CALLS)
 
     def _run(self, pid: int, one: int = 0) -> bytes | None:
-        self._memory[:_HEADER] = _HEAD.pack(0, 0, 0, 0, 0, 0, self._sockets, one, 0)
-        taskiter.read(self._program, pid)
-        done, count = _ANSWER.unpack_from(self._memory, _AT_DONE)
-        return self._memory[_HEADER : _HEADER + count * filetable.SIZE] if done == 1 else None
+        self.run(_HEAD.pack(0, 0, 0, 0, 0, 0, self._sockets, one, 0), pid)
+        done, count = _ANSWER.unpack_from(self.memory, _AT_DONE)
+        return self.memory[_HEADER : _HEADER + count * filetable.SIZE] if done == 1 else None
 
     def read(self, pid: int) -> bytes:
         """What :func:`checkpoint.kernel.filetable.table` says of a process that stands still. OSError."""
         found = self._run(pid)
         # more than there is room for
         return filetable.table(pid) if found is None else found
-
-    def close(self) -> None:
-        """Give the program and the memory up."""
-        self._memory.close()
-        os.close(self._program)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()

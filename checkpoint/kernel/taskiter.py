@@ -8,15 +8,19 @@ Source: kernel/bpf/task_iter.c, include/uapi/linux/bpf.h (union bpf_iter_link_in
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
+from collections.abc import Callable
 from typing import Final
 
 from tcpstate.kernel.bpf import call
-from tcpstate.kernel.bpf.btf import Kind
-from tcpstate.kernel.bpf.layout import Layout
+from tcpstate.kernel.bpf.btf import BadBtf, Kind
+from tcpstate.kernel.bpf.layout import Layout, layout
 
-__all__ = ["LINK_INFO", "MAPPINGS", "META", "TASK", "TASKS", "VMA", "load", "read"]
+__all__ = ["LINK_INFO", "MAPPINGS", "META", "TASK", "TASKS", "VMA", "lent", "load", "read"]
+
+_log = logging.getLogger(__name__)
 
 #: members of struct bpf_iter__task and bpf_iter__task_vma, the program's context: pointers, laid out by the macro of
 #: include/linux/bpf.h
@@ -36,6 +40,19 @@ def load(known: Layout, code: bytes, name: str, over: str = TASKS) -> int:
         name=name,
         gpl=True,
     )
+
+
+def lent(build: Callable[[Layout], bytes], name: str, lacking: str, over: str = TASKS) -> int | None:
+    """The program that ``build`` makes, loaded; None where the kernel does not lend it: ``lacking`` is logged then."""
+    known = layout()
+    try:
+        return load(known, build(known), name, over)
+    except (OSError, BadBtf) as error:
+        _log.info("%s: %s", lacking, error)
+        return None
+    finally:
+        known.save()
+        known.forget_btf()
 
 
 def read(program: int, tid: int) -> bytes:

@@ -16,7 +16,7 @@ from typing import Final
 from checkpoint.kernel import taskiter
 from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
 from tcpstate.kernel.bpf.btf import BadBtf
-from tcpstate.kernel.bpf.layout import Layout, layout
+from tcpstate.kernel.bpf.layout import Layout
 
 __all__ = ["words"]
 
@@ -43,15 +43,7 @@ def _program(known: Layout) -> bytes:
 @functools.cache
 def _reader() -> int | None:
     """The loaded program; None where the kernel does not lend it."""
-    known = layout()
-    try:
-        return taskiter.load(known, _program(known), "tcpmig_vmas", taskiter.MAPPINGS)
-    except (OSError, BadBtf) as error:
-        _log.info("the flags of mappings are read from smaps: %s", error)
-        return None
-    finally:
-        known.save()
-        known.forget_btf()
+    return taskiter.lent(_program, "tcpmig_vmas", "the flags of mappings are read from smaps", taskiter.MAPPINGS)
 
 
 def words(pid: int) -> dict[tuple[int, int], int] | None:

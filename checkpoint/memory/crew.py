@@ -9,8 +9,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Final, TypeVar
 
 __all__ = ["Crew", "fetched_ahead"]
 
@@ -24,10 +23,7 @@ _END: Final = object()
 
 
 class Crew:
-    """Threads for work that may be done in any order, until :meth:`wait`. They begin with the first piece.
-
-    A context manager: closes.
-    """
+    """Threads for work that may be done in any order, until :meth:`wait`. They begin with the first piece. Close it."""
 
     def __init__(self) -> None:
         self._executor: Executor | None = None
@@ -55,14 +51,6 @@ class Crew:
         if executor is not None:
             executor.shutdown()
         self._under_way.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def fetched_ahead(items: Iterator[T], executor: Executor) -> Iterator[T]:

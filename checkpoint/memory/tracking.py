@@ -33,8 +33,7 @@ import functools
 import logging
 import mmap
 import os
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 
 from checkpoint.kernel import pagemap, userfaultfd
 from checkpoint.kernel.pagemap import Category, ScanFlag
@@ -42,6 +41,7 @@ from checkpoint.kernel.userfaultfd import CREATE_FLAGS, Feature, Mode
 from checkpoint.memory.ranges import Range, difference, intersection, joined
 from checkpoint.memory.vma import PAGE
 from tcpstate.kernel.batch import syscall
+from tcpstate.kernel.beside import Beside
 from tcpstate.kernel.machine import SYS
 from tcpstate.slotted import dataclass
 
@@ -66,6 +66,8 @@ _NOT_TRACKABLE = (errno.EINVAL, errno.ENOMEM, errno.EBUSY, errno.ESRCH, errno.EP
 
 #: start, end, whether no file is behind it
 Area = tuple[int, int, bool]
+#: start, end, categories
+_Run = tuple[int, int, int]
 
 
 class Untracked(Exception):
@@ -104,7 +106,6 @@ class Tracking:
     def __init__(self, pid: int, uffd: int) -> None:
         self._uffd = uffd
         self._pagemap = -1
-        self._helper: ThreadPoolExecutor | None = None
         #: the pages that were told and hold something, as far as we know
         self._told: list[Range] = []
         try:
@@ -116,8 +117,6 @@ class Tracking:
 
     def close(self) -> None:
         """Stop tracking. May be repeated."""
-        if self._helper is not None:
-            self._helper.shutdown()
         for fd in (self._uffd, self._pagemap):
             if fd >= 0:
                 os.close(fd)
@@ -145,13 +144,13 @@ class Tracking:
         """
         again = ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC
         # what is told here as holding nothing has a marker now, and could not be told from what was swapped out
-        first = self._look(self._scan_all(start, end, anonymous, again, Category.WRITTEN))
+        first = self._look(self._scan(start, end, anonymous, again, Category.WRITTEN))
         if not gone and end - start >= _HUGE:
             empty = list(intersection(self._told, first.blank))
             if empty or any(difference(first.full, self._told)):
                 self._told = joined([*difference(self._told, empty), *first.full])
             return Found(first.full, empty)
-        now = self._look(self._scan_all(start, end, anonymous, ScanFlag.CHECK_WPASYNC))
+        now = self._look(self._scan(start, end, anonymous, ScanFlag.CHECK_WPASYNC))
         told = list(intersection(self._told, [(start, end)]))
         # the marks that were just made are not doubtful
         full = _both(first.full, intersection(told, difference(now.doubtful, first.blank)))
@@ -174,9 +173,9 @@ class Tracking:
 
         beside  memory that is not asked for, and may be large
         """
-        runs: list[tuple[int, int, int]] = []
+        runs: list[_Run] = []
         for start, end, anonymous in _spans(mappings, list(beside)):
-            runs += self._scan_all(start, end, anonymous, ScanFlag(0), more=Category.WPALLOWED)
+            runs += self._scan(start, end, anonymous, ScanFlag(0), more=Category.WPALLOWED)
         # every page of what is tracked says so, also one that was never touched
         runs = [run for run in runs if run[2] & _TRACKED]
         tracked = joined((start, end) for start, end, _ in runs)
@@ -190,7 +189,7 @@ class Tracking:
         full = _both(intersection(now.full, wanted), intersection(told, now.doubtful))
         return Found(full, list(difference(told, now.held))), untracked
 
-    def _look(self, runs: list[tuple[int, int, int]]) -> _Look:
+    def _look(self, runs: list[_Run]) -> _Look:
         sorts: collections.defaultdict[int, list[Range]] = collections.defaultdict(list)
         for first, last, sort in runs:
             sorts[sort].append((first, last))
@@ -206,29 +205,6 @@ class Tracking:
                 look.doubtful.extend(found)
         return _Look(*map(joined, (look.full, look.held, look.doubtful, look.blank)))
 
-    def _scan_all(
-        self,
-        start: int,
-        end: int,
-        anonymous: bool,
-        flags: ScanFlag,
-        all_of: Category = _NOTHING,
-        more: Category = _NOTHING,
-    ) -> list[tuple[int, int, int]]:
-        """As :meth:`_scan`; of large anonymous memory half by another thread: each takes the kernel's lock for
-        reading."""
-        if end - start < _HUGE or not anonymous:
-            return self._scan(start, end, anonymous, flags, all_of, more)
-        middle = (start + end) // 2 // PAGE * PAGE
-        if self._helper is None:
-            self._helper = ThreadPoolExecutor(1, "scan")
-        later = self._helper.submit(self._scan, middle, end, anonymous, flags, all_of, more)
-        try:
-            return self._scan(start, middle, anonymous, flags, all_of, more) + later.result()
-        finally:
-            # not to be left at work on a descriptor that may be closed
-            later.cancel() or later.exception()
-
     def _scan(
         self,
         start: int,
@@ -237,18 +213,34 @@ class Tracking:
         flags: ScanFlag,
         all_of: Category = _NOTHING,
         more: Category = _NOTHING,
-    ) -> list[tuple[int, int, int]]:
+    ) -> list[_Run]:
         tell = _THERE | Category.PFNZERO | Category.WRITTEN | more
         if not anonymous:
             tell |= Category.FILE  # costly: the kernel looks at every page's descriptor
         if pagemap.guards_known():
             tell |= Category.GUARD
+
+        def scan(first: int, last: int) -> list[_Run]:
+            return pagemap.scan(self._pagemap, first, last, all_of=all_of, tell=tell, flags=flags)
+
         try:
-            return pagemap.scan(self._pagemap, start, end, all_of=all_of, tell=tell, flags=flags)
+            return _by_two(scan, start, end) if anonymous and end - start >= _HUGE else scan(start, end)
         except OSError as error:
             if error.errno != errno.EPERM:
                 raise
             raise Untracked from None
+
+
+def _by_two(scan: Callable[[int, int], list[_Run]], start: int, end: int) -> list[_Run]:
+    """Half of it by another thread: each takes the kernel's lock for reading, and in the stop the other processors have
+    nothing to do."""
+    middle = (start + end) // 2 // PAGE * PAGE
+    later = Beside(lambda: scan(middle, end))
+    try:
+        return scan(start, middle) + later.result()
+    finally:
+        # not to be left at work on a descriptor that may be closed
+        later.wait()
 
 
 def _both(ranges: Iterable[Range], more: Iterable[Range]) -> list[Range]:

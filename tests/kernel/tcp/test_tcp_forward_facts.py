@@ -15,7 +15,7 @@ from tcpstate.connid import ConnId
 from tcpstate.kernel.bpf import call
 from tcpstate.kernel.bpf.steer import AWAY_MAC, HOME_MAC, PROBE, PROBE_MAC, Role, Seen, Steering, attach
 from tcpstate.segment import Flag
-from tests.tscnet import PREFIX, SERVICE, Watcher, net, sh, until_local, wait_until
+from tests.tscnet import SERVICE, Watcher, net, sh, until_local, wait_until
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 FAMILIES = pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
@@ -92,9 +92,7 @@ class Ends:
 def hosts():
     with net() as made:
         for family in (V4, V6):
-            nodad = "nodad" if family == V6 else ""
-            sh(f"ip -n {made.a.name} addr add {SERVICE[family]}/{PREFIX[family]} dev eth0 {nodad}")
-            until_local(made.a.name, SERVICE[family], "eth0")
+            made.a.add(family)
         yield made
 
 

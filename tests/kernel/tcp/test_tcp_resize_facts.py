@@ -14,7 +14,7 @@ from tcpstate.kernel.bpf import resize
 from tcpstate.kernel.route import mtu_towards
 from tcpstate.segment import Flag, OptionKind, Segment, build, checksum, intact, parse, split, timestamp_option
 from tests.kernel.tcp.test_tcp_forward_facts import FITS, PORT, Ends, carried, forwarded
-from tests.tscnet import ETH_P_ALL, PREFIX, SERVICE, Watcher, net, sh, until_local
+from tests.tscnet import ETH_P_ALL, SERVICE, Watcher, net, sh
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 FAMILIES = pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
@@ -37,9 +37,7 @@ STAMP = timestamp_option(77, 88)
 def hosts():
     with net() as made:
         for family in (V4, V6):
-            nodad = "nodad" if family == V6 else ""
-            sh(f"ip -n {made.a.name} addr add {SERVICE[family]}/{PREFIX[family]} dev eth0 {nodad}")
-            until_local(made.a.name, SERVICE[family], "eth0")
+            made.a.add(family)
         yield made
 
 

@@ -1,5 +1,6 @@
 """Threads that copy pages: all is done, nothing is overwritten while it is in use, and what fails is told."""
 
+import contextlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +11,7 @@ from checkpoint.memory.crew import Crew, fetched_ahead
 
 def test_all_is_done_when_the_wait_is_over() -> None:
     done: list[int] = []
-    with Crew() as crew:
+    with contextlib.closing(Crew()) as crew:
         for number in range(100):
             crew.do(lambda number=number: done.append(number))  # type: ignore[misc]
         crew.wait()
@@ -26,7 +27,7 @@ def test_work_is_done_by_more_than_one_thread_and_not_by_ours() -> None:
         both.wait()
         names.append(threading.current_thread().name)
 
-    with Crew() as crew:
+    with contextlib.closing(Crew()) as crew:
         crew.do(work)
         crew.do(work)
         crew.wait()
@@ -48,7 +49,7 @@ def test_no_more_is_under_way_than_there_are_buffers() -> None:
             crew.do(work)
             given += 1
 
-    with Crew() as crew:
+    with contextlib.closing(Crew()) as crew:
         giver = threading.Thread(target=give)
         giver.start()
         began.acquire()
@@ -70,7 +71,7 @@ def test_a_failure_is_raised_by_a_later_call_and_not_by_the_close() -> None:
             crew.do(fail)
         crew.wait()
 
-    with Crew() as crew:
+    with contextlib.closing(Crew()) as crew:
         for times in (1, 100):
             with pytest.raises(ValueError, match="no such page"):
                 give(crew, times)
