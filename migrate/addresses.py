@@ -20,7 +20,8 @@ from dataclasses import replace
 
 from migrate.errors import AddressSyntax
 from migrate.routes import RouteRecord, RuleRecord, configured
-from migrate.rtnetlink import (
+from migrate.rtnetlink import Netlink
+from tcpstate.kernel.rtnetlink import (
     ADDRESS_HEADER,
     INFINITE,
     LINK_HEADER,
@@ -30,7 +31,6 @@ from migrate.rtnetlink import (
     LinkAttribute,
     LinkFlag,
     MessageType,
-    Netlink,
     attribute,
     attributes,
     packed_address,

@@ -34,15 +34,15 @@ from migrate.announce import REPEATS, LinkSocket
 from migrate.dependents import drop_metrics
 from migrate.errors import AddressChangeFailed, AddressNotLocal, AddressTakenAtTarget, NoInterfaceForAddress
 from migrate.routes import RouteRecord, portable_route, portable_rule, route_body, rule_body
-from migrate.rtnetlink import (
+from migrate.rtnetlink import Netlink
+from tcpstate.kernel.netlink import Request
+from tcpstate.kernel.rtnetlink import (
     NEIGHBOUR_HEADER,
     AddressFlag,
     LinkFlag,
     MessageType,
     NeighbourAttribute,
     NeighbourFlag,
-    Netlink,
-    Request,
     RouteAttribute,
     RouteType,
     attribute,

@@ -18,10 +18,12 @@ from pathlib import Path
 
 from migrate.addresses import AddressRecord
 from migrate.routes import RouteRecord, route_body, rule_body
-from migrate.rtnetlink import MessageType, Netlink, Request
+from migrate.rtnetlink import Netlink
 from tcpstate import codec
 from tcpstate.errors import BadRecord
 from tcpstate.frozen import runtime_dir
+from tcpstate.kernel.netlink import Request
+from tcpstate.kernel.rtnetlink import MessageType
 
 __all__ = ["recall", "remember", "withdraw"]
 

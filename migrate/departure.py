@@ -35,12 +35,12 @@ from migrate.addresses import (
 from migrate.dependents import drop_metrics
 from migrate.errors import AddressChangeFailed, AddressNotHere, AddressRestoreIncomplete
 from migrate.routes import RTNH_F_ONLINK, route_key
-from migrate.rtnetlink import (
+from migrate.rtnetlink import Netlink
+from tcpstate.kernel.netlink import Request
+from tcpstate.kernel.rtnetlink import (
     ROUTE_HEADER,
     AddressFlag,
     MessageType,
-    Netlink,
-    Request,
     RouteAttribute,
     RouteProtocol,
     attribute,

@@ -13,11 +13,11 @@ from collections.abc import Collection, Iterable
 
 from migrate.addresses import AddressRecord, Configuration, read_configuration
 from migrate.routes import COMMON_TABLES, RouteRecord, RuleRecord, portable_route, portable_rule, route_body
-from migrate.rtnetlink import (
+from migrate.rtnetlink import Netlink
+from tcpstate.kernel.netlink import Request
+from tcpstate.kernel.rtnetlink import (
     ROUTE_HEADER,
     MessageType,
-    Netlink,
-    Request,
     RouteAttribute,
     RouteProtocol,
     Scope,

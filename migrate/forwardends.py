@@ -24,11 +24,12 @@ from migrate import forwardstore
 from migrate.addresses import AddressRecord
 from migrate.errors import ForwardChangeFailed, ForwardPathBroken, ForwardUnavailable
 from migrate.forwardstore import ForwardRecord
-from migrate.rtnetlink import AddressFlag, Netlink
+from migrate.rtnetlink import Netlink
 from tcpstate.connid import ConnId
 from tcpstate.kernel.bpf import call, steer
 from tcpstate.kernel.bpf.steer import Role, Steering
 from tcpstate.kernel.route import mtu_towards, refusals
+from tcpstate.kernel.rtnetlink import AddressFlag
 
 __all__ = [
     "PORT",

@@ -40,7 +40,7 @@ from migrate.errors import (
 from migrate.forwardstore import ForwardRecord
 from migrate.hostfacts import FORWARD, host_facts
 from migrate.messages import ForwardNeed, Needs
-from migrate.rtnetlink import Netlink, RouteAttribute, find_route, packed_address
+from migrate.rtnetlink import Netlink
 from migrate.takeover import AddressPlan, select
 from migrate.usage import users_of
 from tcpstate import codec
@@ -48,6 +48,7 @@ from tcpstate.connid import ConnId
 from tcpstate.errors import TcpmigError
 from tcpstate.kernel.bpf.steer import Role
 from tcpstate.kernel.route import is_local, source_towards
+from tcpstate.kernel.rtnetlink import RouteAttribute, find_route, packed_address
 from tcpstate.slotted import dataclass
 
 __all__ = [

@@ -19,19 +19,19 @@ from migrate.errors import (
     AddressUsedByHost,
     ForwardedElsewhere,
 )
-from migrate.rtnetlink import (
+from migrate.rtnetlink import Netlink
+from migrate.usage import AddressUser
+from tcpstate.errors import TcpmigError
+from tcpstate.kernel.bpf.steer import Role
+from tcpstate.kernel.rtnetlink import (
     LINK_HEADER,
     AddressFlag,
     AddressOrigin,
     LinkAttribute,
     MessageType,
-    Netlink,
     attributes,
     unpacked_address,
 )
-from migrate.usage import AddressUser
-from tcpstate.errors import TcpmigError
-from tcpstate.kernel.bpf.steer import Role
 
 __all__ = ["AddressPolicy", "judge", "tunnel_ends"]
 

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Mapping
 from typing import Final
 
-from migrate.rtnetlink import (
+from tcpstate.kernel.rtnetlink import (
     ROUTE_HEADER,
     RouteAttribute,
     RouteProtocol,

@@ -7,65 +7,12 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from tcpstate.kernel import netlink
-from tcpstate.kernel.netlink import Request, attribute
 from tcpstate.kernel.route import iproute
-from tcpstate.kernel.rtnetlink import (
-    ADDRESS_HEADER,
-    INFINITE,
-    LINK_HEADER,
-    NEIGHBOUR_HEADER,
-    ROUTE_HEADER,
-    AddressAttribute,
-    AddressFlag,
-    AddressOrigin,
-    LinkAttribute,
-    LinkFlag,
-    MessageType,
-    NeighbourAttribute,
-    NeighbourFlag,
-    RouteAttribute,
-    RouteProtocol,
-    RouteType,
-    RuleAction,
-    RuleAttribute,
-    Scope,
-    attributes,
-    find_route,
-    packed_address,
-    unpacked_address,
-)
 
 if TYPE_CHECKING:
     from pyroute2.iproute.linux import IPRoute
 
-__all__ = [
-    "ADDRESS_HEADER",
-    "INFINITE",
-    "LINK_HEADER",
-    "NEIGHBOUR_HEADER",
-    "ROUTE_HEADER",
-    "AddressAttribute",
-    "AddressFlag",
-    "AddressOrigin",
-    "LinkAttribute",
-    "LinkFlag",
-    "MessageType",
-    "NeighbourAttribute",
-    "NeighbourFlag",
-    "Netlink",
-    "Request",
-    "RouteAttribute",
-    "RouteProtocol",
-    "RouteType",
-    "RuleAction",
-    "RuleAttribute",
-    "Scope",
-    "attribute",
-    "attributes",
-    "find_route",
-    "packed_address",
-    "unpacked_address",
-]
+__all__ = ["Netlink"]
 
 
 class Netlink(netlink.Netlink):

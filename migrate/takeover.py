@@ -26,9 +26,10 @@ from migrate.departure import Departure, DepartureRecord, give_back
 from migrate.dependents import dependents, only_way
 from migrate.errors import AddressNotHere, AddressSyntax
 from migrate.judge import AddressPolicy, judge, tunnel_ends
-from migrate.rtnetlink import Netlink, RouteAttribute, Scope, find_route, packed_address, unpacked_address
+from migrate.rtnetlink import Netlink
 from migrate.usage import descendants, held_by, users_of
 from tcpstate.kernel.route import source_towards
+from tcpstate.kernel.rtnetlink import RouteAttribute, Scope, find_route, packed_address, unpacked_address
 from tcpstate.slotted import dataclass
 
 __all__ = [

@@ -9,7 +9,9 @@ import pytest
 
 from migrate.addresses import AddressRecord, add_body, delete_body
 from migrate.arrival import resolving
-from migrate.rtnetlink import AddressFlag, MessageType, Netlink, Request
+from migrate.rtnetlink import Netlink
+from tcpstate.kernel.netlink import Request
+from tcpstate.kernel.rtnetlink import AddressFlag, MessageType
 from tests.system.test_takeover import Host, hosts
 
 __all__ = ["hosts"]

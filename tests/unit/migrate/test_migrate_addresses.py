@@ -17,12 +17,12 @@ from migrate.clock import Offset, elapsed_since
 from migrate.errors import AddressSyntax, NoInterfaceForAddress, RshSyntax, from_remote
 from migrate.hostfacts import judge_host, without
 from migrate.messages import CpuState, HostFacts, Needs, TreeNeed
-from migrate.rtnetlink import LinkFlag
 from migrate.takeover import select
 from migrate.transport import remote_words
 from migrate.usage import parse_socket_table
 from tcpstate import codec
 from tcpstate.errors import BadRecord, NoSuchConnection, Outcome
+from tcpstate.kernel.rtnetlink import LinkFlag
 
 MAC = "02:00:00:00:00:01"
 

@@ -11,8 +11,8 @@ from migrate.addresses import AddressRecord, Configuration, InterfaceRecord
 from migrate.dependents import Dependents
 from migrate.judge import AddressPolicy, judge
 from migrate.routes import RouteRecord
-from migrate.rtnetlink import AddressFlag, AddressOrigin
 from migrate.usage import AddressUser
+from tcpstate.kernel.rtnetlink import AddressFlag, AddressOrigin
 
 V4 = AddressRecord(address="10.0.0.5", prefixlen=24, interface="eth0")
 V6 = AddressRecord(address="fd00::5", prefixlen=64, interface="eth0")

@@ -14,10 +14,10 @@ from migrate.addresses import AddressRecord, Configuration, InterfaceRecord
 from migrate.dependents import dependents
 from migrate.errors import AddressSyntax
 from migrate.routes import RouteRecord, RuleRecord, portable_route, portable_rule, route_body, rule_body
-from migrate.rtnetlink import INFINITE, RouteAttribute, attribute
 from migrate.takeover import prefix_lengths, remarks
 from tcpstate import codec
 from tcpstate.errors import BadRecord
+from tcpstate.kernel.rtnetlink import INFINITE, RouteAttribute, attribute
 
 NUMBER = st.integers(0, INFINITE)
 BYTE = st.integers(0, 255)
