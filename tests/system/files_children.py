@@ -11,7 +11,6 @@ import mmap
 import os
 import pickle
 import signal
-import struct
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from tcpstate.kernel.calls import CallTable
 
 _IMPORTS = "import array, ctypes, errno, fcntl, mmap, os, select, signal, socket, stat, struct, time"
 _SIZE = 64 << 20
-_HEAD = struct.Struct("<QQ")  # number of the last order, length of what stands behind
+_HEAD = 16  # two words: number of the last order, length of what stands behind
 _TIMEOUT = 20.0
 
 
@@ -38,6 +37,7 @@ class Child:
 
     def __init__(self) -> None:
         self._memory = mmap.mmap(-1, _SIZE)
+        self._words = memoryview(self._memory)[:_HEAD].cast("Q")
         self._order = 0
         self.tool_pidfd = os.pidfd_open(os.getpid())
         self.users = None
@@ -56,15 +56,15 @@ class Child:
         space: dict[str, Any] = {"keep": {}}
         exec(_IMPORTS, space)
         while True:
-            order, length = _HEAD.unpack_from(self._memory)
+            order = self._words[0]
             if order == seen:
                 if os.getppid() == 1:
                     os._exit(0)
                 time.sleep(0.0005)
                 continue
             seen = order
-            what, value = pickle.loads(self._memory[_HEAD.size : _HEAD.size + length])
             try:
+                what, value = self._read()
                 if what == "table":
                     batch.run(value)
                     answer: tuple[bool, Any] = (True, value)
@@ -81,8 +81,12 @@ class Child:
 
     def _write(self, order: int, value: Any) -> None:
         data = pickle.dumps(value)
-        self._memory[_HEAD.size : _HEAD.size + len(data)] = data
-        _HEAD.pack_into(self._memory, 0, order, len(data))
+        self._memory[_HEAD : _HEAD + len(data)] = data
+        self._words[1] = len(data)
+        self._words[0] = order  # in one store, and last: the other side looks at it all the time
+
+    def _read(self) -> Any:
+        return pickle.loads(self._memory[_HEAD : _HEAD + self._words[1]])
 
     # ---- in the test
 
@@ -90,14 +94,11 @@ class Child:
         self._order += 1
         self._write(self._order, value)
         end = time.monotonic() + _TIMEOUT
-        while True:
-            order, length = _HEAD.unpack_from(self._memory)
-            if order == self._order + 1:
-                break
+        while self._words[0] != self._order + 1:
             assert time.monotonic() < end, "the child does not answer"
             time.sleep(0.0005)
         self._order += 1
-        good, answer = pickle.loads(self._memory[_HEAD.size : _HEAD.size + length])
+        good, answer = self._read()
         assert good, answer
         return answer
 

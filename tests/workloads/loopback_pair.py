@@ -22,7 +22,7 @@ import sys
 
 from tests.workloads.randomstream import RandomStream
 
-SLOT = struct.Struct("=QQ112s")  # received, sent, what is wrong
+SLOT = struct.Struct("@QQ112s")  # received, sent, what is wrong; native, so that each number is stored whole
 LARGEST = 1 << 17
 
 
