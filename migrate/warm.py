@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 
-from checkpoint import records, rehearsal
+from checkpoint import births, records, rehearsal
 from migrate.journal import JournalRecord
 from migrate.messages import Abort, Measured, Message, Prepared, Probed, Refused, Running, Started, Stuck, Verdicts
 from tcpstate import codec, slotted
@@ -37,7 +37,10 @@ def speaking() -> None:
 
 def arriving() -> None:
     """Where processes are built."""
+    # Tried first, in a child: what is used from then on is ours alone again by the stop, and not copied in it.
+    births.ask()
     _warm(connections=True, built=True)
+    births.threads_go_on()
     codec.prepare(Message, JournalRecord, Segment)
     _settled()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from tcpstate import halfopen, options
+from tcpstate import capture, halfopen, options
 from tcpstate.comparison import differences
 from tcpstate.connid import ConnId
 from tcpstate.early import read_early
@@ -40,6 +40,7 @@ def rehearse() -> None:
     It is no check: where it cannot be done (no loopback, no privilege), the real thing says so itself.
     """
     columns.make_all()
+    capture.make_ready()
     try:
         # programs that read the kernel, and where its structures have what they read: a quarter of a second at first
         halfopen.capture(_PORTS)
