@@ -54,6 +54,7 @@ ALL: Mapping[str, Bench] = {
     "forward": Bench("Connections that the source forwards", ("1024",), ("64",), ("forward",)),
     "tree": Bench("Trees of many processes", ("10", "100"), ("10",), ("tree",)),
     "memory": Bench("Copying pages out of a process and into one", ("1024",), ("128",)),
+    "splice": Bench("Memory to a line and to a file, read or spliced", ("512",), ("64",)),
     "image": Bench("The image container", ("256",), ("64",)),
     "softstate": Bench("What learned state is worth", ("2",), ("1",)),
 }

@@ -16,7 +16,7 @@ from checkpoint.memory.layout import Mapping, MemoryFields, MemoryLayout
 from checkpoint.memory.vma import Vma, read_smaps
 from tests.bench.results import note
 
-_CHILD = """
+CHILD = """
 import ctypes, mmap, sys
 size, huge = int(sys.argv[1]), int(sys.argv[2])
 a, b = (mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(2))
@@ -60,7 +60,7 @@ def layout(areas: Iterable[tuple[int, int]]) -> MemoryLayout:
 def measure(size: int, huge: bool) -> None:
     print("transparent huge pages" if huge else "4 KiB pages")
     child = subprocess.Popen(
-        [sys.executable, "-c", _CHILD, str(size), str(int(huge))], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", CHILD, str(size), str(int(huge))], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     try:
         assert child.stdout is not None
