@@ -18,7 +18,7 @@ from checkpoint.errors import AddressTaken
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.udp import UdpFile
 from tests.system.files_children import capture, children, round_trip
-from tests.system.test_files_roundtrip import captured, same
+from tests.system.files_essence import captured, same
 
 CLONE_NEWNET = 0x40000000
 

@@ -61,6 +61,11 @@ def test_one_subject_fits_in_500_lines(source: Path) -> None:
     assert len(source.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
 
 
+def test_one_subject_of_the_tests_fits_in_500_lines() -> None:
+    counts = {path: path.read_text(encoding="utf-8").count("\n") for path in (ROOT / "tests").rglob("*.py")}
+    assert not [str(path.relative_to(ROOT)) for path, count in counts.items() if count > MOST_LINES]
+
+
 def test_no_error_is_swallowed(source: Path) -> None:
     wrong = []
     for node in ast.walk(_tree(source)):

@@ -1,6 +1,5 @@
 """What TCP.md says about export and rebuild, each on its own."""
 
-import errno
 import random
 import socket
 import struct
@@ -8,123 +7,17 @@ import time
 
 import pytest
 
-from tcpstate import options
-from tcpstate.attach import conn_id_of
 from tcpstate.discard import discard_connections
 from tcpstate.errors import AddressInUse
 from tcpstate.export import export_connections
 from tcpstate.filters import read_filters
 from tcpstate.freeze import enter_repair, quiet, thaw
 from tcpstate.kernel import bpf, route
-from tcpstate.kernel.bpf import tcpsock
 from tcpstate.kernel.sockets import IP, IPV6, SO, Ioctl, Level, ioctl_int
-from tcpstate.kernel.tcp import INFO_SIZE, TCP, RepairOption, RepairQueue, TcpInfo, TcpState
-from tcpstate.options import Stage
-from tcpstate.rebuild import compare, rebuild_connections, release_connections
-from tcpstate.record import ConnectionRecord
-from tcpstate.silence import Blackhole
-from tests.tscnet import SERVICE, Watcher, net, pair, wait_until
-
-V4, V6 = socket.AF_INET, socket.AF_INET6
-FAMILIES = {"IPv4": (V4, False), "IPv6": (V6, False), "mapped": (V4, True)}
-
-
-@pytest.fixture(scope="module")
-def hosts():
-    with net() as made:
-        for host in made.hosts:
-            with host:
-                Blackhole().ensure()
-        yield made
-
-
-def info(sock):
-    return TcpInfo.unpack(sock.getsockopt(Level.TCP, TCP.INFO, INFO_SIZE))
-
-
-class Move:
-    """A connection to the service address on a, to be moved to b."""
-
-    def __init__(self, hosts, kind):
-        self.hosts, (self.family, mapped) = hosts, FAMILIES[kind]
-        hosts.a.add(self.family)
-        with hosts.a:
-            wait_until(lambda: route.is_local(SERVICE[self.family]))
-        self.here = hosts.a
-        self.served, self.client = pair(hosts.a, hosts.c, self.family, mapped=mapped)
-        self.client.settimeout(8)
-
-    def export(self):
-        with self.hosts.a:
-            self.states = quiet([self.served])
-            (self.record,) = export_connections([self.served], self.states)
-        self.exported = time.monotonic()
-        return self.record
-
-    def rebuild(self, **how):
-        # over the wire and back
-        self.record = ConnectionRecord.from_bytes(self.record.to_bytes())
-        with self.hosts.b:
-            (made,) = rebuild_connections([self.record], elapsed=time.monotonic() - self.exported, **how)
-            (again,) = export_connections([made], self.states)
-        assert compare(self.record, again) == []
-        self.made = made
-        return made
-
-    def release(self):
-        self.hosts.a.remove(self.family)
-        self.hosts.b.add(self.family)
-        self.here = self.hosts.b
-        with self.hosts.b:
-            wait_until(lambda: route.is_local(SERVICE[self.family]))
-            release_connections([self.made], [self.record])
-        discard_connections([self.served])
-        self.made.settimeout(8)
-
-    def all(self, **how):
-        self.export()
-        self.rebuild(**how)
-        self.release()
-        return self.made
-
-    def end(self):
-        self.here.remove(self.family)
-        for sock in (self.served, self.client, getattr(self, "made", self.client)):
-            if sock.fileno() >= 0:
-                sock.setsockopt(Level.TCP, TCP.REPAIR, 1)
-                sock.close()
-
-
-@pytest.fixture(params=FAMILIES)
-def move(request, hosts):
-    made = Move(hosts, request.param)
-    yield made
-    made.end()
-
-
-@pytest.fixture
-def move4(hosts):
-    made = Move(hosts, "IPv4")
-    yield made
-    made.end()
-
-
-def receive(sock, size):
-    got = bytearray()
-    while len(got) < size:
-        data = sock.recv(1 << 20)
-        assert data
-        got += data
-    return bytes(got)
-
-
-def deaf(sock):
-    """The socket hears nothing until its filter is detached."""
-    bpf.attach(sock, bpf.DROP_ALL)
-
-
-def hearing(sock):
-    sock.setsockopt(Level.SOCKET, SO.DETACH_FILTER, 0)
+from tcpstate.kernel.tcp import TCP, RepairOption, RepairQueue, TcpState
+from tcpstate.rebuild import rebuild_connections, release_connections
+from tests.kernel.tcp_rebuild.moved import FAMILIES, V4, V6, Move, deaf, hearing, info, receive
+from tests.tscnet import SERVICE, Watcher, pair, wait_until
 
 
 def test_idle_connection_goes_on_both_ways(move):
@@ -398,126 +291,6 @@ def test_discard_is_silent_for_every_holder(hosts):
     client.close()
 
 
-def send_urgent(served, client, before, after):
-    """The client sends an urgent byte between other bytes; all has arrived when it returns."""
-    have = TcpInfo.unpack(served.getsockopt(Level.TCP, TCP.INFO, INFO_SIZE)).bytes_received
-    for data, flags in ((before, 0), (b"U", socket.MSG_OOB), (after, 0)):
-        if data:
-            client.send(data, flags)
-    end = have + len(before) + 1 + len(after)
-    wait_until(lambda: info(served).bytes_received == end)
-
-
-def seen(sock, *, urgent_first):
-    """What an application sees, step by step: the mark, the byte out of band, the bytes before and behind."""
-    sock.setblocking(False)
-    steps = []
-    if urgent_first:
-        steps.append(attempt(lambda: sock.recv(1, socket.MSG_OOB)))
-    for _ in range(3):
-        steps.append((ioctl_int(sock.fileno(), Ioctl.SIOCATMARK), ioctl_int(sock.fileno(), Ioctl.SIOCINQ)))
-        steps.append(attempt(lambda: sock.recv(1, socket.MSG_OOB | socket.MSG_PEEK)))
-        steps.append(attempt(lambda: sock.recv(100)))
-    return steps
-
-
-@pytest.mark.parametrize("taken", [False, True], ids=["unread", "taken"])
-@pytest.mark.parametrize("inline", [0, 1], ids=["out-of-band", "inline"])
-@pytest.mark.parametrize(("before", "after"), [(b"abc", b"def"), (b"", b"def"), (b"abc", b""), (b"", b"")])
-def test_urgent_data_is_kept_on_both_sides_of_the_mark(hosts, move, before, after, inline, taken):
-    control, peer = pair(hosts.a, hosts.c, service=False, port=0)
-    for sock, client in ((move.served, move.client), (control, peer)):
-        client.send(b"read before")
-        assert receive(sock, 11) == b"read before"
-        send_urgent(sock, client, before, after)
-        if taken:
-            assert sock.recv(1, socket.MSG_OOB) == b"U"
-        sock.setsockopt(Level.SOCKET, SO.OOBINLINE, inline)
-    record = move.export()
-    assert record.receive_queue == before + b"U" + after
-    assert (record.urgent_in, record.urgent_taken) == (len(before), taken)
-    assert move.served.getsockopt(Level.SOCKET, SO.OOBINLINE) == inline
-    move.rebuild()
-    move.release()
-    assert seen(move.made, urgent_first=False) == seen(control, urgent_first=False)
-    move.made.setblocking(True)
-    move.client.send(b"and on")
-    assert receive(move.made, 6) == b"and on"
-    control.close()
-    peer.close()
-
-
-def test_a_thaw_gives_urgent_data_back(hosts):
-    served, client = pair(hosts.a, hosts.c, service=False, port=0)
-    send_urgent(served, client, b"abc", b"def")
-    with hosts.a:
-        states = quiet([served])
-        export_connections([served], states)
-        thaw([served], states)
-    assert served.getsockopt(Level.SOCKET, SO.OOBINLINE) == 0
-    assert served.recv(1, socket.MSG_OOB) == b"U"
-    assert [served.recv(100), served.recv(100)] == [b"abc", b"def"]
-    served.close()
-    client.close()
-
-
-@pytest.mark.parametrize("size", [3, 100_000], ids=["sent again", "queued as sent"])
-def test_our_own_urgent_byte_stays_urgent(move, size):
-    """It was sent, and the peer never got it; snd_up tells where it is."""
-    move.served.setsockopt(Level.SOCKET, SO.SNDBUFFORCE, 1 << 20)
-    move.client.setsockopt(Level.SOCKET, SO.RCVBUFFORCE, 1 << 20)
-    deaf(move.client)
-    text = random.Random(size).randbytes(size)
-    move.served.setblocking(False)
-    assert move.served.send(text) == size
-    move.served.send(b"U", socket.MSG_OOB)
-    move.served.send(b"def")
-    time.sleep(0.02)
-    with move.hosts.a:
-        move.export()
-    assert move.record.urgent_out == size + 1
-    hearing(move.client)
-    move.rebuild()
-    move.release()
-    wait_until(lambda: info(move.client).bytes_received >= size + 4, 8)
-    assert move.client.recv(1, socket.MSG_OOB) == b"U"
-    assert receive(move.client, size + 3) == text + b"def"
-
-
-def test_a_peek_from_the_mark_goes_past_it(hosts):
-    """And one that begins before it stops there. SIOCINQ does, too, unless SO_OOBINLINE is set."""
-    served, client = pair(hosts.a, hosts.c, service=False, port=0)
-    send_urgent(served, client, b"abc", b"def")
-    assert ioctl_int(served.fileno(), Ioctl.SIOCINQ) == 3
-    served.setsockopt(Level.SOCKET, SO.OOBINLINE, 1)
-    assert ioctl_int(served.fileno(), Ioctl.SIOCINQ) == 7
-    assert served.recv(100, socket.MSG_PEEK) == b"abc"
-    served.setsockopt(Level.SOCKET, SO.PEEK_OFF, 3)
-    assert served.recv(100, socket.MSG_PEEK) == b"Udef"
-    served.close()
-    client.close()
-
-
-def test_msg_oob_in_repair_moves_the_urgent_pointer(hosts):
-    served, client = pair(hosts.a, hosts.c, service=False, port=0)
-    with hosts.a:
-        name = conn_id_of(served)
-        # its timer may send the bytes before they are looked at, and an ACK would move snd_una
-        deaf(served)
-        served.setsockopt(Level.TCP, TCP.REPAIR, 1)
-        served.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.SEND)
-        served.send(b"abc")
-        served.send(b"U", socket.MSG_OOB)
-        served.send(b"def")
-        told = tcpsock.read({"snd_up", "snd_una", "snd_nxt"}, wanted=name.__eq__)[name].values
-        served.setsockopt(Level.TCP, TCP.REPAIR_QUEUE, RepairQueue.NONE)
-    assert (told["snd_up"] - told["snd_una"]) & 0xFFFFFFFF == 4
-    assert (told["snd_nxt"] - told["snd_una"]) & 0xFFFFFFFF == 7
-    served.close()
-    client.setsockopt(Level.TCP, TCP.REPAIR, 1)
-    client.close()
-
-
 def test_peeking_is_not_led_astray_by_peek_off(hosts):
     served, client = pair(hosts.a, hosts.c, service=False, port=0)
     client.send(b"abcdef")
@@ -549,66 +322,6 @@ def test_thaw_after_an_export_goes_on_in_place(hosts):
     assert (receive(served, 2), receive(client, 3)) == (b"in", b"out")
     served.close()
     client.close()
-
-
-@pytest.mark.parametrize("family", [V4, V6])
-def test_every_readable_option_is_in_the_table_or_excluded_with_a_reason(family):
-    """On a younger kernel this names the options that the table lacks."""
-    loopback = "127.0.0.1" if family == V4 else "::1"
-    with socket.socket(family, socket.SOCK_STREAM) as listener, socket.socket(family, socket.SOCK_STREAM) as client:
-        listener.bind((loopback, 0))
-        listener.listen(1)
-        client.connect(listener.getsockname())
-        served, _ = listener.accept()
-        known = {(o.level, o.number) for o in options.TABLE} | set(options.EXCLUDED)
-        unknown = []
-        levels = [(Level.SOCKET, 90), (Level.IP, 60), (Level.TCP, 60)] + ([(Level.IPV6, 90)] if family == V6 else [])
-        for level, last in levels:
-            for number in range(1, last):
-                if (level, number) in known or (level, number) in READ_ONLY:
-                    continue
-                try:
-                    value = served.getsockopt(level, number, 256)
-                    served.setsockopt(level, number, value)
-                except OSError:
-                    continue
-                unknown.append((level.name, number))
-        served.close()
-    assert unknown == []
-
-
-#: takes back what it gave, but holds no state of the application's
-READ_ONLY = {
-    (Level.TCP, TCP.REPAIR): "",
-    (Level.TCP, 20): "TCP_REPAIR_QUEUE",
-    (Level.TCP, 35): "TCP_ZEROCOPY_RECEIVE",
-}
-
-
-@pytest.mark.parametrize("option", options.TABLE, ids=lambda o: o.keyword)
-def test_a_connected_socket_takes_its_own_value_back(option):
-    """Except what must be set before bind, every option of the table that it gives out it takes back."""
-    family = V6 if option.where is options.Where.IPV6 else V4
-    loopback = "127.0.0.1" if family == V4 else "::1"
-    with socket.socket(family, socket.SOCK_STREAM) as listener, socket.socket(family, socket.SOCK_STREAM) as client:
-        listener.bind((loopback, 0))
-        listener.listen(1)
-        client.connect(listener.getsockname())
-        failure, value = attempt(lambda: client.getsockopt(option.level, option.number, option.size))
-        if failure:
-            assert failure in (errno.ENOPROTOOPT, errno.EOPNOTSUPP)
-        elif option.stage is not Stage.BEFORE_CONNECT:
-            failure, _ = attempt(lambda: client.setsockopt(option.level, option.number, value))
-            # reserved memory takes a memory cgroup that counts sockets' memory
-            assert failure == 0 or (option.number, failure) == (SO.RESERVE_MEM, errno.EOPNOTSUPP)
-            assert client.getsockopt(option.level, option.number, option.size) == value
-
-
-def attempt(call):
-    try:
-        return 0, call()
-    except OSError as error:
-        return error.errno, None
 
 
 def test_queue_ends_count_the_fin(hosts):
