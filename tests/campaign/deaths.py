@@ -1,7 +1,8 @@
 """tcpmig killed at hundreds of random moments inside the stop, and its line broken at every message.
 
 A campaign is cut into legs with fresh hosts and a fresh server; each leg is written to the state file when it is over.
-One that was interrupted goes on with the next leg.
+One that was interrupted goes on with the next leg.  Each leg begins with a run that nobody kills: how long the process
+is stopped in it is how late it may be killed, whatever else the machine has to do.
 
 python -m tests.campaign.deaths [--kind KIND] [--count N] [--seed N] [--seconds N]
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 import tempfile
@@ -69,8 +71,14 @@ def _leg(kind: str, seed: str, count: int) -> list[dict[str, Any]]:
     with three_hosts() as hosts, tempfile.TemporaryDirectory(dir=hosts.net.directory) as name:
         folder = Path(name)
         with scenes.echo(hosts, folder) as stage:
+            longest = deaths.KINDS[kind]
+            if kind != "recover":
+                longest = deaths.die(stage, folder, kind, math.inf).after
+                problems = deaths.goes_on_alone(stage)[1] + deaths.revive(stage, folder) + deaths.judge(stage)
+                if not longest or problems:
+                    raise CommandFailed(f"{kind}: a run to the end stopped it for {longest} s: {problems}")
             for _ in range(count):
-                delay = chance.uniform(0, deaths.KINDS[kind])
+                delay = chance.uniform(0, longest)
                 if kind == "recover":
                     death = steps.die_recovering(stage, folder, delay)
                 else:

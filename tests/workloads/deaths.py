@@ -1,8 +1,8 @@
 """tcpmig killed by SIGKILL at a chosen moment, and what must be true afterwards.
 
-The moment is found in /proc: the tool is killed some time after the process that it works on was seen to be traced, or
-to be a stub (:func:`kill_inside`).  Then :func:`settle` runs `tcpmig recover`, and :func:`judge` looks at everything:
-one running copy, clients that go on without a wrong byte or a reset, nothing left behind.
+The moment is found in /proc: the tool is killed once the process that it works on has been seen to be traced, or to be
+a stub, for some time in all (:func:`kill_inside`).  Then :func:`settle` runs `tcpmig recover`, and :func:`judge` looks
+at everything: one running copy, clients that go on without a wrong byte or a reset, nothing left behind.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ __all__ = [
 WAIT = 20.0
 #: seconds that clients get to go on: a peer that was silent for long waits for its retransmission timer
 GOING_ON = 30.0
+#: of flags in /proc/PID/stat (include/linux/sched.h): it is past the signal that ended it
+PF_EXITING = 0x4
 #: seconds in which a process that is let go takes a signal that waits for it
 CALM = 0.02
 #: seconds from one look at a process to the next
@@ -52,7 +54,7 @@ class Death:
 
     status  of the tool: -9 if it was killed in time
     state   letter of the process's state just before
-    after   seconds from the trigger to the kill
+    after   seconds that it was seen so until the kill; of one that was not killed in time: in all
     """
 
     status: int
@@ -93,15 +95,17 @@ def traced(pid: int, *, frozen: bool = False) -> Callable[[], str]:
         except (FileNotFoundError, ProcessLookupError):
             return ""
         letter = text.partition("State:\t")[2][:1]
-        if frozen and not any(_pending(text, mask) for mask in ("SigPnd", "ShdPnd")):
+        if frozen and not _pending(text, signal.SIGSTOP):
             return ""
         return letter if letter in "Tt" or "\nTracerPid:\t0\n" not in text else ""
 
     return look
 
 
-def _pending(status: str, mask: str) -> bool:
-    return bool(int(status.partition(f"{mask}:\t")[2][:16], 16) >> (signal.SIGSTOP - 1) & 1)
+def _pending(status: str, number: int) -> bool:
+    """Whether a signal waits for the process, or for its first thread."""
+    masks = (int(status.partition(f"{name}:\t")[2][:16] or "0", 16) for name in ("SigPnd", "ShdPnd"))
+    return any(mask >> (number - 1) & 1 for mask in masks)
 
 
 def stub_born(host: Host, pid: int) -> Callable[[], str]:
@@ -138,7 +142,11 @@ def receiver(host: Host, command: bytes = b"receive") -> Callable[[], int]:
 
 
 def kill_inside(tool: HostProcess, victim: Callable[[], int], look: Callable[[], str], delay: float) -> Death:
-    """Kill ``victim`` (the harness's number) ``delay`` seconds after ``look`` saw something, and wait for the tool."""
+    """Kill ``victim`` (the harness's number) once ``look`` has seen something for ``delay`` seconds in all, and wait
+    for the tool.
+
+    It may let the process go and stop it again: what passes between does not count, or most kills would fall there.
+    """
     end = time.monotonic() + WAIT
     number = 0
     while not (state := look()):
@@ -148,23 +156,23 @@ def kill_inside(tool: HostProcess, victim: Callable[[], int], look: Callable[[],
             return Death(tool.wait(WAIT), "", 0.0)
         # the tool needs the processor more
         time.sleep(LOOK)
-    begun = time.monotonic()
     number = number or victim()
-    while time.monotonic() < begun + delay:
-        if tool.poll() is not None:
-            break
+    at, spent = time.monotonic(), 0.0
+    while spent < delay and tool.poll() is None:
         time.sleep(LOOK)
-    state = look()
+        before, at = at, time.monotonic()
+        state = look()
+        if state:
+            spent += at - before
     if number:
         try:
             os.kill(number, signal.SIGKILL)
         except ProcessLookupError:
             state = ""
-    after = time.monotonic() - begun
     status = tool.wait(WAIT * 2)
     if number and number != tool.outer_pid and status != 0:
         status = -signal.SIGKILL
-    return Death(status, state, after)
+    return Death(status, state, spent)
 
 
 def left_behind(host: Host, *pids: int) -> list[str]:
@@ -190,7 +198,7 @@ def settle(host: Host, *options: object) -> tuple[int, list[dict[str, Any]]]:
 
 
 FROZEN = "-frozen"
-#: what is killed, and up to how many seconds after the process was first seen to be stopped: about what the stop takes;
+#: what is killed, and after how many seconds of the stop at most: about what it takes on a quiet machine;
 #: ``-frozen``: since its connections are changed; of recover the share of its work
 KINDS = {
     "migrate": 0.06,
@@ -243,7 +251,8 @@ def goes_on_alone(stage: Stage) -> tuple[bool, list[str]]:
     time.sleep(CALM)
     if not copies(stage):
         return False, []
-    return True, [f"runs on by itself, but no answer: {name}" for name in _not_going_on(stage)]
+    seen = [f"{host.name}: {_status(host, stage.pid)}" for host in copies(stage)]
+    return True, [f"runs on by itself ({seen}), but no answer: {name}" for name in _not_going_on(stage)]
 
 
 def revive(stage: Stage, folder: Path, again: Callable[[], tuple[int, dict[str, Any], str]] | None = None) -> list[str]:
@@ -263,8 +272,27 @@ def revive(stage: Stage, folder: Path, again: Callable[[], tuple[int, dict[str, 
 
 
 def copies(stage: Stage) -> list[Host]:
-    """The hosts in which the process runs."""
-    return [host for host in (stage.hosts.source, stage.hosts.target) if host.state(stage.pid) in RUNNING]
+    """The hosts in which the process runs. One that is ending does not: a stub that dies with the tool is still there
+    until it gets the processor."""
+    return [host for host in (stage.hosts.source, stage.hosts.target) if _runs(host, stage.pid)]
+
+
+def _runs(host: Host, pid: int) -> bool:
+    if _pending(_status(host, pid), signal.SIGKILL):
+        return False
+    try:
+        stat = host.path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat[0] in RUNNING and not int(stat[6]) & PF_EXITING
+
+
+def _status(host: Host, pid: int) -> str:
+    """/proc/PID/status, empty if there is no such process."""
+    try:
+        return host.path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def wait_until_none_runs(stage: Stage) -> None:
