@@ -77,12 +77,17 @@ def delta(before: MemoryLayout, after: MemoryLayout, same: SameFile) -> Delta:
     kept: list[Mapping] = []
     fresh: list[Mapping] = []
     old = [mapping for mapping in before.mappings if not mapping.special]
-    at = 0
+    at = whole = 0
     for mapping in after.mappings:
         if mapping.special:
             continue
         while at < len(old) and old[at].end <= mapping.start:
             at += 1
+        if at < len(old) and not guards and _in_place(old[at], mapping) and _alike(old[at], mapping, same):
+            # most of them: nothing else can be there
+            kept.append(mapping)
+            whole += 1
+            continue
         alike: list[Range] = []
         index = at
         while index < len(old) and old[index].start < mapping.end:
@@ -93,10 +98,16 @@ def delta(before: MemoryLayout, after: MemoryLayout, same: SameFile) -> Delta:
         stays = list(difference(alike, guards))
         kept += [part(mapping, start, end) for start, end in stays]
         fresh += [part(mapping, start, end) for start, end in difference(mine, stays)]
+    if whole == len(old) and not fresh:
+        return Delta((), tuple(kept), (), ())
     there = joined((mapping.start, mapping.end) for mapping in old)
     gone = difference(there, joined((mapping.start, mapping.end) for mapping in kept))
     new = [(mapping.start, mapping.end) for mapping in fresh]
     return Delta(tuple(gone), tuple(kept), tuple(fresh), tuple(intersection(after.guards, new)))
+
+
+def _in_place(before: Mapping, after: Mapping) -> bool:
+    return before.start == after.start and before.end == after.end
 
 
 def _alike(before: Mapping, after: Mapping, same: SameFile) -> bool:

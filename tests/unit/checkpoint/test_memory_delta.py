@@ -93,6 +93,16 @@ def test_without_a_change_everything_stays(one: MemoryLayout) -> None:
     assert (change.gone, change.fresh, change.guards) == ((), (), ())
 
 
+@given(layouts(), st.lists(st.tuples(st.integers(0, PAGES), st.integers(1, 4)), max_size=2), st.booleans())
+def test_most_of_it_is_still_there(one: MemoryLayout, spots: list[tuple[int, int]], comes: bool) -> None:
+    other = without(one, joined((BASE + a * PAGE, BASE + (a + n) * PAGE) for a, n in spots))
+    before, after = (other, one) if comes else (one, other)
+    pages, stays = carried_out(before, after)
+    assert pages == model(after)
+    old, new = model(before), model(after)
+    assert stays == {at for at in old.keys() & new.keys() if old[at] == new[at]}
+
+
 @given(layouts(), layouts())
 def test_another_file_is_another_mapping(before: MemoryLayout, after: MemoryLayout) -> None:
     change = delta(before, after, lambda a, b: False)
