@@ -240,16 +240,29 @@ def signal_frames(stack: bytes, start: int) -> list[Frame]:
     at = stack.find(_MAGIC)
     while at >= 0:
         area = at - _XCR0_OFFSET
-        # the context, below the area, has its address as its last member
-        pointer = stack.rfind(_U64.pack((start + area) % (1 << 64)), 0, max(area, 0))
-        context = pointer + _U64.size - _CONTEXT.size
-        if pointer >= 0 and context >= _CONTEXT_AT and len(stack) >= at + _SOFTWARE.size:
-            sp, ip, cs, _ = _CONTEXT.unpack_from(stack, context)
+        returns = _context_of(stack, area, start) if len(stack) >= at + _SOFTWARE.size else None
+        if returns is not None:
             size = _SOFTWARE.unpack_from(stack, at)[3] + len(_MAGIC_END)
-            if cs == _USER_CS and _LEGACY_SIZE + _HEADER_SIZE < size <= _MOST_BYTES and area + size <= len(stack):
-                found.append(Frame(ip, sp, start + area, size))
+            if _LEGACY_SIZE + _HEADER_SIZE < size <= _MOST_BYTES and area + size <= len(stack):
+                found.append(Frame(*returns, start + area, size))
         at = stack.find(_MAGIC, at + 1)
     return found
+
+
+def _context_of(stack: bytes, area: int, start: int) -> tuple[int, int] | None:
+    """ip and sp out of the context, below the area, that has the area's address as its last member; None if there is
+    none. What was on the stack before may have the address in between."""
+    address = _U64.pack((start + area) % (1 << 64))
+    pointer = stack.rfind(address, 0, max(area, 0))
+    while pointer >= 0:
+        context = pointer + _U64.size - _CONTEXT.size
+        if context < _CONTEXT_AT:
+            return None
+        sp, ip, cs, _ = _CONTEXT.unpack_from(stack, context)
+        if cs == _USER_CS:
+            return ip, sp
+        pointer = stack.rfind(address, 0, pointer + _U64.size - 1)
+    return None
 
 
 def convert_frame(data: bytes, layout: Iterable[Component], own: bytes) -> bytes:

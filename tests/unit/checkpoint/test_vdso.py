@@ -152,3 +152,20 @@ def test_words_that_are_no_frame_are_not() -> None:
     mark = (0x46505853).to_bytes(4, "little")
     for stack in (b"", mark, bytes(500) + mark, bytes(464) + mark, bytes(2000) + mark + bytes(9)):
         assert signal_frames(stack, 0x7000) == []
+
+
+def test_an_address_left_on_the_stack_hides_no_frame() -> None:
+    start, area, size = 0x7000_0000, 2048, 2048
+    stack = bytearray(area + size + 4)
+    stack[area + 464 : area + 488] = struct.pack("<IIQI4x", 0x46505853, size + 4, 7, size)
+    address = struct.pack("<Q", start + area)
+    context = 1200  # r8 to rcx, then sp, ip, flags, cs; the registers' address is the last of 192 bytes
+    stack[context + 120 : context + 136] = struct.pack("<QQ", 0x1234, 0x5678)
+    stack[context + 144 : context + 146] = struct.pack("<H", 0x33)
+    stack[context + 184 : context + 192] = address
+    plain = signal_frames(bytes(stack), start)
+    assert plain == [Frame(0x5678, 0x1234, start + area, size + 4)]
+    for at in (area - 8, area - 23, area - 300):
+        stray = bytearray(stack)
+        stray[at : at + 8] = address
+        assert signal_frames(bytes(stray), start) == plain
