@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 
 from tcpstate.segment import parse
+from tcpstate.silence import Blackhole
 
 libc = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNET = 0x40000000
@@ -161,6 +162,16 @@ def net():
             space.close()
 
 
+@contextlib.contextmanager
+def silent_net():
+    """The same, and the rules of a freeze stand at all of them."""
+    with net() as made:
+        for host in made.hosts:
+            with host:
+                Blackhole().ensure()
+        yield made
+
+
 def pair(server, client, family=socket.AF_INET, *, service=True, mapped=False, port=7000):
     """(accepted socket on ``server``, client's socket): one connection, to the service address or the host's own."""
     address = SERVICE[family] if service else server.own(family)
@@ -173,6 +184,16 @@ def pair(server, client, family=socket.AF_INET, *, service=True, mapped=False, p
         other.connect((address, listener.getsockname()[1]))
         accepted, _ = listener.accept()
     return accepted, other
+
+
+def receive(sock, size):
+    """So many bytes, or a few more that came with them."""
+    got = bytearray()
+    while len(got) < size:
+        data = sock.recv(1 << 20)
+        assert data
+        got += data
+    return bytes(got)
 
 
 class Watcher:

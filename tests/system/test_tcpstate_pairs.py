@@ -11,14 +11,14 @@ from tcpstate import ConnectionRecord, retuple, settle
 from tcpstate.capture import Capture, replay
 from tcpstate.discard import discard_connections
 from tcpstate.export import export_connections, state_of
-from tcpstate.freeze import Blackhole, quiet
+from tcpstate.freeze import quiet
 from tcpstate.kernel.bpf import DROP_ALL, attach
 from tcpstate.kernel.sockets import Ioctl, ioctl_int
 from tcpstate.rebuild import differences, rebuild_connections
 from tcpstate.record import State
 from tcpstate.release import release_connections
 from tests.cells import FAMILIES
-from tests.tscnet import Watcher, net, pair, wait_until
+from tests.tscnet import Watcher, pair, silent_net, wait_until
 
 TO_CLIENT = random.Random(1).randbytes(1 << 20)
 TO_SERVER = random.Random(2).randbytes(1 << 20)
@@ -26,10 +26,7 @@ TO_SERVER = random.Random(2).randbytes(1 << 20)
 
 @pytest.fixture(scope="module")
 def hosts():
-    with net() as made:
-        for host in made.hosts:
-            with host:
-                Blackhole().ensure()
+    with silent_net() as made:
         yield made
 
 

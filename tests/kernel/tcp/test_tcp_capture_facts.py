@@ -14,7 +14,7 @@ from tcpstate.kernel import bpf
 from tcpstate.kernel.sockets import Ioctl, ioctl_int
 from tcpstate.segment import SEQ_MASK, Flag, Segment, build, timestamp_option
 from tcpstate.silence import Blackhole
-from tests.tscnet import Watcher, net, pair, sh, wait_until
+from tests.tscnet import Watcher, net, pair, receive, sh, wait_until
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 
@@ -36,15 +36,6 @@ def ends(request, hosts):
     yield served, client
     served.close()
     client.close()
-
-
-def receive(sock, size):
-    got = bytearray()
-    while len(got) < size:
-        data = sock.recv(1 << 20)
-        assert data
-        got += data
-    return bytes(got)
 
 
 def frozen(hosts, served, during, **how):

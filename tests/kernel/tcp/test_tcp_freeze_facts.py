@@ -16,8 +16,8 @@ from tcpstate.kernel import bpf, route
 from tcpstate.kernel.sockets import IP, SO, Ioctl, Level, ioctl_int
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, USER_TIMEOUT_MAX, TcpInfo, TcpState
 from tcpstate.locate import listener_backlog, take
-from tcpstate.silence import MARK, Blackhole, blackhole
-from tests.tscnet import Watcher, net, pair, wait_until
+from tcpstate.silence import MARK, blackhole
+from tests.tscnet import Watcher, pair, silent_net, wait_until
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 ACCEPT = ((6, 0, 0, 0xFFFFFFFF),)
@@ -25,10 +25,7 @@ ACCEPT = ((6, 0, 0, 0xFFFFFFFF),)
 
 @pytest.fixture(scope="module")
 def hosts():
-    with net() as made:
-        for host in made.hosts:
-            with host:
-                Blackhole().ensure()
+    with silent_net() as made:
         yield made
 
 

@@ -10,9 +10,8 @@ from tcpstate.connid import ConnId
 from tcpstate.freeze import enter_repair, quiet
 from tcpstate.kernel.nftables import NfTables
 from tcpstate.rows import describe
-from tcpstate.silence import Blackhole
 from tcpstate.uses.hold import DropRule, ListeningEnd, standing
-from tests.tscnet import Watcher, net, pair, wait_until
+from tests.tscnet import Watcher, pair, silent_net, wait_until
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 HOLD = "00112233445566778899aabbccddeeff"
@@ -20,10 +19,7 @@ HOLD = "00112233445566778899aabbccddeeff"
 
 @pytest.fixture(scope="module")
 def hosts():
-    with net() as made:
-        for host in made.hosts:
-            with host:
-                Blackhole().ensure()
+    with silent_net() as made:
         yield made
 
 

@@ -13,18 +13,14 @@ from tcpstate.kernel.bpf import tcpsock
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.kernel.tcp import TCP, TcpInfo, TcpState
 from tcpstate.segment import Flag, Segment, timestamp_option
-from tcpstate.silence import Blackhole
-from tests.tscnet import net, pair, wait_until
+from tests.tscnet import pair, silent_net, wait_until
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 
 
 @pytest.fixture(scope="module")
 def hosts():
-    with net() as made:
-        for host in made.hosts:
-            with host:
-                Blackhole().ensure()
+    with silent_net() as made:
         yield made
 
 

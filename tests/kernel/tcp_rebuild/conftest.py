@@ -2,17 +2,13 @@
 
 import pytest
 
-from tcpstate.silence import Blackhole
 from tests.kernel.tcp_rebuild.moved import FAMILIES, Move
-from tests.tscnet import net
+from tests.tscnet import silent_net
 
 
 @pytest.fixture(scope="module")
 def hosts():
-    with net() as made:
-        for host in made.hosts:
-            with host:
-                Blackhole().ensure()
+    with silent_net() as made:
         yield made
 
 

@@ -75,15 +75,6 @@ class Move:
                 sock.close()
 
 
-def receive(sock, size):
-    got = bytearray()
-    while len(got) < size:
-        data = sock.recv(1 << 20)
-        assert data
-        got += data
-    return bytes(got)
-
-
 def deaf(sock):
     """The socket hears nothing until its filter is detached."""
     bpf.attach(sock, bpf.DROP_ALL)

@@ -16,8 +16,8 @@ from tcpstate.kernel import bpf, route
 from tcpstate.kernel.sockets import IP, IPV6, SO, Ioctl, Level, ioctl_int
 from tcpstate.kernel.tcp import TCP, RepairOption, RepairQueue, TcpState
 from tcpstate.rebuild import rebuild_connections, release_connections
-from tests.kernel.tcp_rebuild.moved import FAMILIES, V4, V6, Move, deaf, hearing, info, receive
-from tests.tscnet import SERVICE, Watcher, pair, wait_until
+from tests.kernel.tcp_rebuild.moved import FAMILIES, V4, V6, Move, deaf, hearing, info
+from tests.tscnet import SERVICE, Watcher, pair, receive, wait_until
 
 
 def test_idle_connection_goes_on_both_ways(move):

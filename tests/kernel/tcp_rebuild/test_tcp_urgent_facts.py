@@ -12,8 +12,8 @@ from tcpstate.freeze import quiet, thaw
 from tcpstate.kernel.bpf import tcpsock
 from tcpstate.kernel.sockets import SO, Ioctl, Level, ioctl_int
 from tcpstate.kernel.tcp import INFO_SIZE, TCP, RepairQueue, TcpInfo
-from tests.kernel.tcp_rebuild.moved import attempt, deaf, hearing, info, receive
-from tests.tscnet import pair, wait_until
+from tests.kernel.tcp_rebuild.moved import attempt, deaf, hearing, info
+from tests.tscnet import pair, receive, wait_until
 
 
 def send_urgent(served, client, before, after):

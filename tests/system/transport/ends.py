@@ -10,7 +10,7 @@ from tcpstate.kernel.sockets import Ioctl, ioctl_int
 from tcpstate.transport import (
     transport_state_get,
 )
-from tests.tscnet import pair, wait_until
+from tests.tscnet import pair, receive, wait_until
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 
@@ -30,15 +30,6 @@ def connected(hosts, family, mapped):
                 frozen.discard(entry.conn_id)
     served.close()
     client.close()
-
-
-def receive(sock, size):
-    got = bytearray()
-    while len(got) < size:
-        data = sock.recv(1 << 20)
-        assert data
-        got += data
-    return bytes(got)
 
 
 def values(conn, keywords):

@@ -28,8 +28,8 @@ from tcpstate.transport import (
     transport_restore_pending,
     transport_resume,
 )
-from tests.system.transport.ends import receive, talk, unread, values
-from tests.tscnet import wait_until
+from tests.system.transport.ends import talk, unread, values
+from tests.tscnet import receive, wait_until
 
 
 def test_what_arrives_while_frozen_needs_no_retransmission(ends):

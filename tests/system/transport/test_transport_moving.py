@@ -42,18 +42,25 @@ from tcpstate.transport import (
     transport_state_get,
     transport_state_set,
 )
-from tests.system.transport.ends import KINDS, V4, receive, talk, unread, values
-from tests.tscnet import SERVICE, Watcher, pair, wait_until
+from tests.system.transport.ends import KINDS, V4, talk, unread, values
+from tests.tscnet import SERVICE, Watcher, pair, receive, wait_until
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_connection_moves_by_the_papers_calls_alone(hosts, kind):
+def to_be_moved(hosts, kind):
+    """Both ends of a connection to the service address, which is at a."""
     family, mapped = KINDS[kind]
     hosts.a.add(family)
     with hosts.a:
         wait_until(lambda: route.is_local(SERVICE[family]))
     served, client = pair(hosts.a, hosts.c, family, mapped=mapped)
     client.settimeout(5)
+    return served, client
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_connection_moves_by_the_papers_calls_alone(hosts, kind):
+    family, _ = KINDS[kind]
+    served, client = to_be_moved(hosts, kind)
     client.send(b"not read yet")
     unread(served, 12)
     served.setsockopt(Level.TCP, TCP.NODELAY, 1)
@@ -94,12 +101,8 @@ def test_a_connection_moves_by_the_papers_calls_alone(hosts, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_connection_moves_by_its_record(hosts, kind):
-    family, mapped = KINDS[kind]
-    hosts.a.add(family)
-    with hosts.a:
-        wait_until(lambda: route.is_local(SERVICE[family]))
-    served, client = pair(hosts.a, hosts.c, family, mapped=mapped)
-    client.settimeout(5)
+    family, _ = KINDS[kind]
+    served, client = to_be_moved(hosts, kind)
     client.send(b"abc")
     client.send(b"U", socket.MSG_OOB)
     client.send(b"def")

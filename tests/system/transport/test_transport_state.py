@@ -35,8 +35,8 @@ from tcpstate.transport import (
     transport_state_get,
     transport_state_set,
 )
-from tests.system.transport.ends import end, receive, talk, unread, values
-from tests.tscnet import Watcher, wait_until
+from tests.system.transport.ends import end, talk, unread, values
+from tests.tscnet import Watcher, receive, wait_until
 
 
 def test_a_look_disturbs_nothing(ends):
