@@ -21,6 +21,7 @@ from pathlib import Path
 import xxhash
 
 from checkpoint.image.frames import DATA_MAX, aligned_buffer
+from checkpoint.kernel import process_vm
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
 from tests.bench.bench_memory import CHILD, timed
@@ -66,10 +67,9 @@ def file(folder: Path) -> Iterator[int]:
 def read_and_write(pid: int, start: int, size: int, out: int, look: Callable[[memoryview], object]) -> None:
     """1 MiB after the other out of another process, looked at, and written."""
     room = aligned_buffer(DATA_MAX)
-    here = (ctypes.c_uint64 * 2)(ctypes.addressof(ctypes.c_char.from_buffer(room)), DATA_MAX)
+    here = ctypes.addressof(ctypes.c_char.from_buffer(room))
     for at in range(start, start + size, DATA_MAX):
-        there = (ctypes.c_uint64 * 2)(at, DATA_MAX)
-        syscall(SYS.process_vm_readv, pid, ctypes.addressof(here), 1, ctypes.addressof(there), 1, 0)
+        process_vm.readv(pid, here, [(at, DATA_MAX)])
         look(room)
         left = room
         while left:
