@@ -27,11 +27,11 @@ from tcpstate.errors import KeysNotRestored
 from tcpstate.kernel import diag, md5sig
 from tcpstate.kernel.bpf.signed import nobody_signs
 from tcpstate.kernel.sockets import Level, is_v6, pack_address
-from tcpstate.kernel.tcp import TCP
+from tcpstate.kernel.tcp import TCP, TcpState
 from tcpstate.segment import Segment, build
 from tcpstate.slotted import dataclass
 
-__all__ = ["SigningKey", "all_keys", "give_keys", "key_for", "keys_of", "signed", "supported"]
+__all__ = ["SigningKey", "all_keys", "give_keys", "key_for", "keys_of", "listeners_keys", "signed", "supported"]
 
 _NO_ROOM: Final = bytes((1, 1, md5sig.OPTION_KIND, 18)) + bytes(16)
 _IP_HEADER: Final = {False: 20, True: 40}
@@ -101,11 +101,18 @@ def keys_of(
 
 def all_keys() -> dict[int, tuple[SigningKey, ...]]:
     """The keys of all sockets of the calling thread's network namespace that have some, by inode. OSError."""
-    if not supported() or nobody_signs():
-        return {}
+    return {} if not supported() or nobody_signs() else _told(diag.md5_keys())
+
+
+def listeners_keys() -> dict[int, tuple[SigningKey, ...]]:
+    """:func:`all_keys` of those that listen: the kernel has them in a table of their own, and passes no connection.
+    OSError."""
+    return _told(diag.md5_keys(1 << TcpState.LISTEN)) if supported() else {}
+
+
+def _told(found: Mapping[int, Sequence[tuple[int, str, int, bytes]]]) -> dict[int, tuple[SigningKey, ...]]:
     return {
-        inode: tuple(SigningKey(address=a, prefix=p, secret=k) for _, a, p, k in keys)
-        for inode, keys in diag.md5_keys().items()
+        inode: tuple(SigningKey(address=a, prefix=p, secret=k) for _, a, p, k in keys) for inode, keys in found.items()
     }
 
 

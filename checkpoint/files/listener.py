@@ -159,7 +159,7 @@ class Listener(OpenFile):
             name=Endpoint.of(sock.getsockname()),
             backlog=info.sacked,
             options=save(sock, view.object),
-            signing_keys=keys_of([sock], view.table.signing_keys)[0],
+            signing_keys=keys_of([sock], view.table.listeners_keys)[0],
             protocol=sock.proto,
             **view.common(),
         )

@@ -36,7 +36,7 @@ from checkpoint.files.unixdiag import UnixSocket, unix_sockets
 from checkpoint.kernel.kcmp import KcmpType, Known
 from tcpstate.errors import KernelFeatureMissing
 from tcpstate.kernel.beside import Beside
-from tcpstate.md5keys import SigningKey, all_keys
+from tcpstate.md5keys import SigningKey, all_keys, listeners_keys
 
 if TYPE_CHECKING:
     from checkpoint.files.ahead import Ahead
@@ -375,6 +375,11 @@ class FileTable:
         if self.ahead is not None and self.ahead.nobody_signs:
             return {}
         return all_keys() if self._keys is None else self._keys.result()
+
+    @functools.cached_property
+    def listeners_keys(self) -> dict[int, tuple[SigningKey, ...]]:
+        """Those of listeners. The others may still be asked for by somebody else, beside us: this does not wait."""
+        return self.signing_keys if self.ahead is None else listeners_keys()
 
     def content(self, view: FdView, kind: ContentKind, name: str, huge: int = 0) -> int:
         """The index of the content of a file, recorded when it is first asked for."""

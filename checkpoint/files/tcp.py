@@ -208,7 +208,8 @@ class TcpGroup:
         socks = self.established
         if self._options is None:
             self._options = options.save(socks)
-        self._keys = keys_of(socks, self._table.signing_keys) if socks else []
+        if self._ahead is None:
+            self._keys = keys_of(socks, self._table.signing_keys) if socks else []
         for _ in range(_EARLY_ROUNDS):
             found = read_early(socks, self._early, _EARLY_GROWTH)
             for at, (early, data) in found.items():
@@ -224,6 +225,8 @@ class TcpGroup:
             return []
         self._ahead.shut()
         changed = self._ahead.changed()
+        # whether anybody has some is told by the same look, for which nobody waited before
+        self._keys = keys_of(self.established, self._table.signing_keys) if self._views else []
         if not changed:
             return []
         self._changed.update(changed)
@@ -233,8 +236,7 @@ class TcpGroup:
             self._originals += read_originals(socks)
         if self._options is not None:
             self._options += options.save(socks)
-        if self._keys is not None:
-            self._keys += keys_of(socks, self._table.signing_keys)
+        self._keys += keys_of(socks, self._table.signing_keys)
         self._early += [None] * len(views)
         self._views += views
         return [] if self._originals is None else self._told_originals()

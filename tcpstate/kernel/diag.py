@@ -146,13 +146,14 @@ def dump(states: int = ALL_STATES, *, local_port: int = 0, info: bool = False) -
                     raise
 
 
-def md5_keys() -> dict[int, list[tuple[int, str, int, bytes]]]:
+def md5_keys(states: int = ALL_STATES) -> dict[int, list[tuple[int, str, int, bytes]]]:
     """The MD5 keys of this network namespace's sockets, by inode: (family, address, prefix length, key).
 
-    Of those that connect, are connected or listen; none without CAP_NET_ADMIN. OSError.
+    Of those that connect, are connected or listen, in these states (as in :func:`dump`); none without CAP_NET_ADMIN.
+    OSError.
     """
     found: dict[int, list[tuple[int, str, int, bytes]]] = {}
-    states = ALL_STATES & ~(1 << TcpState.TIME_WAIT | 1 << TcpState.NEW_SYN_RECV)
+    states &= ~(1 << TcpState.TIME_WAIT | 1 << TcpState.NEW_SYN_RECV)
     with netlink.Netlink(netlink.Protocol.SOCK_DIAG) as channel:
         for family in (socket.AF_INET, socket.AF_INET6):
             try:

@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 
+from tcpstate.md5keys import listeners_keys
 from tests.hosts import Host, HostProcess, ThreeHosts
 from tests.hosts.tcpmig import MigrationFailed, migrate
 from tests.workloads import scenes
 from tests.workloads.many import ask, hear, opened
+from tests.workloads.option_server import PARTNER
 from tests.workloads.servers import wait_listening
 
 pytestmark = pytest.mark.alone
@@ -149,6 +151,25 @@ def test_a_listener_that_shares_its_port_with_nobody(hosts: ThreeHosts) -> None:
             clients += [Client(hosts.net.service4), Client(hosts.net.service6)]
             for client in clients:
                 assert client.ask("state") == client.said
+    for client in clients:
+        client.sock.close()
+
+
+def test_listeners_that_sign_beside_connections_that_do_not(hosts: ThreeHosts) -> None:
+    """Their keys are read in the stop, and the look at what was told ahead, which tells whether anybody signs, is beside
+    it."""
+    with option_server(hosts, "--signed") as process, hosts.client.netns_entered():
+        clients = [Client(address) for address in (hosts.net.service4, hosts.net.service6) for _ in range(3)]
+        pid, here, there = process.pid, hosts.source, hosts.target
+        for _ in range(2):
+            summary = migrate(here, pid, there)
+            assert summary["ahead"] >= len(clients)
+            pid, here, there = summary["target_pid"], there, here
+            for client in clients:
+                assert client.ask("state") == client.said
+            with here.netns_entered():
+                found = listeners_keys()
+            assert sorted(found.values(), key=str) == sorted([(key,) for key in PARTNER.values()], key=str)
     for client in clients:
         client.sock.close()
 

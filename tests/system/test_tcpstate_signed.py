@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import socket
 import time
 
@@ -14,7 +15,7 @@ from tcpstate.freeze import Blackhole, quiet
 from tcpstate.kernel.bpf import DROP_ALL, attach
 from tcpstate.kernel.md5sig import OPTION_KIND
 from tcpstate.kernel.route import is_local
-from tcpstate.md5keys import SigningKey, give_keys, keys_of
+from tcpstate.md5keys import SigningKey, all_keys, give_keys, keys_of, listeners_keys
 from tcpstate.rebuild import differences, rebuild_connections
 from tcpstate.record import ConnectionRecord, State
 from tcpstate.release import release_connections
@@ -58,6 +59,26 @@ def failures(host):
     lines = [line.split() for line in host.sh("cat /proc/net/netstat").splitlines() if line.startswith("TcpExt")]
     numbers = dict(zip(lines[0], lines[1], strict=True))
     return {k: int(v) for k, v in numbers.items() if k.startswith("TCPMD5") and int(v)}
+
+
+def test_keys_of_listeners_are_told_without_those_of_connections(hosts):
+    a, c = hosts.a, hosts.c
+    with contextlib.ExitStack() as ends:
+        a.add(socket.AF_INET)
+        ends.callback(a.remove, socket.AF_INET)
+        with a:
+            wait_until(lambda: is_local(SERVICE[socket.AF_INET]))
+        served, client = map(ends.enter_context, signed_pair(hosts, socket.AF_INET, False, 6999))
+        listener = ends.enter_context(a.socket(socket.AF_INET, socket.SOCK_STREAM))
+        mine = key(c.own(socket.AF_INET))
+        give_keys(listener, [mine], "listener")
+        listener.bind((SERVICE[socket.AF_INET], 6998))
+        listener.listen()
+        inode = os.fstat(listener.fileno()).st_ino
+        with a:
+            assert listeners_keys() == {inode: (mine,)}
+            assert all_keys() == {inode: (mine,), os.fstat(served.fileno()).st_ino: (mine,)}
+    assert client.fileno() == -1
 
 
 CASES = [(State.ESTABLISHED, f) for f in FAMILIES] + [(s, "ipv4") for s in (State.CLOSE_WAIT, State.FIN_WAIT_1)]

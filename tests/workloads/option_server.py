@@ -1,8 +1,9 @@
 """Does to its connections what they ask for: answers, options, descriptors; and tells how they are.
 
-python -m tests.workloads.option_server [--exclusive] PORT ADDRESS...
+python -m tests.workloads.option_server [--exclusive] [--signed] PORT ADDRESS...
 
-``--exclusive``: its listeners are without SO_REUSEADDR.  Requests are lines, answered by a line each::
+``--exclusive``: its listeners are without SO_REUSEADDR.  ``--signed``: they have a TCP MD5 key for :data:`PARTNER`, who
+never comes; others need no signature.  Requests are lines, answered by a line each::
 
     echo TEXT           the text
     nodelay|keepalive|oobinline|rcvlowat|linger|priority N    the option, set; the value that it has now
@@ -22,6 +23,13 @@ import socket
 import struct
 import sys
 
+from tcpstate.md5keys import SigningKey, give_keys
+
+#: key and peer of ``--signed``, by family
+PARTNER = {
+    socket.AF_INET: SigningKey(address="10.99.9.9", prefix=32, secret=b"of the partner"),
+    socket.AF_INET6: SigningKey(address="fd99::9", prefix=128, secret=b"of the partner"),
+}
 OPTIONS = {
     "nodelay": (socket.IPPROTO_TCP, socket.TCP_NODELAY),
     "keepalive": (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
@@ -79,14 +87,16 @@ class Peer:
 
 
 def main() -> None:
-    exclusive = "--exclusive" in sys.argv
-    port, *addresses = [word for word in sys.argv[1:] if word != "--exclusive"]
+    exclusive, signed = "--exclusive" in sys.argv, "--signed" in sys.argv
+    port, *addresses = [word for word in sys.argv[1:] if not word.startswith("--")]
     epoll = select.epoll()
     listeners = {}
     for address in addresses:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, not exclusive)
+        if signed:
+            give_keys(listener, [PARTNER[listener.family]], "listener")
         listener.bind((address, int(port)))
         listener.listen(128)
         listeners[listener.fileno()] = listener
