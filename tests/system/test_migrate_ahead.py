@@ -156,8 +156,8 @@ def test_a_listener_that_shares_its_port_with_nobody(hosts: ThreeHosts) -> None:
 
 
 def test_listeners_that_sign_beside_connections_that_do_not(hosts: ThreeHosts) -> None:
-    """Their keys are read in the stop, and the look at what was told ahead, which tells whether anybody signs, is beside
-    it."""
+    """Their keys are read in the stop, and the look at what was told ahead, which tells whether anybody signs, is
+    beside it."""
     with option_server(hosts, "--signed") as process, hosts.client.netns_entered():
         clients = [Client(address) for address in (hosts.net.service4, hosts.net.service6) for _ in range(3)]
         pid, here, there = process.pid, hosts.source, hosts.target
