@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import socket
 from array import array
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -15,6 +16,7 @@ from tcpstate.freeze import enter_repair, leave_repair, not_in_repair
 from tcpstate.kernel import bpf
 from tcpstate.kernel.columns import Column, Field, Reusable, Rows, numbers_of
 from tcpstate.kernel.lanes import Together
+from tcpstate.kernel.route import is_local
 from tcpstate.kernel.sockets import IP, IPV6, SO, Level
 from tcpstate.kernel.tcp import TCP, Repair, RepairQueue
 from tcpstate.opening import open_again
@@ -273,9 +275,10 @@ def _give_back(
 _LATER: Final = frozenset({"so.keepalive", "so.mark"})
 
 
-def _build_ready(rows: Rows) -> tuple[Column, Field]:
+def _build_ready(rows: Rows, *, deaf: bool) -> tuple[Column, Field]:
     fd, reuse_address = rows.column(), rows.room(4)
-    rows.setsockopt(fd, Level.SOCKET, SO.DETACH_FILTER, 0, ignore=True)
+    if deaf:
+        rows.setsockopt(fd, Level.SOCKET, SO.DETACH_FILTER, 0, ignore=True)
     rows.setsockopt(fd, Level.TCP, TCP.REPAIR, Repair.OFF_NO_PROBE, label="leaving repair mode")
     # leaving repair cleared it
     rows.setsockopt(fd, Level.SOCKET, SO.REUSEADDR, reuse_address)
@@ -291,14 +294,25 @@ def _build_number(option: SO) -> Callable[[Rows], tuple[Column, Field]]:
     return build
 
 
-_ready = Reusable(_build_ready)
+def _build_listening(rows: Rows) -> Column:
+    fd = rows.column()
+    rows.setsockopt(fd, Level.SOCKET, SO.DETACH_FILTER, 0, ignore=True)
+    return fd
+
+
+_ready = {deaf: Reusable(functools.partial(_build_ready, deaf=deaf)) for deaf in (True, False)}
+_listening = Reusable(_build_listening)
 _marking = Reusable(_build_number(SO.MARK))
 _keeping = Reusable(_build_number(SO.KEEPALIVE))
 
 
 class Ready:
     """Rebuilt connections with nothing in their queues, made ready: all of the release that can be done while they are
-    silent, and in repair mode. ConnectionCallFailed."""
+    silent, and in repair mode. ConnectionCallFailed, OSError.
+
+    Unless one of their addresses is local here already, they are without a filter then: nothing can arrive until the
+    address does, and from then on it is theirs. It would take a third of the release's time to take it away.
+    """
 
     def __init__(self, socks: Sequence[socket.socket], records: Sequence[ConnectionRecord]) -> None:
         self._socks = socks
@@ -307,10 +321,16 @@ class Ready:
         self._fds = numbers_of(socks)
         self._reuse_address = array("I", [r.reuse_address for r in records])
         self._keepalive = [at for at, r in enumerate(records) if number(r, "so.keepalive")]
+        self._deaf = any(map(is_local, {r.conn_id.local for r in records}))
         if socks:
             _give_back(socks, records, skip=_OWN_HANDS | _LATER, shared=True)
-            # In repair, behind its filter and without keepalive nothing makes it send.
+            # In repair, with nothing that arrives and without keepalive nothing makes it send.
             self._set(_marking, self._fds, [number(r, "so.mark") for r in records], range(len(socks)))
+            if not self._deaf:
+                rows, fd = _listening.of(len(socks))
+                fd.set(self._fds)
+                with failures(socks, Names(records)):
+                    rows.run()
 
     def _set(
         self, table: Reusable[tuple[Column, Field]], fds: array[int], values: Iterable[int], places: Sequence[int]
@@ -332,7 +352,7 @@ class Ready:
         keep = {at for at in self._keepalive if at not in without}
 
         def some(part: slice) -> None:
-            self._set(_ready, fds[part], again[part], places[part])
+            self._set(_ready[self._deaf], fds[part], again[part], places[part])
             if keeping := [at for at in places[part] if at in keep] if keep else []:
                 self._set(_keeping, array("Q", [self._fds[at] for at in keeping]), [1] * len(keeping), keeping)
 
