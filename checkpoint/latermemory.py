@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from checkpoint.errors import BadLayout
-from checkpoint.image.frames import DATA_MAX, PageRun, Runs, Space
+from checkpoint.image.frames import PageRun, Runs, Space
 from checkpoint.image.lazypages import FileIndex, ImagePages
 from checkpoint.live import Remaining
 from checkpoint.memory import lazy, scan
@@ -103,24 +103,26 @@ class LaterMemory:
         """The image file that has the pages. Before the first frame."""
         self._source = source
 
-    def laid_out(self, layout: MemoryLayout) -> None:
-        """The memory of a process is laid out so, for good."""
-        self._layouts[layout.pid] = layout
-        self._areas[layout.pid] = lazy.areas(layout)
-
-    def at_once(self) -> Iterator[PageRun]:
-        """When all memory is laid out: what of the image's pages has to be written now, verified; all else is left for
-        later. The bytes are valid until the next is asked for. ImageError."""
+    def laid_out(self, layouts: Mapping[int, MemoryLayout]) -> None:
+        """The memory of all processes will be laid out so, for good. ImageError."""
+        self._layouts = dict(layouts)
+        self._areas = {pid: lazy.areas(layout) for pid, layout in layouts.items()}
         if self._source is None:
             return
-        for pid, ranges in self._source.index.ranges():
-            areas = self._areas.get(pid, ())
-            later = list(intersection(ranges, areas))
+        there = dict(self._source.index.ranges())
+        soon = lazy.soon(layouts.values(), there)
+        for pid, ranges in there.items():
+            waiting = list(difference(self._areas.get(pid, ()), soon.get(pid, ())))
+            later = list(intersection(ranges, waiting))
             if later:
                 self._missing[pid] = later
-            for start, end in difference(ranges, areas):
-                self._source.want(pid, start, end - start, urgent=False)
-            yield from _gathered(pid, self._source.ready())
+            self._source.read_ahead(pid, list(difference(ranges, waiting)))
+
+    def at_once(self) -> Iterator[PageRun]:
+        """When all memory stands: what of the image's pages has to be written now, verified; all else is left for
+        later. The bytes are valid until the next is asked for. ImageError."""
+        if self._source is not None:
+            yield from self._source.runs()
 
     def told(self, runs: Runs) -> None:
         """Pages that will be brought from where the processes were. BadLayout if their memory cannot wait."""
@@ -152,17 +154,3 @@ class LaterMemory:
         finally:
             for one in armed:
                 one.close()
-
-
-def _gathered(pid: int, pieces: Iterable[tuple[int, int, memoryview]]) -> Iterator[PageRun]:
-    """Pieces (process, address, bytes) by address, as few runs as they make."""
-    runs: list[tuple[int, int]] = []
-    block = bytearray()
-    for _, start, data in pieces:
-        if runs and len(block) + len(data) > DATA_MAX:
-            yield PageRun(space=Space.MEMORY, id=pid, runs=tuple(runs), data=memoryview(block))
-            runs, block = [], bytearray()
-        runs.append((start, len(data)))
-        block += data
-    if runs:
-        yield PageRun(space=Space.MEMORY, id=pid, runs=tuple(runs), data=memoryview(block))

@@ -252,6 +252,8 @@ class Restore:
             # their clocks stood until now: what has passed here before has not passed for them
             self._arrived_ns = time.monotonic_ns()
         taken = [area for one in self._layouts.values() for area in one.areas]
+        if self.later is not None:
+            self.later.laid_out(self._layouts)
         held = {} if self._held is None else self._held(self._files)
         if any(isinstance(file, TcpFile) and file.conn_id for file in self._files.files):
             self.make_ready()
@@ -292,8 +294,6 @@ class Restore:
             else:
                 layout.build(one, self.stubs[pid], self._rebuilder.descriptor)
                 self._ground.is_now(one)
-            if self.later is not None:
-                self.later.laid_out(one)
         # last those whose tables others share: the descriptor by which files are taken is closed with them
         for record in sorted(self._living(), key=lambda record: not record.task.files):
             pid = record.task.pid

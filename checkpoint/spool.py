@@ -23,7 +23,7 @@ from checkpoint.memory import lazy
 from checkpoint.memory.delta import delta, without
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.memory.pages import chunks
-from checkpoint.memory.ranges import Range, difference, intersection
+from checkpoint.memory.ranges import Range, difference, intersection, joined
 from checkpoint.records import LiveTree, fits, same_file
 from tcpstate.slotted import dataclass
 
@@ -140,16 +140,19 @@ class Spool:
         """By process: where its pages are, by address. After :meth:`finish` of each."""
         return {pid: resolve(log) for pid, log in self._logs.items() if pid in self._layouts}
 
-    def runs(self, pieces: Mapping[int, Iterable[Piece]], *, buffers: int = 1) -> Iterator[PageRun]:
+    def runs(self, pieces: Mapping[int, Sequence[Piece]], *, buffers: int = 1) -> Iterator[PageRun]:
         """Those of the pieces that are in the file; a run is valid until the ``buffers``-th after it is asked for.
 
         First what a lazy restore needs at once, in frames of its own: it would read many more for it otherwise.
         """
         spaces = [aligned_buffer(DATA_MAX) for _ in range(buffers)]
         turn = 0
+        there = {pid: joined((one.start, one.end) for one in wanted) for pid, wanted in pieces.items()}
+        soon = lazy.soon([self._layouts[pid] for pid in pieces], there)
         for pid, wanted in pieces.items():
             mine = sorted((x for x in wanted if x.source == 0 and x.place is not None), key=lambda one: one.start)
-            for runs in self._frames(pid, [(one.start, one.end) for one in mine]):
+            later = list(difference(lazy.areas(self._layouts[pid]), soon[pid]))
+            for runs in self._frames([(one.start, one.end) for one in mine], later):
                 data = spaces[turn][: sum(length for _, length in runs)]
                 turn = (turn + 1) % buffers
                 at = 0
@@ -161,9 +164,9 @@ class Spool:
                     at += length
                 yield PageRun(space=Space.MEMORY, id=pid, runs=runs, data=data)
 
-    def _frames(self, pid: int, ranges: Sequence[Range]) -> Iterator[tuple[tuple[int, int], ...]]:
-        """The runs of frames: those of pages that cannot come later, then those of all others."""
-        later = lazy.areas(self._layouts[pid])
+    @staticmethod
+    def _frames(ranges: Sequence[Range], later: Sequence[Range]) -> Iterator[tuple[tuple[int, int], ...]]:
+        """The runs of frames: those of pages that do not come later, then those of all others."""
         yield from chunks(difference(ranges, later))
         yield from chunks(intersection(ranges, later))
 

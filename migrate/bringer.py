@@ -5,7 +5,8 @@
     tool                                worker                      guard
     fork, early: nothing is open yet    (pages of a line: listens)
     begin: memories, where pages are ->  serves them
-    seal                             ->  forks                   -> waits for the worker's end
+           "seal"                    ->  forks                   -> waits for the worker's end
+    seal: hears that both are there
     (ends)                               all pages are there: DONE, ends   ends
 
 Until it is sealed the worker ends with the tool, and the processes do too.  From then on it outlives the tool.  When
@@ -154,13 +155,14 @@ class Bringer:
         finally:
             os.close(told)
         self._say(_BEGIN)
+        # a guard takes milliseconds; until the processes survive us they and what waits for them end with us anyway
+        self._say(_SEAL)
         self._begun = True
 
     def seal(self) -> None:
         """The worker outlives us from now on, and pages are brought until none is missing. PageBringerFailed."""
         if self._begun:
             self._hear(_BEGIN)
-            self._say(_SEAL)
             self._hear(_SEAL)
 
     def _say(self, what: bytes) -> None:

@@ -309,7 +309,8 @@ def restore(
         if bringer is not None:
             bringer.reads(image.fd)
         if rebuilt.later is not None and image.later is not None:
-            rebuilt.later.reads(ImagePages(image.fd, image.later, path))
+            pages = ends.enter_context(contextlib.closing(ImagePages(image.fd, image.later, path)))
+            rebuilt.later.reads(pages)
         rebuilt.place(files.path, overwrite=files.overwrite, devices=files.devices)
         kept = KeptFrames.noted(journal.note)
         ends.callback(kept.close)

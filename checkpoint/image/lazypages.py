@@ -12,7 +12,8 @@ import bisect
 import collections
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import field
 
 from checkpoint.errors import ImageDamaged, ImageTruncated
@@ -26,6 +27,8 @@ from checkpoint.image.frames import (
     PAGE_RECORD_MAX,
     RECORD_MAX,
     Kind,
+    PageRun,
+    Space,
     aligned_buffer,
 )
 from checkpoint.memory.ranges import Range, joined
@@ -37,6 +40,8 @@ _WORD = 8
 
 #: frames that stay in memory after they were verified
 _KEPT = 4
+#: frames that others may have read before they are used
+_AHEAD = 12
 #: bytes of the largest frame, with what lies around its data
 _ROOM = DATA_MAX + PAGE_RECORD_MAX + 3 * ALIGNMENT
 
@@ -144,6 +149,11 @@ class ImagePages:
         self._wanted: collections.deque[tuple[int, int, int]] = collections.deque()
         #: data and the buffer that they are in, by number of the frame
         self._kept: collections.OrderedDict[int, tuple[memoryview, memoryview]] = collections.OrderedDict()
+        #: for :meth:`runs`: (pid, frame, its parts as start, length, place), those that somebody reads, and who does
+        self._whole: collections.deque[tuple[int, int, list[tuple[int, int, int]]]] = collections.deque()
+        self._coming: collections.deque[Future[memoryview]] = collections.deque()
+        #: one thread: who builds the processes meanwhile needs a processor, too
+        self._reader: ThreadPoolExecutor | None = None
 
     @property
     def immediate(self) -> bool:
@@ -177,6 +187,58 @@ class ImagePages:
             for (start, end), number, at in self._parts(pid, origin, origin + size):
                 yield pid, start, self._frame(number)[at : at + end - start]
 
+    # -- many at once
+
+    def read_ahead(self, pid: int, ranges: Sequence[Range]) -> None:
+        """All that is there of ``ranges`` will be wanted by :meth:`runs`: a thread begins to read it. ImageDamaged."""
+        frames_of: dict[int, list[tuple[int, int, int]]] = {}
+        for low, high in ranges:
+            for (start, end), number, at in self._parts(pid, low, high):
+                frames_of.setdefault(number, []).append((at, start, end - start))
+        for number, parts in sorted(frames_of.items()):
+            self._check(number)
+            self._whole.append((pid, number, [(start, length, at) for at, start, length in sorted(parts)]))
+        self._read_on()
+
+    def _read_on(self) -> None:
+        while len(self._coming) < min(_AHEAD, len(self._whole)):
+            number = self._whole[len(self._coming)][1]
+            if self._reader is None:
+                self._reader = ThreadPoolExecutor(1, "image")
+            self._coming.append(self._reader.submit(self._read_new, number))
+
+    def _read_new(self, number: int) -> memoryview:
+        return self._read(number, aligned_buffer(_ROOM))
+
+    def runs(self) -> Iterator[PageRun]:
+        """What :meth:`read_ahead` was told of, frame by frame; the bytes are valid until the next is asked for.
+        ImageError, OSError."""
+        while self._whole:
+            pid, number, parts = self._whole.popleft()
+            coming = self._coming.popleft()
+            # what it has not come to yet is done beside it
+            data = self._read_new(number) if coming.cancel() else coming.result()
+            self._read_on()
+            runs: list[tuple[int, int]] = []
+            first = last = 0
+            for start, length, at in parts:
+                if at + length > len(data):
+                    raise ImageDamaged(f"{Kind.PAGE_INDEX}: frame {number} has no such pages", object=self._path)
+                if at != last:
+                    if runs:
+                        yield PageRun(space=Space.MEMORY, id=pid, runs=tuple(runs), data=data[first:last])
+                    runs, first = [], at
+                runs.append((start, length))
+                last = at + length
+            yield PageRun(space=Space.MEMORY, id=pid, runs=tuple(runs), data=data[first:last])
+
+    def close(self) -> None:
+        """Nobody reads in the file any more; it is the caller's."""
+        self._whole.clear()
+        self._coming.clear()
+        if self._reader is not None:
+            self._reader.shutdown(cancel_futures=True)
+
     def _parts(self, pid: int, start: int, end: int) -> Iterator[tuple[Range, int, int]]:
         """((start, end), number of the frame, place in its data)."""
         starts = self._starts.get(pid)
@@ -192,13 +254,16 @@ class ImagePages:
 
     def _frame(self, number: int) -> memoryview:
         """The data of a frame, verified."""
-        if number >= self.index.count:
-            raise ImageDamaged(f"{Kind.PAGE_INDEX}: there is no frame {number}", object=self._path)
+        self._check(number)
         if number not in self._kept:
             # an old buffer is warm, and its frame was handed out long ago
             space = self._kept.popitem(last=False)[1][1] if len(self._kept) >= _KEPT else aligned_buffer(_ROOM)
             self._kept[number] = self._read(number, space), space
         return self._kept[number][0]
+
+    def _check(self, number: int) -> None:
+        if number >= self.index.count:
+            raise ImageDamaged(f"{Kind.PAGE_INDEX}: there is no frame {number}", object=self._path)
 
     def _read(self, number: int, space: memoryview) -> memoryview:
         offset, record, length = self._offsets[number], self._records[number], self._lengths[number]

@@ -13,18 +13,22 @@ Only private anonymous memory can be had so, and not all of it:
   that one was installed, so what is brought ahead of need is looked at first;
 - small mappings cost more to watch than to copy, and stacks of processes are touched at once.
 
+Of an image file the smallest areas that could wait are read all the same (:func:`soon`): every program goes through
+them before its first answer, and each page that is asked for costs as much as the MiB that it is verified with.
+
 Source: Documentation/admin-guide/mm/userfaultfd.rst; mm/userfaultfd.c, fs/userfaultfd.c.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import errno
 import functools
 import logging
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from typing import TYPE_CHECKING, Final
 
@@ -33,9 +37,10 @@ from checkpoint.errors import LazyImpossible
 from checkpoint.kernel import pagemap, process_vm, userfaultfd
 from checkpoint.kernel.pagemap import Category
 from checkpoint.kernel.userfaultfd import CREATE_SERVED, Event, Feature, Message, Mode
-from checkpoint.memory.layout import Mapping, MemoryLayout
+from checkpoint.memory.layout import Mapping as Mapped
+from checkpoint.memory.layout import MemoryLayout
 from checkpoint.memory.missing import Missing, Piece
-from checkpoint.memory.ranges import Range, difference, joined
+from checkpoint.memory.ranges import Range, difference, intersection, joined
 from checkpoint.memory.vma import PAGE
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.calls import CallError, CallTable
@@ -46,13 +51,15 @@ from tcpstate.slotted import dataclass
 if TYPE_CHECKING:
     from checkpoint.spawn import Stub
 
-__all__ = ["Changing", "Gone", "LazySpace", "areas", "arm", "available"]
+__all__ = ["Changing", "Gone", "LazySpace", "areas", "arm", "available", "soon"]
 
 _log = logging.getLogger(__name__)
 
 _EVENTS: Final = Feature.EVENT_FORK | Feature.EVENT_REMAP | Feature.EVENT_REMOVE | Feature.EVENT_UNMAP
 #: bytes from which on a mapping is worth it
 _LEAST: Final = 1 << 20
+#: bytes of a tree's pages that could wait and do better at once: they are read and verified while it is built
+_SOON: Final = 8 << 20
 #: no mapping that waits for pages is below (vm.mmap_min_addr)
 _LOWEST: Final = 1 << 16
 _NOT_LAZY: Final = frozenset({"lo", "lf", "wf", "dp", "gd"})
@@ -72,7 +79,28 @@ def areas(layout: MemoryLayout) -> list[Range]:
     return list(difference(found, layout.guards))
 
 
-def _can_wait(mapping: Mapping) -> bool:
+def soon(layouts: Iterable[MemoryLayout], pages: Mapping[int, Sequence[Range]]) -> dict[int, list[Range]]:
+    """Of the :func:`areas` of processes those that do better at once: the ones with the fewest ``pages``, so many as
+    are read while the processes are built. By address."""
+    found: dict[int, list[Range]] = {}
+    sizes: list[tuple[int, int, Range]] = []
+    for layout in layouts:
+        found[layout.pid] = []
+        mine = areas(layout)
+        held = dict.fromkeys(mine, 0)
+        for start, end in intersection(pages.get(layout.pid, ()), mine):
+            held[mine[bisect.bisect_right(mine, start, key=lambda one: one[0]) - 1]] += end - start
+        sizes += [(size, layout.pid, area) for area, size in held.items()]
+    left = _SOON
+    for size, pid, area in sorted(sizes):
+        left -= size
+        if left < 0:
+            break
+        found[pid].append(area)
+    return {pid: sorted(chosen) for pid, chosen in found.items()}
+
+
+def _can_wait(mapping: Mapped) -> bool:
     return (
         mapping.anonymous
         and not mapping.shared

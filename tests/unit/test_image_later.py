@@ -3,6 +3,7 @@ them is handed out."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -61,6 +62,24 @@ def read(image: ImageReader) -> dict[tuple[int, int], bytes]:
     return found
 
 
+def read_at_once(image: ImageReader) -> dict[tuple[int, int], bytes]:
+    """The same, all that is wanted told before."""
+    assert image.later is not None
+    found = {}
+    with contextlib.closing(ImagePages(image.fd, image.later, image.path)) as source:
+        for pid, ranges in image.later.ranges():
+            source.read_ahead(pid, ranges)
+        for run in source.runs():
+            assert sum(length for _, length in run.runs) == len(run.data)
+            at = 0
+            for start, length in run.runs:
+                for page in range(start, start + length, PAGE):
+                    found[run.id, page] = bytes(run.data[at : at + PAGE])
+                    at += PAGE
+    return found
+
+
+Reads = Callable[[ImageReader], dict[tuple[int, int], bytes]]
 EXPECTED = {
     (pid, at): bytes_of(pid, at)
     for pid, frames in RUNS.items()
@@ -85,7 +104,7 @@ def test_pages_are_found_without_their_frames(tmp_path: Path, monkeypatch: pytes
                 kinds = [frame.kind for frame in image.frames]
                 assert kinds == [Kind.TREE, Kind.PAGES, Kind.HOLD, *[Kind.PAGE_INDEX] * indexed]
                 assert [run.space for run in image.pages()] == [Space.CONTENT]
-                assert read(image) == EXPECTED
+                assert read(image) == read_at_once(image) == EXPECTED
                 assert dict(image.later.ranges() if image.later else ()) == {
                     7: [(0x10000, 0x11000), (0x12000, 0x14000), (0x20000, 0x21000)],
                     9: [(0x10000, 0x12000), (0x15000, 0x16000)],
@@ -98,7 +117,8 @@ def test_who_does_not_ask_for_it_reads_all(tmp_path: Path) -> None:
         assert sum(run.space is Space.MEMORY for run in image.pages()) == 4
 
 
-def test_no_flipped_byte_gives_a_wrong_page(tmp_path: Path) -> None:
+@pytest.mark.parametrize("read", [read, read_at_once])
+def test_no_flipped_byte_gives_a_wrong_page(tmp_path: Path, read: Reads) -> None:
     data = bytearray(make(tmp_path / "image").read_bytes())
     bad, told, used = tmp_path / "bad", 0, 0
     # of the bytes of pages themselves, which are most, a sample
@@ -193,6 +213,28 @@ def test_a_frame_that_is_not_there_is_told_when_it_is_used(tmp_path: Path) -> No
         source.want(9, 0x10000, PAGE, urgent=True)
         with pytest.raises(ImageDamaged, match="no frame 77"):
             list(source.ready())
+        with pytest.raises(ImageDamaged, match="no frame 77"):
+            source.read_ahead(9, [(0x10000, 0x12000)])
+
+
+def test_a_place_behind_the_end_of_a_frame_is_told(tmp_path: Path) -> None:
+    with open_image(make(tmp_path / "image"), later=True) as image:
+        assert image.later is not None
+        far = image.later.runs[9][:24] + PAGE.to_bytes(8, "little") + image.later.runs[9][32:]
+        names = ("offsets", "records", "data", "digests", "have")
+        index = FileIndex(**{name: getattr(image.later, name) for name in names}, runs={**image.later.runs, 9: far})
+        with contextlib.closing(ImagePages(image.fd, index, "image")) as source:
+            source.read_ahead(9, [(0x10000, 0x12000)])
+            with pytest.raises(ImageDamaged, match="no such pages"):
+                list(source.runs())
+
+
+def test_more_frames_than_are_read_ahead_come_all(tmp_path: Path) -> None:
+    count = 40
+    with ThreadPoolExecutor(2) as pool, ImageFile(tmp_path / "image", executor=pool) as image:
+        image.pages(page_run(7, ((at * PAGE, PAGE),)) for at in range(1, count))
+    with open_image(tmp_path / "image", later=True) as opened:
+        assert read_at_once(opened) == {(7, at * PAGE): bytes_of(7, at * PAGE) for at in range(1, count)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
