@@ -77,6 +77,10 @@ class Lazy:
         shown: list[dict[str, Any]] = found["lazy"]
         return shown
 
+    def names(self) -> list[str]:
+        """Of the processes there."""
+        return self.hosts.source.run(["ps", "-e", "-o", "comm="]).stdout.split()
+
     def wait_for(self, true: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
         deadline = time.monotonic() + 60
         while not true(found := self.standing()):
@@ -181,3 +185,18 @@ def test_an_index_that_is_not_right_is_refused_before_anything_is_built(lazy: La
     assert (status, found["code"][:5]) == (REFUSED, "TM-04"), told
     assert not lazy.hosts.source.path(f"/proc/{lazy.server.pid}").exists()
     assert not lazy.standing()
+
+
+@pytest.mark.parametrize("moment", ["migrate.bringer:Bringer.seal", "checkpoint.restore:Restore.survive"])
+def test_a_tool_that_dies_before_the_processes_survive_it_leaves_no_server_of_pages(lazy: Lazy, moment: str) -> None:
+    host = lazy.hosts.source
+    command = [sys.executable, "-m", "tests.workloads.killed_in", moment, "restore", "--lazy", lazy.image]
+    done = host.run(command, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    host.wait_until_gone(lazy.server.pid)
+    lazy.wait_for(lambda found: not found and "tcpmig-lazy" not in lazy.names())
+    status, _, told = tcpmig(host, "recover")
+    assert status == 0, told
+    lazy.restore()
+    assert lazy.ask(b"digest") == lazy.digest
+    lazy.wait_for(lambda found: not found)
