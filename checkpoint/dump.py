@@ -112,9 +112,8 @@ class Dump:
         self._files: TreeFiles | None = None
         self._layouts: dict[int, MemoryLayout] = {}
         self._states: dict[int, ProcessState] = {}
-        self._ipc = ipc.Objects()
+        self._ipc, self._spaces = ipc.Objects(), Spaces()
         self.numbers = Numbers()
-        self._spaces = Spaces()
         self.last = LastSegments(())  #: closed connections, whose last segments are under way when the trees stop
         self._pause = CollectorPause()
         self.contents = ContentRounds()
@@ -160,10 +159,11 @@ class Dump:
                 with contextlib.suppress(NoSuchProcess):
                     self._foreseen[pid] = foresee(pid, self._foreseen.get(pid), tracked=True)
 
-    def tell_ahead(self, moved: Collection[str]) -> AheadFiles | None:
+    def tell_ahead(self, moved: Collection[str], *, retold: bool = False) -> AheadFiles | None:
         """Idle connections, to be built before the stop; None if there are none, or this kernel cannot tell whether
-        they change. ``moved``: the addresses that will leave. Last before :meth:`make_ready`."""
-        self._ahead, told = tell(preflight.pids(self.roots), moved, self._policy)
+        they change. ``moved``: the addresses that will leave; ``retold``: the target knows
+        :mod:`checkpoint.files.retold`. Last before :meth:`make_ready`."""
+        self._ahead, told = tell(preflight.pids(self.roots), moved, self._policy, retold=retold)
         return told
 
     def give_up_live(self) -> None:
@@ -399,8 +399,8 @@ class Dump:
 
     def delta(self, *, clocks_stand: bool = False) -> FilesDelta:
         """The connections as exported, and other files that changed since the stop (see FileTable.recapture())."""
-        files = self._files_table.recapture(clocks_stand=clocks_stand)
-        return FilesDelta(files=self.numbers.some_files(files | self._connections.records()))
+        files = self._files_table.recapture(clocks_stand=clocks_stand) | self._connections.records()
+        return FilesDelta.of(self.numbers.some_files(files), self._connections.told)
 
     # -- the two ends ---------------------------------------------------------------------------------------------
 

@@ -6,14 +6,15 @@ process, FILES_DELTA a :class:`FilesDelta`, ENDED an :class:`Ended`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import field
-from typing import Final
+from typing import Final, Self
 
 from checkpoint.arch import USER_END
 from checkpoint.files.base import OpenFile
 from checkpoint.files.regular import RegularFile
+from checkpoint.files.retold import Retold, join, split
 from checkpoint.files.table import TreeFiles
 from checkpoint.files.treefiles import AheadFiles
 from checkpoint.image.frames import End
@@ -156,9 +157,24 @@ class TreeRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilesDelta:
-    """Entries of FILES that are told again: sockets, as they were frozen, and what else changed since."""
+    """Entries of FILES that are told again: sockets, as they were frozen, and what else changed since.
+
+    files   whole
+    retold  connections that were told ahead, by what is otherwise now
+    """
 
     files: dict[int, OpenFile] = field(default_factory=dict)
+    retold: Retold | None = None
+
+    @classmethod
+    def of(cls, files: Mapping[int, OpenFile], told: Sequence[OpenFile]) -> Self:
+        """Of these; ``told``: what was told ahead, if the reader knows :class:`~checkpoint.files.retold.Retold`."""
+        whole, retold = split(files, told)
+        return cls(files=whole, retold=retold)
+
+    def whole(self, told: AheadFiles | None) -> dict[int, OpenFile]:
+        """All of them; ``told``: what was told ahead. BadFileRecord."""
+        return self.files | join(self.retold, told)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -177,7 +177,8 @@ class Restore:
             case Kind.COPIED:
                 self._complete_processes()
             case Kind.FILES_DELTA:
-                self._files_rebuilder.take(frame.decode(FilesDelta).files)
+                ahead = None if self._ahead is None else self._ahead.told
+                self._files_rebuilder.take(frame.decode(FilesDelta).whole(ahead))
             case Kind.END:
                 self.end()
         frame.release()

@@ -28,6 +28,7 @@ __all__ = [
     "FORWARD",
     "LAZY",
     "PROBE",
+    "RETOLD",
     "STAGED",
     "features",
     "host_facts",
@@ -41,6 +42,8 @@ __all__ = [
 ACCEPT_QUEUE: Final = "accept-queue"
 #: of :func:`features`: connections are built before the stop (the frame AHEAD is understood)
 AHEAD: Final = "connections-ahead"
+#: of :func:`features`: of those that have changed numbers are enough (the field ``retold`` of FILES_DELTA)
+RETOLD: Final = "connections-retold"
 #: of :func:`features`: shared memory is kept before the stop (the frame CONTENTS is understood)
 STAGED: Final = "contents-ahead"
 #: the same: this program answers Probe
@@ -81,7 +84,7 @@ def without(needs: Needs, patterns: Sequence[str]) -> Needs:
 def features() -> frozenset[str]:
     """What the kernel and this program can do here that another host may want to know before anything is stopped. The
     first time takes up to a second (the kernel's BTF is read)."""
-    ours = frozenset({PROBE, AHEAD, STAGED, FORWARD, squeeze.FEATURE} | (set() if lazy.available() else {LAZY}))
+    ours = frozenset({PROBE, AHEAD, RETOLD, STAGED, FORWARD, squeeze.FEATURE} | (set() if lazy.available() else {LAZY}))
     return ours if acceptqueue.missing() else ours | {ACCEPT_QUEUE}
 
 

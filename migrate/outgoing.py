@@ -39,7 +39,7 @@ from checkpoint.namespaces.ways import Ways
 from checkpoint.records import Ended
 from checkpoint.throttle import Throttle
 from migrate.clock import monotonic_ns
-from migrate.hostfacts import ACCEPT_QUEUE, AHEAD, STAGED
+from migrate.hostfacts import ACCEPT_QUEUE, AHEAD, RETOLD, STAGED
 from migrate.messages import Needs, TreeNeed
 from migrate.parts import NoteWriter
 from migrate.rounds import Pace, Round
@@ -92,12 +92,12 @@ class OutgoingTrees:
         self._refused: list[Segment] = []
         self._began = False
         #: whether the target builds connections before the stop
-        self._ahead = False
+        self._ahead = self._retold = False
         self._throttle = Throttle(roots)
 
     def meet(self, features: frozenset[str]) -> None:
         """What waits to be accepted can move if both kernels can put it back: here, should all be undone."""
-        self._ahead = AHEAD in features
+        self._ahead, self._retold = AHEAD in features, RETOLD in features
         self._dump.contents.wanted = STAGED in features
         if self._policy.accept_queue is not AcceptQueues.REFUSE and ACCEPT_QUEUE in features:
             lack = acceptqueue.missing()
@@ -209,7 +209,7 @@ class OutgoingTrees:
         self, image: ImageWriter, moved: Sequence[str], there: Callable[[int], int], settle: Callable[[], None]
     ) -> None:
         """Idle connections are told, and built."""
-        if not self._ahead or (told := self._dump.tell_ahead(moved)) is None:
+        if not self._ahead or (told := self._dump.tell_ahead(moved, retold=self._retold)) is None:
             return
         _log.info("%d idle connections are built at the target before the stop", len(told.files))
         told = dataclasses.replace(told, read_at=max(0, there(told.read_at)))

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from checkpoint import preflight, undo
-from checkpoint.errors import NoSuchProcess
+from checkpoint.errors import BadFileRecord, NoSuchProcess
 from checkpoint.files.table import TreeFiles
 from checkpoint.files.tcp import TcpGroup
 from checkpoint.files.told import whole
@@ -293,12 +293,13 @@ def _finish(traces: Traces, stubs: Stubs) -> Iterator[Finish]:
                     case Kind.FILES:
                         files = whole(codec.unpack(TreeFiles, frame.record), ahead)
                     case Kind.FILES_DELTA:
-                        delta = FilesDelta(files={**delta.files, **codec.unpack(FilesDelta, frame.record).files})
+                        more = codec.unpack(FilesDelta, frame.record).whole(ahead)
+                        delta = FilesDelta(files={**delta.files, **more})
                     case _:
                         runs = Runs.unpack(frame.record)
                         data = memoryview(frame.data)
                         sent.append(PageRun(space=runs.space, id=runs.id, runs=runs.runs, data=data))
-        except (BadRecord, ValueError) as error:
+        except (BadRecord, BadFileRecord, ValueError) as error:
             raise KeptFramesLost(f"not understood: {error}", object=str(path)) from error
     if files is None:
         raise KeptFramesLost(

@@ -131,10 +131,12 @@ class _Found:
 
 class Ahead:
     """See the module's docstring. ``moved``: the addresses that will leave this host; connections of others are left to
-    the stop, since after it only the address's absence keeps them silent."""
+    the stop, since after it only the address's absence keeps them silent. ``retold``: the target knows
+    :mod:`checkpoint.files.retold`."""
 
-    def __init__(self, moved: Collection[str]) -> None:
+    def __init__(self, moved: Collection[str], *, retold: bool = False) -> None:
         self._moved = frozenset(moved)
+        self.retold = retold
         self._gate: Gate | None = None
         self._recount: Recount | None = None
         self._tables: TableReader | None = None
@@ -330,13 +332,16 @@ def lasts(record: ConnectionRecord) -> bool:
     return record.family is not Family.IPV6 and lasts >= _DOUBT
 
 
-def tell(pids: Sequence[int], moved: Collection[str], policy: Policy) -> tuple[Ahead, AheadFiles] | tuple[None, None]:
+def tell(
+    pids: Sequence[int], moved: Collection[str], policy: Policy, *, retold: bool = False
+) -> tuple[Ahead, AheadFiles] | tuple[None, None]:
     """The idle connections of processes that run, and what the target is to know; nothing if there are none, if this
-    kernel cannot tell whether they change, or if the policy makes something else of connections. ``moved`` as above."""
+    kernel cannot tell whether they change, or if the policy makes something else of connections. ``moved`` and
+    ``retold`` as above."""
     # in a PID namespace of their own they have other numbers in records
     if policy.external or policy.cuts or not Numbers(pids).same:
         return None, None
-    ahead = Ahead(moved)
+    ahead = Ahead(moved, retold=retold)
     try:
         told = ahead.read(pids, local_addresses())
     except (KernelFeatureMissing, OSError) as error:

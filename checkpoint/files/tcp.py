@@ -328,6 +328,11 @@ class TcpGroup:
         return dict(self._records)
 
     @property
+    def told(self) -> Sequence[OpenFile]:
+        """The first files, if of those that have changed only numbers may be told (:mod:`checkpoint.files.retold`)."""
+        return self._ahead.files if self._ahead is not None and self._ahead.retold else ()
+
+    @property
     def exported(self) -> list[ConnectionRecord]:
         """The connections as exported, those that wait to be accepted among them."""
         found = [r.connection for r in self._records.values() if isinstance(r, TcpFile) and r.connection is not None]
