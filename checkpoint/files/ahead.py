@@ -22,7 +22,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
 from typing import Final
 
@@ -40,12 +40,14 @@ from checkpoint.kernel.difference import differing
 from checkpoint.kernel.filetable import Row
 from checkpoint.kernel.tablereader import TableReader
 from checkpoint.namespaces.numbers import Numbers
+from tcpstate import options
 from tcpstate.connid import ConnId
 from tcpstate.errors import KernelFeatureMissing, TcpmigError
+from tcpstate.freeze import QuietState
 from tcpstate.kernel.beside import Beside
 from tcpstate.kernel.bpf.census import census
 from tcpstate.kernel.bpf.gate import Gate
-from tcpstate.kernel.bpf.recount import Recount
+from tcpstate.kernel.bpf.recount import Recount, Same
 from tcpstate.kernel.route import local_addresses
 from tcpstate.options import in_force, number
 from tcpstate.record import ConnectionRecord, Family
@@ -63,6 +65,8 @@ _LOOKS: Final = 4
 _MORE: Final = 4096
 #: connections whose descriptors we have at a time: what their owners close meanwhile ends when we give it up
 _PORTION: Final = 256
+#: of bytes that tell how much of a connection is the same: 1 where it is not all
+_CHANGED: Final = bytes(byte != Same.WHOLLY for byte in range(256))
 #: seconds for which probes must go unanswered before they end a connection, so that a doubt can be settled
 _DOUBT: Final = 300
 
@@ -76,15 +80,23 @@ class AheadView(FdView):
     def socket(self) -> socket.socket:
         """The duplicate. FileCaptureFailed if it cannot be had (any more)."""
         if self.dup < 0:
-            try:
-                pidfd = os.pidfd_open(self.pid)
-                try:
-                    self.dup = pidfd_getfd(pidfd, self.fd)
-                finally:
-                    os.close(pidfd)
-            except OSError as error:
-                raise FileCaptureFailed(f"taking it: {error.strerror}", object=self.object) from error
+            _take(self.pid, [self])
         return super().socket
+
+
+def _take(pid: int, views: Iterable[FdView]) -> None:
+    """Our duplicates of a process's. FileCaptureFailed."""
+    with contextlib.ExitStack() as ends:
+        view: FdView | None = None
+        try:
+            pidfd = os.pidfd_open(pid)
+            ends.callback(os.close, pidfd)
+            for view in views:
+                if view.dup < 0:
+                    view.dup = pidfd_getfd(pidfd, view.fd)
+        except OSError as error:
+            place = f"pid {pid}" if view is None else view.object
+            raise FileCaptureFailed(f"taking it: {error.strerror}", object=place) from error
 
 
 @dataclass(slots=True)
@@ -144,6 +156,9 @@ class Ahead:
         self._found: list[_Found] = []
         self._members: dict[int, _Member] = {}
         self._by_conn: dict[ConnId, int] = {}
+        #: what the last look at them told, of each
+        self._same = b""
+        self._saved: dict[tuple[int, int], options.Saved] = {}
         #: their records in the file table
         self.files: list[OpenFile] = []
         #: their local ports and addresses
@@ -290,9 +305,9 @@ class Ahead:
             passed = bytes(len(same))
         else:
             same, _ = self._look.result()
+        self._same = same
         # there may be thousands: as numbers they are compared at once
-        whole = int.from_bytes(b"\1" * len(same), "little")
-        changed = whole & ~int.from_bytes(same, "little") | int.from_bytes(passed, "little")
+        changed = int.from_bytes(same.translate(_CHANGED), "little") | int.from_bytes(passed, "little")
         places = changed.to_bytes(len(same), "little")
         found, at = [], places.find(1)
         while at >= 0:
@@ -300,6 +315,26 @@ class Ahead:
                 found.append(at)
             at = places.find(1, at + 1)
         return found
+
+    def take(self, indexes: Iterable[int]) -> list[FdView]:
+        """The views of some, with our duplicates. FileCaptureFailed."""
+        views = [self.views[index] for index in indexes]
+        for pid in {view.pid for view in views}:
+            _take(pid, [view for view in views if view.pid == pid])
+        return views
+
+    def own(self, index: int) -> tuple[QuietState, options.Saved] | None:
+        """What freezing it would change, and its options, if they are what was told; after :meth:`changed`."""
+        if not self._same[index]:
+            return None
+        standing = self._found[index].standing
+        record = standing.record
+        key = id(record.options), id(record.option_data)
+        saved = self._saved.get(key)
+        if saved is None:
+            # of those that are alike it is one
+            saved = self._saved[key] = options.Saved(record.options, record.option_data)
+        return standing.state, saved
 
     def record_for(self, segment: Segment) -> ConnectionRecord | None:
         """Of a connection that is as it was told."""

@@ -10,8 +10,8 @@ import dataclasses
 import itertools
 import logging
 import socket
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from checkpoint.errors import BadFileRecord, LocalPeer
 from checkpoint.files.base import FdView, OpenFile
@@ -42,6 +42,8 @@ from tcpstate.uses.hold import ListeningEnd
 
 if TYPE_CHECKING:
     from checkpoint.files.table import FileTable
+
+_T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 
@@ -230,15 +232,16 @@ class TcpGroup:
         if not changed:
             return []
         self._changed.update(changed)
-        views = [(index, self._table.entries[index]) for index in changed]
-        socks = [view.socket for _, view in views]
+        views = self._ahead.take(changed)
+        socks = [view.socket for view in views]
+        known = [self._ahead.own(index) for index in changed]
         if self._originals is not None:
-            self._originals += read_originals(socks)
+            self._originals += _filled([one and one[0] for one in known], socks, read_originals)
         if self._options is not None:
-            self._options += options.save(socks)
+            self._options += _filled([one and one[1] for one in known], socks, options.save)
         self._keys += keys_of(socks, self._table.signing_keys)
         self._early += [None] * len(views)
-        self._views += views
+        self._views += zip(changed, views, strict=True)
         return [] if self._originals is None else self._told_originals()
 
     def freeze(self) -> None:
@@ -408,6 +411,14 @@ class TcpGroup:
         if self._table.policy.local_peer is LocalPeers.RESET:
             for sock in socks:
                 sock.setsockopt(Level.SOCKET, SO.LINGER, RESETTING)
+
+
+def _filled(
+    known: Sequence[_T | None], socks: Sequence[socket.socket], read: Callable[[Sequence[socket.socket]], list[_T]]
+) -> list[_T]:
+    """What is known of sockets, and of the others what is read."""
+    rest = iter(read([sock for sock, one in zip(socks, known, strict=True) if one is None]) if None in known else [])
+    return [next(rest) if one is None else one for one in known]
 
 
 def listening_end(sock: socket.socket) -> ListeningEnd:

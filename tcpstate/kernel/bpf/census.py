@@ -27,7 +27,7 @@ from tcpstate.kernel.bpf.layout import Layout, layout
 from tcpstate.kernel.bpf.tcpsock import iterator_program
 from tcpstate.kernel.tcp import TcpState
 
-__all__ = ["NUMBERS", "Census", "census", "describe"]
+__all__ = ["NUMBERS", "Census", "census", "describe", "traffic"]
 
 _SK: Final = "inet_conn.icsk_inet.sk."
 _INET: Final = "inet_conn.icsk_inet."
@@ -63,14 +63,48 @@ NUMBERS: Final = {
     "md5": "md5sig_info",
     "fastopen": "fastopen_req",
 }
+#: what traffic alone changes, of those and others; no option lives in it but those of
+#: :data:`tcpstate.options.VOLATILE` and the sizes of buffers, which are read at the export anyway
+_TRAFFIC: Final = (
+    *(
+        NUMBERS[name]
+        for name in (
+            "write_seq",
+            "snd_una",
+            "snd_nxt",
+            "rcv_nxt",
+            "copied_seq",
+            "snd_wl1",
+            "snd_wnd",
+            "max_window",
+            "rcv_wnd",
+            "rcv_wup",
+            "urg_data",
+            "packets_out",
+            "retransmits",
+            "probes_out",
+            "backlog",
+            "out_of_order",
+        )
+    ),
+    "segs_in",
+    "segs_out",
+    "bytes_received",
+    "rx_opt.ts_recent",
+    "snd_up",
+    "urg_seq",
+    "window_clamp",
+    _ICSK + "icsk_ack.pingpong",
+    _SK + "sk_rcvbuf",
+    _SK + "sk_sndbuf",
+)
 #: whatever else must be the same: the rest of the state, and where options live
 _OTHERS: Final = (
-    "segs_in", "segs_out", "bytes_received", "rx_opt.ts_recent", "tsoffset", "snd_up", "urg_seq", "notsent_lowat",
-    "keepalive_time", "keepalive_intvl", "keepalive_probes", "linger2", "thin_lto", "recvmsg_inq", "tcp_tx_delay",
-    "window_clamp", "rx_opt.user_mss", "save_syn", "fastopen_no_cookie", "bpf_sock_ops_cb_flags",
+    "tsoffset", "notsent_lowat", "keepalive_time", "keepalive_intvl", "keepalive_probes", "linger2", "thin_lto",
+    "recvmsg_inq", "tcp_tx_delay", "rx_opt.user_mss", "save_syn", "fastopen_no_cookie", "bpf_sock_ops_cb_flags",
     *(_ICSK + name for name in (
         "icsk_user_timeout", "icsk_syn_retries", "icsk_ca_ops", "icsk_rto_min", "icsk_rto_max", "icsk_delack_max",
-        "icsk_ack.pingpong", "icsk_accept_queue.rskq_defer_accept",
+        "icsk_accept_queue.rskq_defer_accept",
     )),
     *(_INET + name for name in (
         "inet_flags", "uc_ttl", "inet_opt", "tos", "min_ttl", "mc_ttl", "pmtudisc", "convert_csum", "uc_index",
@@ -79,7 +113,7 @@ _OTHERS: Final = (
     *(_SK + name for name in (
         "__sk_common.skc_reuse", "__sk_common.skc_reuseport", "__sk_common.skc_ipv6only",
         "__sk_common.skc_bound_dev_if", "__sk_common.skc_flags", "sk_peek_off", "sk_ll_usec", "sk_busy_poll_budget",
-        "sk_prefer_busy_poll", "sk_userlocks", "sk_rcvbuf", "sk_sndbuf", "sk_rcvtimeo", "sk_sndtimeo", "sk_rcvlowat",
+        "sk_prefer_busy_poll", "sk_userlocks", "sk_rcvtimeo", "sk_sndtimeo", "sk_rcvlowat",
         "sk_reserved_mem", "sk_tsflags", "sk_max_pacing_rate", "sk_priority", "sk_mark", "sk_no_check_tx",
         "sk_lingertime", "sk_txrehash", "sk_clockid", "sk_txtime_deadline_mode", "sk_txtime_report_errors",
         "sk_reuseport_cb", "sk_bind_phc",
@@ -90,6 +124,12 @@ _IPV6: Final = (
     "flow_label", "opt", "hop_limit", "pmtudisc", "tclass", "mcast_hops", "frag_size", "ucast_oif", "mcast_oif",
     "rxopt", "srcprefs", "min_hopcount", "sticky_pktinfo.ipi6_ifindex",
 )  # fmt: skip
+#: the groups of members, each of which begins on a word
+_GROUPS: Final = (
+    ("tcp_sock", _TRAFFIC),
+    ("tcp_sock", (*(path for path in NUMBERS.values() if path not in _TRAFFIC), *_OTHERS)),
+    ("ipv6_pinfo", _IPV6),
+)
 _FRAME_MAX: Final = 512
 _WORD: Final = 8
 
@@ -120,20 +160,22 @@ class _Packer:
         return told
 
 
-def _size(known: Layout) -> int:
-    total = _WORD
-    for structure, paths in (("tcp_sock", (*NUMBERS.values(), *_OTHERS)), ("ipv6_pinfo", _IPV6)):
-        places = [known.place(structure, path) for path in paths]
-        # each group begins on a word
-        total += -(-sum(1 if p.bits else p.size for p in places) // _WORD) * _WORD
-    return total
+def _sizes(known: Layout) -> list[int]:
+    """Bytes of each group."""
+    groups = [[known.place(structure, path) for path in paths] for structure, paths in _GROUPS]
+    return [-(-sum(1 if p.bits else p.size for p in places) // _WORD) * _WORD for places in groups]
+
+
+def traffic(known: Layout) -> tuple[int, int]:
+    """Where in a record the members lie that traffic alone changes: from, to. BadBtf."""
+    return _WORD, _WORD + _sizes(known)[0]
 
 
 def describe(known: Layout, other: str = "out") -> tuple[Asm, int, dict[str, tuple[int, str]]]:
     """A program that has a socket's record at the bottom of its frame (register 6 is the iterator's meta, 7 the socket,
     8 its struct tcp_sock), or goes on at "out", or at ``other`` if it is not established; bytes of a record; where each
     of :data:`NUMBERS` is in it and its format. BadBtf."""
-    size = _size(known)
+    size = _WORD + sum(_sizes(known))
     if size > _FRAME_MAX:
         raise BadBtf(f"a record of {size} bytes does not fit the frame")
     start = -size
@@ -148,9 +190,11 @@ def describe(known: Layout, other: str = "out") -> tuple[Asm, int, dict[str, tup
     asm.store(8, FRAME, start, 0)
     packer = _Packer(asm, known, start + _WORD)
     names = {path: name for name, path in NUMBERS.items()}
-    told = packer.copy(8, "tcp_sock", (*NUMBERS.values(), *_OTHERS))
+    told = []
+    for structure, paths in _GROUPS[:2]:
+        told += packer.copy(8, structure, paths)
+        packer.at += -packer.at % _WORD
     numbers = {names[path]: (at - start, form) for path, at, form in told if path in names}
-    packer.at += -packer.at % _WORD
     asm.load(8, 9, 8, known.offset("tcp_sock", _INET + "pinet6")).jump_if(Jump.EQUAL, 9, 0, "tell")
     packer.copy(9, "ipv6_pinfo", _IPV6)
     return asm.label("tell"), size, numbers

@@ -9,6 +9,7 @@ Source: as there.  BPF_F_MMAPABLE arrays since 5.5, batches of elements since 5.
 
 from __future__ import annotations
 
+import enum
 import os
 import struct
 from collections.abc import Sequence
@@ -18,11 +19,11 @@ from tcpstate.errors import KernelFeatureMissing
 from tcpstate.kernel.bpf import call
 from tcpstate.kernel.bpf.asm import FRAME, Helper, Jump
 from tcpstate.kernel.bpf.btf import BadBtf
-from tcpstate.kernel.bpf.census import describe
+from tcpstate.kernel.bpf.census import describe, traffic
 from tcpstate.kernel.bpf.layout import Layout, layout
 from tcpstate.kernel.bpf.tcpsock import iterator_program
 
-__all__ = ["Recount"]
+__all__ = ["Recount", "Same"]
 
 _WORD: Final = 8
 _PAGE: Final = 4096
@@ -37,14 +38,26 @@ def _program(known: Layout, told: int, memory: int, most: int) -> bytes:
     asm.load(8, 1, 8, keys).jump_if(Jump.NOT_EQUAL, 1, 0, "signs")
     asm.map(1, told).frame(2, -size).call(Helper.MAP_LOOKUP).jump_if(Jump.EQUAL, 0, 0, "out")
     # a value is the place of the connection, and its record behind the cookie
-    for at in range(_WORD, size, _WORD):
+    first, end = traffic(known)
+    asm.load(8, 3, 0, 0).jump_if(Jump.GREATER, 3, most - 1, "out").map_value(4, memory).add_register(4, 3)
+    for at in (*range(_WORD, first, _WORD), *range(end, size, _WORD)):
         asm.load(8, 1, 0, at).load(8, 2, FRAME, at - size).jump_if_register(Jump.NOT_EQUAL, 1, 2, "out")
-    asm.load(8, 1, 0, 0).jump_if(Jump.GREATER, 1, most - 1, "out").map_value(2, memory).add_register(2, 1)
-    asm.store_number(1, 2, _AT_SAME, 1).jump("out")
+    for at in range(first, end, _WORD):
+        asm.load(8, 1, 0, at).load(8, 2, FRAME, at - size).jump_if_register(Jump.NOT_EQUAL, 1, 2, "moved")
+    asm.store_number(1, 4, _AT_SAME, Same.WHOLLY).jump("out")
+    asm.label("moved").store_number(1, 4, _AT_SAME, Same.BUT_FOR_TRAFFIC).jump("out")
     asm.label("other").mov(1, 7).call(Helper.SKC_TO_TCP_SOCK).jump_if(Jump.EQUAL, 0, 0, "out")
     asm.load(8, 1, 0, keys).jump_if(Jump.EQUAL, 1, 0, "out")
     asm.label("signs").map_value(2, memory).store_number(1, 2, _AT_SIGNS, 1)
     return asm.label("out").exit(0).code()
+
+
+class Same(enum.IntEnum):
+    """How much of a connection is what it was."""
+
+    NOT = 0  # whatever may have happened to it
+    WHOLLY = 1
+    BUT_FOR_TRAFFIC = 2  # nobody has set an option
 
 
 class Recount:
@@ -80,8 +93,8 @@ class Recount:
                 os.close(fd)
 
     def take(self) -> tuple[bytes, bool]:
-        """A byte for each connection, in their order: 1 if it is what it was; whether any socket of the calling
-        thread's network namespace signs. OSError."""
+        """A byte for each connection, in their order, one of :class:`Same`; whether any socket of the calling thread's
+        network namespace signs. OSError."""
         self._memory[:] = bytes(len(self._memory))
         call.iterate(self._link)
         return self._memory[_AT_SAME : _AT_SAME + self._count], bool(self._memory[_AT_SIGNS])

@@ -17,7 +17,7 @@ from tcpstate.export import export_connections
 from tcpstate.freeze import quiet, thaw
 from tcpstate.kernel.bpf.census import census
 from tcpstate.kernel.bpf.gate import Gate
-from tcpstate.kernel.bpf.recount import Recount
+from tcpstate.kernel.bpf.recount import Recount, Same
 from tcpstate.kernel.sockets import SO, Level
 from tcpstate.kernel.tcp import TCP
 from tcpstate.md5keys import SigningKey, give_keys, supported
@@ -97,7 +97,8 @@ def optioned(hosts):
 
 @pytest.mark.parametrize("option", options.TABLE, ids=lambda o: o.keyword)
 def test_an_option_that_is_set_shows_in_the_census(hosts, optioned, option):
-    """On a younger kernel this names the options whose members the census lacks."""
+    """On a younger kernel this names the options whose members the census lacks. That nobody has set one is told of
+    connections that have had traffic, too: among what traffic changes none may live but those that are read again."""
     served = optioned[V6 if option.where is Where.IPV6 else V4]
     now = attempt(lambda: served.getsockopt(option.level, option.number, option.size))
     if now is None:
@@ -106,12 +107,17 @@ def test_an_option_that_is_set_shows_in_the_census(hosts, optioned, option):
             option.format is Format.BYTES or attempt(lambda: served.setsockopt(option.level, option.number, 1)) is None
         )
         return
-    with hosts.a:
+    with hosts.a, contextlib.ExitStack() as stack:
         before = census_of(served)
+        counted = stack.enter_context(contextlib.closing(Recount(cookies([served]), [before])))
+        assert counted.take() == (bytes([Same.WHOLLY]), False)
         for value in other_values(option, now):
             attempt(lambda value=value: served.setsockopt(option.level, option.number, value))
             if served.getsockopt(option.level, option.number, option.size) != now:
                 assert census_of(served) != before
+                ((same,), _) = counted.take()
+                assert same != Same.WHOLLY
+                assert same == Same.NOT or option.keyword in VOLATILE
                 return
     assert option.keyword in FIXED or option.stage is Stage.BEFORE_CONNECT or option.keyword in VOLATILE
 
@@ -200,32 +206,38 @@ def counted(hosts, ends):
 
 def test_the_kernel_itself_tells_what_has_changed(ends, counted):
     served, client = ends
-    same = bytes([1, 1])
+    same = bytes([Same.WHOLLY, Same.WHOLLY])
     assert counted.take() == (same, False)
     assert counted.take() == (same, False)
-    other = bytes([1, 0])
+    other = bytes([Same.WHOLLY, Same.BUT_FOR_TRAFFIC])
     client.send(b"a")
     wait_until(lambda: served.recv(1, socket.MSG_PEEK) == b"a")
     assert counted.take() == (other, False)
     served.recv(1)
     assert counted.take() == (other, False)
+    served.send(b"answer" * 1000)
+    client.recv(9999)
+    assert counted.take() == (other, False)
+    served.setsockopt(Level.TCP, TCP.NODELAY, 1)
+    assert counted.take() == (bytes([Same.WHOLLY, Same.NOT]), False)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         lambda served, client: served.setsockopt(Level.TCP, TCP.NODELAY, 1),
+        lambda served, client: (client.send(b"a"), served.setsockopt(Level.SOCKET, SO.MARK, 5)),
         lambda served, client: served.setsockopt(Level.SOCKET, SO.RCVBUF, 20_000),
         lambda served, client: served.setsockopt(Level.TCP, TCP.CORK, 1),
         lambda served, client: served.shutdown(socket.SHUT_WR),
         lambda served, client: client.shutdown(socket.SHUT_WR),
         lambda served, client: served.close(),
     ],
-    ids=["option", "buffer", "corked", "its FIN", "the peer's FIN", "closed"],
+    ids=["option", "option and traffic", "buffer", "corked", "its FIN", "the peer's FIN", "closed"],
 )
 def test_whatever_is_done_to_one_is_told_of_it_alone(ends, counted, change):
     change(*ends)
-    wait_until(lambda: counted.take() == (bytes([1, 0]), False))
+    wait_until(lambda: counted.take() == (bytes([Same.WHOLLY, Same.NOT]), False))
 
 
 def test_the_kernel_tells_as_well_whether_anybody_signs(hosts, counted):
