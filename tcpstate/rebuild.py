@@ -110,7 +110,7 @@ def rebuild_connections(
     *,
     elapsed: float = 0.0,
     early: Mapping[int, Sequence[memoryview]] | None = None,
-    bound: bool = False,
+    bound: int = 0,
     soft: bool = True,
 ) -> list[socket.socket]:
     """Sockets in repair mode that continue the connections of ``records``, in the same order. Interfaces must have the
@@ -122,7 +122,7 @@ def rebuild_connections(
              than too little: a peer drops what comes with an older timestamp
     early    by the record's place: pieces of the receive queue that come before what is in the record
              (:mod:`tcpstate.early`)
-    bound    ``socks`` are bound to their ports already: they had been before they were dissolved
+    bound    so many of ``socks``, the first, are bound to their ports already: they had been before they were dissolved
     soft     give back what they had learned about their paths (:mod:`tcpstate.softstate`); False: they begin anew
 
     All or none: on failure sockets made here are closed silently, given ones are left in repair mode, to be closed.
@@ -148,7 +148,7 @@ def rebuild_connections(
     def rebuild(part: slice) -> tuple[()]:
         plans = softstate.plan(records[part], known) if soft else [softstate.NOTHING] * len(records[part])
         later = elapsed + time.monotonic() - begun
-        _rebuild(made[part], records[part], heads[part], plans, teachers, bound=bound, elapsed=later)
+        _rebuild(made[part], records[part], heads[part], plans, teachers, bound=bound - part.start, elapsed=later)
         return ()
 
     try:
@@ -169,29 +169,34 @@ def _rebuild(
     plans: Sequence[softstate.Plan],
     teachers: Teachers,
     *,
-    bound: bool,
+    bound: int,
     elapsed: float,
 ) -> None:
-    """Some of them; ``elapsed``: seconds since the export at the call."""
+    """Some of them, of which the first ``bound`` are bound; ``elapsed``: seconds since the export at the call."""
     begun = time.monotonic()
     opened = [i for i, r in enumerate(records) if r.state is State.ESTABLISHED or not r.unopened]
     if len(opened) < len(records):
         _prepare(socks, records, elapsed)
-    families = {record_family(records[i]) for i in opened}
-    for family in families:
-        mine = [i for i in opened if record_family(records[i]) == family]
-        groups = _connect(
+    kinds: dict[tuple[int, bool], list[int]] = {}
+    for i in opened:
+        kinds.setdefault((record_family(records[i]), i < bound), []).append(i)
+    starts = [0] * len(records)
+    for (family, is_bound), mine in kinds.items():
+        groups, expected = _connect(
             [socks[i] for i in mine],
             [records[i] for i in mine],
             [heads[i] for i in mine],
             [plans[i] for i in mine],
-            teachers,
             family,
-            bound,
+            is_bound,
         )
+        for i, start in zip(mine, expected, strict=True):
+            starts[i] = start
     ready = [socks[i] for i in opened], [records[i] for i in opened]
+    with failures(ready[0], Names(ready[1])):
+        softstate.give(*ready, [plans[i] for i in opened], [starts[i] for i in opened], teachers)
     _fill(*ready, [heads[i] for i in opened])
-    if len(families) != 1:
+    if len(kinds) != 1:
         groups = giving.alike(ready[1])
     _finish(*ready, groups, elapsed + time.monotonic() - begun)
 
@@ -297,11 +302,11 @@ def _connect(
     records: Sequence[ConnectionRecord],
     heads: Sequence[Sequence[memoryview]],
     plans: Sequence[softstate.Plan],
-    teachers: Teachers,
     family: int,
     bound: bool,
-) -> list[giving.Alike]:
-    """Steps up to the queues: an established connection with the right numbers, and nothing in it. Which are alike."""
+) -> tuple[list[giving.Alike], list[int]]:
+    """Steps up to the queues: an established connection with the right numbers, and nothing in it. Which are alike;
+    the sequence number that each expects next."""
     names, fds = Names(records), numbers_of(socks)
     ahead = [sum(map(len, head)) if head else 0 for head in heads]
     # Where the address is here already, nothing of the peer may arrive, but what teaches them.
@@ -338,8 +343,7 @@ def _connect(
     table.negotiated_size.set(sizes)
     with failures(socks, names):
         rows.run()
-        softstate.give(socks, records, plans, starts, teachers)
-    return groups
+    return groups, starts
 
 
 def _lines(

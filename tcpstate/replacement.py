@@ -153,7 +153,7 @@ def _rebuild(sock: socket.socket, old: ConnectionRecord, new: ConnectionRecord, 
         # what can only be set before bind the socket has had all the time
         options = {k: v for k, v in new.options.items() if k not in BEFORE_BIND} | {"so.mark": (PASSING_MARK,)}
         passing = dataclasses.replace(new, options=options)
-        rebuild_connections([passing], [sock], elapsed=time.monotonic() - exported, bound=True)
+        rebuild_connections([passing], [sock], elapsed=time.monotonic() - exported, bound=1)
         if sock.getsockname()[:2] != _name(sock, new):
             raise StateNotSet("it has another address now", object=str(new.conn_id))
 

@@ -53,6 +53,7 @@ class RebuiltTcp:
             raise RuntimeError("the connections were rebuilt already")
         others: list[tuple[socket.socket, ConnectionRecord]] = []
         changed = [] if self._ahead is None else self._ahead.dissolve_changed(self._host.retold, self._host.files)
+        bound = 0
         for index in (*changed, *range(self._host.first, len(self._host.files))):
             record = self._host.files[index]
             if not isinstance(record, TcpFile) or not record.conn_id:
@@ -69,6 +70,8 @@ class RebuiltTcp:
                 self._held.append((socket.socket(fileno=self._host.descriptor(index)), held.file.quiet))
                 self._held_records.append(whole.connection)
                 continue
+            # those that had been built before come first; of them one may have ended meanwhile
+            bound += index < self._host.first
             if early:
                 self._early[len(self._socks)] = early
             self._socks.append(socket.socket(fileno=self._host.descriptor(index)))
@@ -84,12 +87,7 @@ class RebuiltTcp:
             return
         if not self._blackhole.priorities:
             self._blackhole.ensure()
-        # the first of them are bound: they had been built before
-        at = len(changed)
-        fresh = {index - at: pieces for index, pieces in self._early.items() if index >= at}
-        rebuild_connections(self._records[at:], self._socks[at:], elapsed=elapsed, early=fresh)
-        again = {index: pieces for index, pieces in self._early.items() if index < at}
-        rebuild_connections(self._records[:at], self._socks[:at], elapsed=elapsed, early=again, bound=True)
+        rebuild_connections(self._records, self._socks, elapsed=elapsed, early=self._early, bound=bound)
 
     def compare(self) -> list[tuple[str, Difference]]:
         """(conn-ID, difference) wherever the sockets read back otherwise than was told."""
