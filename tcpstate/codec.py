@@ -12,7 +12,8 @@ members are told apart by a ``kind`` entry.  Rules beyond the type belong in ``_
 Records are written and read while processes stand still, thousands of dataclasses at a time.  So msgpack walks what it
 knows by itself and asks us for dataclasses only; scalars are compared by class in their field, without a call; and the
 path to a misfit is put together only when there is one.  What is worked out for a class at its first use takes longer
-than the use: :func:`prepare` does that beforehand.
+than the use: :func:`prepare` does that beforehand.  A command that reads a few records of many classes, once, would
+spend a third of its time on it: there a class is read by its fields, one after the other, until it has been read often.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ import functools
 import operator
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 
 import msgpack
 
 from tcpstate import trusted
+from tcpstate.annotations import annotation
 from tcpstate.errors import BadRecord
 
 __all__ = ["family", "from_plain", "member", "members", "pack", "prepare", "to_plain", "unpack"]
@@ -147,7 +149,7 @@ def prepare(*classes: Any, unpacked: bool = True) -> None:
             continue
         seen.add(hint)
         if unpacked:
-            _decoder(hint)
+            _decoder_written(hint)
         todo += typing.get_args(hint)
         todo += _families.get(hint, {}).values()
         if isinstance(hint, type) and dataclasses.is_dataclass(hint) and hint not in _families:
@@ -155,11 +157,20 @@ def prepare(*classes: Any, unpacked: bool = True) -> None:
             todo += [inner for _, inner in _fields(hint)]
 
 
+def _decoder_written(hint: Any) -> None:
+    _often.append(True)
+    try:
+        _decoder(hint)
+    finally:
+        _often.pop()
+    if hint in _unwritten:
+        _unwritten[hint]()
+
+
 @functools.cache
 def _fields(cls: type) -> tuple[tuple[dataclasses.Field[Any], Any], ...]:
     """(field, annotation) of each that is written and read."""
-    hints = typing.get_type_hints(cls)
-    return tuple((field, hints[field.name]) for field in dataclasses.fields(cls) if field.init)
+    return tuple((field, annotation(cls, field.name)) for field in dataclasses.fields(cls) if field.init)
 
 
 class _Misfit(Exception):
@@ -321,26 +332,92 @@ def _absent_or(cls: type, field: dataclasses.Field[Any], hint: Any) -> Callable[
     return decode
 
 
+class _Step(NamedTuple):
+    """How a field is read: a value of one of these classes is taken as it is."""
+
+    name: str
+    exact: frozenset[type]
+    other: Callable[[Any], Any]
+
+
+#: how often a class is read by its fields before a function is written for it
+_SELDOM: Final = 12
+#: not empty: classes will be read often
+_often: list[bool] = []
+#: what writes it, of those for which none is written yet
+_unwritten: dict[type, Callable[[], Any]] = {}
+
+
 def _dataclass(cls: type) -> _Decoder:
+    """By the fields, until it is worth it to write a function for the class."""
+    steps = [_step(cls, field, hint) for field, hint in _fields(cls)]
+    if _often:
+        return _Decoder(None, _written(cls, steps))
+    names = [step.name for step in steps]
+    rules = getattr(cls, "__post_init__", None)
+    slots = trusted.slots(cls, names)
+    uses = 0
+    written: Callable[[Any], Any] | None = None
+
+    def write() -> Callable[[Any], Any]:
+        nonlocal written
+        _unwritten.pop(cls, None)
+        written = _written(cls, steps)
+        return written
+
+    def decode(plain: Any) -> Any:
+        nonlocal uses
+        if written is not None:
+            return written(plain)
+        uses += 1
+        if uses > _SELDOM:
+            return write()(plain)
+        if type(plain) is not dict:
+            _misfit(cls.__name__, plain)
+        values = []
+        for name, exact, other in steps:
+            value = plain.get(name, _ABSENT)
+            values.append(value if value.__class__ in exact else other(value))
+        try:
+            if slots is None:
+                return cls(**dict(zip(names, values, strict=True)))
+            made: Any = object.__new__(cls)
+            for slot, value in zip(slots, values, strict=True):
+                slot(made, value)
+            if rules is not None:
+                rules(made)
+        except ValueError as error:
+            raise _Misfit(str(error), cls.__name__) from None
+        return made
+
+    _unwritten[cls] = write
+    return _Decoder(None, decode)
+
+
+def _step(cls: type, field: dataclasses.Field[Any], hint: Any) -> _Step:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    usual = _EXACT.intersection(options) | {type(None)}.intersection(options)
+    return _Step(field.name, frozenset(usual), _absent_or(cls, field, hint))
+
+
+def _written(cls: type, steps: Sequence[_Step]) -> Callable[[Any], Any]:
     """A function written for the class, as dataclasses write theirs: field after field, without a loop and a map of
     values.  What was checked is put into an instance directly (:mod:`tcpstate.trusted`); rules of the class's own come
     last."""
-    fields = _fields(cls)
-    names = [field.name for field, _ in fields]
+    names = [step.name for step in steps]
     known: dict[str, Any] = {"absent": _ABSENT, "cls": cls, "misfit": _misfit, "Misfit": _Misfit}
     lines = ["def decode(plain):", " if type(plain) is not dict:", "  misfit(cls.__name__, plain)", " get = plain.get"]
-    for i, (field, hint) in enumerate(fields):
-        options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-        unusual = [f"v{i} is not None"] if type(None) in options else []
-        for kind in _EXACT.intersection(options):
+    for i, step in enumerate(steps):
+        unusual = [f"v{i} is not None"] if type(None) in step.exact else []
+        for kind in step.exact - {type(None)}:
             known[f"kind{i}"] = kind
             unusual.append(f"v{i}.__class__ is not kind{i}")
-        known[f"other{i}"] = _absent_or(cls, field, hint)
-        lines.append(f" v{i} = get({field.name!r}, absent)")
+        known[f"other{i}"] = step.other
+        lines.append(f" v{i} = get({step.name!r}, absent)")
         if unusual:
             lines.append(f" if {' and '.join(unusual)}:")
         lines.append(f"{'  ' if unusual else ' '}v{i} = other{i}(v{i})")
-    values = ", ".join(f"v{i}" for i in range(len(fields)))
+    values = ", ".join(f"v{i}" for i in range(len(steps)))
     rules = getattr(cls, "__post_init__", None)
     try:
         known["make"] = trusted.maker(cls, *names)
@@ -359,7 +436,8 @@ def _dataclass(cls: type) -> _Decoder:
     if lines[-1].startswith("  "):
         lines += [" except ValueError as error:", "  raise Misfit(str(error), cls.__name__) from None"]
     exec("\n".join(lines), known)
-    return _Decoder(None, known["decode"])
+    decode: Callable[[Any], Any] = known["decode"]
+    return decode
 
 
 def _family(base: type) -> _Decoder:

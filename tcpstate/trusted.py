@@ -8,12 +8,20 @@ that is not frozen sets them directly, and its instance becomes one of the real 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-__all__ = ["maker"]
+__all__ = ["maker", "slots"]
 
 T = TypeVar("T")
+
+
+def slots(cls: type[Any], fields: Sequence[str]) -> list[Callable[[Any, Any], None]] | None:
+    """What sets these fields of an instance, where one is made field by field; None unless they are exactly those of
+    the class, a dataclass with slots."""
+    if [field.name for field in dataclasses.fields(cls)] != list(fields) or "__slots__" not in cls.__dict__:
+        return None
+    return [getattr(cls, name).__set__ for name in fields]
 
 
 def maker(cls: type[T], *fields: str) -> Callable[..., T]:

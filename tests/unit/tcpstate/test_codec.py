@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import msgpack
@@ -56,6 +57,18 @@ class Everything:
     chosen: frozenset[int]
     later: int = 7
     inner: Circle | None = field(default=None)
+
+
+@pytest.fixture(autouse=True, scope="module", params=["by its fields", "by a function written for it"])
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """How a class is read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codec, "_SELDOM", 0 if "written" in request.param else 1 << 60)
+        codec._decoder.cache_clear()
+        codec._dataclass_decoder.cache_clear()
+        yield
+    codec._decoder.cache_clear()
+    codec._dataclass_decoder.cache_clear()
 
 
 u64 = st.integers(-(2**63), 2**64 - 1)
