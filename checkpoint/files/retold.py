@@ -6,6 +6,7 @@ See :mod:`tcpstate.retold`.  Docs: docs/design/connection-precopy.md.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
 from checkpoint.errors import BadFileRecord
 from checkpoint.files.base import OpenFile
@@ -13,11 +14,15 @@ from checkpoint.files.peers import StandIn
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.files.treefiles import AheadFiles
 from tcpstate import retold
-from tcpstate.record import ConnectionRecord
 from tcpstate.retold import ROW, told_again
 from tcpstate.slotted import dataclass
 
 __all__ = ["Retold", "join", "split"]
+
+
+Options = dict[str, tuple[int, ...]]
+#: those of a server's connections are few; the list of them is searched
+_OPTIONS_MAX: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +32,13 @@ class Retold:
     indexes  which
     numbers  of each a row (:data:`tcpstate.retold.ROW`)
     queues   of each what is in its send queue, and then what is in its receive queue
+    options  what some have, numbered from 1; 0 are those that were told
     """
 
     indexes: tuple[int, ...]
     numbers: bytes
     queues: bytes
+    options: tuple[Options, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.indexes) * ROW.size != len(self.numbers):
@@ -42,9 +49,9 @@ def split(files: Mapping[int, OpenFile], told: Sequence[OpenFile]) -> tuple[dict
     """What is told of ``files`` (by index): those that must be whole, and the others, the first of whose files were
     ``told`` ahead."""
     whole: dict[int, OpenFile] = {}
-    indexes, rows, queues = list[int](), list[bytes](), list[bytes]()
+    indexes, rows, queues, options = list[int](), list[bytes](), list[bytes](), list[Options]()
     for index, file in files.items():
-        row = _row(told[index], file) if index < len(told) else None
+        row = _row(told[index], file, options) if index < len(told) else None
         if row is None or not isinstance(file, TcpFile) or file.connection is None:
             whole[index] = file
             continue
@@ -53,10 +60,12 @@ def split(files: Mapping[int, OpenFile], told: Sequence[OpenFile]) -> tuple[dict
         queues += (file.connection.send_queue, file.connection.receive_queue)
     if not indexes:
         return whole, None
-    return whole, Retold(indexes=tuple(indexes), numbers=b"".join(rows), queues=b"".join(queues))
+    return whole, Retold(
+        indexes=tuple(indexes), numbers=b"".join(rows), queues=b"".join(queues), options=tuple(options)
+    )
 
 
-def _row(before: OpenFile, now: OpenFile) -> bytes | None:
+def _row(before: OpenFile, now: OpenFile, options: list[Options]) -> bytes | None:
     if not isinstance(before, TcpFile) or not isinstance(now, TcpFile):
         return None
     first, last = before.connection, now.connection
@@ -65,7 +74,14 @@ def _row(before: OpenFile, now: OpenFile) -> bytes | None:
     # pieces of its queues come as pages, or a stand-in for its other end goes with it
     if now.received or now.to_send or now.stand_in is not StandIn.NONE or now.flags != before.flags:
         return None
-    return retold.numbers(first, last)
+    which = 0
+    if last.options != first.options:
+        if last.options not in options:
+            if len(options) == _OPTIONS_MAX:
+                return None
+            options.append(last.options)
+        which = 1 + options.index(last.options)
+    return retold.numbers(first, last, which)
 
 
 def join(retold: Retold | None, told: AheadFiles | None) -> dict[int, OpenFile]:
@@ -79,20 +95,19 @@ def join(retold: Retold | None, told: AheadFiles | None) -> dict[int, OpenFile]:
         before = files[index] if 0 <= index < len(files) else None
         if not isinstance(before, TcpFile) or before.connection is None or index in found:
             raise BadFileRecord("numbers of a connection that was not told, or twice", object=f"file {index}")
-        middle = at + row[-2]
-        end = middle + row[-1]
+        middle = at + row[-3]
+        end = middle + row[-2]
+        if row[-1] > len(retold.options):
+            raise BadFileRecord("options that were not told", object=before.conn_id)
+        options = retold.options[row[-1] - 1] if row[-1] else before.connection.options
         if end > len(queues):
             raise BadFileRecord("queues are shorter than was told", object=before.conn_id)
-        found[index] = _after(before, before.connection, row, bytes(queues[at:middle]), bytes(queues[middle:end]))
+        try:
+            now = told_again(before.connection, row, options, bytes(queues[at:middle]), bytes(queues[middle:end]))
+        except ValueError as error:
+            raise BadFileRecord(f"it cannot go on so: {error}", object=before.conn_id) from None
+        found[index] = TcpFile(flags=before.flags, family=before.family, conn_id=before.conn_id, connection=now)
         at = end
     if at != len(queues):
         raise BadFileRecord("queues are longer than was told", object="FILES_DELTA")
     return found
-
-
-def _after(before: TcpFile, connection: ConnectionRecord, row: tuple[int, ...], send: bytes, receive: bytes) -> TcpFile:
-    try:
-        now = told_again(connection, row, send, receive)
-    except ValueError as error:
-        raise BadFileRecord(f"it cannot go on so: {error}", object=before.conn_id) from None
-    return TcpFile(flags=before.flags, family=before.family, conn_id=before.conn_id, connection=now)

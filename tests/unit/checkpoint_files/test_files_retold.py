@@ -30,7 +30,8 @@ from tcpstate.retold import ROW, SAME, numbers
 from tests.unit.checkpoint_files.test_files_queues import file
 
 NUMBERS = {
-    "snd_una", "snd_nxt", "send_queue", "rcv_nxt", "receive_queue", "windows", "buffers", "timestamps", "soft"
+    "snd_una", "snd_nxt", "send_queue", "rcv_nxt", "receive_queue", "windows", "buffers", "timestamps", "soft",
+    "options",
 }  # fmt: skip
 SOFT = SoftState(
     cwnd=10, ssthresh=0x7FFFFFFF, srtt=20_000, rttvar=500, rto=204_000, min_rtt=19_000, reordering=3, path_mtu=1500,
@@ -73,6 +74,7 @@ def changed(chance):
         rcv_nxt=word(),
         receive_queue=receive,
         windows=Windows(snd_wl1=word(), snd_wnd=word(), max_window=word(), rcv_wnd=word(), rcv_wup=word()),
+        options=chance.choice([FIRST.options, {}, {"tcp.quickack": (0,)}, {"so.linger": (1, 5), "tcp.nodelay": (1,)}]),
         buffers=Buffers(send=chance.randrange(1 << 30), receive=2, send_locked=False, receive_locked=True),
         timestamps=Timestamps(value=word(), microseconds=False),
         soft=dataclasses.replace(SOFT, cwnd=word(), srtt=word(), min_rtt=word(), pacing_rate=chance.randrange(1 << 64)),
@@ -104,8 +106,6 @@ def test_the_very_records_come_back(seed):
 @pytest.mark.parametrize(
     "change",
     [
-        {"options": {}},
-        {"options": {"so.keepalive": (1,), "tcp.nodelay": (1,)}},
         {"option_data": {"so.bindtodevice": b"eth0"}},
         {"state": State.CLOSE_WAIT},
         {"state": State.FIN_WAIT_1, "local_fin": LocalFin.SENT},
@@ -124,7 +124,7 @@ def test_the_very_records_come_back(seed):
 def test_what_is_more_than_numbers_is_told_whole(change):
     ahead = told(FIRST, FIRST)
     now = file(dataclasses.replace(FIRST, **change))
-    assert numbers(FIRST, now.connection) is None
+    assert numbers(FIRST, now.connection, 0) is None
     assert split({1: now}, ahead.files) == ({1: now}, None)
     assert FilesDelta.of({1: now}, ahead.files).whole(ahead) == {1: now}
 
@@ -182,6 +182,31 @@ def test_numbers_that_contradict_each_other_are_refused():
     bare = told(dataclasses.replace(FIRST, soft=None), dataclasses.replace(FIRST, soft=None))
     with pytest.raises(BadFileRecord, match="cannot go on so"):
         join(good(), bare)
+
+
+def test_options_that_were_not_told_are_refused():
+    row = list(ROW.unpack(good().numbers))
+    row[-1] = 1
+    with pytest.raises(BadFileRecord, match="options that were not told"):
+        join(dataclasses.replace(good(), numbers=ROW.pack(*row)), told(FIRST, FIRST))
+
+
+def test_options_that_many_have_are_told_once():
+    ahead = told(*[FIRST] * 40)
+    files = {index: file(dataclasses.replace(FIRST, options={"tcp.quickack": (index % 2,)})) for index in range(40)}
+    whole, retold = split(files, ahead.files)
+    assert retold is not None
+    assert not whole
+    assert len(retold.options) == 2
+    assert join(retold, ahead) == files
+
+
+def test_where_each_has_other_options_they_are_told_whole():
+    ahead = told(*[FIRST] * 100)
+    files = {index: file(dataclasses.replace(FIRST, options={"so.priority": (index,)})) for index in range(100)}
+    whole, retold = split(files, ahead.files)
+    assert len(whole) == 100 - 64
+    assert whole | join(retold, ahead) == files
 
 
 def test_rows_that_are_cut_off_are_refused():
