@@ -19,7 +19,7 @@ _unusual = re.compile("[\"']|Annotated").search
 def annotation(cls: type, name: str) -> Any:
     """That of an attribute, wherever it was inherited from. KeyError."""
     for base in cls.__mro__:
-        own = inspect.get_annotations(base)
+        own = _own(base)
         if name not in own:
             continue
         text = own[name]
@@ -27,6 +27,10 @@ def annotation(cls: type, name: str) -> Any:
             return _evaluated(text, base.__module__)
         return typing.get_type_hints(cls)[name]
     raise KeyError(name)
+
+
+# it looks long at what it is given
+_own = functools.cache(inspect.get_annotations)
 
 
 @functools.cache

@@ -341,7 +341,7 @@ class _Step(NamedTuple):
 
 
 #: how often a class is read by its fields before a function is written for it
-_SELDOM: Final = 12
+_SELDOM: Final = 100
 #: not empty: classes will be read often
 _often: list[bool] = []
 #: what writes it, of those for which none is written yet

@@ -2,8 +2,9 @@
 
 The standard library writes the text of ``__init__``, ``__repr__``, ``__eq__``, ``__hash__``, ``__setattr__`` and
 ``__delattr__`` of each class and compiles it.  We have some 450 classes: that was half of the time in which a command
-imports itself.  Here all methods but ``__init__`` are functions that go by the fields, and ``__init__`` is compiled
-when the first instance is made; :func:`complete` compiles those that are left, so that no stop has to.
+imports itself.  Here all methods are functions that go by the fields; ``__init__``, which is called most, until so
+many instances were made that it is worth it to compile one.  :func:`complete` compiles those that are left, so that no
+stop has to.
 
 A class is the same otherwise, :func:`dataclasses.fields`, :func:`dataclasses.replace`, matching and pickling included.
 Two limits: slots are a must, and who inherits from such a class uses this decorator, too (the standard library's says
@@ -16,7 +17,7 @@ import dataclasses
 import operator
 import reprlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 __all__ = ["complete", "dataclass"]
 
@@ -30,12 +31,14 @@ _ORDER = {
     "__ge__": operator.ge,
 }
 
+#: instances of a class that are made by its fields: to compile what makes them takes as long as so many
+_FEW = 50
 #: classes whose __init__ is not compiled yet, and what compiles it
 _waiting: dict[type, Callable[[], Any]] = {}
 
 
 def complete() -> None:
-    """Compile every ``__init__`` that nobody has needed so far: what is timed must not meet one."""
+    """Compile every ``__init__`` that is not yet: what is timed must not meet one."""
     for compiled in list(_waiting.values()):
         compiled()
 
@@ -91,11 +94,58 @@ def _init_later(made: Any, fields: tuple[dataclasses.Field[Any], ...], frozen: b
         _waiting.pop(made, None)
         return init
 
-    def first(self: Any, *values: Any, **named: Any) -> None:
-        compiled()(self, *values, **named)
+    uses = 0
+    steps: list[_Step] | None = None
 
-    made.__init__ = first
+    def by_fields(self: Any, *values: Any, **named: Any) -> None:
+        nonlocal uses, steps
+        uses += 1
+        if steps is None:
+            steps = [_step(made, field) for field in fields]
+        if uses > _FEW or not _filled(self, steps, values, named):
+            # a mistake of the caller's is told as by any function
+            compiled()(self, *values, **named)
+        elif hasattr(made, "__post_init__"):
+            self.__post_init__()
+
+    made.__init__ = by_fields
     _waiting[made] = compiled
+
+
+class _Step(NamedTuple):
+    """How a field is set, by its slot: also where the class is frozen."""
+
+    name: str
+    place: bool
+    named: bool
+    set: Callable[[Any, Any], None]
+    default: Any
+    new: Any
+
+
+def _step(made: Any, field: dataclasses.Field[Any]) -> _Step:
+    place, named = field.init and not field.kw_only, field.init
+    return _Step(field.name, place, named, getattr(made, field.name).__set__, field.default, field.default_factory)
+
+
+def _filled(self: Any, steps: list[_Step], values: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether these were arguments for the fields, and all of them are set."""
+    given = iter(values)
+    used = 0
+    for name, place, by_name, put, default, new in steps:
+        value = next(given, _MISSING) if place else _MISSING
+        if by_name and name in named:
+            if value is not _MISSING:
+                return False
+            value = named[name]
+            used += 1
+        if value is _MISSING:
+            value = default if new is _MISSING else new()
+        if value is not _MISSING:
+            put(self, value)
+        elif by_name:
+            return False
+    return used == len(named) and next(given, _MISSING) is _MISSING
 
 
 def _init(made: Any, fields: tuple[dataclasses.Field[Any], ...], frozen: bool) -> Callable[..., None]:

@@ -2,6 +2,7 @@
 
 import abc
 import ast
+import contextlib
 import copy
 import dataclasses
 import pickle
@@ -232,16 +233,55 @@ def test_one_that_contains_itself_can_be_shown():
     assert "..." in repr(one)
 
 
-def test_code_is_compiled_at_the_first_instance_or_beforehand():
-    one, other = named(dataclass), named(dataclass)
-    assert {one, other} <= set(slotted._waiting)
-    one(two="a")
-    assert one not in slotted._waiting
+def test_code_is_compiled_for_those_that_are_used_often_or_beforehand():
+    often, seldom = named(dataclass), named(dataclass)
+    by_fields = [cls.__init__ for cls in (often, seldom)]
+    for _ in range(slotted._FEW + 1):
+        often(two="a")
+    one = seldom(two="a")
+    assert often.__init__ is not by_fields[0]
+    assert seldom.__init__ is by_fields[1]
     complete()
     assert not slotted._waiting
-    before = other.__init__
-    assert other(two="a") == other(two="a")
-    assert other.__init__ is before
+    assert seldom.__init__ is not by_fields[1]
+    assert seldom(two="a") == one
+
+
+@pytest.mark.parametrize("body", [point, named, mutable])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ((), {}),
+        ((1,), {}),
+        ((1, 2, "h", [3]), {}),
+        ((1, 2, "h", [3], 5), {}),
+        ((1,), {"x": 2}),
+        ((1,), {"one": 2}),
+        ((-1,), {}),
+        ((), {"two": "b"}),
+        ((), {"two": "b", "one": 3}),
+        ((), {"two": "b", "later": 3}),
+        ((), {"two": "b", "other": 3}),
+        ((), {"x": 1, "made": []}),
+        ((1, {"a": 2}), {}),
+        ((), {"one": 1, "inner": []}),
+    ],
+)
+def test_arguments_are_taken_and_refused_as_ever(body, compiled, arguments):
+    ours, theirs = both(body)
+    if compiled:
+        with contextlib.suppress(TypeError):
+            ours()
+        complete()
+
+    def made(cls):
+        try:
+            return dataclasses.asdict(cls(*arguments[0], **arguments[1]))
+        except (TypeError, ValueError) as error:
+            return type(error), str(error)
+
+    assert made(ours) == made(theirs)
 
 
 def test_without_slots_it_is_refused():
