@@ -5,21 +5,22 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from checkpoint.files.base import OpenFile
 from checkpoint.files.sysv import SysvSegment
 from checkpoint.files.table import FileTable
 from checkpoint.files.tcp import Original
 from checkpoint.files.terminal import slave_number
+from checkpoint.inject import Injection
 from checkpoint.ipc.base import SystemV
 from checkpoint.kernel.kcmp import KcmpType, Known
 from checkpoint.namespaces.numbers import Numbers
 from checkpoint.namespaces.spaces import Spaces
 from checkpoint.procfs import Stat
-from checkpoint.records import Manifest, ProcessRecord, TreeRecord
+from checkpoint.records import Manifest, ProcessRecord, StatesRecord, TreeRecord
 from checkpoint.state import clocks
-from checkpoint.state.table import ProcessState
+from checkpoint.state.table import capture
 from checkpoint.tracee import Tree
 from checkpoint.traces import FrozenTree, HeldListener, HeldListeners, Traced, given_up_locks, listener_name
 from checkpoint.tree import Task, plan
@@ -32,6 +33,7 @@ __all__ = [
     "held_listeners",
     "manifest",
     "process_records",
+    "states_record",
     "task_of",
     "tree_record",
 ]
@@ -54,7 +56,7 @@ def manifest(tree: Tree, roots: Sequence[int], number: Numbers) -> Manifest:
     )
 
 
-def process_records(tree: Tree, states: Mapping[int, ProcessState], masters: set[int]) -> list[ProcessRecord]:
+def process_records(tree: Tree, masters: set[int]) -> list[ProcessRecord]:
     """Every process, parents before children, zombies last; by our numbers. ``masters`` as in :func:`task_of`."""
     sharing = Sharing()
     living = [
@@ -63,7 +65,6 @@ def process_records(tree: Tree, states: Mapping[int, ProcessState], masters: set
             comm=process.stat.comm,
             exit_signal=process.stat.exit_signal,
             stop_signal=process.stop_signal,
-            state=states[process.pid],
         )
         for process in tree.processes
     ]
@@ -96,10 +97,18 @@ def tree_record(
     cannot be grown again."""
     plan([record.task for record in processes])
     folders = () if spaces.mounts is None else spaces.mounts.folders(roots[0])
+    return TreeRecord(processes=tuple(processes), ipc=tuple(objects), spaces=spaces, folders=folders)
+
+
+def states_record(tree: Tree, roots: Sequence[int]) -> StatesRecord:
+    """The states of processes that stand still, each by calls that are made in it. StateUnreadable, and the errors of
+    state that cannot be moved."""
+    states = []
+    for process in tree.processes:
+        with Injection(process) as injection:
+            states.append(capture(process, injection))
     # read after every timer: none that goes on with the time that was left is early on these clocks
-    return TreeRecord(
-        processes=tuple(processes), clocks=clocks.read(roots[0]), ipc=tuple(objects), spaces=spaces, folders=folders
-    )
+    return StatesRecord(states=tuple(states), clocks=clocks.read(roots[0]))
 
 
 def task_of(stat: Stat, masters: set[int], sharing: Sharing, wait_code: int | None = None) -> Task:

@@ -6,8 +6,8 @@ The stages, each a method, in the order in which they are called::
     prepare        what can be read or opened beforehand
     begin_live .. end_live    memory is copied in rounds while the processes run (:mod:`checkpoint.live`)
     find_listeners, hold_off, drain    no new connections; those that wait are accepted
-    stop           all threads stopped; state, descriptors, mappings captured; nothing of ours left inside
-    skeleton       records MANIFEST, TREE, FILES, MAPPINGS
+    stop           all threads stopped; descriptors and mappings captured; nothing of ours left inside
+    skeleton       records MANIFEST, TREE, FILES, MAPPINGS; then, while these are read, state is captured: STATES
     pages          memory and contents; the sockets still live and acknowledge: no peer runs into a time-out
     secure         the tool's death leaves everything stopped from now on
     early_queues   what large receive queues hold already
@@ -33,7 +33,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from checkpoint import preflight, procfs, waiting
 from checkpoint.collector import CollectorPause
-from checkpoint.described import frozen_tree, held_listeners, manifest, process_records, tree_record
+from checkpoint.described import frozen_tree, held_listeners, manifest, process_records, states_record, tree_record
 from checkpoint.errors import NoSuchProcess, Refused, TreeChanged
 from checkpoint.files.ahead import Ahead, tell
 from checkpoint.files.base import OpenFile
@@ -50,9 +50,9 @@ from checkpoint.holdoff import Holdoff, LastSegments
 from checkpoint.image.format import PageRun
 from checkpoint.image.frames import Kind
 from checkpoint.indoors import walk_out
-from checkpoint.inject import Injection
 from checkpoint.ipc import table as ipc
 from checkpoint.latermemory import leave
+from checkpoint.leftovers import clean
 from checkpoint.live import LiveCopy, Remaining
 from checkpoint.memory import layout, pages
 from checkpoint.memory.layout import MemoryLayout
@@ -62,14 +62,12 @@ from checkpoint.namespaces.numbers import Numbers
 from checkpoint.namespaces.spaces import Spaces
 from checkpoint.records import FilesDelta, MapsDelta
 from checkpoint.state import table
-from checkpoint.state.table import ProcessState
 from checkpoint.tracee import Tree
 from checkpoint.traces import NoteWriter, Roots, Rules, Trace, Traced, peeked, write
 from checkpoint.verdict import Verdict
 from tcpstate.capture import replay, unknown
 from tcpstate.errors import TcpmigError
 from tcpstate.filters import remove_syn_filter
-from tcpstate.kernel.calls import CallTable
 from tcpstate.kernel.route import local_addresses
 from tcpstate.segment import Segment
 from tcpstate.silence import Blackhole
@@ -111,7 +109,6 @@ class Dump:
         self._blackhole = Blackhole()
         self._files: TreeFiles | None = None
         self._layouts: dict[int, MemoryLayout] = {}
-        self._states: dict[int, ProcessState] = {}
         self._ipc, self._spaces = ipc.Objects(), Spaces()
         self.numbers = Numbers()
         self.last = LastSegments(())  #: closed connections, whose last segments are under way when the trees stop
@@ -238,7 +235,7 @@ class Dump:
     # -- the stop -------------------------------------------------------------------------------------------------
 
     def stop(self, addresses: Sequence[str] = ()) -> None:
-        """Stop the trees and capture all but pages and connections. On any error everything runs on.
+        """Stop the trees and capture files and mappings. On any error everything runs on.
 
         addresses  those that will move: closed connections on them get a moment for their last segments
         """
@@ -289,14 +286,10 @@ class Dump:
         for process in tree.processes:
             process.foreseen = self._foreseen.get(process.pid, {})
             process.tracked = self._live is not None and process.pid in self._live.pids
+            clean(process)  # what is captured is to have nothing of ours in it, nor of a dead tool
             walk_out(process)
-            with Injection(process) as injection:
-                # read while nothing of ours is in there, unless a dead tool had left something
-                calls = CallTable()
-                brk = layout.query_brk(calls)
-                self._states[process.pid] = table.capture(process, injection, calls)
             self._table.add_process(process)
-            self._layouts[process.pid] = layout.capture(process, self._table, brk=brk.value)
+            self._layouts[process.pid] = layout.capture(process, self._table, brk=layout.brk_of(process))
         self._ipc.capture(self.pids)
         self._group = TcpGroup(self._table, self._blackhole)
         if (sockets := peeked(self._table.later)).sockets:
@@ -314,10 +307,11 @@ class Dump:
     # -- what is sent ---------------------------------------------------------------------------------------------
 
     def skeleton(self) -> Iterator[tuple[Kind, object]]:
-        """The records from which everything but bytes and connections can be built."""
+        """The records from which everything but bytes and connections can be built. What cannot be moved of the state
+        is refused here, last: :meth:`resume` lets it run on."""
         tree, number, files = self._tree, self.numbers, self._files
         yield Kind.MANIFEST, manifest(tree, self.roots, number)
-        records = process_records(tree, self._states, self._files_table.masters)
+        records = process_records(tree, self._files_table.masters)
         objects = number.objects(self._ipc.records)
         yield Kind.TREE, tree_record(number.processes(records), self.roots, objects, self._spaces)
         self.contents.adopt(self._files_table.contents)
@@ -337,6 +331,7 @@ class Dump:
         for runs in leave(tree.processes, self._layouts, self.remaining) if self.leaves_pages else ():
             self.later += runs.length
             yield Kind.PAGES_LATER, number.dropped(runs)
+        yield Kind.STATES, states_record(tree, self.roots)
 
     def pages(self, *, buffers: int = 1) -> Iterator[PageRun]:
         """Contents of files that travel along, then the memory of every process. A run is valid until the

@@ -22,7 +22,6 @@ from checkpoint.kernel.mman import Map, Prot
 from checkpoint.kernel.mounts import MountFlag, mount
 from checkpoint.memory.vma import PAGE
 from checkpoint.namespaces.entering import run_in
-from checkpoint.records import ProcessRecord
 from checkpoint.spawn import Stub
 from checkpoint.state.base import TaskBuilder
 from checkpoint.state.cgroup import Cgroups
@@ -69,17 +68,15 @@ def settle(init: Stub) -> None:
     run_in(init, calls)
 
 
-def complete(init: Stub, root: int, records: Sequence[ProcessRecord], warn: Callable[[str], None]) -> None:
+def complete(init: Stub, root: int, cgroups: Cgroups, warn: Callable[[str], None]) -> None:
     """Make the program of it that it will be, at the end, and put it into the tree's cgroups: those of the tool may end
     with a login. What comes next is its release.
 
     root     number of the tree's root
-    records  the tree's living processes
+    cgroups  the ones that it is in
     """
     task = TaskBuilder(pid=init.pid, tid=init.pid, warn=warn)
-    for record in records:
-        if record.task.pid == root and record.state is not None:
-            record.state.get(Cgroups).rebuild(task)
+    cgroups.rebuild(task)
     task.run_outside()
     calls = CallTable()
     calls.call(SYS.close_range, 0, _LAST_FD, 0, label="close_range")

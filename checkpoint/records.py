@@ -6,6 +6,7 @@ process, FILES_DELTA a :class:`FilesDelta`, ENDED an :class:`Ended`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import field
@@ -44,6 +45,7 @@ __all__ = [
     "Manifest",
     "MapsDelta",
     "ProcessRecord",
+    "StatesRecord",
     "TreeRecord",
     "fits",
     "prepare",
@@ -93,25 +95,38 @@ class ProcessRecord:
     comm         its name, for people
     exit_signal  what its parent is sent when it ends
     stop_signal  the signal that holds it in a group stop (state T); 0: it runs
-    state        everything of it that is not memory and not open files; None for a zombie
     """
 
     task: Task
     comm: str
     exit_signal: int
     stop_signal: int = 0
-    state: ProcessState | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.exit_signal <= 64 or not 0 <= self.stop_signal <= 64:
             raise ValueError("a signal is out of range")
-        if (self.state is None) != (self.task.wait_code is not None):
-            raise ValueError("a living process has a state, and a zombie has none")
+
+    @property
+    def lives(self) -> bool:
+        """Whether it has a state, memory and files: a zombie has none."""
+        return self.task.wait_code is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatesRecord:
+    """Everything of the processes that is not memory and not open files, and the clocks that they saw then."""
+
+    states: tuple[ProcessState, ...]
+    clocks: Clocks
+
+    def __post_init__(self) -> None:
+        if len({state.pid for state in self.states}) != len(self.states):
+            raise ValueError("a process has two states")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeRecord:
-    """The processes, parents before children, and the clocks that they saw at the stop.
+    """The processes, parents before children.
 
     ipc     System V semaphores and message queues that they use
     spaces  namespaces that are the tree's own
@@ -119,7 +134,6 @@ class TreeRecord:
     """
 
     processes: tuple[ProcessRecord, ...]
-    clocks: Clocks
     ipc: tuple[SystemV, ...] = ()
     spaces: Spaces = NO_SPACES
     folders: tuple[Folder, ...] = ()
@@ -133,8 +147,20 @@ class TreeRecord:
         mounts = self.spaces.mounts
         if not {folder.at for folder in self.folders} <= {*([] if mounts is None else mounts.memory)}:
             raise ValueError("files of a file system in memory that is not mounted")
+
+    @property
+    def living(self) -> tuple[ProcessRecord, ...]:
+        """Without the zombies."""
+        return tuple(process for process in self.processes if process.lives)
+
+    def states(self, told: StatesRecord) -> dict[int, ProcessState]:
+        """The states of the living, by PID. ValueError if they are not the states of these processes."""
+        found = {state.pid: state for state in told.states}
+        if found.keys() != {process.task.pid for process in self.living}:
+            raise ValueError("a living process has a state, and nobody else has one")
         if self.spaces.users is not None:
-            self._check_ids(self.spaces.users)
+            _check_ids(told.states, self.spaces.users)
+        return found
 
     def move_in(self, pid: int, stack: ExitStack) -> None:
         """The new tree's root is in its namespaces: put into them what the original's had, and be there, as far as
@@ -145,14 +171,14 @@ class TreeRecord:
             for folder in self.folders:
                 folder.write(f"/proc/{pid}/root", self.spaces.owner, mounts.points)
 
-    def _check_ids(self, users: Users) -> None:
-        for process in self.processes:
-            for thread in () if process.state is None else process.state.threads:
-                one = thread.get(Credentials)
-                ids, groups = one.users, one.group_ids
-                every = (ids.real, ids.effective, ids.saved, ids.fs), (groups.real, groups.effective, groups.saved)
-                if lacking := users.lacks(every[0], (*every[1], groups.fs), one.groups):
-                    raise ValueError(f"thread {thread.tid}: {lacking}")
+
+def _check_ids(states: Iterable[ProcessState], users: Users) -> None:
+    for thread in itertools.chain.from_iterable(state.threads for state in states):
+        one = thread.get(Credentials)
+        ids, groups = one.users, one.group_ids
+        every = (ids.real, ids.effective, ids.saved, ids.fs), (groups.real, groups.effective, groups.saved)
+        if lacking := users.lacks(every[0], (*every[1], groups.fs), one.groups):
+            raise ValueError(f"thread {thread.tid}: {lacking}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,5 +318,5 @@ def prepare(*, read: bool) -> None:
     would pay else."""
     restart_block.prepare()
     callwatch.prepare()
-    image = (Manifest, TreeRecord, TreeFiles, MemoryLayout, MapsDelta, FilesDelta, End)
+    image = (Manifest, TreeRecord, StatesRecord, TreeFiles, MemoryLayout, MapsDelta, FilesDelta, End)
     codec.prepare(*image, LiveTree, AheadFiles, ConnectionRecord, FrozenTree, unpacked=read)

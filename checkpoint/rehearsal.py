@@ -21,7 +21,7 @@ from checkpoint.memory import layout, pages
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.memory.pages import PageWriter
 from checkpoint.memory.vmflags import foresee
-from checkpoint.records import ProcessRecord, TreeRecord
+from checkpoint.records import ProcessRecord, StatesRecord, TreeRecord
 from checkpoint.spawn import Stub, spawn_stub
 from checkpoint.state import table
 from checkpoint.tree import Task, plan
@@ -69,11 +69,12 @@ def _taken_apart() -> list[Frame]:
         stat = stub.stat
         task = Task(pid=stub.pid, ppid=stat.ppid, pgid=stat.pgid, sid=stat.sid)
         plan([task])
-        record = ProcessRecord(task=task, comm=stat.comm, exit_signal=signal.SIGCHLD, state=state)
+        record = ProcessRecord(task=task, comm=stat.comm, exit_signal=signal.SIGCHLD)
         records: list[tuple[Kind, object]] = [
-            (Kind.TREE, TreeRecord(processes=(record,), clocks=state.clocks)),
+            (Kind.TREE, TreeRecord(processes=(record,))),
             (Kind.FILES, files.records()),
             (Kind.MAPPINGS, memory),
+            (Kind.STATES, StatesRecord(states=(state,), clocks=state.clocks)),
         ]
         writer, reader = FrameWriter(stream=True), FrameReader(stream=True)
         found = reader.feed(b"".join(writer.begin()))
@@ -84,9 +85,9 @@ def _taken_apart() -> list[Frame]:
         return found
 
 
-def _put_together(tree: Frame, files: Frame, mappings: Frame, *content: Frame) -> None:
+def _put_together(tree: Frame, files: Frame, mappings: Frame, states: Frame, *content: Frame) -> None:
     """Another stub becomes what the image tells of, up to the moment before it would run."""
-    (record,) = tree.decode(TreeRecord).processes
+    (record,) = tree.decode(TreeRecord).living
     memory = mappings.decode(MemoryLayout)
     rebuilder = Rebuilder(files.decode(TreeFiles), warn=_log.debug)
     try:
@@ -101,9 +102,9 @@ def _put_together(tree: Frame, files: Frame, mappings: Frame, *content: Frame) -
             for frame in content:
                 writer.write(frame.pages())
                 frame.release()
-            if record.state is not None:
-                table.build(stub, record.state, warn=_log.debug)
-                stub.leave()
-                table.install(stub, record.state)
+            (state,) = states.decode(StatesRecord).states
+            table.build(stub, state, warn=_log.debug)
+            stub.leave()
+            table.install(stub, state)
     finally:
         rebuilder.abort()

@@ -3,8 +3,9 @@
 ::
 
     apply(frame)      for each frame.  LIVE lays out memory while the originals run, PAGES fill it (checkpoint.ground),
-                      AHEAD brings idle connections.  With the last MAPPINGS the tree grows, of stubs with the right
-                      numbers, its memory laid out and its files open; PAGES fill it; FILES_DELTA brings the connections
+                      AHEAD brings idle connections.  With the last MAPPINGS (or with STATES, if it takes more than was
+                      built before) the tree grows, of stubs with the right numbers, its memory laid out and its files
+                      open; PAGES fill it; FILES_DELTA brings the connections
                       COPIED says that the processes can be completed: threads and state, registers set
     prepare()         that, if it was not done yet; connections rebuilt in repair and compared
     survive()         from here on the death of the tool does not end the processes
@@ -28,6 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from checkpoint import newpids
 from checkpoint.collector import CollectorPause
+from checkpoint.completing import complete
 from checkpoint.errors import ImageIncomplete, RebuildDiffers
 from checkpoint.files.aheadbuild import BuiltAhead
 from checkpoint.files.base import OpenFile
@@ -42,17 +44,17 @@ from checkpoint.files.told import whole
 from checkpoint.files.treefiles import AheadFiles
 from checkpoint.ground import Ground
 from checkpoint.image.frames import Frame, Kind, PageRun, Runs, Space
-from checkpoint.indoors import settle
 from checkpoint.ipc import table as ipc
 from checkpoint.ipc.base import SystemV
 from checkpoint.latermemory import LaterMemory, PageBringer
 from checkpoint.memory import layout
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.namespaces.ways import Ways
-from checkpoint.records import FilesDelta, LiveTree, Manifest, MapsDelta, ProcessRecord, TreeRecord
+from checkpoint.records import FilesDelta, LiveTree, Manifest, MapsDelta, ProcessRecord, StatesRecord, TreeRecord
 from checkpoint.spawn import Stub
 from checkpoint.state import clocks, table
-from checkpoint.state.registers import Registers
+from checkpoint.state.cgroup import Cgroups
+from checkpoint.state.table import ProcessState
 from checkpoint.stubnote import noted
 from checkpoint.traces import Made, NoteWriter, Rules, Trace, write
 from tcpstate.rebuild import Difference
@@ -106,6 +108,7 @@ class Restore:
         self._held = held
         self._warn = self._keep_warning if warn is None else warn
         self._tree: TreeRecord | None = None
+        self._states: dict[int, ProcessState] = {}
         self._files: TreeFiles | None = None
         self._layouts: dict[int, MemoryLayout] = {}
         self._rebuilder: Rebuilder | None = None
@@ -165,15 +168,16 @@ class Restore:
                 self._drop(frame.decode(Runs))
             case Kind.TREE:
                 self._pause.begin()
-                self._arrived_ns = time.monotonic_ns()
                 self._tree = frame.decode(TreeRecord)
             case Kind.FILES:
                 self._files = self._whole(frame.decode(TreeFiles))
             case Kind.MAPPINGS:
                 one = frame.decode(MemoryLayout)
                 self._layouts[one.pid] = one
-                if self._layouts.keys() == {r.task.pid for r in self._living()}:
+                if self._laid_out and self._may_begin:
                     self._build()
+            case Kind.STATES:
+                self._take_states(frame.decode(StatesRecord))
             case Kind.COPIED:
                 self._complete_processes()
             case Kind.FILES_DELTA:
@@ -187,10 +191,10 @@ class Restore:
         """The image is complete and right: its END was read."""
         self._complete = True
 
-    def _living(self) -> list[ProcessRecord]:
+    def _living(self) -> Sequence[ProcessRecord]:
         if self._tree is None:
             raise ImageIncomplete("the record TREE did not come where it is needed")
-        return [r for r in self._tree.processes if r.state is not None]
+        return self._tree.living
 
     @property
     def _files_rebuilder(self) -> Rebuilder:
@@ -233,6 +237,29 @@ class Restore:
             raise ImageIncomplete("pages were left for later, and nobody is here to bring them")
         return self.later
 
+    @property
+    def _laid_out(self) -> bool:
+        return self._layouts.keys() == {record.task.pid for record in self._living()}
+
+    @property
+    def _may_begin(self) -> bool:
+        """Whether files and memory can be built before the states come: where the clocks go on since the rounds, and no
+        file names a thread."""
+        return self._clocks_go_on and self._files is not None and not any(file.tids for file in self._files.files)
+
+    def _take_states(self, told: StatesRecord) -> None:
+        if self._tree is None or self._states:
+            raise ImageIncomplete("the record STATES came where it is not expected")
+        try:
+            self._states = self._tree.states(told)
+        except ValueError as error:
+            raise ImageIncomplete(f"the record STATES does not fit TREE: {error}") from None
+        if not self._clocks_go_on:
+            self._enter_clocks(told.clocks, 0)  # they stood until now
+        self._arrived_ns = time.monotonic_ns()
+        if self._rebuilder is None:
+            self._build()
+
     def _drop(self, runs: Runs) -> None:
         if self._processes_complete:
             raise ImageIncomplete("pages were dropped after the end of the copy")
@@ -246,12 +273,8 @@ class Restore:
     # -- building -------------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        if self._files is None or self._tree is None or self.manifest is None:
-            raise ImageIncomplete("a record MANIFEST or FILES did not come where it is needed")
-        if not self._clocks_go_on:
-            self._enter_clocks(self._tree.clocks, 0)
-            # their clocks stood until now: what has passed here before has not passed for them
-            self._arrived_ns = time.monotonic_ns()
+        if self._files is None or self._tree is None or self.manifest is None or not self._laid_out:
+            raise ImageIncomplete("a record MANIFEST, FILES or MAPPINGS did not come where it is needed")
         taken = [area for one in self._layouts.values() for area in one.areas]
         if self.later is not None:
             self.later.laid_out(self._layouts)
@@ -311,8 +334,8 @@ class Restore:
         """Threads that an open file refers to must be there before it."""
         named = frozenset[int]().union(*(file.tids for file in files))
         for record in self._living() if named else ():
-            state = record.state
-            if state is not None and named & {thread.tid for thread in state.threads[1:]}:
+            state = self._states[record.task.pid]
+            if named & {thread.tid for thread in state.threads[1:]}:
                 table.bear_threads(self.stubs[record.task.pid], state, self._warn)
 
     def _write(self, run: PageRun, done: Callable[[], None] | None = None) -> bool:
@@ -344,25 +367,24 @@ class Restore:
     def _complete_processes(self) -> None:
         """Threads and state, registers last: their files are open, and all of their memory has come. What is still to
         be done to files is done in our own process."""
-        if self._rebuilder is None or self._processes_complete:
+        if self._rebuilder is None or not self._states or self._processes_complete:
             raise ImageIncomplete("the end of the copy came where it is not expected")
         if self.later is not None and self._bringer is not None:
             self.later.arm(self.stubs, self._bringer)  # from here on the kernel itself may need what was left
         ipc.used(self._ipc, self.stubs)  # while they still may
-        for record in self._living():
-            self._settle(record)
-            if record.task.directories and record.state is not None:
-                # threads with directories of their own begin in the tool's, not in those that others are given
-                table.bear_threads(self.stubs[record.task.pid], record.state, self._warn)
-        for record in self._living():
-            self._give_state(record)
-        for record in self._living():
-            stub = self.stubs[record.task.pid]
-            stub.leave()
-            if record.state is not None:
-                table.install(stub, record.state)
+        complete(
+            self._living(),
+            self._states,
+            self._layouts,
+            self.stubs,
+            whole=self.later is None,
+            since_ns=self._arrived_ns,
+            warn=self._warn,
+            path=self._ways.within,
+        )
         if self._ground.init is not None and self.manifest is not None:
-            newpids.complete(self._ground.init, self.manifest.roots[0], self._living(), self._warn)
+            root = self.manifest.roots[0]
+            newpids.complete(self._ground.init, root, self._states[root].get(Cgroups), self._warn)
         self._processes_complete = True
         self._secure(self._rebuilder)
 
@@ -386,27 +408,6 @@ class Restore:
         """The error that a difference of :meth:`prepare` is."""
         what, expected, found = difference.what, difference.expected, difference.found
         return RebuildDiffers(f"{what} was {expected!r}, reads back {found!r}", object=connection)
-
-    def _settle(self, record: ProcessRecord) -> None:
-        state = record.state
-        if state is not None:
-            registers = [thread.get(Registers) for thread in state.threads]
-            one = self._layouts[record.task.pid]
-            settle(self.stubs[record.task.pid], one, registers, whole=self.later is None)
-
-    def _give_state(self, record: ProcessRecord) -> None:
-        state = record.state
-        if state is None:
-            return
-        elapsed = time.monotonic_ns() - self._arrived_ns
-        table.build(
-            self.stubs[record.task.pid],
-            state,
-            warn=self._warn,
-            elapsed=elapsed,
-            path=self._ways.within,
-            placed=bool(record.task.directories),
-        )
 
     def survive(self) -> None:
         """The processes outlive the tool from now on."""

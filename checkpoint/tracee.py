@@ -37,7 +37,7 @@ from checkpoint.kernel.callwatch import CallWatch
 from checkpoint.kernel.ptrace import Event, Option
 from checkpoint.kernel.rseq import abort_address
 from checkpoint.memory import vmflags
-from checkpoint.memory.vma import Vma, read_maps
+from checkpoint.memory.vma import Vma
 from checkpoint.procfs import Stat
 from checkpoint.refuse import refuse_process, refuse_root, refuse_traced
 from checkpoint.telling import begin_again
@@ -86,6 +86,7 @@ class Process:
         self._status: dict[str, str] | None = None
         self._fds: dict[str, int] = {}
         self._maps: list[Vma] | None = None
+        self._brk: int | None = None
         self._sigstops_queued = False
         self._resend_stop = False
 
@@ -151,9 +152,13 @@ class Process:
     def maps(self) -> list[Vma]:
         """Its mappings, read once; :meth:`forget_maps` when they have changed."""
         if self._maps is None:
-            known = self.foreseen
-            self._maps = vmflags.mappings(self.pid, known, tracked=self.tracked) if known else read_maps(self.pid)
+            self._maps, self._brk = vmflags.mappings(self.pid, self.foreseen, tracked=self.tracked)
         return self._maps
+
+    @property
+    def brk(self) -> int | None:
+        """Where its heap ended when :attr:`maps` were read; None: only the process itself can tell."""
+        return self._brk if self.maps else None
 
     def forget_maps(self) -> None:
         """The mappings were changed: read them again when they are asked for."""

@@ -67,6 +67,7 @@ class IncomingTrees:
         self._network: NewNetwork | None = None
         self._ended: Gate | None = None
         self._ready = False
+        self.stopped = False
 
     # -- the image ------------------------------------------------------------------------------------------------
 
@@ -81,6 +82,7 @@ class IncomingTrees:
                 self._kept.keep(frame)
             if frame.kind == Kind.ENDED:
                 self._ignore(frame.decode(Ended).connections)
+            self.stopped |= frame.kind == Kind.TREE
             self._restore.apply(frame)
         return None
 

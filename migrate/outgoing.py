@@ -253,7 +253,7 @@ class OutgoingTrees:
             image.write(self._writer.frame(kind, record))
             if isinstance(record, TreeFiles):
                 few = len(record.files) <= _FEW_FILES and len(self._dump.pids) <= _FEW_PROCESSES
-            if kind in (Kind.TREE, Kind.FILES):
+            if kind in (Kind.TREE, Kind.FILES, Kind.MAPPINGS):
                 # read there while we pack the next one, and look for what was written
                 image.flush()
         image.flush()

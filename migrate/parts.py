@@ -149,7 +149,12 @@ class Outgoing(Protocol):
 
 class Incoming(ImageSink, Protocol):
     """N process trees at the target. The image's bytes are put into it as they come (:class:`ImageSink`), and it builds
-    what can be built. Nothing of it survives this program until :meth:`keep`."""
+    what can be built. Nothing of it survives this program until :meth:`keep`.
+
+    stopped  whether the image has come to what was told when the processes stood still
+    """
+
+    stopped: bool
 
     def expect(self) -> None:
         """Before step 1, if the source has announced it: what takes time and needs no knowledge of the processes, while

@@ -245,8 +245,7 @@ class Source(SourceTalk):
             self._departure = departure = Departure(netlink, moved)
             self._measure(MEASUREMENTS)
 
-        before = image.written
-        self._stopped_ns = monotonic_ns()
+        before, self._stopped_ns, self._channel.hasty = image.written, monotonic_ns(), True
         with self._phase("stop"):
             outgoing.stop(moved or self._forwarding.addresses)
         with self._phase("copy"):
@@ -279,6 +278,7 @@ class Source(SourceTalk):
             self._transmit(Commit(migration=self.migration, token=self._machine.token), *first)
         with self._phase("takeover"):
             running = self._await_running()
+            self._channel.hasty = False
             pids = checked.needs.by_our_numbers(running.pids)
         stop_ns = max(0, self._offset.here(running.released_ns) - self._stopped_ns)
         _log.info("they run on %s after a stop of %.1f ms", self._remote.host, stop_ns / 1e6)

@@ -241,6 +241,7 @@ class Target:
                 self._open_journal()
                 self._machine.receive_image()
                 self._channel.take_image(self._incoming)
+                self._channel.hasty = self._incoming.stopped
                 continue
             heard = self._machine.receive(_message(message))
             match heard:
@@ -248,6 +249,7 @@ class Target:
                     self._open_journal()
                     # at once: half of what passes until the answer arrives is the error of the measurement
                     self._say(Measured(number=number, clock_ns=monotonic_ns()))
+                    self._channel.hasty = True  # the stop is near
                 case Probe():
                     self._say(Probed())
                 case Abort(failure=failure):
@@ -307,6 +309,7 @@ class Target:
                 lost=arrived.lost,
             )
         )
+        self._channel.hasty = False
         with logged("journalling that they run"):
             self._the_journal.step(StepKind.RUNNING, pids=arrived.pids)
             incoming.forget()

@@ -97,7 +97,7 @@ class AccessMode(enum.IntEnum):
     @classmethod
     def of(cls, flags: int) -> AccessMode:
         """The mode in ``flags``."""
-        return cls(flags & FileFlag.ACCMODE)
+        return _MODES[flags & _ACCMODE]
 
     @property
     def reads(self) -> bool:
@@ -108,6 +108,11 @@ class AccessMode(enum.IntEnum):
     def writes(self) -> bool:
         """Whether write() is allowed."""
         return self in (AccessMode.WRITE, AccessMode.BOTH)
+
+
+# asked for several times of each open file: to make an enum of a number takes a microsecond
+_ACCMODE: Final = int(FileFlag.ACCMODE)
+_MODES: Final = tuple(AccessMode)
 
 
 class Fcntl(enum.IntEnum):

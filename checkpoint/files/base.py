@@ -25,7 +25,7 @@ import socket
 import stat
 import struct
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
 
 from checkpoint.errors import FileCaptureFailed, UnsupportedLock
 from checkpoint.files.abi import CAPTURED_FLAGS, SETTABLE_FLAGS, AccessMode, Fcntl, FileFlag, LockType, OwnerType
@@ -42,13 +42,13 @@ __all__ = [
     "FileLock",
     "OpenFile",
     "PosixLock",
-    "file_type",
-    "fits",
+    "Rule",
     "kind_name",
     "locks_of",
     "parse_info",
     "read_info",
     "register",
+    "rule_of",
     "set_flags",
 ]
 
@@ -317,21 +317,16 @@ def set_flags(fd: int, flags: int) -> None:
 _Kind = TypeVar("_Kind", bound=OpenFile)
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
+class Rule(NamedTuple):
+    """Which open files are of a kind: the shape of their link, their type (S_IFSOCK, ..), and whatever else holds of
+    them; None: any."""
+
     link: re.Pattern[str] | None
     mode: int | None
     match: Callable[[FdView], bool] | None
 
-    def fits(self, view: FdView) -> bool:
-        return (
-            (self.link is None or self.link.fullmatch(view.link) is not None)
-            and (self.mode is None or stat.S_IFMT(view.stat.st_mode) == self.mode)
-            and (self.match is None or self.match(view))
-        )
 
-
-_rules: dict[type[OpenFile], _Rule] = {}
+_rules: dict[type[OpenFile], Rule] = {}
 
 
 def register(
@@ -345,22 +340,15 @@ def register(
         member(OpenFile, kind)(cls)
         if link is not None or mode is not None or match is not None:
             pattern = None if link is None else re.compile(link, re.DOTALL)
-            _rules[cls] = _Rule(pattern, mode, match)
+            _rules[cls] = Rule(pattern, mode, match)
         return cls
 
     return add
 
 
-def file_type(cls: type[OpenFile]) -> int | None:
-    """The file type (S_IFSOCK, ..) that all files of the kind have; None: any."""
-    rule = _rules.get(cls)
-    return None if rule is None else rule.mode
-
-
-def fits(cls: type[OpenFile], view: FdView) -> bool:
-    """Whether an open file is of the kind."""
-    rule = _rules.get(cls)
-    return rule is not None and rule.fits(view)
+def rule_of(cls: type[OpenFile]) -> Rule | None:
+    """What open files of the kind have in common; None: nothing is captured as this kind by itself."""
+    return _rules.get(cls)
 
 
 def kind_name(cls: type[OpenFile]) -> str:

@@ -7,7 +7,7 @@ import stat
 from typing import Final
 
 from checkpoint.errors import UnsupportedFile
-from checkpoint.files.base import FdView, OpenFile, file_type, fits
+from checkpoint.files.base import FdView, OpenFile, Rule, rule_of
 from checkpoint.files.device import Device
 from checkpoint.files.epoll import Epoll
 from checkpoint.files.eventfd import EventFd
@@ -73,13 +73,16 @@ KINDS: Final[tuple[type[OpenFile], ...]] = (
 
 
 @functools.cache
-def _of_type(mode: int) -> tuple[type[OpenFile], ...]:
-    return tuple(kind for kind in KINDS if file_type(kind) in (None, mode))
+def _of_type(mode: int) -> tuple[tuple[type[OpenFile], Rule], ...]:
+    rules = ((kind, rule_of(kind)) for kind in KINDS)
+    return tuple((kind, rule) for kind, rule in rules if rule is not None and rule.mode in (None, mode))
 
 
 def kind_for(view: FdView) -> type[OpenFile]:
     """The kind of an open file; UnsupportedFile if none fits."""
-    for kind in _of_type(stat.S_IFMT(view.stat.st_mode)):
-        if fits(kind, view):
+    link = view.link
+    # a dozen rules are asked for each of what may be thousands of files
+    for kind, (shape, _, match) in _of_type(stat.S_IFMT(view.stat.st_mode)):
+        if (shape is None or shape.fullmatch(link)) and (match is None or match(view)):
             return kind
     raise UnsupportedFile(f"open file of a kind that is not known: {view.link}", object=view.object)

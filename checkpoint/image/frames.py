@@ -68,7 +68,7 @@ Buffer = bytes | bytearray | memoryview
 
 MAGIC = b"\x89TCPMIG\n"
 CLOSING_MAGIC = b"\nGIMPCT\x89"
-VERSION = 1
+VERSION = 2
 PREAMBLE = struct.Struct("<8sII")
 HEADER = struct.Struct("<16sIIII32s")
 TRAILER = struct.Struct("<Q8s")
@@ -99,9 +99,10 @@ class Kind(enum.StrEnum):
     AHEAD        idle connections of the processes, while they run: built before the stop, the first files of FILES
     CONTENTS     shared memory of the processes, while they run: contents whose bytes follow in the space ``staged``;
                  FILES says which of its own go on from there
-    TREE         the processes and their state
+    TREE         the processes
     FILES        the table of open files of the tree
     MAPPINGS     the memory layout of one process; a later one of the same process replaces it
+    STATES       all of the processes that is neither memory nor files; it comes after MAPPINGS, before PAGES
     PAGES        bytes of memory (by process) or of file contents (by index in FILES): the later bytes of an address win
     PAGES_DROP   pages that are as in a fresh mapping again (a hole, for contents): earlier PAGES of them are void
     COPIED       no more bytes of memory or contents come: the processes can be completed, while connections are frozen
@@ -125,6 +126,7 @@ class Kind(enum.StrEnum):
     TREE = "TREE"
     FILES = "FILES"
     MAPPINGS = "MAPPINGS"
+    STATES = "STATES"
     PAGES = "PAGES"
     PAGES_DROP = "PAGES_DROP"
     PAGES_LATER = "PAGES_LATER"

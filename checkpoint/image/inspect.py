@@ -18,6 +18,7 @@ SECTIONS = ("processes", "files", "connections", "memory")
 #: the kinds of frames whose records make a section; a kind that is in none is shown under ``other``
 _SECTION_OF = {
     Kind.TREE: "processes",
+    Kind.STATES: "processes",
     Kind.FILES: "files",
     Kind.FILES_DELTA: "files",
     Kind.MAPPINGS: "memory",

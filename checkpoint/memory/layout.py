@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from checkpoint.arch import USER_END
 from checkpoint.errors import BadLayout
+from checkpoint.inject import Injection
 from checkpoint.kernel.mman import (
     MM_MAP,
     MM_MAP_AUXV,
@@ -47,6 +48,7 @@ __all__ = [
     "Mapping",
     "MemoryFields",
     "MemoryLayout",
+    "brk_of",
     "build",
     "capture",
     "change",
@@ -205,8 +207,20 @@ Descriptors = Callable[[int], int]
 
 
 def query_brk(calls: CallTable) -> Result:
-    """Queue the question where the heap ends; only the process itself can ask."""
+    """Queue the question where the heap ends."""
     return calls.call(SYS.brk, 0, label="brk")
+
+
+def brk_of(process: Process) -> int:
+    """Where the heap of a stopped process ends: as the kernel told with the mappings, or as the process itself says.
+    InjectionRefused, ..."""
+    if process.brk is not None:
+        return process.brk
+    with Injection(process) as injection:
+        calls = CallTable()
+        brk = query_brk(calls)
+        injection.run({process.leader.tid: calls})
+    return brk.value
 
 
 def capture(
@@ -222,7 +236,7 @@ def capture(
     """The layout of a stopped process.
 
     files   takes the files behind mappings
-    brk     what query_brk() brought
+    brk     where its heap ends: brk_of()
     pid     its number in the image, if another
     before  what vma.read_smaps() gave shortly before the stop: saves reading it in the stop
     ours    (start, end) of memory that the engine has put there: left out

@@ -35,31 +35,34 @@ def foresee(pid: int, known: Mapping[bytes, Vma] | None = None, *, tracked: bool
     known    what it gave before: saves the parsing of lines that are still the same
     tracked  our own tracking of writes is on, and is not to show
     """
-    found = _without_smaps(pid, known or {}, tracked=tracked)
-    if found is None:
-        found = vmas.foresee(pid)
-        if tracked:
-            found = {line: vma._replace(flags=vma.flags - TRACKING_FLAGS) for line, vma in found.items()}
+    told = _without_smaps(pid, known or {}, tracked=tracked)
+    if told is not None:
+        return told[0]
+    found = vmas.foresee(pid)
+    if tracked:
+        found = {line: vma._replace(flags=vma.flags - TRACKING_FLAGS) for line, vma in found.items()}
     return found
 
 
-def mappings(pid: int, known: Mapping[bytes, Vma], *, tracked: bool = False) -> list[Vma]:
-    """The mappings of a process that stands still. As they are now, also those that are told in ``known``, where the
-    kernel lends its iterators; else see :func:`checkpoint.memory.vma.read_maps`. NoSuchProcess."""
-    found = _without_smaps(pid, known, tracked=tracked)
-    return vmas.read_maps(pid, known) if found is None else list(found.values())
+def mappings(pid: int, known: Mapping[bytes, Vma], *, tracked: bool = False) -> tuple[list[Vma], int | None]:
+    """The mappings of a process that stands still, and where its heap ends. As they are now, also those that are told
+    in ``known``, where the kernel lends its iterators; else, or if none are, see
+    :func:`checkpoint.memory.vma.read_maps`, and nothing is told of the heap. NoSuchProcess."""
+    told = _without_smaps(pid, known, tracked=tracked) if known else None
+    return (vmas.read_maps(pid, known), None) if told is None else (list(told[0].values()), told[1])
 
 
-def _without_smaps(pid: int, known: Mapping[bytes, Vma], *, tracked: bool) -> dict[bytes, Vma] | None:
-    """None where the kernel does not lend its iterators, or the mappings change all the time."""
+def _without_smaps(pid: int, known: Mapping[bytes, Vma], *, tracked: bool) -> tuple[dict[bytes, Vma], int] | None:
+    """The mappings by their lines, and the end of the heap. None where the kernel does not lend its iterators, or the
+    mappings change all the time."""
     for _ in range(_LOOKS):
         words = vmaiter.words(pid)
         if words is None:
             return None
-        found = _named(vmas.lines(pid), words, known, tracked)
+        found = _named(vmas.lines(pid), words.flags, known, tracked)
         if found is not None:
-            return found
-        _learn(pid, words)
+            return found, words.brk
+        _learn(pid, words.flags)
     return None
 
 
@@ -85,12 +88,12 @@ def _learn(pid: int, before: Mapping[tuple[int, int], int]) -> None:
     """Read smaps, and take over what is true of mappings that have been the same before and after."""
     told = vmas.read_smaps(pid)
     after = vmaiter.words(pid)
-    if not after:
+    if after is None or not after.flags:
         raise NoSuchProcess("the process has just ended", object=f"pid {pid}")
     for vma in told:
         if vma.name == VSYSCALL:
             _shown[vma.name] = vma.flags, vma.pkey
             continue
-        word = after.get((vma.start, vma.end))
+        word = after.flags.get((vma.start, vma.end))
         if word is not None and word == before.get((vma.start, vma.end)):
             _learned[word] = vma.flags, vma.pkey

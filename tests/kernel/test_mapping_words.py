@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from checkpoint.inject import Injection
 from checkpoint.kernel import vmaiter
 from checkpoint.kernel.mman import Advice
-from checkpoint.memory import vma, vmflags
+from checkpoint.memory import layout, vma, vmflags
 from checkpoint.memory.vma import PAGE, VSYSCALL
+from checkpoint.tracee import Tree
+from tcpstate.kernel.calls import CallTable
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -35,7 +38,7 @@ def child() -> Iterator[int]:
 def test_there_is_a_word_for_each_mapping_but_the_vsyscall_page(child: int) -> None:
     words = vmaiter.words(child)
     assert words is not None
-    assert set(words) == {(v.start, v.end) for v in vma.read_maps(child) if v.name != VSYSCALL}
+    assert set(words.flags) == {(v.start, v.end) for v in vma.read_maps(child) if v.name != VSYSCALL}
 
 
 def test_one_word_has_one_set_of_names(child: int) -> None:
@@ -45,7 +48,7 @@ def test_one_word_has_one_set_of_names(child: int) -> None:
     for each in vma.read_smaps(child):
         if each.name != VSYSCALL:
             told = each.flags, each.pkey
-            assert names.setdefault(words[each.start, each.end], told) == told
+            assert names.setdefault(words.flags[each.start, each.end], told) == told
 
 
 def test_the_same_is_told_as_by_smaps(child: int) -> None:
@@ -74,7 +77,7 @@ def test_what_splits_no_mapping_is_noticed(advice: str) -> None:
         number = int(getattr(Advice, advice))
         assert libc.madvise(ctypes.c_void_p(start + PAGE), ctypes.c_size_t(14 * PAGE), number) == 0
         (old,) = (v for v in before.values() if v.start == start + PAGE)
-        (now,) = (v for v in vmflags.mappings(os.getpid(), before) if v.start == start + PAGE)
+        (now,) = (v for v in vmflags.mappings(os.getpid(), before)[0] if v.start == start + PAGE)
         (true,) = (v for v in vma.read_smaps(os.getpid()) if v.start == start + PAGE)
         assert now.key == old.key
         assert now == true
@@ -84,4 +87,32 @@ def test_what_splits_no_mapping_is_noticed(advice: str) -> None:
 def test_nothing_of_a_process_that_has_ended() -> None:
     with subprocess.Popen(["true"]) as process:
         process.wait()
-    assert vmaiter.words(process.pid) == {}
+    assert vmaiter.words(process.pid) == ({}, 0)
+
+
+def test_the_end_of_the_heap_is_told(child: int) -> None:
+    """As brk(2), called in the process itself, tells it."""
+    words = vmaiter.words(child)
+    assert words is not None
+    tree = Tree.stop([child])
+    try:
+        with Injection(tree.processes[0]) as injection:
+            calls = CallTable()
+            brk = layout.query_brk(calls)
+            injection.run({child: calls})
+    finally:
+        tree.resume()
+    assert words.brk == brk.value > 0
+
+
+def test_without_iterators_the_process_is_asked_for_the_end_of_its_heap(child: int) -> None:
+    words = vmaiter.words(child)
+    assert words is not None
+    tree = Tree.stop([child])
+    try:
+        (process,) = tree.processes
+        assert not process.foreseen
+        assert process.brk is None
+        assert layout.brk_of(process) == words.brk
+    finally:
+        tree.resume()

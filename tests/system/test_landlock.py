@@ -10,6 +10,7 @@ from state_moves import running
 from checkpoint import procfs
 from checkpoint.dump import Dump
 from checkpoint.errors import InLandlockDomain
+from checkpoint.image.frames import Kind
 
 PROGRAM = """
 import ctypes, os, sys, threading, time
@@ -63,8 +64,10 @@ def test_a_domain(user: int, how: str) -> None:
         dump = Dump([pid])
         dump.prepare()
         name = f"pid {pid} thread" if how == "one thread" else f"pid {pid}"
+        dump.stop()
         with pytest.raises(InLandlockDomain, match=name):
-            dump.stop()
+            list(dump.skeleton())
+        dump.resume()
         assert goes_on(pid)
 
 
@@ -75,5 +78,6 @@ def test_none(user: int, how: str) -> None:
         dump = Dump([pid])
         dump.prepare()
         dump.stop()
+        assert Kind.STATES in [kind for kind, _ in dump.skeleton()]
         dump.resume()
         assert goes_on(pid)

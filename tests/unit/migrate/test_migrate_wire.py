@@ -189,6 +189,25 @@ def test_the_last_words_are_heard_after_a_broken_pipe() -> None:
         assert channel.receive() == ABORT
 
 
+@pytest.mark.parametrize("haste", [0.0, 30.0])
+def test_a_hasty_line_hears_and_is_silent_like_any_other(haste: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it falls asleep (30 s: it never does here) and after."""
+    monkeypatch.setattr("migrate.wire.HASTE", haste)
+    with line(silence=0.05) as (source, target):
+        target.hasty = True
+        assert target.receive(0.01) is None
+        late = threading.Timer(0.02, source.send, [Measure(number=7)])
+        late.start()
+        try:
+            assert target.receive(5.0) == Measure(number=7)
+        finally:
+            late.join()
+        with pytest.raises(LinkSilent):
+            target.receive()
+        source.send(ABORT)
+        assert target.receive() == ABORT
+
+
 def test_silence_ends_a_receive_and_a_send() -> None:
     with raw(silence=0.05) as (end, channel):
         with pytest.raises(LinkSilent):
