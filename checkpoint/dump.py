@@ -323,6 +323,7 @@ class Dump:
                 yield Kind.MAPS_DELTA, MapsDelta(pid=number(pid), stale=tuple(left.stale))
         for process in tree.processes:
             yield Kind.MAPPINGS, number.layout(self._layouts[process.pid])
+        yield Kind.STATES, states_record(tree, self.roots)
         for left in self.remaining.values():
             for runs in left.drops:
                 yield Kind.PAGES_DROP, number.dropped(runs)
@@ -331,7 +332,6 @@ class Dump:
         for runs in leave(tree.processes, self._layouts, self.remaining) if self.leaves_pages else ():
             self.later += runs.length
             yield Kind.PAGES_LATER, number.dropped(runs)
-        yield Kind.STATES, states_record(tree, self.roots)
 
     def pages(self, *, buffers: int = 1) -> Iterator[PageRun]:
         """Contents of files that travel along, then the memory of every process. A run is valid until the

@@ -12,28 +12,36 @@ Range = tuple[int, int]
 def joined(ranges: Iterable[Range]) -> list[Range]:
     """The union of ranges in any order, neighbours put together."""
     found: list[Range] = []
+    # there may be thousands of them in the stop: nothing is made but what is found
+    first, last = 0, -1
     for start, end in sorted(ranges):
-        if start >= end:
-            continue
-        if found and start <= found[-1][1]:
-            found[-1] = found[-1][0], max(found[-1][1], end)
-        else:
-            found.append((start, end))
+        if start > last:
+            if first < last:
+                found.append((first, last))
+            first, last = start, end
+        elif end > last:
+            last = end
+    if first < last:
+        found.append((first, last))
     return found
 
 
 def intersection(ranges: Iterable[Range], others: Iterable[Range]) -> Iterator[Range]:
     """What is in both; neighbours stay apart."""
     left, right = iter(ranges), iter(others)
-    a, b = next(left, None), next(right, None)
-    while a is not None and b is not None:
-        start, end = max(a[0], b[0]), min(a[1], b[1])
-        if start < end:
-            yield start, end
-        if a[1] < b[1]:
-            a = next(left, None)
-        else:
-            b = next(right, None)
+    try:
+        a, b = next(left)
+        c, d = next(right)
+        while True:
+            start, end = a if a > c else c, b if b < d else d
+            if start < end:
+                yield start, end
+            if b < d:
+                a, b = next(left)
+            else:
+                c, d = next(right)
+    except StopIteration:
+        return
 
 
 def difference(ranges: Iterable[Range], others: Iterable[Range]) -> Iterator[Range]:
