@@ -320,7 +320,8 @@ class Ready:
         # as the table of calls wants them: peers wait when it is filled
         self._fds = numbers_of(socks)
         self._reuse_address = array("I", [r.reuse_address for r in records])
-        self._keepalive = [at for at, r in enumerate(records) if number(r, "so.keepalive")]
+        self._places = array("Q", range(len(socks)))
+        self._keepalive = frozenset(at for at, r in enumerate(records) if number(r, "so.keepalive"))
         self._deaf = any(map(is_local, {r.conn_id.local for r in records}))
         if socks:
             _give_back(socks, records, skip=_OWN_HANDS | _LATER, shared=True)
@@ -339,17 +340,15 @@ class Ready:
         rows, (fd, value) = table.of(len(fds))
         fd.set(fds)
         value.set(values)
-        with failures(self._socks, Names([self._records[at] for at in places])):
+        with failures(self._socks, Names(self._records, places)):
             rows.run()
 
     def release(self, without: Collection[int] = ()) -> Together:
         """Let them live, but for those at these places: begun now, by another thread if they are many. Their addresses
         are local. ConnectionCallFailed, when it is finished."""
-        places = [place for place in range(len(self._socks)) if place not in without]
-        fds, again = self._fds, self._reuse_address
-        if without:
-            fds, again = array("Q", [fds[at] for at in places]), array("I", [again[at] for at in places])
-        keep = {at for at in self._keepalive if at not in without}
+        gaps = sorted(without)
+        places, fds, again = (_cut(each, gaps) for each in (self._places, self._fds, self._reuse_address))
+        keep = self._keepalive
 
         def some(part: slice) -> None:
             self._set(_ready[self._deaf], fds[part], again[part], places[part])
@@ -357,6 +356,16 @@ class Ready:
                 self._set(_keeping, array("Q", [self._fds[at] for at in keeping]), [1] * len(keeping), keeping)
 
         return Together(len(places), some)
+
+
+def _cut(values: array[int], gaps: Sequence[int]) -> array[int]:
+    """Without those at the places of ``gaps``, in order: there are few, of thousands, and peers wait."""
+    kept, start = array(values.typecode), 0
+    for gap in gaps:
+        kept += values[start:gap]
+        start = gap + 1
+    kept += values[start:]
+    return kept
 
 
 def retire(socks: Sequence[socket.socket]) -> None:

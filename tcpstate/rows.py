@@ -51,20 +51,23 @@ class HasConnId(Protocol):
 
 
 class Names(Sequence[str]):
-    """The conn-IDs of records as text, each made when it is asked for: only errors want them."""
+    """The conn-IDs of records as text, each made when it is asked for: only errors want them. ``places``: of those."""
 
-    def __init__(self, records: Sequence[HasConnId]) -> None:
+    def __init__(self, records: Sequence[HasConnId], places: Sequence[int] | None = None) -> None:
         self._records = records
+        self._places = range(len(records)) if places is None else places
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._places)
 
     @overload
     def __getitem__(self, at: int) -> str: ...
     @overload
     def __getitem__(self, at: slice) -> Sequence[str]: ...
     def __getitem__(self, at: int | slice) -> str | Sequence[str]:
-        return Names(self._records[at]) if isinstance(at, slice) else str(self._records[at].conn_id)
+        if isinstance(at, slice):
+            return Names(self._records, self._places[at])
+        return str(self._records[self._places[at]].conn_id)
 
 
 def portions(lengths: Sequence[int]) -> Iterator[slice]:

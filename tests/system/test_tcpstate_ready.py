@@ -1,6 +1,7 @@
 """Idle connections that were made ready for their release: nothing is lost or taken twice, wherever the address is."""
 
 import contextlib
+import dataclasses
 import socket
 import time
 
@@ -8,6 +9,7 @@ import pytest
 
 from tcpstate.capture import Capture, replay
 from tcpstate.discard import discard_connections
+from tcpstate.errors import ConnectionCallFailed
 from tcpstate.export import export_connections
 from tcpstate.freeze import Blackhole, not_in_repair, quiet
 from tcpstate.kernel.route import is_local
@@ -103,9 +105,23 @@ def test_where_the_address_is_already_they_hear_nothing_before_the_release(famil
         assert not any(map(filtered, made))
 
 
-def test_without_those_that_were_left_out():
+@pytest.mark.parametrize("out", [set(), {0}, {1}, {2}, {0, 2}, {0, 1, 2}], ids=str)
+def test_without_those_that_were_left_out(out):
+    with rebuilt(socket.AF_INET) as ((_, b, _), made, records, _):
+        records = [dataclasses.replace(r, options={**r.options, "so.keepalive": (1,)}) for r in records]
+        with b:
+            ready = Ready(made, records)
+            ready.release(out).finish()
+        left = [sock for place, sock in enumerate(made) if place not in out]
+        assert not_in_repair(made) == left
+        alive = [sock for sock in made if sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)]
+        assert alive == left
+
+
+def test_a_release_that_fails_names_the_connection():
     with rebuilt(socket.AF_INET) as ((_, b, _), made, records, _):
         with b:
             ready = Ready(made, records)
-            ready.release({1}).finish()
-        assert not_in_repair(made) == [made[0], made[2]]
+            made[2].close()
+            with pytest.raises(ConnectionCallFailed, match=str(records[2].conn_id)):
+                ready.release({0}).finish()
