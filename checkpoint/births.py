@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from checkpoint import urgency
 from checkpoint.kernel.clone import CloneFlag
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.machine import SYS
@@ -58,4 +59,5 @@ def apart() -> None:
 
 def run(work: Callable[[], _T]) -> _T:
     """What ``work`` returns or raises, done by the thread that bears processes: ours, unless apart()."""
-    return _spawner[0].submit(work).result() if _spawner else work()
+    with urgency.relaxed():
+        return _spawner[0].submit(work).result() if _spawner else work()

@@ -67,7 +67,7 @@ class IncomingTrees:
         self._network: NewNetwork | None = None
         self._ended: Gate | None = None
         self._ready = False
-        self.stopped = False
+        self.stands = self.stopped = False
 
     # -- the image ------------------------------------------------------------------------------------------------
 
@@ -82,6 +82,7 @@ class IncomingTrees:
                 self._kept.keep(frame)
             if frame.kind == Kind.ENDED:
                 self._ignore(frame.decode(Ended).connections)
+            self.stands |= frame.kind == Kind.LIVE
             self.stopped |= frame.kind == Kind.TREE
             self._restore.apply(frame)
         return None

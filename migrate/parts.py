@@ -151,9 +151,11 @@ class Incoming(ImageSink, Protocol):
     """N process trees at the target. The image's bytes are put into it as they come (:class:`ImageSink`), and it builds
     what can be built. Nothing of it survives this program until :meth:`keep`.
 
+    stands   whether processes that still run there stand here already, as far as rounds of pre-copy have told them
     stopped  whether the image has come to what was told when the processes stood still
     """
 
+    stands: bool
     stopped: bool
 
     def expect(self) -> None:

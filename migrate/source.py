@@ -244,8 +244,8 @@ class Source(SourceTalk):
             # again: routes may have changed, and this is what will be given back
             self._departure = departure = Departure(netlink, moved)
             self._measure(MEASUREMENTS)
-
-        before, self._stopped_ns, self._channel.hasty = image.written, monotonic_ns(), True
+        before, self._stopped_ns = image.written, monotonic_ns()
+        self._hurry(True)
         with self._phase("stop"):
             outgoing.stop(moved or self._forwarding.addresses)
         with self._phase("copy"):
@@ -278,8 +278,8 @@ class Source(SourceTalk):
             self._transmit(Commit(migration=self.migration, token=self._machine.token), *first)
         with self._phase("takeover"):
             running = self._await_running()
-            self._channel.hasty = False
-            pids = checked.needs.by_our_numbers(running.pids)
+            self._hurry(False)
+        pids = checked.needs.by_our_numbers(running.pids)
         stop_ns = max(0, self._offset.here(running.released_ns) - self._stopped_ns)
         _log.info("they run on %s after a stop of %.1f ms", self._remote.host, stop_ns / 1e6)
         with self._phase("discard"):
@@ -446,6 +446,7 @@ class Source(SourceTalk):
 
     def _fail(self, error: BaseException) -> None:
         """Undo, or hold, whatever the state of the protocol asks for."""
+        self._hurry(False)
         if self._machine.may_discard and self._outgoing.later:
             _log.warning("the originals are kept, stopped: `tcpmig recover %s` sends their memory", self.migration)
             with logged("holding"):

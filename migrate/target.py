@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeVar
 
+from checkpoint import urgency
 from checkpoint.verdict import Verdict, refusals
 from migrate import drains
 from migrate.clock import elapsed_since, monotonic_ns
@@ -149,6 +150,7 @@ class Target:
                     undone(error)
                 raise
             finally:
+                urgency.end()
                 if self._arrival is not None:
                     self._arrival.close()
                 self._incoming.close()
@@ -241,7 +243,7 @@ class Target:
                 self._open_journal()
                 self._machine.receive_image()
                 self._channel.take_image(self._incoming)
-                self._channel.hasty = self._incoming.stopped
+                self._hurry(self._incoming.stopped)
                 continue
             heard = self._machine.receive(_message(message))
             match heard:
@@ -249,7 +251,7 @@ class Target:
                     self._open_journal()
                     # at once: half of what passes until the answer arrives is the error of the measurement
                     self._say(Measured(number=number, clock_ns=monotonic_ns()))
-                    self._channel.hasty = True  # the stop is near
+                    self._hurry(self._incoming.stands)
                 case Probe():
                     self._say(Probed())
                 case Abort(failure=failure):
@@ -265,6 +267,14 @@ class Target:
             _log.warning("%s: %s was %s, reads back %s", found.connection, found.item, found.sent, found.found)
         self._say(Prepared(migration=self._machine.migration, comparison=comparison))
         return True
+
+    def _hurry(self, on: bool) -> None:
+        """The processes stand still, or will at once: the line's waits do not sleep, and nobody else comes first."""
+        self._channel.hasty = on
+        if on:
+            urgency.begin()
+        else:
+            urgency.end()
 
     def _open_journal(self) -> None:
         """It is no dry run: the first message that says so has come."""
@@ -309,7 +319,7 @@ class Target:
                 lost=arrived.lost,
             )
         )
-        self._channel.hasty = False
+        self._hurry(False)
         with logged("journalling that they run"):
             self._the_journal.step(StepKind.RUNNING, pids=arrived.pids)
             incoming.forget()

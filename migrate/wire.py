@@ -28,6 +28,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from checkpoint import urgency
 from migrate.errors import BadFrame, LinkLost, LinkSilent, NotTcpmig
 from migrate.messages import Message
 from migrate.squeeze import Squeeze, expand
@@ -410,12 +411,13 @@ class Channel:
                 return False
 
     def _poll(self, poll: select.poll, seconds: float) -> list[tuple[int, int]]:
-        end = time.monotonic() + min(seconds, HASTE)
-        while self.hasty and time.monotonic() < end:
-            if ready := poll.poll(0):
-                return ready
-            os.sched_yield()  # whoever else wants this processor
-        return poll.poll(seconds * 1000)
+        with urgency.relaxed():
+            end = time.monotonic() + min(seconds, HASTE)
+            while self.hasty and time.monotonic() < end:
+                if ready := poll.poll(0):
+                    return ready
+                os.sched_yield()  # whoever else wants this processor
+            return poll.poll(seconds * 1000)
 
 
 class ImageWriter:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import functools
 import struct
 from dataclasses import astuple
 from typing import Final, Self
@@ -24,6 +25,7 @@ __all__ = [
     "Policy",
     "SchedAttr",
     "SchedFlag",
+    "default_slice",
     "get_attributes",
     "online_cpus",
     "set_attributes",
@@ -104,6 +106,13 @@ def get_attributes(tid: int) -> SchedAttr:
     data = ctypes.create_string_buffer(SCHED_ATTR_SIZE)
     syscall(SYS.sched_getattr, tid, ctypes.addressof(data), SCHED_ATTR_SIZE, 0)
     return SchedAttr.unpack(data.raw)
+
+
+@functools.cache
+def default_slice() -> int:
+    """Nanoseconds that a thread of our own may run at a time: what the kernel shows where none was asked for. To be
+    asked first while we have an ordinary policy. OSError."""
+    return get_attributes(0).runtime
 
 
 def set_io_priority(tid: int, value: int) -> None:

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 from checkpoint import procfs
 from checkpoint.kernel.kcmp import KcmpType, Known
-from checkpoint.kernel.sched import get_attributes, online_cpus
+from checkpoint.kernel.sched import online_cpus
 from checkpoint.kernel.signals import SigInfo
 from tcpstate.codec import family, kind_of, member
 from tcpstate.kernel.calls import CallTable, Result
@@ -104,11 +104,6 @@ class ProcessView:
     def online(self) -> frozenset[int]:
         """The CPUs of this host that are online."""
         return online_cpus()
-
-    @cached_property
-    def default_slice(self) -> int:
-        """Nanoseconds that a thread of our own may run at a time: what the kernel shows where none was asked for."""
-        return get_attributes(0).runtime
 
     def inner_tid(self, tid: int) -> int:
         """A thread's number in its own PID namespace, which is the one that a record has."""

@@ -20,6 +20,7 @@ from checkpoint.kernel.sched import (
     Policy,
     SchedAttr,
     SchedFlag,
+    default_slice,
     online_cpus,
     set_attributes,
     set_io_priority,
@@ -74,7 +75,7 @@ class Scheduling(State):
         yield
         attr = SchedAttr.unpack(room.bytes())
         # The kernel shows a slice also where it is only this host's default, which our own thread has as well.
-        own_slice = attr.policy in _FAIR and attr.runtime != task.view.default_slice
+        own_slice = attr.policy in _FAIR and attr.runtime != default_slice()
         return cls(
             policy=Policy(attr.policy),
             nice=NICE_OFFSET - nice.value,

@@ -154,7 +154,7 @@ class FakeOutgoing:
 class FakeIncoming:
     def __init__(self, world: World) -> None:
         self.world = world
-        self.stopped = True
+        self.stands = self.stopped = True
         self.image = bytearray()
         self.room = memoryview(bytearray(1 << 18))
         self.replayed: list[bytes] = []
