@@ -14,7 +14,7 @@ Only private anonymous memory can be had so, and not all of it:
 - small mappings cost more to watch than to copy, and stacks of processes are touched at once.
 
 Of an image file the smallest areas that could wait are read all the same (:func:`soon`): every program goes through
-them before its first answer, and each page that is asked for costs as much as the MiB that it is verified with.
+them before its first answer, and a page that is asked for costs up to as much as the MiB that it is verified with.
 
 Source: Documentation/admin-guide/mm/userfaultfd.rst; mm/userfaultfd.c, fs/userfaultfd.c.
 """
