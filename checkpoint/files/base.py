@@ -364,6 +364,9 @@ def read_info(pid: int, fd: int) -> str:
         parts = []
         while part := os.read(source, _INFO_CHUNK):
             parts.append(part)
+            # it is one record (fs/proc/fd.c, single_open), of which a read brings all that it has room for
+            if len(part) < _INFO_CHUNK:
+                break
     finally:
         os.close(source)
     return b"".join(parts).decode("ascii", "surrogateescape")

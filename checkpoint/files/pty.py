@@ -121,7 +121,7 @@ def masters_of(pids: list[int]) -> set[int]:
     return found
 
 
-@register("terminal master", match=is_master)
+@register("terminal master", mode=stat.S_IFCHR, match=is_master)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PtyMaster(OpenFile):
     """The master side of a pseudo terminal.
@@ -245,7 +245,7 @@ class PtyMaster(OpenFile):
         return fd
 
 
-@register("terminal", match=is_slave_of_tree)
+@register("terminal", mode=stat.S_IFCHR, match=is_slave_of_tree)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PtySlave(OpenFile):
     """The slave side of a pseudo terminal, its master in the tree.

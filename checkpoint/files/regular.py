@@ -23,7 +23,6 @@ from checkpoint.files.abi import REOPEN_FLAGS, FileFlag, Magic, filesystem_magic
 from checkpoint.files.base import FdView, OpenFile, register
 from checkpoint.files.content import DELETED, ContentKind, reopened
 from checkpoint.files.identity import Evidence, build_id, digest, evidence_of, same_folder, shown
-from checkpoint.namespaces.ways import way_of
 from tcpstate.slotted import dataclass
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ def _same(path: str, wanted: os.stat_result, *, follow: bool = True) -> bool:
 
 def path_of(view: FdView, *, follow: bool = True) -> str:
     """A path that leads to the open file; FileUnreachable if there is none."""
-    way = way_of(view.pid)
+    way = view.table.way(view.pid)
     if _same(way + view.link, view.stat, follow=follow):
         return view.link
     if view.link.endswith(DELETED):

@@ -34,6 +34,7 @@ from checkpoint.files.sysv import SysvSegment, remove_deserted
 from checkpoint.files.treefiles import LastMapped, LocksOfFile, Mapping, Owner, TreeFiles
 from checkpoint.files.unixdiag import UnixSocket, unix_sockets
 from checkpoint.kernel.kcmp import KcmpType, Known
+from checkpoint.namespaces.ways import way_of
 from tcpstate.errors import KernelFeatureMissing
 from tcpstate.kernel.beside import Beside
 from tcpstate.md5keys import SigningKey, all_keys, listeners_keys
@@ -71,6 +72,7 @@ class FileTable:
         self.outside = Outside(self)
         self._known_tables = Known(KcmpType.FILES)
         self._pidfds: dict[int, int] = {}
+        self._ways: dict[int, str] = {}
         self._by_socket: dict[int, int] = {}
         self._by_mapping: dict[tuple[int, int, bool], int] = {}
         self._last_mapped: LastMapped | None = None
@@ -197,6 +199,12 @@ class FileTable:
         self._told_now.setdefault(pid, {})[fd] = place
         self._note_posix(pid, index, lines)
         return index
+
+    def way(self, pid: int) -> str:
+        """As :func:`checkpoint.namespaces.ways.way_of` says when it is first asked for: each file asks."""
+        if pid not in self._ways:
+            self._ways[pid] = way_of(pid)
+        return self._ways[pid]
 
     def _pidfd(self, pid: int) -> int:
         if pid not in self._pidfds:

@@ -35,6 +35,23 @@ def test_kcmp_orders_descriptions() -> None:
         os.close(fd)
 
 
+def test_one_read_brings_all_of_fdinfo() -> None:
+    """However much it is: it is one record. A second read, to see that nothing follows, is not needed."""
+    pipes = [os.pipe() for _ in range(300)]
+    with select.epoll() as epoll:
+        for end, _ in pipes:
+            epoll.register(end)
+        info = os.open(f"/proc/self/fdinfo/{epoll.fileno()}", os.O_RDONLY)
+        found = os.read(info, 1 << 16)
+        assert found.count(b"tfd:") == len(pipes)
+        assert len(found) > 4 * mmap.PAGESIZE
+        assert os.read(info, 1 << 16) == b""
+        os.close(info)
+    for ends in pipes:
+        for end in ends:
+            os.close(end)
+
+
 def test_poll_tells_whether_the_other_end_of_a_pipe_exists() -> None:
     def events(fd: int) -> int:
         poll = select.poll()
