@@ -20,7 +20,6 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from checkpoint.errors import BacklogNotDrained
@@ -31,6 +30,7 @@ from tcpstate import locate
 from tcpstate.acceptqueue import keeps
 from tcpstate.connid import ConnId
 from tcpstate.filters import ListenerState, drop_syns, undo_drop_syns
+from tcpstate.kernel.beside import Beside
 from tcpstate.kernel.tcp import TcpState
 from tcpstate.shelf import Shelf
 
@@ -155,8 +155,7 @@ class LastSegments:
         self._addresses = frozenset(addresses)
         #: those that lacked nothing but the peer's last ACK after :meth:`wait`
         self.ended: tuple[ConnId, ...] = ()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="tcpmig-last-segments")
-        self._first = self._executor.submit(self._look) if addresses else None
+        self._first = Beside(self._look) if addresses else None
 
     def _look(self) -> list[locate.Located]:
         return [c for c in locate.orphans(_CLOSING) if c.conn_id.local in self._addresses]
@@ -164,7 +163,6 @@ class LastSegments:
     def wait(self, timeout: float = LAST_SEGMENTS_TIMEOUT) -> None:
         """Wait until they are gone, ``timeout`` seconds at most; :attr:`ended` tells what is left."""
         first, self._first = self._first, None
-        self._executor.shutdown(wait=False)
         if first is None or not first.result() or _until(lambda: not self._look(), timeout):
             return
         left = self._look()

@@ -12,6 +12,7 @@ import pytest
 
 from checkpoint import urgency
 from checkpoint.kernel.sched import default_slice, get_attributes
+from tcpstate.kernel.beside import Beside
 
 OURS = (os.SCHED_OTHER, 0)
 URGENT = (os.SCHED_RR | os.SCHED_RESET_ON_FORK, 1)
@@ -85,6 +86,12 @@ def test_its_children_and_threads_are_ordinary() -> None:
     program = "import os; print(os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0))"
     told = subprocess.run([sys.executable, "-IS", "-c", program], capture_output=True, check=True, text=True)
     assert told.stdout.split() == ["0", "0"]
+
+
+def test_what_is_waited_for_is_as_urgent() -> None:
+    assert Beside(policy).result() == OURS
+    urgency.begin()
+    assert Beside(policy).result() == URGENT
 
 
 def test_the_slice_that_threads_have_by_default_is_told_all_the_same() -> None:
