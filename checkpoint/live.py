@@ -314,7 +314,12 @@ class LiveCopy:
             track = self._trackings.get(one.task.pid)
             if one.layout is None or track is None:
                 continue
-            seen, untracked = _written(track, one.layout, _private(one.layout.mappings))
+            try:
+                seen, untracked = _written(track, one.layout, _private(one.layout.mappings))
+            except (NoSuchProcess, OSError):
+                if procfs.lives(one.task.pid):
+                    raise
+                continue  # it has ended since, and the next round begins anew
             # of what was made anew nothing is known but its size
             found[one.task.pid] = total(seen.full) + total(untracked)
         if found and self._contents is not None:

@@ -58,3 +58,37 @@ def test_rounds_go_on_or_say_that_the_tree_is_unsteady(root: int) -> None:
             continue
         finally:
             copy.close()
+
+
+ONE_CHILD = """
+import os, signal, sys
+child = os.fork()
+if child == 0:
+    signal.pause()
+print(child, flush=True)
+sys.stdin.readline()
+os.kill(child, signal.SIGKILL)
+os.wait()
+print("gone", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_what_a_child_has_written_that_has_just_ended_is_not_asked_for() -> None:
+    argv = [sys.executable, "-c", ONE_CHILD]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        copy = LiveCopy([process.pid])
+        try:
+            copy.begin()
+            list(copy.round().runs)
+            assert copy.written().keys() == {process.pid, child}
+            process.stdin.write("\n")
+            assert process.stdout.readline() == "gone\n"
+            assert copy.written().keys() == {process.pid}
+            list(copy.round().runs)
+            assert copy.written().keys() == {process.pid}
+        finally:
+            copy.close()

@@ -245,8 +245,14 @@ def test_the_unexpected_names_the_log(run_as_command: Run, state_dir: Path) -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_a_command_in_good_order(run_as_command: Run, number: signal.Signals) -> None:
+def test_a_signal_ends_a_command_in_good_order(
+    run_as_command: Run, number: signal.Signals, request: pytest.FixtureRequest
+) -> None:
     undone = []
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # so a shell begins what it does not wait for, and so it stays: not for us
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        request.addfinalizer(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
 
     def waits(session: Session) -> Answer | None:
         try:
