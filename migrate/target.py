@@ -309,6 +309,7 @@ class Target:
         with logged("replaying captured segments"):
             # without them the peers send again
             incoming.replay(self._first_segments())
+        self._hurry(False)  # from here on it is the processes that are waited for
         arrived = incoming.run()
         self._tell(
             Running(
@@ -319,7 +320,6 @@ class Target:
                 lost=arrived.lost,
             )
         )
-        self._hurry(False)
         with logged("journalling that they run"):
             self._the_journal.step(StepKind.RUNNING, pids=arrived.pids)
             incoming.forget()
