@@ -65,8 +65,8 @@ SMALL = 16 << 10
 KERNEL_ROOM = 1 << 20
 #: seconds of silence after which the line counts as dead
 SILENCE = 60.0
-#: seconds in which a wait of a hasty line looks again and again before it sleeps
-HASTE = 0.05
+#: seconds in which a wait of a hasty line looks again and again before it sleeps; in which a line is hasty
+HASTE, HASTE_LASTS = 0.05, 0.5
 
 SO_SNDBUFFORCE, SO_RCVBUFFORCE = 32, 33  # asm-generic/socket.h
 IOV_MAX = 1024  # linux/uio.h UIO_MAXIOV
@@ -173,9 +173,7 @@ class Channel:
     ) -> None:
         self._read_fd, self._write_fd = read_fd, write_fd
         self.silence = silence
-        #: whether waits look again and again at first. For the stop: a processor that has nothing to do goes to sleep,
-        #: and what it knew by heart is gone when it wakes up, half a millisecond later.
-        self.hasty = False
+        self._hasty, self._haste_ends = False, 0.0
         self._listens = listens
         self._aside = dict(aside or {})
         self._blocking = {fd: os.get_blocking(fd) for fd in {read_fd, write_fd}}
@@ -200,6 +198,16 @@ class Channel:
             # already closed by its owner: nothing to give back
             with contextlib.suppress(OSError):
                 os.set_blocking(fd, blocking)
+
+    @property
+    def hasty(self) -> bool:
+        """Whether waits look again and again at first, in the stop, for no longer than HASTE_LASTS: see stop.md."""
+        return self._hasty
+
+    @hasty.setter
+    def hasty(self, on: bool) -> None:
+        ends = self._haste_ends if self._hasty else time.monotonic() + HASTE_LASTS
+        self._hasty, self._haste_ends = on, ends
 
     @property
     def descriptors(self) -> tuple[int, int]:
@@ -411,13 +419,12 @@ class Channel:
                 return False
 
     def _poll(self, poll: select.poll, seconds: float) -> list[tuple[int, int]]:
+        ready: list[tuple[int, int]] = []
         with urgency.relaxed():
-            end = time.monotonic() + min(seconds, HASTE)
-            while self.hasty and time.monotonic() < end:
-                if ready := poll.poll(0):
-                    return ready
+            end = min(time.monotonic() + min(seconds, HASTE), self._haste_ends)
+            while self._hasty and time.monotonic() < end and not (ready := poll.poll(0)):
                 os.sched_yield()  # whoever else wants this processor
-            return poll.poll(seconds * 1000)
+            return ready or poll.poll(seconds * 1000)
 
 
 class ImageWriter:

@@ -189,10 +189,13 @@ def test_the_last_words_are_heard_after_a_broken_pipe() -> None:
         assert channel.receive() == ABORT
 
 
-@pytest.mark.parametrize("haste", [0.0, 30.0])
-def test_a_hasty_line_hears_and_is_silent_like_any_other(haste: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("haste", "lasts"), [(0.0, 30.0), (30.0, 30.0), (30.0, 0.0)])
+def test_a_hasty_line_hears_and_is_silent_like_any_other(
+    haste: float, lasts: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before it falls asleep (30 s: it never does here) and after."""
     monkeypatch.setattr("migrate.wire.HASTE", haste)
+    monkeypatch.setattr("migrate.wire.HASTE_LASTS", lasts)
     with line(silence=0.05) as (source, target):
         target.hasty = True
         assert target.receive(0.01) is None
