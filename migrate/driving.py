@@ -7,11 +7,13 @@ import logging
 import signal
 from collections.abc import Iterator
 
+from checkpoint import urgency
 from migrate.errors import from_remote
 from migrate.messages import Failure
+from migrate.wire import Channel
 from tcpstate.errors import TcpmigError
 
-__all__ = ["failure_of", "logged", "remote_error", "signals_held"]
+__all__ = ["failure_of", "hurry", "logged", "remote_error", "signals_held"]
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +30,15 @@ def failure_of(error: BaseException) -> Failure:
 def remote_error(failure: Failure, otherwise: type[TcpmigError], *, where: str = "target") -> TcpmigError:
     """The error that the other side told of."""
     return from_remote(failure.code, failure.message, failure.object, failure.fix, otherwise=otherwise, where=where)
+
+
+def hurry(channel: Channel, on: bool) -> None:
+    """The processes stand still, or will at once: the line's waits do not sleep, and nobody else comes first."""
+    channel.hasty = on
+    if on:
+        urgency.begin()
+    else:
+        urgency.end()
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from checkpoint.files.identity import Beacons
 from checkpoint.namespaces.ways import way_of
 from migrate.addressing import plan_addresses
 from migrate.clock import monotonic_ns
-from migrate.driving import failure_of, logged, remote_error, signals_held
+from migrate.driving import failure_of, hurry, logged, remote_error, signals_held
 from migrate.errors import (
     InDoubt,
     LinkLost,
@@ -245,7 +245,7 @@ class Source(SourceTalk):
             self._departure = departure = Departure(netlink, moved)
             self._measure(MEASUREMENTS)
         before, self._stopped_ns = image.written, monotonic_ns()
-        self._hurry(True)
+        hurry(self._channel, True)
         with self._phase("stop"):
             outgoing.stop(moved or self._forwarding.addresses)
         with self._phase("copy"):
@@ -278,7 +278,7 @@ class Source(SourceTalk):
             self._transmit(Commit(migration=self.migration, token=self._machine.token), *first)
         with self._phase("takeover"):
             running = self._await_running()
-            self._hurry(False)
+            hurry(self._channel, False)
         pids = checked.needs.by_our_numbers(running.pids)
         stop_ns = max(0, self._offset.here(running.released_ns) - self._stopped_ns)
         _log.info("they run on %s after a stop of %.1f ms", self._remote.host, stop_ns / 1e6)
@@ -446,7 +446,7 @@ class Source(SourceTalk):
 
     def _fail(self, error: BaseException) -> None:
         """Undo, or hold, whatever the state of the protocol asks for."""
-        self._hurry(False)
+        hurry(self._channel, False)
         if self._machine.may_discard and self._outgoing.later:
             _log.warning("the originals are kept, stopped: `tcpmig recover %s` sends their memory", self.migration)
             with logged("holding"):

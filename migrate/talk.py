@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeVar
 
-from checkpoint import urgency
 from migrate.clock import Offset, monotonic_ns
 from migrate.driving import remote_error
 from migrate.errors import LinkLost, ProtocolError, TargetAborted, TargetRefused, refused
@@ -63,14 +62,6 @@ class SourceTalk:
             self._say(Measure(number=number))
             answer = self._hear(Measured)
             self._offset.exchange(sent, answer.clock_ns, monotonic_ns())
-
-    def _hurry(self, on: bool) -> None:
-        """The processes are about to stand still: the line's waits do not sleep, and nobody else comes first."""
-        self._channel.hasty = on
-        if on:
-            urgency.begin()
-        else:
-            urgency.end()
 
     def _say(self, message: Message) -> None:
         self._channel.send(self._machine.send(message))

@@ -18,7 +18,7 @@ from checkpoint import urgency
 from checkpoint.verdict import Verdict, refusals
 from migrate import drains
 from migrate.clock import elapsed_since, monotonic_ns
-from migrate.driving import failure_of, logged, remote_error, signals_held
+from migrate.driving import failure_of, hurry, logged, remote_error, signals_held
 from migrate.errors import (
     LinkLost,
     LinkSilent,
@@ -243,7 +243,7 @@ class Target:
                 self._open_journal()
                 self._machine.receive_image()
                 self._channel.take_image(self._incoming)
-                self._hurry(self._incoming.stopped)
+                hurry(self._channel, self._incoming.stopped)
                 continue
             heard = self._machine.receive(_message(message))
             match heard:
@@ -251,7 +251,7 @@ class Target:
                     self._open_journal()
                     # at once: half of what passes until the answer arrives is the error of the measurement
                     self._say(Measured(number=number, clock_ns=monotonic_ns()))
-                    self._hurry(self._incoming.stands)
+                    hurry(self._channel, self._incoming.stands)
                 case Probe():
                     self._say(Probed())
                 case Abort(failure=failure):
@@ -267,14 +267,6 @@ class Target:
             _log.warning("%s: %s was %s, reads back %s", found.connection, found.item, found.sent, found.found)
         self._say(Prepared(migration=self._machine.migration, comparison=comparison))
         return True
-
-    def _hurry(self, on: bool) -> None:
-        """The processes stand still, or will at once: the line's waits do not sleep, and nobody else comes first."""
-        self._channel.hasty = on
-        if on:
-            urgency.begin()
-        else:
-            urgency.end()
 
     def _open_journal(self) -> None:
         """It is no dry run: the first message that says so has come."""
@@ -309,7 +301,7 @@ class Target:
         with logged("replaying captured segments"):
             # without them the peers send again
             incoming.replay(self._first_segments())
-        self._hurry(False)  # from here on it is the processes that are waited for
+        hurry(self._channel, False)  # from here on it is the processes that are waited for
         arrived = incoming.run()
         self._tell(
             Running(

@@ -27,6 +27,7 @@ from tcpstate.kernel.bpf.urgentmode import urgent_bytes
 from tcpstate.kernel.lanes import in_portions
 from tcpstate.kernel.sockets import SO, BufferLock, Level
 from tcpstate.kernel.tcp import TCP, InfoOption, Repair, TcpState
+from tcpstate.making import make_record, make_soft, make_timestamps, make_windows
 from tcpstate.md5keys import SigningKey, keys_of
 from tcpstate.preflight import refusal, state_of, supported
 from tcpstate.reading import Numbers, Raw, read_all
@@ -39,10 +40,8 @@ from tcpstate.record import (
     Family,
     LocalFin,
     Negotiated,
-    SoftState,
     State,
     Timestamps,
-    Windows,
 )
 from tcpstate.segment import SEQ_MASK
 from tcpstate.trusted import maker
@@ -305,7 +304,7 @@ def _records(
         timestamps = None
         if info_options & _TIMESTAMPS or name is State.SYN_SENT:
             usec = timestamp & 1
-            timestamps = _make_timestamps(passed.later(timestamp, usec), bool(usec))
+            timestamps = make_timestamps(passed.later(timestamp, usec), bool(usec))
         rcv_wnd += beyond
         # Where memory was short the kernel offers no window at all, although a later segment was the last to update the
         # peer's: then that segment lies beyond our window, which tcp_repair_set_window refuses.
@@ -314,7 +313,7 @@ def _records(
         conn = _make_conn_id("tcp", local, ntohs(local_port), peer, ntohs(peer_port))
         snd_una = (end - outq) & SEQ_MASK
         ahead = (urgent[conn] - snd_una) & SEQ_MASK if urgent and conn in urgent else 0
-        made = _make_record(
+        made = make_record(
             conn,
             family,
             name,
@@ -323,7 +322,7 @@ def _records(
             one.send_queue,
             rcv_nxt,
             one.receive_queue,
-            _make_windows(
+            make_windows(
                 snd_wl1,
                 snd_wnd,
                 max_window if max_window > snd_wnd else snd_wnd,
@@ -338,7 +337,7 @@ def _records(
             state.filter,
             state.filter_locked,
             state.reuse_address,
-            _make_soft(
+            make_soft(
                 cwnd, ssthresh, srtt, rttvar, rto,
                 min_rtt if info_length >= _WITH_MIN_RTT else None,
                 reordering, path_mtu, advertised_mss,
@@ -381,21 +380,8 @@ def _ends(local_family: bytes, local_rest: bytes, peer_family: bytes, peer_rest:
     return _Ends(f"{local}%{device}", f"{peer}%{device}", family, flow_info, device)
 
 
-#: their parts are the kernel's numbers, of the right size
+#: its parts are the kernel's numbers, of the right size
 _make_conn_id = maker(ConnId, "protocol", "local", "local_port", "peer", "peer_port")
-_make_windows = maker(Windows, "snd_wl1", "snd_wnd", "max_window", "rcv_wnd", "rcv_wup")
-_make_timestamps = maker(Timestamps, "value", "microseconds")
-_make_soft = maker(
-    SoftState, "cwnd", "ssthresh", "srtt", "rttvar", "rto", "min_rtt", "reordering", "path_mtu", "advertised_mss",
-    "pacing_rate",
-)  # fmt: skip
-_make_record = maker(
-    ConnectionRecord,
-    "conn_id", "family", "state", "snd_una", "snd_nxt", "send_queue", "rcv_nxt", "receive_queue", "windows",
-    "negotiated", "buffers", "congestion", "timestamps", "local_fin", "options", "option_data", "filter",
-    "filter_locked", "reuse_address", "soft", "flow_info", "scope", "signing_keys", "error", "urgent_in",
-    "urgent_taken", "urgent_out", "required", "version",
-)  # fmt: skip
 
 
 def _address(family: bytes, rest: bytes) -> tuple[str, int, int, Family]:

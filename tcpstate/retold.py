@@ -12,8 +12,8 @@ import struct
 from operator import attrgetter
 from typing import Final
 
-from tcpstate.record import Buffers, ConnectionRecord, SoftState, Timestamps, Windows
-from tcpstate.trusted import maker
+from tcpstate.making import make_record, make_soft, make_timestamps, make_windows
+from tcpstate.record import Buffers, ConnectionRecord, SoftState
 
 __all__ = ["ROW", "SAME", "numbers", "told_again"]
 
@@ -30,21 +30,6 @@ SAME: Final = (
 _same: Final = attrgetter(*SAME)
 _OPTIONAL: Final = ("min_rtt", "reordering", "path_mtu", "advertised_mss", "pacing_rate")
 _optional: Final = attrgetter(*_OPTIONAL)
-
-#: of numbers that have the right size
-_make_windows = maker(Windows, "snd_wl1", "snd_wnd", "max_window", "rcv_wnd", "rcv_wup")
-_make_timestamps = maker(Timestamps, "value", "microseconds")
-_make_soft = maker(
-    SoftState, "cwnd", "ssthresh", "srtt", "rttvar", "rto", "min_rtt", "reordering", "path_mtu", "advertised_mss",
-    "pacing_rate",
-)  # fmt: skip
-_make_record = maker(
-    ConnectionRecord,
-    "conn_id", "family", "state", "snd_una", "snd_nxt", "send_queue", "rcv_nxt", "receive_queue", "windows",
-    "negotiated", "buffers", "congestion", "timestamps", "local_fin", "options", "option_data", "filter",
-    "filter_locked", "reuse_address", "soft", "flow_info", "scope", "signing_keys", "error", "urgent_in",
-    "urgent_taken", "urgent_out", "required", "version",
-)  # fmt: skip
 
 
 def _missing(soft: SoftState) -> tuple[bool, ...]:
@@ -99,7 +84,7 @@ def told_again(
     if send != buffers.send or receive != buffers.receive:
         locked = buffers.send_locked, buffers.receive_locked
         buffers = Buffers(send=send, receive=receive, send_locked=locked[0], receive_locked=locked[1])
-    made = _make_record(
+    made = make_record(
         before.conn_id,
         before.family,
         before.state,
@@ -108,18 +93,18 @@ def told_again(
         send_queue,
         rcv_nxt,
         receive_queue,
-        _make_windows(snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup),
+        make_windows(snd_wl1, snd_wnd, max_window, rcv_wnd, rcv_wup),
         before.negotiated,
         buffers,
         before.congestion,
-        None if timestamps is None else _make_timestamps(clock, timestamps.microseconds),
+        None if timestamps is None else make_timestamps(clock, timestamps.microseconds),
         before.local_fin,
         options,
         before.option_data,
         before.filter,
         before.filter_locked,
         before.reuse_address,
-        _make_soft(
+        make_soft(
             cwnd, ssthresh, srtt, rttvar, rto,
             None if soft.min_rtt is None else min_rtt,
             None if soft.reordering is None else reordering,
