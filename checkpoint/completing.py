@@ -12,7 +12,7 @@ from checkpoint.indoors import settle
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.records import ProcessRecord
 from checkpoint.spawn import Stub
-from checkpoint.state import table
+from checkpoint.state import birth, table
 from checkpoint.state.registers import Registers
 from checkpoint.state.table import ProcessState
 
@@ -40,13 +40,14 @@ def complete(
 
     StateRefused, PidTaken, SpawnFailed, TimerOutOfReach, MachineForeign, HandlerInVdso, ...
     """
+    birth.dismiss_ended(stubs, states)
     for record in living:
         pid = record.task.pid
         registers = [thread.get(Registers) for thread in states[pid].threads]
         settle(stubs[pid], layouts[pid], registers, whole=whole)
         if record.task.directories:
             # threads with directories of their own begin in the tool's, not in those that others are given
-            table.bear_threads(stubs[pid], states[pid], warn)
+            birth.bear_threads(stubs[pid], states[pid], warn)
     for record in living:
         pid = record.task.pid
         elapsed = time.monotonic_ns() - since_ns

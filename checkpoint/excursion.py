@@ -127,6 +127,11 @@ class Excursions:
             self.foreign[thread.tid if code == SiCode.TKILL else 0] = info
         return False
 
+    def forget(self, thread: Thread) -> None:
+        """It has ended."""
+        self.away.discard(thread.tid)
+        self._at.pop(thread.tid, None)
+
     def home(self, thread: Thread) -> None:
         """Put the thread back to where it was when the process was stopped."""
         if thread.fleeting is not None:

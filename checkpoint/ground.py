@@ -33,6 +33,7 @@ from checkpoint.namespaces.ways import Ways
 from checkpoint.newpids import settle, with_init
 from checkpoint.records import LiveTree, MapsDelta, ProcessRecord, fits, same_file
 from checkpoint.spawn import Stub
+from checkpoint.state import birth
 from checkpoint.tree import INIT
 from tcpstate.kernel.calls import CallError, CallTable
 from tcpstate.kernel.machine import SYS
@@ -93,6 +94,7 @@ class Ground:
                     if one.layout is not None:
                         self.forget(MapsDelta(pid=one.task.pid, stale=one.stale))
                         self._change(one.layout, tree.files, files.descriptor)
+            birth.bear_ahead(self._stubs, tree.threads, self._warn)
         finally:
             files.close()
         self._told = tree

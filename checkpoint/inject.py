@@ -69,6 +69,7 @@ class Injection:
         self._head = 0  # behind them the head, then the tables
         self._end = 0
         self._engines: dict[int, int] = {}  # tid -> address
+        self._free: list[int] = []  # engines of threads that are gone
         # Threads that stand at their engine's stop with undo calls, by the half of the tables' memory where these are.
         self._armed: dict[int, int] = {}
         self._half = 0
@@ -161,21 +162,31 @@ class Injection:
 
     def add_threads(self, threads: Iterable[Thread]) -> None:
         """Give each thread an engine."""
-        for thread in threads:
-            engine = self._start + len(self._engines) * ENGINE_SIZE
+        fresh = list(threads)
+        # the only one's takes our memory along if we die, which it may not as soon as there is another one
+        others = [] if len(self._engines) > 1 else [self.process.thread(tid) for tid in self._engines]
+        for thread in fresh:
+            engine = self._free.pop() if self._free else self._start + len(self._engines) * ENGINE_SIZE
             if engine + ENGINE_SIZE > self._head:
                 raise InjectionRefused("there are more threads than was foreseen", object=thread.name)
             self._engines[thread.tid] = engine
-        self._write_engines()
+        self._write_engines([*others, *fresh])
 
-    def _write_engines(self) -> None:
+    def _write_engines(self, threads: Iterable[Thread]) -> None:
         boot = self._boot
         if boot is None:
             raise RuntimeError("the injection is not open")
         alone = len(self._engines) == 1
         last = (boot.address, self._start, self._end - self._start) if alone else ()
-        images = [engine_image(self._excursions.frame(self.process.thread(tid)), *last) for tid in self._engines]
-        self.process.write(self._start, b"".join(images))
+        start, end, images = 0, 0, bytearray()
+        for thread in threads:
+            at = self._engines[thread.tid]
+            if at != end:
+                self.process.write(start, images)
+                start, images = at, bytearray()
+            images += engine_image(self._excursions.frame(thread), *last)
+            end = at + ENGINE_SIZE
+        self.process.write(start, images)
 
     def close(self) -> None:
         """Put all threads back and remove all that is ours. Does nothing if it is not open."""
@@ -193,6 +204,7 @@ class Injection:
             self._boot = None
             self._start = self._head = self._end = 0
             self._engines.clear()
+            self._free.clear()
             self._armed.clear()
 
     def _close(self, boot: Boot) -> None:
@@ -219,7 +231,7 @@ class Injection:
             return
         excursions.use_another_signal()
         boot.write(self._start, self._end - self._start, self._head)
-        self._write_engines()
+        self._write_engines(self.process.threads)
         table = CallTable()
         pid = self.process.inner_pid
         for tid, info in excursions.foreign.items():
@@ -271,10 +283,12 @@ class Injection:
         base = self._next_half(tables)
         images = bytearray()
         running: list[tuple[Thread, CallTable, int, int]] = []
+        threads = {thread.tid: thread for thread in self.process.threads} if len(tables) > 1 else {}
         for tid, table in tables.items():
             here = base + len(images)
             images += table.image(here)
-            running.append((self.process.thread(tid), table, here, base + len(images) - here))
+            thread = threads[tid] if threads else self.process.thread(tid)
+            running.append((thread, table, here, base + len(images) - here))
             images += bytes(-len(images) % table.ALIGN)
         self.process.write(base, images)
         for thread, table, here, _ in running:

@@ -21,10 +21,9 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from checkpoint import preflight, procfs
+from checkpoint import livestart, preflight, procfs
 from checkpoint.described import Sharing, task_of
 from checkpoint.errors import NoSuchProcess, TrackingImpossible, TreeUnsteady
-from checkpoint.files.abi import pidfd_getfd
 from checkpoint.files.contentrounds import ContentRounds
 from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.files.pty import masters_of
@@ -33,8 +32,6 @@ from checkpoint.files.staged import StagedContents
 from checkpoint.files.table import FileTable, TreeFiles
 from checkpoint.image.format import PageRun
 from checkpoint.image.frames import Runs, Space
-from checkpoint.inject import Injection
-from checkpoint.kernel.userfaultfd import CREATE_FLAGS
 from checkpoint.memory import layout, pages, scan, softdirty, tracking, vmflags
 from checkpoint.memory.delta import delta, without
 from checkpoint.memory.layout import Mapping as Mapped
@@ -46,10 +43,9 @@ from checkpoint.namespaces.numbers import Numbers
 from checkpoint.namespaces.spaces import Spaces
 from checkpoint.records import LiveProcess, LiveTree, ProcessRecord, fits, same_file
 from checkpoint.state import clocks
+from checkpoint.state.base import State
 from checkpoint.tracee import Process, Tree
 from checkpoint.tree import Task
-from tcpstate.kernel.calls import CallError, CallTable
-from tcpstate.kernel.machine import SYS
 from tcpstate.slotted import dataclass
 
 __all__ = ["LiveCopy", "Remaining", "Round"]
@@ -126,6 +122,7 @@ class LiveCopy:
         self._roots = tuple(roots)
         self._policy = policy
         self._trackings: dict[int, Tracking | softdirty.Tracking] = {}
+        self._first: dict[int, tuple[State, ...]] = {}
         self._processes: dict[int, _Running] = {}
         self._told: LiveTree | None = None
         self._attempts = 0
@@ -145,7 +142,7 @@ class LiveCopy:
         tree = Tree.stop(self._roots)
         try:
             for process in tree.processes:
-                self._trackings[process.pid] = _by_bits(process) if lacking else _track(process)
+                self._trackings[process.pid], self._first[process.pid] = livestart.begin(process, by_bits=bool(lacking))
         except BaseException:
             self.close()
             raise
@@ -208,12 +205,23 @@ class LiveCopy:
         members: list[LiveProcess] = []
         drops: list[Runs] = []
         ranges: dict[int, list[Range]] = {}
+        numbers = {task.pid for task, _ in tasks}
         for task, exit_signal in tasks:
             if task.wait_code is not None:
                 members.append(LiveProcess(task=task, exit_signal=exit_signal))
                 continue
             found, one = self._collect(told, layouts[task.pid], records)
-            members.append(LiveProcess(task=task, exit_signal=exit_signal, layout=one, stale=tuple(found.stale)))
+            threads, first = livestart.threads(task.pid, numbers), self._first[task.pid]
+            members.append(
+                LiveProcess(
+                    task=task,
+                    exit_signal=exit_signal,
+                    layout=one,
+                    stale=tuple(found.stale),
+                    threads=threads if first else (),
+                    first=first,
+                )
+            )
             drops += found.drops
             ranges[task.pid] = found.ranges
         self._rounds += 1
@@ -458,36 +466,3 @@ def _plain(
 
 def _with(one: MemoryLayout, mappings: Sequence[Mapped], exe_file: int | None = None) -> MemoryLayout:
     return dataclasses.replace(one, mappings=tuple(mappings), exe_file=one.exe_file if exe_file is None else exe_file)
-
-
-def _by_bits(process: Process) -> softdirty.Tracking:
-    """Where the kernel has no better way."""
-    track = softdirty.Tracking(process.pid)
-    try:
-        track.look()
-    except BaseException:
-        track.close()
-        raise
-    return track
-
-
-def _track(process: Process) -> Tracking:
-    """Make a userfaultfd in a process that stands still, and take it out."""
-    leader = process.leader.tid
-    try:
-        with Injection(process) as injection:
-            calls = CallTable()
-            made = calls.call(SYS.userfaultfd, CREATE_FLAGS, label="userfaultfd")
-            calls.undo(SYS.close, made)
-            injection.run({leader: calls})
-            try:
-                ours = pidfd_getfd(process.pidfd, made.value)
-            finally:
-                calls = CallTable()
-                calls.call(SYS.close, made.value, label="closing it")
-                injection.run({leader: calls})
-        return Tracking(process.pid, ours)
-    except CallError as error:
-        raise TrackingImpossible(f"{error.strerror}", object=f"pid {process.pid}") from error
-    except OSError as error:
-        raise TrackingImpossible(f"tracking of writes: {error.strerror}", object=f"pid {process.pid}") from error

@@ -26,6 +26,8 @@ from checkpoint.memory.layout import MemoryLayout
 from checkpoint.namespaces.memoryfs import Folder
 from checkpoint.namespaces.spaces import NO_SPACES, Spaces
 from checkpoint.namespaces.users import Users
+from checkpoint.state import birth
+from checkpoint.state.base import State
 from checkpoint.state.clocks import Clocks
 from checkpoint.state.credentials import Credentials
 from checkpoint.state.table import ProcessState
@@ -223,12 +225,16 @@ class LiveProcess:
     exit_signal  what its parent is sent when it ends
     layout       its memory, without what comes only at the end; None for a zombie
     stale        (start, end) of memory that was told before and was made anew since
+    threads      numbers of its threads but the first, in its PID namespace, if all of them share its directories
+    first        what it must be before it has them (checkpoint.state.birth)
     """
 
     task: Task
     exit_signal: int
     layout: MemoryLayout | None = None
     stale: tuple[tuple[int, int], ...] = ()
+    threads: tuple[int, ...] = ()
+    first: tuple[State, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.exit_signal <= 64:
@@ -237,6 +243,9 @@ class LiveProcess:
             raise ValueError("a living process has memory, and a zombie has none")
         if self.layout is not None and self.layout.pid != self.task.pid:
             raise ValueError("the memory is another process's")
+        if self.layout is None and self.threads:
+            raise ValueError("a zombie has no threads")
+        birth.check(self.task.pid, self.first, self.threads)
         _ascending(self.stale)
 
 
@@ -265,6 +274,9 @@ class LiveTree:
             raise ValueError("no process, or one twice")
         if not 0 <= self.at < 1 << 62:
             raise ValueError(f"a clock cannot show {self.at}")
+        tids = [*pids, *(tid for process in self.processes for tid in process.threads)]
+        if len(set(tids)) != len(tids):
+            raise ValueError("two processes have the same thread")
         for one in self.layouts.values():
             if one.files and max(one.files) >= len(self.files.files):
                 raise ValueError(f"process {one.pid} maps file {max(one.files)} of {len(self.files.files)}")
@@ -273,6 +285,11 @@ class LiveTree:
     def layouts(self) -> dict[int, MemoryLayout]:
         """The memory of the living, by PID."""
         return {one.task.pid: one.layout for one in self.processes if one.layout is not None}
+
+    @property
+    def threads(self) -> dict[int, birth.Told]:
+        """The threads of the living, by PID."""
+        return {one.task.pid: (one.first, one.threads) for one in self.processes if one.layout is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,7 +52,7 @@ from checkpoint.memory.layout import MemoryLayout
 from checkpoint.namespaces.ways import Ways
 from checkpoint.records import FilesDelta, LiveTree, Manifest, MapsDelta, ProcessRecord, StatesRecord, TreeRecord
 from checkpoint.spawn import Stub
-from checkpoint.state import clocks, table
+from checkpoint.state import birth, clocks
 from checkpoint.state.cgroup import Cgroups
 from checkpoint.state.table import ProcessState
 from checkpoint.stubnote import noted
@@ -333,10 +333,10 @@ class Restore:
     def _bear_named_threads(self, files: Sequence[OpenFile]) -> None:
         """Threads that an open file refers to must be there before it."""
         named = frozenset[int]().union(*(file.tids for file in files))
-        for record in self._living() if named else ():
-            state = self._states[record.task.pid]
+        for pid, state in self._states.items() if named else ():
+            birth.dismiss_ended(self.stubs, self._states)
             if named & {thread.tid for thread in state.threads[1:]}:
-                table.bear_threads(self.stubs[record.task.pid], state, self._warn)
+                birth.bear_threads(self.stubs[pid], state, self._warn)
 
     def _write(self, run: PageRun, done: Callable[[], None] | None = None) -> bool:
         """Put the bytes where they belong; whether they are needed from now on, perhaps until ``done`` is called."""

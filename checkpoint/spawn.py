@@ -24,8 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, Self
 
 from checkpoint import births, procfs, waiting
-from checkpoint.arch import CALL_AT, SPAWN, USER_END, beginning, begun, entering, stub_elf
-from checkpoint.boot import Boot
+from checkpoint.arch import SPAWN, USER_END, stub_elf
 from checkpoint.errors import AddressGapMissing, PidTaken, SpawnFailed
 from checkpoint.inject import Injection
 from checkpoint.kernel import ptrace
@@ -42,6 +41,7 @@ from checkpoint.kernel.program import executable
 from checkpoint.kernel.ptrace import Option
 from checkpoint.lastpid import TRIES, next_is
 from checkpoint.memory.vma import PAGE
+from checkpoint.stubinjection import StubInjection
 from checkpoint.thread import Thread, signal_of, wait_status
 from checkpoint.tracee import Process
 from tcpstate.kernel.batch import libc, syscall
@@ -50,17 +50,15 @@ from tcpstate.kernel.machine import SYS
 
 if TYPE_CHECKING:
     from checkpoint.namespaces.users import Users
+    from checkpoint.state.base import State
+    from checkpoint.state.table import ProcessState
 
 __all__ = ["Stub", "find_gap", "spawn_stub"]
 
-# The window: the program's page, the parking place, the engines, the tables.
+# The window: the program's page, the parking place, the engines, the tables (checkpoint.stubinjection).
 _WINDOW_SIZE: Final = 128 << 20
 _PARKING: Final = (1 << 20, 2 << 20)
-_CODE_AT: Final = 2 << 20
-_CODE_SIZE: Final = 16 << 20
-_ROOM: Final = 96 << 20
 _GAP_ALIGN: Final = 2 << 20
-_SPARE: Final = 64
 #: no window below: where small programs without address randomization lie, and null pointers point
 _LOWEST: Final = 0x1000_0000
 
@@ -85,86 +83,6 @@ def find_gap(avoid: Iterable[tuple[int, int]], size: int) -> int:
     return at
 
 
-class _StubInjection(Injection):
-    """In a stub the memory lies in the window, all of which is unmapped at the end."""
-
-    def __init__(self, stub: Stub) -> None:
-        super().__init__(stub)
-        self._window = stub.window
-
-    def open(self) -> None:
-        boot = Boot(self.process, self._excursions)
-        boot.write()
-        self._boot = boot
-        self._map(boot, _CODE_SIZE, _ROOM, self._window[0] + _CODE_AT)
-        self.add_threads(self.process.threads)
-
-    def inherited(self, stub: Stub) -> _StubInjection:
-        """That of a child: it has a copy of our memory, in which it stands."""
-        copy = _StubInjection(stub)
-        if self._boot is None:
-            raise RuntimeError("the injection is not open")
-        copy._boot = Boot(stub, copy._excursions, self._boot.address)
-        copy._start, copy._head, copy._end = self._start, self._head, self._end
-        copy._arrived(stub.threads)
-        return copy
-
-    def _arrived(self, threads: Iterable[Thread]) -> None:
-        """Threads were born that stand in our code."""
-        threads = list(threads)
-        self._excursions.away.update(thread.tid for thread in threads)
-        self.add_threads(threads)
-
-    def dismiss(self, thread: Thread) -> None:
-        """End a thread that was just born."""
-        at = next(iter(self._engines.values())) + CALL_AT
-        thread.set_registers(beginning(thread.get_registers(), at, SYS.exit, (0,) * 6))
-        thread.cont()
-        self.process.await_end(thread)
-
-    @property
-    def born(self) -> list[int]:
-        """tids of those that the calls have made."""
-        return self._excursions.born
-
-    def interrupted(self, thread: Thread, number: int, args: tuple[int, ...]) -> int | None:
-        """Begin a call that would sleep, and interrupt it at once; what it returned, as the kernel sees it.
-
-        None: a signal came in between, and it was not begun.
-        """
-        at = self._engines[thread.tid] + CALL_AT
-        thread.set_registers(beginning(thread.registers, at, number, args))
-        ptrace.cont_to_call(thread.tid)
-        thread.wait(_STOP_TIMEOUT)
-        if entering(thread.get_registers()) != number:
-            return None
-        thread.interrupt()  # noted before the call begins to sleep, so it does not
-        thread.cont()
-        thread.await_interrupt(_STOP_TIMEOUT)
-        return begun(thread.get_registers(), at)
-
-    @property
-    def spare(self) -> int:
-        """The address of _SPARE bytes that no table uses."""
-        return self._end - _SPARE
-
-    @property
-    def room(self) -> int:
-        return super().room - CallTable.ALIGN
-
-    def close(self) -> None:
-        if self._boot is not None:
-            self._boot.find_again()
-            self._boot.write(self._start, self._end - self._start, self._head)  # a fork has its parent's frame in there
-            # The handlers of the rebuilt process may be installed by now.
-            self._excursions.caught = True
-        super().close()
-
-    def _unmap(self, boot: Boot) -> None:
-        start, end = self._window
-        boot.call(SYS.munmap, start, end - start, label="unmapping the stub's window")
-
-
 class Stub(Process):
     """A process of ours, stopped, that will become a rebuilt one.
 
@@ -182,7 +100,9 @@ class Stub(Process):
         self.tool_pidfd = tool_pidfd
         self.chooses_numbers = True
         self.users: Users | None = None
-        self._injection: _StubInjection
+        self.first: tuple[State, ...] = ()
+        self.threads_of: ProcessState | None = None
+        self._injection: StubInjection
         self._to_swallow: list[Thread] = []
 
     @property
@@ -217,9 +137,9 @@ class Stub(Process):
             self.threads.append(thread)
         self.stat = procfs.read_stat(self.pid)
 
-    def _newborn(self, pid: int, tid: int) -> Thread:
-        """A thread that one of our calls has made: it is traced already."""
-        thread = Thread(pid, tid)
+    def _newborn(self, pid: int, tid: int, inner: int | None = None) -> Thread:
+        """A thread that one of our calls has made: it is traced already. ``inner``: the number that it was given."""
+        thread = Thread(pid, tid, inner)
         thread.await_interrupt(_STOP_TIMEOUT)
         return thread
 
@@ -244,7 +164,7 @@ class Stub(Process):
         lenders  for each of them, the thread whose directories and umask it shares: the first one, or one of ``tids``
                  that comes before it; None: nobody's.  Not given: all share those of the first.
 
-        PidTaken, SpawnFailed.
+        PidTaken, SpawnFailed: those before the one that could not be born are there.
         """
         if not tids:
             return
@@ -257,15 +177,32 @@ class Stub(Process):
             parent = first if creator == first else made[tids.index(creator)].tid
             flags = [THREAD & ~CloneFlag.FS if whose[n] is None else THREAD for n in places]
             if self.chooses_numbers:
-                self._clone([tids[n] for n in places], flags, 0, parent)
-                born = [self._newborn(self.pid, tid) for tid in self._injection.born]
-                self._injection.born.clear()
-                self._adopt(born)
-                self._injection._arrived(born)
+                born = self._cloned([tids[n] for n in places], flags, parent)
             else:
                 born = [self._counted_on(tids[n], how, parent) for n, how in zip(places, flags, strict=True)]
             made.update(zip(places, born, strict=True))
         self.threads[-len(tids) :] = [made[n] for n in range(len(tids))]
+
+    def _cloned(self, tids: Sequence[int | None], flags: Sequence[int], creator: int) -> list[Thread]:
+        """Threads, by a stub that may choose their numbers. PidTaken, SpawnFailed."""
+        born: list[Thread] = []
+        try:
+            self._clone(tids, flags, 0, creator)
+        finally:
+            for tid, inner in zip(self._injection.born, tids, strict=False):
+                born.append(self._newborn(self.pid, tid, inner))
+            self._injection.born.clear()
+            if born:
+                self._adopt(born)
+                self._injection._arrived(born)
+        return born
+
+    def dismiss(self, threads: Sequence[Thread]) -> None:
+        """End threads, none of which is the first."""
+        if threads:
+            self._injection.dismiss(threads)
+            gone = {thread.tid for thread in threads}
+            self.threads = [thread for thread in self.threads if thread.tid not in gone]
 
     def _counted_on(self, tid: int | None, how: int, creator: int) -> Thread:
         """One thread, by a stub that may not choose: the kernel is told which number was the last. PidTaken."""
@@ -277,7 +214,7 @@ class Stub(Process):
                 self._adopt([thread])  # at once: the next one may fail, and all that is there must end then
                 self._injection._arrived([thread])
                 return thread
-            self._injection.dismiss(thread)  # somebody else had a child at the same moment
+            self._injection.dismiss([thread])  # somebody else had a child at the same moment
         raise SpawnFailed("the number could not be had", object=f"thread {tid}")
 
     def _clone(
@@ -405,7 +342,7 @@ def _first_steps(number: int, window: tuple[int, int], tool: int) -> Stub:
     stub: Stub | None = None
     try:
         stub = Stub._seized(number, window, tool)
-        injection = _StubInjection(stub)
+        injection = StubInjection(stub)
         injection.open()
         stub._injection = injection
         calls = CallTable()

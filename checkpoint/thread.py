@@ -80,7 +80,7 @@ def wait_status(tid: int, timeout: float | None = None) -> int:
 class Thread:
     """One traced thread.
 
-    pid, tid    of its process, and its own, in our PID namespace
+    pid, tid    of its process, and its own, in our PID namespace; ``inner``: its own in its own one, if that is known
     stop        how it stands; None while it runs
     registers   what the *application* has in its registers, as of the stop: outside any critical section of rseq, an
                 EINTR that only our stop has made turned into a restart. They stay what they are while injected code
@@ -101,7 +101,7 @@ class Thread:
     sigmask: int
     rseq: RseqConfig | None
 
-    def __init__(self, pid: int, tid: int) -> None:
+    def __init__(self, pid: int, tid: int, inner: int | None = None) -> None:
         self.pid = pid
         self.tid = tid
         self.stop: Stop | None = None
@@ -109,7 +109,7 @@ class Thread:
         self.until: int | None = None
         self.slept: int | None = None
         self.fleeting: bytes | None = None
-        self._inner: int | None = None
+        self._inner = inner
 
     def __repr__(self) -> str:
         return f"<Thread {self.tid} of {self.pid}: {self.stop or 'runs'}>"

@@ -68,7 +68,11 @@ class Numbers:
             return tree
         members = [
             dataclasses.replace(
-                one, task=self.task(one.task), layout=None if one.layout is None else self.layout(one.layout)
+                one,
+                task=self.task(one.task),
+                layout=None if one.layout is None else self.layout(one.layout),
+                # one that came after the numbers were looked at has none
+                threads=tuple(filter(None, map(self, one.threads))),
             )
             for one in tree.processes
         ]

@@ -18,16 +18,16 @@ A kind is added by a module with its class and one line here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from checkpoint import procfs
-from checkpoint.errors import StateRefused, StateUnreadable
+from checkpoint.errors import StateUnreadable
 from checkpoint.kernel.signals import tgkill
-from checkpoint.state import clocks, landlock, pending, registers
+from checkpoint.state import birth, clocks, landlock, pending, registers
 from checkpoint.state.addresses import ClearChildTid, RestartableSequences, RobustList
-from checkpoint.state.base import ProcessView, State, TaskBuilder, TaskView, kind_of
+from checkpoint.state.base import ProcessView, State, TaskBuilder, kind_of
 from checkpoint.state.cgroup import Cgroups
 from checkpoint.state.clocks import Clocks
 from checkpoint.state.comm import Comm
@@ -36,11 +36,8 @@ from checkpoint.state.filesystem import Filesystem, ThreadDirectories
 from checkpoint.state.hardening import MachineCheckPolicy, SpeculationControls, TimeStampCounter
 from checkpoint.state.itimers import IntervalTimers
 from checkpoint.state.kernel_files import CoredumpFilter, OomScoreAdjustment
-from checkpoint.state.keyring import SessionKeyring
-from checkpoint.state.large_registers import LargeRegisters
 from checkpoint.state.lasting import Dumpable, ParentDeathSignal
 from checkpoint.state.limits import ResourceLimits
-from checkpoint.state.membarrier import Membarrier
 from checkpoint.state.memory_switches import MemoryDenyWriteExecute, MemorySwitches
 from checkpoint.state.mempolicy import NumaPolicy
 from checkpoint.state.pending import PendingForProcess, PendingForThread
@@ -60,33 +57,23 @@ if TYPE_CHECKING:
     from checkpoint.tracee import Process
 
 __all__ = [
-    "FIRST_STATES",
     "PROCESS_STATES",
     "THREAD_STATES",
     "ProcessState",
     "ThreadState",
-    "bear_threads",
     "build",
     "capture",
     "install",
     "make_ready",
-    "rebuild_first",
     "rebuild_process",
     "rebuild_thread",
 ]
 
 S = TypeVar("S", bound=State)
 
-#: of a process, rebuilt while it has one thread only
-FIRST_STATES: Final[tuple[type[State], ...]] = (
-    Membarrier,  # with several threads each registration takes an RCU grace period, 2 to 15 ms
-    LargeRegisters,  # while there is no alternate stack that would be too small
-    SessionKeyring,  # each thread has the keyring that it was born with
-)
-
 #: of a process, rebuilt in its first thread before the states of the threads
 PROCESS_STATES: Final[tuple[type[State], ...]] = (
-    *FIRST_STATES,
+    *birth.FIRST_STATES,
     Filesystem,
     ChildSubreaper,
     MemorySwitches,
@@ -212,8 +199,8 @@ def capture(process: Process, injection: Injection, more: CallTable | None = Non
     """
     view = ProcessView(process, more)
     view.scratch = injection.ranges
-    own = [_begin(kind, view.tasks[0]) for kind in PROCESS_STATES]
-    threads = [[_begin(kind, task) for kind in THREAD_STATES] for task in view.tasks]
+    own = [birth.begin(kind, view.tasks[0]) for kind in PROCESS_STATES]
+    threads = [[birth.begin(kind, task) for kind in THREAD_STATES] for task in view.tasks]
     try:
         injection.run({task.tid: task.calls for task in view.tasks})
     except CallError as error:
@@ -224,46 +211,19 @@ def capture(process: Process, injection: Injection, more: CallTable | None = Non
     view.foreign = injection.foreign
     return ProcessState(
         pid=view.tasks[0].inner_tid,
-        states=tuple(_end(each) for each in own),
+        states=tuple(birth.end(each) for each in own),
         threads=tuple(
-            ThreadState(tid=task.inner_tid, states=tuple(_end(each) for each in states))
+            ThreadState(tid=task.inner_tid, states=tuple(birth.end(each) for each in states))
             for task, states in zip(view.tasks, threads, strict=True)
         ),
         clocks=now,
     )
 
 
-_Begun = State | Generator[None, None, State]
-
-
-def _begin(kind: type[State], task: TaskView) -> _Begun:
-    begun = kind.capture(task)
-    if isinstance(begun, Generator):
-        next(begun)
-    return begun
-
-
-def _end(begun: _Begun) -> State:
-    if not isinstance(begun, Generator):
-        return begun
-    try:
-        next(begun)
-    except StopIteration as stop:
-        state: State = stop.value
-        return state
-    raise RuntimeError("a capture yields once")
-
-
-def rebuild_first(state: ProcessState, task: TaskBuilder) -> None:
-    """Queue what is to be done while the process has one thread only."""
-    for kind in FIRST_STATES:
-        state.get(kind).rebuild(task)
-
-
 def rebuild_process(state: ProcessState, task: TaskBuilder) -> None:
     """Queue the states of the process in the task of its first thread. All threads exist."""
     for kind in PROCESS_STATES:
-        if kind not in FIRST_STATES:
+        if kind not in birth.FIRST_STATES:
             state.get(kind).rebuild(task)
 
 
@@ -293,48 +253,18 @@ def build(
 
     StateRefused if the kernel refuses a call, PidTaken, SpawnFailed, TimerOutOfReach, MachineForeign.
     """
-    birth = procfs.read_status(stub.pid)
-    bear_threads(stub, state, warn)
+    born = procfs.read_status(stub.pid)
+    birth.bear_threads(stub, state, warn)
     common = TaskBuilder(
-        pid=stub.pid, tid=stub.pid, warn=warn, elapsed=elapsed, birth=birth, path=path, placed=placed, users=stub.users
+        pid=stub.pid, tid=stub.pid, warn=warn, elapsed=elapsed, birth=born, path=path, placed=placed, users=stub.users
     )
     tasks = [replace(common, tid=thread.tid, calls=CallTable(), outside=[]) for thread in stub.threads]
     rebuild_process(state, tasks[0])
     for thread, task in zip(state.threads, tasks, strict=True):
         rebuild_thread(thread, task)
-    _run(stub, tasks)
+    birth.run(stub, tasks)
     for sleeper, each in zip(stub.threads, state.threads, strict=True):
         registers.fall_asleep(stub, sleeper, each.get(Registers), elapsed)
-
-
-def bear_threads(stub: Stub, state: ProcessState, warn: Callable[[str], None]) -> None:
-    """Give a stub its threads, with their numbers and nothing else: :func:`build` does it, if nobody needed them
-    before. May be repeated. StateRefused, PidTaken, SpawnFailed."""
-    if len(stub.threads) > 1:
-        return
-    first = TaskBuilder(pid=stub.pid, tid=stub.pid, warn=warn)
-    rebuild_first(state, first)
-    _run(stub, [first])
-    others = state.threads[1:]
-    lenders = [_lender(thread, state.pid) for thread in others]
-    stub.clone_threads([thread.tid for thread in others], lenders)
-
-
-def _lender(thread: ThreadState, leader: int) -> int | None:
-    """The thread whose directories this one shares; None: nobody's."""
-    own = thread.get(ThreadDirectories)
-    return own.like or (leader if own.cwd is None else None)
-
-
-def _run(stub: Stub, tasks: Sequence[TaskBuilder]) -> None:
-    try:
-        stub.run_all({task.tid: task.calls for task in tasks if len(task.calls)})
-    except CallError as error:
-        raise StateRefused(
-            f"cannot {error.label}: {os.strerror(error.errno or 0)}", object=f"pid {stub.pid}"
-        ) from error
-    for task in tasks:
-        task.run_outside()
 
 
 def install(process: Process, state: ProcessState) -> None:

@@ -11,7 +11,7 @@ from tests.workloads import servers
 from tests.workloads.load import Load
 from tests.workloads.move import Mover, Stage
 
-__all__ = ["echo", "http", "nginx", "program", "redis", "stream"]
+__all__ = ["echo", "http", "nginx", "program", "redis", "stream", "threads"]
 
 
 @contextlib.contextmanager
@@ -66,6 +66,20 @@ def echo(hosts: ThreeHosts, folder: Path, *, mover: Mover | None = None) -> Iter
     port = 7000
     both = [hosts.net.service4, hosts.net.service6]
     server = servers.echo_server(hosts.source, folder, both, port=port)
+    with contextlib.ExitStack() as ends:
+        client = _load(ends, hosts, "echo", "echo_client", port, *both)
+        with Stage(hosts, server.pid, [client], port=port, mover=mover) as stage:
+            yield stage
+
+
+@contextlib.contextmanager
+def threads(
+    hosts: ThreeHosts, folder: Path, *, sleeping: int = 100, churning: int = 0, mover: Mover | None = None
+) -> Iterator[Stage]:
+    """The same server with threads beside it, that sleep, or come and go all the time."""
+    port = 7004
+    both = [hosts.net.service4, hosts.net.service6]
+    server = servers.threads_server(hosts.source, folder, both, port=port, sleeping=sleeping, churning=churning)
     with contextlib.ExitStack() as ends:
         client = _load(ends, hosts, "echo", "echo_client", port, *both)
         with Stage(hosts, server.pid, [client], port=port, mover=mover) as stage:

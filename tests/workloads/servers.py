@@ -133,6 +133,14 @@ def echo_server(host: Host, folder: Path, addresses: Sequence[str], *, port: int
     return _start(host, argv, folder, "echo", addresses, port)
 
 
+def threads_server(
+    host: Host, folder: Path, addresses: Sequence[str], *, port: int = 7004, sleeping: int = 0, churning: int = 0
+) -> HostProcess:
+    """`tests.workloads.threads_server`."""
+    argv = [sys.executable, "-m", "tests.workloads.threads_server", sleeping, churning, port, *addresses]
+    return _start(host, argv, folder, "threads", addresses, port)
+
+
 def late_server(host: Host, folder: Path, addresses: Sequence[str], *, port: int = 7002) -> HostProcess:
     """`tests.workloads.late_server`."""
     argv = [sys.executable, "-m", "tests.workloads.late_server", port, *addresses]
