@@ -20,6 +20,7 @@ from checkpoint.namespaces.spaces import Spaces
 from checkpoint.procfs import Stat
 from checkpoint.records import Manifest, ProcessRecord, StatesRecord, TreeRecord
 from checkpoint.state import clocks
+from checkpoint.state.likeness import Likeness
 from checkpoint.state.table import capture
 from checkpoint.tracee import Tree
 from checkpoint.traces import FrozenTree, HeldListener, HeldListeners, Traced, given_up_locks, listener_name
@@ -105,8 +106,9 @@ def states_record(tree: Tree, roots: Sequence[int]) -> StatesRecord:
     state that cannot be moved."""
     states = []
     for process in tree.processes:
-        with Injection(process) as injection:
-            states.append(capture(process, injection))
+        likeness = Likeness(process)
+        with Injection(process, likeness.asked) as injection:
+            states.append(capture(process, injection, likeness=likeness))
     # read after every timer: none that goes on with the time that was left is early on these clocks
     return StatesRecord(states=tuple(states), clocks=clocks.read(roots[0]))
 

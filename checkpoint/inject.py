@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -57,11 +57,15 @@ class Injection:
     """Calls inside one stopped process: ``open``, ``run`` as often as needed, ``close``; or as a context manager.
 
     process              all its threads stand still, and stay so but for our code
+    threads              those in which calls will be made, the leader first; None: all
     accept_seccomp_risk  see :class:`~checkpoint.errors.SeccompInTheWay`
     """
 
-    def __init__(self, process: Process, *, accept_seccomp_risk: bool = False) -> None:
+    def __init__(
+        self, process: Process, threads: Sequence[Thread] | None = None, *, accept_seccomp_risk: bool = False
+    ) -> None:
         self.process = process
+        self._callers = threads
         self._accept_seccomp_risk = accept_seccomp_risk
         self._excursions = Excursions(process)
         self._boot: Boot | None = None
@@ -119,13 +123,14 @@ class Injection:
         process = self.process
         clean(process)
         boot = Boot(process, self._excursions)
-        require_no_interference(process, boot.address, accept_seccomp_risk=self._accept_seccomp_risk)
+        callers = process.threads if self._callers is None else self._callers
+        require_no_interference(process, boot.address, callers, accept_seccomp_risk=self._accept_seccomp_risk)
         boot.write()
         self._boot = boot
         try:
-            count = len(process.threads)
+            count = len(callers)
             self._map(boot, _pages(count * ENGINE_SIZE), max(_ROOM, count * _ROOM_PER_THREAD))
-            self.add_threads(process.threads)
+            self.add_threads(callers)
             if count > 1:
                 boot.disarm()  # from now on others may be in the memory
         except BaseException:
@@ -231,7 +236,7 @@ class Injection:
             return
         excursions.use_another_signal()
         boot.write(self._start, self._end - self._start, self._head)
-        self._write_engines(self.process.threads)
+        self._write_engines(thread for thread in self.process.threads if thread.tid in self._engines)
         table = CallTable()
         pid = self.process.inner_pid
         for tid, info in excursions.foreign.items():

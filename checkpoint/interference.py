@@ -8,7 +8,7 @@ what they would say to exactly the calls that this code makes then.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from checkpoint import procfs
@@ -35,13 +35,16 @@ _NEEDED: Final = (
 )
 
 
-def require_no_interference(process: Process, code: int, *, accept_seccomp_risk: bool) -> None:
+def require_no_interference(
+    process: Process, code: int, callers: Sequence[Thread], *, accept_seccomp_risk: bool
+) -> None:
     """Raise SyscallDispatch or SeccompInTheWay if calls from ``code``, an address, could harm the process.
 
+    callers              the threads that make them
     accept_seccomp_risk  go on although the filter would damage the process if the tool were killed in the middle
     """
     asked: set[tuple[bytes, ...]] = set()
-    for thread in process.threads:
+    for thread in callers:
         if ptrace.syscall_dispatch_on(thread.tid):
             raise SyscallDispatch("its system calls go to a handler of its own", object=thread.name)
         filters = tuple(_filters(process, thread))

@@ -31,7 +31,7 @@ def begin(process: Process, *, by_bits: bool) -> tuple[Tracking | softdirty.Trac
     TrackingImpossible, and errors of injected calls.
     """
     try:
-        with Injection(process) as injection:
+        with Injection(process, [process.leader]) as injection:
             first = capture_first(process, injection)
             track = _by_bits(process) if by_bits else _track(process, injection)
     except CallError as error:

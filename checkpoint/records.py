@@ -20,7 +20,7 @@ from checkpoint.files.table import TreeFiles
 from checkpoint.files.treefiles import AheadFiles
 from checkpoint.image.frames import End
 from checkpoint.ipc.base import SystemV
-from checkpoint.kernel import callwatch, restart_block
+from checkpoint.kernel import callwatch, restart_block, threaditer
 from checkpoint.memory.delta import same_process
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.namespaces.memoryfs import Folder
@@ -335,5 +335,6 @@ def prepare(*, read: bool) -> None:
     would pay else."""
     restart_block.prepare()
     callwatch.prepare()
+    threaditer.prepare()
     image = (Manifest, TreeRecord, StatesRecord, TreeFiles, MemoryLayout, MapsDelta, FilesDelta, End)
     codec.prepare(*image, LiveTree, AheadFiles, ConnectionRecord, FrozenTree, unpacked=read)

@@ -18,7 +18,7 @@ from tcpstate.kernel.bpf import call
 from tcpstate.kernel.bpf.btf import BadBtf, Kind
 from tcpstate.kernel.bpf.layout import Layout, layout
 
-__all__ = ["LINK_INFO", "MAPPINGS", "META", "TASK", "TASKS", "VMA", "lent", "load", "read"]
+__all__ = ["LINK_INFO", "MAPPINGS", "META", "TASK", "TASKS", "VMA", "lent", "load", "read", "read_process"]
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,16 @@ def lent(build: Callable[[Layout], bytes], name: str, lacking: str, over: str = 
 
 def read(program: int, tid: int) -> bytes:
     """What the program writes of a thread; nothing of one that has ended. OSError."""
-    link = call.link(program, 0, call.Attach.TRACE_ITER, info=LINK_INFO.pack(tid, 0, 0))
+    return _read(program, LINK_INFO.pack(tid, 0, 0))
+
+
+def read_process(program: int, pid: int) -> bytes:
+    """What the program writes of all threads of a process. OSError."""
+    return _read(program, LINK_INFO.pack(0, pid, 0))
+
+
+def _read(program: int, of: bytes) -> bytes:
+    link = call.link(program, 0, call.Attach.TRACE_ITER, info=of)
     try:
         return call.iterate(link)
     finally:

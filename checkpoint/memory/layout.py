@@ -216,7 +216,7 @@ def brk_of(process: Process) -> int:
     InjectionRefused, ..."""
     if process.brk is not None:
         return process.brk
-    with Injection(process) as injection:
+    with Injection(process, [process.leader]) as injection:
         calls = CallTable()
         brk = query_brk(calls)
         injection.run({process.leader.tid: calls})

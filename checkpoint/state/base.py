@@ -80,10 +80,17 @@ class ProcessView:
     first  the table of the first thread, if others have calls in it already
     """
 
-    def __init__(self, process: tracee.Process, first: CallTable | None = None) -> None:
+    def __init__(
+        self,
+        process: tracee.Process,
+        first: CallTable | None = None,
+        asked: Sequence[tracee.Thread] | None = None,
+    ) -> None:
         self.pid = process.pid
         self.process = process
-        self.tasks = [TaskView(self, thread) for thread in process.threads]
+        self.tasks = [TaskView(self, thread) for thread in (process.threads if asked is None else asked)]
+        #: the other threads; known when the calls have been made
+        self.silent: Sequence[TaskView] = ()
         if first is not None:
             self.tasks[0].calls = first
         #: (start, end) of the memory that was mapped for the calls
@@ -120,7 +127,7 @@ class ProcessView:
 
     def timer_pending(self, timer: int) -> bool:
         """Whether a signal of this POSIX timer waits for delivery, anywhere in the process."""
-        queues = [self.pending, *(task.pending for task in self.tasks)]
+        queues = [self.pending, *(task.pending for task in (*self.tasks, *self.silent))]
         return any(SigInfo.unpack(info).timer == timer for queue in queues for info in queue)
 
 
@@ -137,6 +144,8 @@ class TaskView:
         self.tid = thread.tid
         self.thread = thread
         self.calls = CallTable()
+        #: signals that wait for it, bit n-1 for signal n; 0: none does, and nothing is read of them
+        self.has_pending = -1
 
     @property
     def process(self) -> tracee.Process:
@@ -161,7 +170,7 @@ class TaskView:
     @cached_property
     def pending(self) -> list[bytes]:
         """siginfo of the signals that are pending for this thread alone; to be read after the calls."""
-        return self.thread.pending() + self.view.kept_back(self.tid)
+        return self.thread.pending() + self.view.kept_back(self.tid) if self.has_pending else []
 
     def __str__(self) -> str:
         return f"pid {self.pid}" if self.leader else f"pid {self.pid} thread {self.tid}"

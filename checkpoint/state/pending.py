@@ -38,15 +38,14 @@ def _check(signals: Iterable[bytes]) -> None:
         raise ValueError(f"{count} pending signals")
 
 
-def _complete(queue: list[bytes], mask: str) -> tuple[bytes, ...]:
+def _complete(queue: list[bytes], mask: int) -> tuple[bytes, ...]:
     """The queue, and signals that are pending without an entry in it: the kernel drops the details when out of memory.
 
     The tool's own SIGSTOPs are left out: they hold the tree while its sockets are frozen.
     """
     infos = [without_kernel_fields(info) for info in queue if not _ours(info)]
     listed = {SigInfo.unpack(info).signal for info in queue}
-    bits = int(mask, 16)
-    bare = [n for n in range(1, NSIG + 1) if bits >> (n - 1) & 1 and n not in listed and n != signal.SIGKILL]
+    bare = [n for n in range(1, NSIG + 1) if mask >> (n - 1) & 1 and n not in listed and n != signal.SIGKILL]
     return tuple(infos + [siginfo(n, SiCode.USER) for n in bare])
 
 
@@ -70,7 +69,7 @@ class PendingForProcess(State):
         mask = task.view.status["ShdPnd"]
         # After the calls: a timer that was read as running and has expired since must not be lost (see posix_timers).
         yield
-        return cls(signals=_complete(task.view.pending, mask))
+        return cls(signals=_complete(task.view.pending, int(mask, 16)))
 
     def rebuild(self, task: TaskBuilder) -> None:
         calls = task.calls
@@ -95,6 +94,11 @@ class PendingForThread(State):
     def capture(cls, task: TaskView) -> Capture[Self]:
         mask = task.status["SigPnd"]
         yield
+        return cls.of(task, int(mask, 16))
+
+    @classmethod
+    def of(cls, task: TaskView, mask: int) -> Self:
+        """After the calls. ``mask``: as the kernel keeps it."""
         return cls(signals=_complete(task.pending, mask))
 
     def rebuild(self, task: TaskBuilder) -> None:

@@ -37,6 +37,7 @@ from checkpoint.state.hardening import MachineCheckPolicy, SpeculationControls, 
 from checkpoint.state.itimers import IntervalTimers
 from checkpoint.state.kernel_files import CoredumpFilter, OomScoreAdjustment
 from checkpoint.state.lasting import Dumpable, ParentDeathSignal
+from checkpoint.state.likeness import Likeness
 from checkpoint.state.limits import ResourceLimits
 from checkpoint.state.memory_switches import MemoryDenyWriteExecute, MemorySwitches
 from checkpoint.state.mempolicy import NumaPolicy
@@ -48,6 +49,7 @@ from checkpoint.state.scheduling import CpuAffinity, IoPriority, Scheduling, Tim
 from checkpoint.state.seccomp import Seccomp
 from checkpoint.state.signals import AlternateStack, SignalHandlers
 from checkpoint.state.subreaper import ChildSubreaper
+from tcpstate import trusted
 from tcpstate.kernel.calls import CallError, CallTable
 from tcpstate.slotted import dataclass
 
@@ -149,6 +151,9 @@ class ThreadState:
         return _get(self.states, kind)
 
 
+_thread = trusted.maker(ThreadState, "tid", "states")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessState:
     """All of one process. ``pid`` is its number in its own PID namespace, ``clocks`` what it saw at the capture."""
@@ -190,32 +195,43 @@ def make_ready(pid: int) -> None:
     landlock.make_ready(pid)
 
 
-def capture(process: Process, injection: Injection, more: CallTable | None = None) -> ProcessState:
+def capture(
+    process: Process, injection: Injection, more: CallTable | None = None, likeness: Likeness | None = None
+) -> ProcessState:
     """The state of a stopped process with an open injection.
 
-    more  calls that are to be made in its first thread, besides
+    more      calls that are to be made in its first thread, besides
+    likeness  which threads need not be asked (the others are in the injection); None: all are
 
     StateUnreadable if the kernel refuses a call; the errors of a kind that cannot be moved (SeccompSupervised, ...).
     """
-    view = ProcessView(process, more)
+    view = ProcessView(process, more, None if likeness is None else likeness.asked)
     view.scratch = injection.ranges
     own = [birth.begin(kind, view.tasks[0]) for kind in PROCESS_STATES]
-    threads = [[birth.begin(kind, task) for kind in THREAD_STATES] for task in view.tasks]
+    begun = [[birth.begin(kind, task) for kind in THREAD_STATES] for task in view.tasks]
+    if likeness is not None:
+        view.seccomp.update({tid: view.seccomp[model] for tid, (_, model) in likeness.like.items()})
     try:
         injection.run({task.tid: task.calls for task in view.tasks})
     except CallError as error:
         raise StateUnreadable(
             f"cannot {error.label}: {os.strerror(error.errno or 0)}", object=f"pid {process.pid}"
         ) from error
+    if likeness is not None:
+        likeness.look_again(view)
     now = clocks.read(process.pid)
     view.foreign = injection.foreign
+    states = tuple(birth.end(each) for each in own)
+    threads = {
+        task.tid: ThreadState(tid=task.inner_tid, states=tuple(birth.end(each) for each in states))
+        for task, states in zip(view.tasks, begun, strict=True)
+    }
+    if likeness is not None:
+        threads |= likeness.threads(view, threads, _thread)
     return ProcessState(
         pid=view.tasks[0].inner_tid,
-        states=tuple(birth.end(each) for each in own),
-        threads=tuple(
-            ThreadState(tid=task.inner_tid, states=tuple(birth.end(each) for each in states))
-            for task, states in zip(view.tasks, threads, strict=True)
-        ),
+        states=states,
+        threads=tuple(threads[thread.tid] for thread in process.threads),
         clocks=now,
     )
 
