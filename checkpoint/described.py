@@ -143,7 +143,7 @@ def frozen_tree(
         connections=list(connections),
         locks=given_up_locks(table.later, records[table.first :]),
         objects=objects(record.note for record in records[table.first :] if isinstance(record, SysvSegment)),
-        more=table.ahead is not None,
+        more=table.ahead is not None and table.ahead.connections > 0,
     )
 
 

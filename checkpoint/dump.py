@@ -35,7 +35,8 @@ from checkpoint import preflight, procfs, waiting
 from checkpoint.collector import CollectorPause
 from checkpoint.described import frozen_tree, held_listeners, manifest, process_records, states_record, tree_record
 from checkpoint.errors import NoSuchProcess, Refused, TreeChanged
-from checkpoint.files.ahead import Ahead, tell
+from checkpoint.files.ahead import Ahead
+from checkpoint.files.aheadtell import tell
 from checkpoint.files.base import OpenFile
 from checkpoint.files.contentrounds import ContentRounds
 from checkpoint.files.held import HeldSocket
@@ -156,11 +157,12 @@ class Dump:
                 with contextlib.suppress(NoSuchProcess):
                     self._foreseen[pid] = foresee(pid, self._foreseen.get(pid), tracked=True)
 
-    def tell_ahead(self, moved: Collection[str], *, retold: bool = False) -> AheadFiles | None:
-        """Idle connections, to be built before the stop; None if there are none, or this kernel cannot tell whether
-        they change. ``moved``: the addresses that will leave; ``retold``: the target knows
-        :mod:`checkpoint.files.retold`. Last before :meth:`make_ready`."""
-        self._ahead, told = tell(preflight.pids(self.roots), moved, self._policy, retold=retold)
+    def tell_ahead(self, moved: Collection[str], *, retold: bool = False, plain: bool = False) -> AheadFiles | None:
+        """Files to be built before the stop; None if there are none, or this kernel cannot tell whether they change.
+        ``moved``: the addresses that will leave; ``retold``, ``plain``: the target knows :mod:`checkpoint.files.retold`
+        and :mod:`checkpoint.files.plain`. Last before :meth:`make_ready`."""
+        pids, evidence = preflight.pids(self.roots), self._evidence if plain else None
+        self._ahead, told = tell(pids, moved, self._policy, retold=retold, evidence=evidence)
         return told
 
     def give_up_live(self) -> None:

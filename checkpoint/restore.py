@@ -212,9 +212,9 @@ class Restore:
 
     def _build_ahead(self, told: AheadFiles) -> None:
         if self._tree is not None or self._ahead is not None:
-            raise ImageIncomplete("connections were told ahead of the stop after it, or twice")
+            raise ImageIncomplete("files were told ahead of the stop after it, or twice")
         self.make_ready()
-        self._ahead = BuiltAhead(told, self._devices)
+        self._ahead = BuiltAhead(told, self._devices, self._path)
         self._ahead.install(self.stubs)
 
     def _whole(self, files: TreeFiles) -> TreeFiles:

@@ -24,6 +24,7 @@ from tcpstate import acceptqueue
 __all__ = [
     "ACCEPT_QUEUE",
     "AHEAD",
+    "AHEAD_PLAIN",
     "CHECK_FOLLOWS",
     "FORWARD",
     "LAZY",
@@ -42,6 +43,8 @@ __all__ = [
 ACCEPT_QUEUE: Final = "accept-queue"
 #: of :func:`features`: connections are built before the stop (the frame AHEAD is understood)
 AHEAD: Final = "connections-ahead"
+#: of :func:`features`: so are plain files (they may stand in the frame AHEAD)
+AHEAD_PLAIN: Final = "files-ahead"
 #: of :func:`features`: of those that have changed numbers are enough (the field ``retold`` of FILES_DELTA)
 RETOLD: Final = "connections-retold"
 #: of :func:`features`: shared memory is kept before the stop (the frame CONTENTS is understood)
@@ -84,7 +87,8 @@ def without(needs: Needs, patterns: Sequence[str]) -> Needs:
 def features() -> frozenset[str]:
     """What the kernel and this program can do here that another host may want to know before anything is stopped. The
     first time takes up to a second (the kernel's BTF is read)."""
-    ours = frozenset({PROBE, AHEAD, RETOLD, STAGED, FORWARD, squeeze.FEATURE} | (set() if lazy.available() else {LAZY}))
+    ours = frozenset({PROBE, AHEAD, AHEAD_PLAIN, RETOLD, STAGED, FORWARD, squeeze.FEATURE})
+    ours |= set() if lazy.available() else {LAZY}
     return ours if acceptqueue.missing() else ours | {ACCEPT_QUEUE}
 
 

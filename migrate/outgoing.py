@@ -39,7 +39,7 @@ from checkpoint.namespaces.ways import Ways
 from checkpoint.records import Ended
 from checkpoint.throttle import Throttle
 from migrate.clock import monotonic_ns
-from migrate.hostfacts import ACCEPT_QUEUE, AHEAD, RETOLD, STAGED
+from migrate.hostfacts import ACCEPT_QUEUE, AHEAD, AHEAD_PLAIN, RETOLD, STAGED
 from migrate.messages import Needs, TreeNeed
 from migrate.parts import NoteWriter
 from migrate.rounds import Pace, Round
@@ -91,13 +91,13 @@ class OutgoingTrees:
         #: what the connections were sent in the stop and do not have
         self._refused: list[Segment] = []
         self._began = False
-        #: whether the target builds connections before the stop
-        self._ahead = self._retold = False
+        #: whether the target builds connections before the stop, and opens plain files
+        self._ahead = self._retold = self._plain = False
         self._throttle = Throttle(roots)
 
     def meet(self, features: frozenset[str]) -> None:
         """What waits to be accepted can move if both kernels can put it back: here, should all be undone."""
-        self._ahead, self._retold = AHEAD in features, RETOLD in features
+        self._ahead, self._retold, self._plain = (feature in features for feature in (AHEAD, RETOLD, AHEAD_PLAIN))
         self._dump.contents.wanted = STAGED in features
         if self._policy.accept_queue is not AcceptQueues.REFUSE and ACCEPT_QUEUE in features:
             lack = acceptqueue.missing()
@@ -208,10 +208,10 @@ class OutgoingTrees:
     def copy_ahead(
         self, image: ImageWriter, moved: Sequence[str], there: Callable[[int], int], settle: Callable[[], None]
     ) -> None:
-        """Idle connections are told, and built."""
-        if not self._ahead or (told := self._dump.tell_ahead(moved, retold=self._retold)) is None:
+        """Idle connections and plain files are told, and built."""
+        if not self._ahead or (told := self._dump.tell_ahead(moved, retold=self._retold, plain=self._plain)) is None:
             return
-        _log.info("%d idle connections are built at the target before the stop", len(told.files))
+        _log.info("%d idle connections and plain files are built at the target before the stop", len(told.files))
         told = dataclasses.replace(told, read_at=max(0, there(told.read_at)))
         self._begin(image)
         image.write(self._writer.frame(Kind.AHEAD, told))

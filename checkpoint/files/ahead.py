@@ -1,4 +1,5 @@
-"""Connections that are told before the stop, while their owners run: the source's half of their pre-copy.
+"""Connections that are told before the stop, while their owners run: the source's half of their pre-copy. Behind them
+come plain files (:mod:`checkpoint.files.aheadplain`), for which the same holds.
 
 ::
 
@@ -24,14 +25,15 @@ import socket
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import field
-from typing import Final
+from typing import Final, NamedTuple
 
 from checkpoint.errors import FileCaptureFailed
 from checkpoint.files.abi import CAPTURED_FLAGS, pidfd_getfd
 from checkpoint.files.aheadepoll import AheadEpolls, Watchable
+from checkpoint.files.aheadplain import AheadPlain, PlainFile
 from checkpoint.files.base import FdView, OpenFile
 from checkpoint.files.peers import is_loopback
-from checkpoint.files.policy import Policy
+from checkpoint.files.plain import Numbers
 from checkpoint.files.table import FileTable
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.files.treefiles import AheadFiles, AheadPlace
@@ -39,7 +41,6 @@ from checkpoint.kernel import filetable
 from checkpoint.kernel.difference import differing
 from checkpoint.kernel.filetable import Row
 from checkpoint.kernel.tablereader import TableReader
-from checkpoint.namespaces.numbers import Numbers
 from tcpstate import options
 from tcpstate.connid import ConnId
 from tcpstate.errors import KernelFeatureMissing, TcpmigError
@@ -48,14 +49,13 @@ from tcpstate.kernel.beside import Beside
 from tcpstate.kernel.bpf.census import census
 from tcpstate.kernel.bpf.gate import Gate
 from tcpstate.kernel.bpf.recount import Recount, Same
-from tcpstate.kernel.route import local_addresses
 from tcpstate.options import in_force, number
 from tcpstate.record import ConnectionRecord, Family
 from tcpstate.segment import Segment
 from tcpstate.slotted import dataclass
 from tcpstate.standing import Standing, read_standing, supposed
 
-__all__ = ["Ahead", "AheadView", "lasts", "tell"]
+__all__ = ["Ahead", "AheadView", "Stand", "lasts"]
 
 _log = logging.getLogger(__name__)
 
@@ -117,6 +117,12 @@ class _Member:
     files: dict[int, Watchable] = field(default_factory=dict)
     _rows: list[tuple[int, bytes]] = field(default_factory=list)
 
+    def add_plain(self, index: int, one: PlainFile) -> None:
+        """One of its plain files."""
+        self._rows.append((one.view.fd, one.row))
+        self.table[one.view.fd] = index, one.place.cloexec
+        self.indexes.add(index)
+
     def add(self, index: int, one: _Found) -> None:
         """One of its connections."""
         fd = one.view.fd
@@ -141,6 +147,21 @@ class _Found:
     standing: Standing
 
 
+class Stand(NamedTuple):
+    """Of a process that stands still: what there is of what was told.
+
+    table   its descriptors that are what was told, as a table has them
+    inodes  which of the connections these are, by inode
+    files   which of the plain files, by device, inode and path
+    others  the numbers of all other descriptors
+    """
+
+    table: dict[int, tuple[int, bool]]
+    inodes: dict[int, int]
+    files: dict[tuple[int, int, str], int]
+    others: list[int]
+
+
 class Ahead:
     """See the module's docstring. ``moved``: the addresses that will leave this host; connections of others are left to
     the stop, since after it only the address's absence keeps them silent. ``retold``: the target knows
@@ -154,6 +175,7 @@ class Ahead:
         self._tables: TableReader | None = None
         self._look: Beside[tuple[bytes, bool]] | None = None
         self._found: list[_Found] = []
+        self._plain: AheadPlain | None = None
         self._members: dict[int, _Member] = {}
         self._by_conn: dict[ConnId, int] = {}
         #: what the last look at them told, of each
@@ -168,6 +190,8 @@ class Ahead:
         self.views: list[FdView] = []
         #: indexes of those that are what they were, as far as is known
         self.here: set[int] = set()
+        #: where plain files have got to that are not where they were, by index
+        self.moved_on: dict[int, Numbers] = {}
         self.epolls = AheadEpolls()
 
     # -- while they run
@@ -198,23 +222,36 @@ class Ahead:
         for index, one in enumerate(self._found):
             self._by_conn[one.standing.record.conn_id] = index
             self._members.setdefault(one.view.pid, _Member()).add(index, one)
-        for member in self._members.values():
-            member.sort()
         if self._found:
             self._gate = Gate(one.standing.record.conn_id for one in self._found)
             standing = [one.standing for one in self._found]
-            self._tables = TableReader(2 * len(self._found) + _MORE)
             self._recount = Recount([one.cookie for one in standing], [one.census for one in standing])
         self.files += map(_file, self._found)
         self.ports |= {conn.local_port for conn in self._by_conn}
         self.local_addresses |= {conn.local for conn in self._by_conn}
         epolls = self.epolls.read({pid: member.files for pid, member in self._members.items()})
         return AheadFiles(
-            files=self.files,
+            files=list(self.files),
             places=[AheadPlace(pid=one.view.pid, fd=one.view.fd, cloexec=one.place.cloexec) for one in self._found],
             read_at=read_at,
             epolls=epolls,
         )
+
+    def add_plain(self, plain: AheadPlain) -> list[AheadPlace]:
+        """Plain files that are told as well; where they are. Last."""
+        self._plain = plain
+        for index, one in enumerate(plain.found, len(self._found)):
+            self._members.setdefault(one.view.pid, _Member()).add_plain(index, one)
+        self.views += [one.view for one in plain.found]
+        self.files += [one.record for one in plain.found]
+        return [one.place for one in plain.found]
+
+    def make_ready(self) -> None:
+        """All is told. KernelFeatureMissing."""
+        for member in self._members.values():
+            member.sort()
+        if self.files:
+            self._tables = TableReader(2 * len(self.files) + _MORE)
 
     def _choose(self, pids: Sequence[int], before: Mapping[int, bytes]) -> dict[int, list[tuple[bytes, Row]]]:
         """Established connections that one descriptor leads to, and nobody is told of by signals."""
@@ -246,19 +283,28 @@ class Ahead:
 
     @property
     def count(self) -> int:
-        """How many were told."""
+        """How many files were told."""
+        return len(self.files)
+
+    @property
+    def connections(self) -> int:
+        """How many of them, the first, are connections."""
         return len(self._found)
+
+    @property
+    def unchanged(self) -> set[int]:
+        """Indexes of connections whose descriptors are what they were."""
+        return {index for index in self.here if index < len(self._found)} if self._plain else self.here
 
     @property
     def gone(self) -> list[int]:
         """Indexes of those that the target is to forget: their descriptors lead elsewhere by now."""
-        if len(self.here) == len(self._found):
+        if len(self.here) == len(self.files):
             return []
-        return sorted(set(range(len(self._found))) - self.here)
+        return sorted(set(range(len(self.files))) - self.here)
 
-    def standing(self, pid: int) -> tuple[dict[int, tuple[int, bool]], dict[int, int], list[int]]:
-        """Of a process that stands still: the descriptors that are what was told, as its table has them; which of the
-        connections these are, by inode; the numbers of all other descriptors. OSError."""
+    def standing(self, pid: int) -> Stand:
+        """What there is of a process that stands still. OSError."""
         member = self._members.get(pid, _Member())
         now = filetable.table(pid) if self._tables is None else self._tables.read(pid)
         gone, fresh = differing(member.rows, now, filetable.SIZE, filetable.number_of)
@@ -266,11 +312,27 @@ class Ahead:
         self.here |= member.indexes
         for row in gone:
             index, _ = table.pop(filetable.number_of(row))
-            del inodes[self.views[index].stat.st_ino]
+            if index < len(self._found):
+                del inodes[self.views[index].stat.st_ino]
             self.here.discard(index)
         others = list(filetable.rows(fresh))
         self.epolls.stand(pid, others)
-        return table, inodes, [row.fd for row in others]
+        stand = Stand(table, inodes, {}, [row.fd for row in others])
+        if self._plain is not None:
+            moved, lost = self._plain.standing(pid, table)
+            self.moved_on |= moved
+            for fd in lost:
+                self.leave(stand, table[fd][0])
+            stand.files.update(self._plain.keys(pid, table))
+        return stand
+
+    def leave(self, stand: Stand, index: int) -> None:
+        """One of them is captured anew."""
+        fd = self.views[index].fd
+        self.here.discard(index)
+        self.moved_on.pop(index, None)
+        stand.others.append(fd)
+        del stand.table[fd]
 
     def look(self) -> None:
         """First of the stop: the connections are looked at, beside whatever else is done, and from now on the gate
@@ -365,25 +427,6 @@ def lasts(record: ConnectionRecord) -> bool:
         return True
     lasts = in_force(record, "tcp.keepintvl") * in_force(record, "tcp.keepcnt")
     return record.family is not Family.IPV6 and lasts >= _DOUBT
-
-
-def tell(
-    pids: Sequence[int], moved: Collection[str], policy: Policy, *, retold: bool = False
-) -> tuple[Ahead, AheadFiles] | tuple[None, None]:
-    """The idle connections of processes that run, and what the target is to know; nothing if there are none, if this
-    kernel cannot tell whether they change, or if the policy makes something else of connections. ``moved`` and
-    ``retold`` as above."""
-    # in a PID namespace of their own they have other numbers in records
-    if policy.external or policy.cuts or not Numbers(pids).same:
-        return None, None
-    ahead = Ahead(moved, retold=retold)
-    try:
-        told = ahead.read(pids, local_addresses())
-    except (KernelFeatureMissing, OSError) as error:
-        _log.info("connections are not built ahead of the stop: %s", error)
-        ahead.close()
-        return None, None
-    return (ahead, told) if told.files else (None, None)
 
 
 def _read(

@@ -1,4 +1,5 @@
-"""Connections that are built before the stop: the target's half of their pre-copy.
+"""Connections that are built before the stop: the target's half of their pre-copy. Behind them come plain files, which
+are opened (:mod:`checkpoint.files.aheadopen`).
 
 They stand in repair mode, behind the filter and the mark of :mod:`tcpstate.rebuild`, on the descriptors that the new
 processes will have: nothing of them can be heard, and if we end they vanish without a packet.  All that is left for the
@@ -10,14 +11,16 @@ Their keepalive begins with the release: a socket that probes its peer before it
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import select
 import socket
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from checkpoint.errors import BadFileRecord
 from checkpoint.files.aheadinstall import install_ahead
+from checkpoint.files.aheadopen import OpenedAhead
 from checkpoint.files.base import OpenFile, set_flags
 from checkpoint.files.descriptors import ensure_descriptors
 from checkpoint.files.epoll import Epoll
@@ -40,16 +43,17 @@ __all__ = ["BuiltAhead"]
 
 
 class BuiltAhead:
-    """The connections of ``told``, built. BadFileRecord, TooManyDescriptors, and what
+    """The files of ``told``, built. BadFileRecord, TooManyDescriptors, and what
     :func:`~tcpstate.rebuild.rebuild_connections` raises; nothing is left then.
 
     devices  interface names of the source to those here
+    path     maps a path of the source to one here
     """
 
-    def __init__(self, told: AheadFiles, devices: Mapping[str, str]) -> None:
+    def __init__(self, told: AheadFiles, devices: Mapping[str, str], path: Callable[[str], str]) -> None:
         self.told = told
         self.files = [file.on_devices(devices) if devices else file for file in told.files]
-        self._records = [_idle(file) for file in self.files]
+        self._records = [_idle(file) for file in itertools.takewhile(_is_connection, self.files)]
         self._by_conn = {record.conn_id: index for index, record in enumerate(self._records)}
         #: their local ports
         self.ports = {record.conn_id.local_port for record in self._records}
@@ -58,14 +62,14 @@ class BuiltAhead:
         #: their descriptors in the new processes
         self.tables = Told(told)
         self._handed_over = False
-        ensure_descriptors(len(self.files))
+        ensure_descriptors(len(self._records))
         self._socks: list[socket.socket] = []
-        self._fds: list[int] = []
+        self._plain: OpenedAhead | None = None
         self._epolls: list[int] = []
         #: processes that have their descriptors already
         self._stubs: Mapping[int, Stub] = {}
         try:
-            for record, file in zip(self._records, self.files, strict=True):
+            for record, file in zip(self._records, self.files[: len(self._records)], strict=True):
                 sock = new_socket(rebuild.record_family(record), socket.SOCK_STREAM, str(record.conn_id))
                 self._socks.append(sock)
                 set_flags(sock.fileno(), file.flags)
@@ -73,7 +77,7 @@ class BuiltAhead:
             rebuild_connections(self._records, self._socks, elapsed=elapsed)
             self._differences = rebuild.differences(self._socks, self._records)
             self._ready = Ready(self._socks, self._records)
-            self._fds = [sock.fileno() for sock in self._socks]
+            self._plain = OpenedAhead(self.files[len(self._records) :], len(self._records), path)
             for _ in told.epolls:
                 self._epolls.append(_new_epoll())
         except BaseException:
@@ -82,17 +86,26 @@ class BuiltAhead:
 
     @property
     def count(self) -> int:
-        """How many were told."""
+        """How many files were told."""
         return len(self.files)
 
     @property
     def standing(self) -> int:
-        """How many are as they were told."""
-        return len(self.files) - len(self._gone) - len(self._changed)
+        """How many connections are as they were told."""
+        return len(self._records) - len(self._out)
+
+    @property
+    def _out(self) -> set[int]:
+        """Indexes of connections that are not."""
+        return {index for index in self._gone if index < len(self._records)} | set(self._changed)
+
+    @property
+    def _fds(self) -> list[int]:
+        return [sock.fileno() for sock in self._socks] + ([] if self._plain is None else self._plain.fds)
 
     @property
     def changed(self) -> Sequence[int]:
-        """Indexes of those that were told again."""
+        """Indexes of connections that were told again."""
         return self._changed
 
     def install(self, stubs: Mapping[int, Stub]) -> None:
@@ -109,9 +122,15 @@ class BuiltAhead:
         return bool(self._stubs) and all(stubs.get(pid) is stub for pid, stub in self._stubs.items())
 
     def go_on(self, files: TreeFiles) -> TreeFiles:
-        """The files of the tree, now that it stands still; connections that are gone are forgotten. ValueError."""
+        """The files of the tree, now that it stands still; those that are gone are forgotten. ValueError."""
         whole = self.tables.go_on(files)
         self._forget(files.gone)
+        if self._plain is not None:
+            for index in files.moved_on:
+                self.files[index] = whole.files[index]
+                self._plain.seek(index, whole.files[index].pos)
+            for index in self._plain.lacking(self._gone):
+                self.tables.lack(index)
         return whole
 
     def take_epoll(self, at: int) -> int:
@@ -136,23 +155,23 @@ class BuiltAhead:
         """The source has them no more, or tells them otherwise."""
         for index in gone:
             self._gone.add(index)
-            # in repair mode: without a packet
-            self._socks[index].close()
+            if index < len(self._socks):
+                # in repair mode: without a packet
+                self._socks[index].close()
+            elif self._plain is not None:
+                self._plain.forget(index)
 
     def hand_over(self) -> list[int | None]:
-        """Their descriptors, which are the caller's from now on; None of those that are gone."""
+        """Their descriptors, which are the caller's from now on; None of those that are gone, or not open."""
         self._handed_over = True
-        found: list[int | None] = list(self._fds)
-        for index in self._gone:
-            found[index] = None
-        return found
+        return [None if fd < 0 else fd for fd in self._fds]
 
     # -- the connections are frozen
 
     def dissolve_changed(self, again: Collection[int], now: Sequence[OpenFile]) -> list[int]:
         """Make room on the descriptors of those that were told ``again``; ``now``: all files, the first of which are
         ours. Their indexes. ConnectionCallFailed."""
-        self._changed = sorted(i for i in again if i < len(self.files) and i not in self._gone)
+        self._changed = sorted(i for i in again if i < len(self._records) and i not in self._gone)
         if not self._changed:
             return []
         socks = [self._socks[i] for i in self._changed]
@@ -173,16 +192,16 @@ class BuiltAhead:
 
     def differences(self) -> list[tuple[str, Difference]]:
         """(conn-ID, difference) of those that stand as they were told, and read back otherwise."""
-        out = self._gone | set(self._changed)
+        out = self._out
         return [(str(self._records[at].conn_id), one) for at, one in self._differences if at not in out]
 
     def release(self) -> Together:
         """They live: their addresses are local. Begun now; ConnectionCallFailed when it is finished."""
-        return self._ready.release(self._gone | set(self._changed))
+        return self._ready.release(self._out)
 
     def connections_for(self, segments: Iterable[Segment]) -> list[tuple[socket.socket, ConnectionRecord]]:
         """Those that stand as they were told, and some of the segments are for."""
-        out = self._gone | set(self._changed)
+        out = self._out
         found = {self._by_conn.get(segment.conn_id, -1) for segment in segments} - out - {-1}
         return [(self._socks[index], self._records[index]) for index in sorted(found)]
 
@@ -194,6 +213,9 @@ class BuiltAhead:
             else:
                 sock.close()
         self._socks = []
+        plain, self._plain = self._plain, None
+        if plain is not None and not self._handed_over:
+            plain.close()
         while self._epolls:
             os.close(self._epolls.pop())
 
@@ -201,6 +223,10 @@ class BuiltAhead:
 def _new_epoll() -> int:
     with select.epoll() as instance:
         return os.dup(instance.fileno())
+
+
+def _is_connection(file: OpenFile) -> bool:
+    return isinstance(file, TcpFile)
 
 
 def _idle(file: OpenFile) -> ConnectionRecord:

@@ -18,14 +18,14 @@ __all__ = ["install_ahead"]
 
 
 def install_ahead(
-    told: AheadFiles, sockets: Sequence[int], epolls: Sequence[int], stubs: Mapping[int, Stub]
+    told: AheadFiles, files: Sequence[int], epolls: Sequence[int], stubs: Mapping[int, Stub]
 ) -> dict[int, Stub]:
-    """``sockets`` and ``epolls`` are our descriptors of what is told. The processes that have them now; a process that
-    is not there, or has other descriptors than that of us, gets none, and then none does. CallError,
-    TooManyDescriptors."""
+    """``files`` and ``epolls`` are our descriptors of what is told (-1: it is not open). The processes that have them
+    now; a process that is not there, or has other descriptors than that of us, gets none, and then none does.
+    CallError, TooManyDescriptors."""
     wanted: dict[int, list[tuple[int, bool, int]]] = {}
     for (pid, fd, cloexec), ours in (
-        *(((p.pid, p.fd, p.cloexec), ours) for p, ours in zip(told.places, sockets, strict=True)),
+        *(((p.pid, p.fd, p.cloexec), ours) for p, ours in zip(told.places, files, strict=True) if ours >= 0),
         *(((e.pid, e.fd, e.cloexec), ours) for e, ours in zip(told.epolls, epolls, strict=True)),
     ):
         wanted.setdefault(pid, []).append((fd, cloexec, ours))

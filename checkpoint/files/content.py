@@ -249,10 +249,16 @@ def data_runs(fd: int, offset: int = 0) -> Iterator[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def reopened(magic: str) -> Iterator[int]:
-    """A descriptor of its own for reading a file, whatever way it was opened by its owner."""
-    fd = os.open(magic, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
-    try:
+def reopened(magic: str, seen: os.stat_result) -> Iterator[int]:
+    """A descriptor of its own for reading a file, whatever way it was opened by its owner. OSError; FileNotFoundError
+    if it is not the file that was ``seen`` there: its owner may run, and has opened another, which may have no end, or
+    be waited for."""
+    with contextlib.ExitStack() as ends:
+        # with O_PATH nothing is opened yet
+        held = os.open(magic, os.O_PATH | os.O_CLOEXEC)
+        ends.callback(os.close, held)
+        if not os.path.samestat(os.fstat(held), seen):
+            raise FileNotFoundError(errno.ENOENT, "another file is there now", magic)
+        fd = os.open(f"/proc/self/fd/{held}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY)
+        ends.callback(os.close, fd)
         yield fd
-    finally:
-        os.close(fd)

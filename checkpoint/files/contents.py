@@ -85,5 +85,5 @@ class ContentTable:
 
 
 def _seals(view: FdView) -> int:
-    with reopened(view.magic) as fd:
+    with reopened(view.magic, view.stat) as fd:
         return fcntl.fcntl(fd, Fcntl.GET_SEALS)

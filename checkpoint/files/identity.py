@@ -71,11 +71,11 @@ def evidence_of(fd: int, size: int) -> Evidence:
 
 
 def digest(fd: int, size: int) -> bytes:
-    """Of a file of ``size`` bytes. OSError."""
+    """Of the first ``size`` bytes of a file: it may grow meanwhile. OSError."""
     state = hashlib.blake2b(size.to_bytes(8, "little"), digest_size=_DIGEST)
     if size <= _WHOLE:
         at = 0
-        while piece := os.pread(fd, 1 << 20, at):
+        while piece := os.pread(fd, min(1 << 20, size - at), at):
             state.update(piece)
             at += len(piece)
     else:

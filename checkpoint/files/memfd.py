@@ -37,7 +37,7 @@ class Memfd(OpenFile):
     @classmethod
     def capture(cls, view: FdView) -> Self:
         name = view.link[len(_PREFIX) :].removesuffix(DELETED)
-        with reopened(view.magic) as fd:
+        with reopened(view.magic, view.stat) as fd:
             # the block is as large as the page; but also where tmpfs has transparent huge pages
             huge = view.stat.st_blksize.bit_length() - 1 if filesystem_magic(fd) == Magic.HUGETLBFS else 0
         return cls(content=view.table.content(view, ContentKind.MEMFD, name, huge), **view.common())

@@ -56,7 +56,7 @@ def _not_of_huge_pages(view: FdView) -> None:
     """UnsupportedFile for a file of hugetlbfs: it is memory of this host."""
     if view.stat.st_blksize < _SMALLEST_HUGE_PAGE:
         return
-    with reopened(view.magic) as fd:
+    with reopened(view.magic, view.stat) as fd:
         if filesystem_magic(fd) == Magic.HUGETLBFS:
             raise UnsupportedFile("file of huge pages (hugetlbfs)", object=view.object)
 
@@ -312,7 +312,7 @@ class RegularFile(OpenFile):
         """The record with evidence, which takes reading the file: not in the stop. OSError."""
         if self.access.writes or self.volatile:
             return self
-        with reopened(view.magic) as fd:
+        with reopened(view.magic, view.stat) as fd:
             return dataclasses.replace(self, evidence=evidence_of(fd, self.size))
 
     def check(self, host: Rebuilder) -> str:

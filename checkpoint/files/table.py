@@ -29,6 +29,7 @@ from checkpoint.files.epoll import EPOLL_LINK
 from checkpoint.files.identity import Evidence
 from checkpoint.files.kinds import kind_for
 from checkpoint.files.outside import Outside
+from checkpoint.files.plain import moved_on
 from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.files.sysv import SysvSegment, remove_deserted
 from checkpoint.files.treefiles import LastMapped, LocksOfFile, Mapping, Owner, TreeFiles
@@ -53,7 +54,7 @@ class FileTable:
 
     ``live``: the processes run; descriptors that vanish meanwhile are left out, and nothing is captured.
     ``policy``: what the user decided.
-    ``ahead``: connections that were told before the stop, and are looked at from now on: they are the first entries.
+    ``ahead``: files that were told before the stop, and are looked at from now on: they are the first entries.
     ``stopped``: the processes stand still already: what takes long to ask is asked beside.
     """
 
@@ -89,9 +90,11 @@ class FileTable:
         self._given_up: list[tuple[int, FileLock]] = []
         #: where the entries begin that were not told ahead
         self.first = 0 if ahead is None else ahead.count
+        #: what tells of connections that are told ahead tells whether sockets have keys
+        self._told = ahead if ahead is not None and ahead.connections else None
         self._posix: dict[int, dict[tuple[int, int], tuple[int, tuple[PosixLock, ...]]]] = {}
         # the kernel goes through all sockets of the host: milliseconds
-        self._keys = Beside(all_keys) if stopped and ahead is None else None
+        self._keys = Beside(all_keys) if stopped and self._told is None else None
         if ahead is not None:
             ahead.look()
             self.entries += ahead.views
@@ -138,18 +141,20 @@ class FileTable:
     def _add_standing(self, ahead: Ahead, pid: int) -> list[int]:
         """The descriptors that are as they were told ahead; the numbers of the others."""
         try:
-            told, inodes, numbers = ahead.standing(pid)
+            stand = ahead.standing(pid)
         except OSError as error:
             raise FileCaptureFailed(f"its descriptors: {error.strerror}", object=f"pid {pid}") from error
-        for inode in inodes.keys() & self._by_socket.keys():
-            # another process, captured before, has it as well by now
-            index = inodes.pop(inode)
-            ahead.here.discard(index)
-            numbers.append(ahead.views[index].fd)
-            del told[ahead.views[index].fd]
-        self._by_socket.update(inodes)
-        self.tables.setdefault(pid, {}).update(told)
-        return sorted(numbers)
+        # another process, captured before, has it as well by now; or has another description of that file
+        for inode in stand.inodes.keys() & self._by_socket.keys():
+            ahead.leave(stand, stand.inodes.pop(inode))
+        for file in stand.files.keys() & self._by_file.keys():
+            ahead.leave(stand, stand.files.pop(file))
+        self._by_socket.update(stand.inodes)
+        self._by_file.update((file, [index]) for file, index in stand.files.items())
+        for index in ahead.moved_on.keys() & stand.files.values():
+            self._files[index] = moved_on(ahead.files[index], ahead.moved_on[index])
+        self.tables.setdefault(pid, {}).update(stand.table)
+        return sorted(stand.others)
 
     def _shares_table(self, pid: int) -> bool:
         """Whether a process that was added before has the same table."""
@@ -380,14 +385,14 @@ class FileTable:
     @functools.cached_property
     def signing_keys(self) -> dict[int, tuple[SigningKey, ...]]:
         """The TCP MD5 keys of this network namespace's sockets, by inode, as they were when first asked for."""
-        if self.ahead is not None and self.ahead.nobody_signs:
+        if self._told is not None and self._told.nobody_signs:
             return {}
         return all_keys() if self._keys is None else self._keys.result()
 
     @functools.cached_property
     def listeners_keys(self) -> dict[int, tuple[SigningKey, ...]]:
         """Those of listeners. The others may still be asked for by somebody else, beside us: this does not wait."""
-        return self.signing_keys if self.ahead is None else listeners_keys()
+        return self.signing_keys if self._told is None else listeners_keys()
 
     def content(self, view: FdView, kind: ContentKind, name: str, huge: int = 0) -> int:
         """The index of the content of a file, recorded when it is first asked for."""
@@ -422,6 +427,7 @@ class FileTable:
             files=files.files[self.first :],
             ahead=self.first,
             gone=tuple(self.ahead.gone),
+            moved_on=dict(self.ahead.moved_on),
             staged=staged,
         )
 
@@ -439,7 +445,7 @@ class FileTable:
         flock and OFD locks are given up now, for their new owner; :meth:`go_on` takes them back."""
         changed = {}
         self.late = True
-        # what was told ahead are connections, which have no locks
+        # what was told ahead has no locks, and connections are told at the end
         later = list(enumerate(self._files[self.first :], self.first))
         for index, old in later:
             kind = type(old)

@@ -135,7 +135,7 @@ class TcpGroup:
     @property
     def ahead(self) -> int:
         """How many of them are as they were told before the stop."""
-        return 0 if self._ahead is None else len(self._ahead.here - self._changed)
+        return 0 if self._ahead is None else len(self._ahead.unchanged - self._changed)
 
     def find_peers(self, local: Collection[str]) -> None:
         """Look for other ends on this host; ``local`` are its addresses. LocalPeer for one that a process has which
@@ -389,7 +389,7 @@ class TcpGroup:
         But the other end of a connection that stays on this host learns that its peer has gone: such a connection is
         given back, and ends with the process that has it."""
         if self._ahead is not None:
-            told = sorted(self._ahead.here - self._changed)
+            told = sorted(self._ahead.unchanged - self._changed)
             for at in range(0, len(told), _AT_ONCE):
                 views = [self._table.entries[index] for index in told[at : at + _AT_ONCE]]
                 discard_connections([view.socket for view in views], close=False)

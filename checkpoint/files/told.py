@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from checkpoint.files.base import OpenFile
+from checkpoint.files.plain import Numbers, is_plain, moved_on
 from checkpoint.files.treefiles import AheadFiles, TreeFiles
 
 __all__ = ["Told", "whole"]
@@ -47,7 +49,21 @@ class Told:
             self._again.setdefault(place.pid, set()).add(place.fd)
         for pid in self._tables.keys() & files.tables.keys():
             tables[pid].update(files.tables[pid])
-        return dataclasses.replace(files, files=[*told.files, *files.files], tables=tables, ahead=0, gone=())
+        first = list(told.files)
+        for index, now in files.moved_on.items():
+            first[index] = self._moved_on(index, Numbers(*now))
+        return dataclasses.replace(files, files=[*first, *files.files], tables=tables, ahead=0, gone=(), moved_on={})
+
+    def _moved_on(self, index: int, now: Numbers) -> OpenFile:
+        before = self._told.files[index]
+        if not is_plain(before):
+            raise ValueError(f"file {index} is not one that can move on")
+        return moved_on(before, now)
+
+    def lack(self, index: int) -> None:
+        """The processes do not have what was told as this, after all. After :meth:`go_on`."""
+        place = self._told.places[index]
+        self._again.setdefault(place.pid, set()).add(place.fd)
 
     def kept(self, pid: int) -> dict[int, int]:
         """Of a process that has the descriptors that were told: those that are as they are to be, and what they lead
@@ -58,7 +74,7 @@ class Told:
         return found
 
     def name(self, index: int) -> str:
-        """A connection in the words of errors."""
+        """A file in the words of errors."""
         place = self._told.places[index]
         return f"pid {place.pid} fd {place.fd}"
 

@@ -77,6 +77,7 @@ class TreeFiles:
     ahead     so many files were told before, in an :class:`AheadFiles`, and are not among ``files``, whose numbers go
               on from there; nor are descriptors in ``tables`` that were told with them
     gone      those of them that are not open any more
+    moved_on  of plain files among them that are not where they were: position, bytes, time of modification
     staged    contents that were told before, too: index to number in CONTENTS
     """
 
@@ -86,6 +87,7 @@ class TreeFiles:
     locks: dict[int, list[LocksOfFile]] = field(default_factory=dict)
     ahead: int = 0
     gone: tuple[int, ...] = ()
+    moved_on: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     staged: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,7 +104,7 @@ class TreeFiles:
             for lock in held:
                 if not 0 <= lock.file < count:
                     raise ValueError(f"pid {pid} has locks on file {lock.file} of {count}")
-        if self.ahead < 0 or any(not 0 <= index < self.ahead for index in self.gone):
+        if self.ahead < 0 or any(not 0 <= index < self.ahead for index in (*self.gone, *self.moved_on)):
             raise ValueError("files that were told ahead are out of range")
         contents = range(len(self.contents))
         if any(index not in contents for index in self.staged) or len({*self.staged.values()}) != len(self.staged):
@@ -152,9 +154,9 @@ class AheadEpoll:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AheadFiles:
-    """Idle connections of processes that run, told before the stop. The first files of the tree.
+    """Files of processes that run, told before the stop. The first files of the tree.
 
-    files    connections with their records
+    files    idle connections with their records; behind them plain files (:mod:`checkpoint.files.plain`)
     places   where each of them is
     epolls   those that watch them
     read_at  when their clocks were read: CLOCK_MONOTONIC of the source, nanoseconds; on the line of the host that
@@ -168,10 +170,10 @@ class AheadFiles:
 
     def __post_init__(self) -> None:
         if len(self.files) != len(self.places) or not 0 <= self.read_at < 1 << 62:
-            raise ValueError("connections and their places do not agree, or a clock cannot show that")
+            raise ValueError("files and their places do not agree, or a clock cannot show that")
         numbers = [(place.pid, place.fd) for place in self.places]
         if len({*numbers, *((one.pid, one.fd) for one in self.epolls)}) != len(numbers) + len(self.epolls):
-            raise ValueError("two connections have one place")
+            raise ValueError("two files have one place")
         for epoll in self.epolls:
             for watch in epoll.watches:
                 if (

@@ -47,6 +47,9 @@ ALL: Mapping[str, Bench] = {
     "startup": Bench("The command line", ("10",), ("3",), ("startup",)),
     "stop": Bench("The stop of a small server, step by step", ("50",), ("5",), ("stop", "steps")),
     "many": Bench("The stop by the number of connections", ("0", "100", "1000", "10000"), ("0", "1000"), ("many",)),
+    "descriptors": Bench(
+        "The stop by the number of open files", ("0", "100", "1000", "4000"), ("0", "1000"), ("descriptors",)
+    ),
     "connections": Bench("Freeze, export and rebuild beside C", ("1000", "10000"), ("1000",), ("connections",)),
     "precopy": Bench("The stop by memory and by how fast it is written", ("1024", "8192"), ("64",), ("precopy",)),
     "lazy": Bench("The first answer after a restore", ("256", "1024", "4096"), ("256",), ("lazy",)),

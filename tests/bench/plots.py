@@ -88,6 +88,14 @@ def _many(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_title("Connections, one in a hundred active")
 
 
+def _descriptors(axes: Any, rows: Sequence[Row]) -> None:
+    _line(axes, [(row["files"], row["stop_ms"]) for row in rows], "stop")
+    floors = [(row["files"], row["floor"]) for row in rows if "floor" in row]
+    _line(axes, floors, "floor: to look at each and open it, in C", color="0.5")
+    _logarithmic(axes, "open files", "ms")
+    axes.set_xscale("symlog", linthresh=10)  # there is a row of none
+
+
 def _connections(axes: Any, rows: Sequence[Row]) -> None:
     cases = list(dict.fromkeys(row["case"] for row in rows))
     makers = list(dict.fromkeys(row["who"] for row in rows))
@@ -156,6 +164,7 @@ PLOTS: dict[str, Callable[[Any, Sequence[Row]], None]] = {
     "stop": _stop,
     "steps": _steps,
     "many": _many,
+    "descriptors": _descriptors,
     "connections": _connections,
     "precopy": _precopy,
     "lazy": _lazy,

@@ -62,6 +62,7 @@ class Helper(enum.IntEnum):
     SEQ_WRITE = 127
     SKC_TO_TCP_SOCK = 137
     SKC_TO_TCP_REQUEST_SOCK = 139
+    D_PATH = 147  # 5.10
     REDIRECT_NEIGH = 152
     SOCK_FROM_FILE = 162
     TASK_PT_REGS = 175  # 5.15

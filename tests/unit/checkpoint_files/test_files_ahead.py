@@ -1,17 +1,24 @@
 """Connections told ahead of the stop: what goes on from them fits, and what is no idle connection is refused."""
 
 import dataclasses
+import os
 import random
 
 import pytest
 
 from checkpoint.errors import BadFileRecord
+from checkpoint.files.abi import LockType, OwnerType
 from checkpoint.files.ahead import lasts
 from checkpoint.files.aheadbuild import BuiltAhead
+from checkpoint.files.aheadopen import OpenedAhead
+from checkpoint.files.base import AsyncOwner, FileLock
 from checkpoint.files.descriptors import gaps
 from checkpoint.files.epoll import EpollWatch
 from checkpoint.files.eventfd import EventFd
+from checkpoint.files.identity import Evidence
 from checkpoint.files.peers import StandIn
+from checkpoint.files.plain import Numbers, moved_on
+from checkpoint.files.regular import Directory, RegularFile
 from checkpoint.files.tcpfile import TcpFile
 from checkpoint.files.told import Told, whole
 from checkpoint.files.treefiles import AheadEpoll, AheadFiles, AheadPlace, TreeFiles
@@ -24,6 +31,7 @@ from tests.unit.checkpoint_files.test_files_queues import connection, file
 
 IDLE = file(connection(b"", b"", 0))
 OTHER = EventFd(flags=0, count=0, semaphore=False)
+PLAIN = RegularFile(flags=2, pos=3, path="/there/file", size=9, mtime_ns=77, inode=5, volatile=False)
 
 
 def told(*files, places=None, epolls=()):
@@ -92,7 +100,15 @@ def test_a_table_that_goes_on_from_something_else_is_refused(ahead):
 
 @pytest.mark.parametrize(
     "how",
-    [{"gone": (2,)}, {"gone": (-1,)}, {"ahead": -1}, {"tables": {7: {3: (3, True)}}}, {"tables": {7: {3: (-1, True)}}}],
+    [
+        {"gone": (2,)},
+        {"gone": (-1,)},
+        {"moved_on": {2: (0, 0, 0)}},
+        {"moved_on": {-1: (0, 0, 0)}},
+        {"ahead": -1},
+        {"tables": {7: {3: (3, True)}}},
+        {"tables": {7: {3: (-1, True)}}},
+    ],
     ids=str,
 )
 def test_impossible_tables_are_refused(how):
@@ -113,6 +129,8 @@ def test_two_connections_in_one_place_are_refused():
     "bad",
     [
         OTHER,
+        dataclasses.replace(PLAIN, locks=(FileLock(whole=True, type=LockType.READ),)),
+        dataclasses.replace(PLAIN, owner=AsyncOwner(type=OwnerType.PROCESS, pid=7, signal=0)),
         TcpFile(family=2, conn_id=IDLE.conn_id, flags=0),
         file(connection(b"unread", b"", 0)),
         file(connection(b"", b"unsent", 0)),
@@ -120,11 +138,61 @@ def test_two_connections_in_one_place_are_refused():
         dataclasses.replace(IDLE, family=10),
         dataclasses.replace(IDLE, stand_in=StandIn.CLOSE),
     ],
-    ids=["no connection", "no record", "unread", "unsent", "a queue apart", "family", "stand-in"],
+    ids=["no connection", "locked", "owned", "no record", "unread", "unsent", "a queue apart", "family", "stand-in"],
 )
-def test_only_idle_connections_are_built_ahead(bad):
+def test_only_idle_connections_and_plain_files_are_built_ahead(bad):
     with pytest.raises(BadFileRecord):
-        BuiltAhead(told(bad), {})
+        BuiltAhead(told(bad), {}, str)
+
+
+def test_plain_files_move_on():
+    ahead = told(IDLE, PLAIN)
+    files = whole(later(moved_on={1: (4, 10, 78)}), ahead)
+    assert files.files[:2] == [IDLE, dataclasses.replace(PLAIN, pos=4, size=10, mtime_ns=78)]
+    assert files.moved_on == {}
+    assert codec.unpack(TreeFiles, codec.pack(later(moved_on={1: (4, 10, 78)}))).moved_on == {1: (4, 10, 78)}
+
+
+@pytest.mark.parametrize(("index", "numbers"), [(0, (4, 10, 78)), (1, (-4, 10, 78))], ids=["a connection", "before 0"])
+def test_what_cannot_move_on_does_not(index, numbers):
+    with pytest.raises(ValueError, match=r"move on|out of range"):
+        whole(later(moved_on={index: numbers}), told(IDLE, PLAIN))
+
+
+def test_the_evidence_is_of_the_content_that_was_seen():
+    seen = dataclasses.replace(PLAIN, evidence=Evidence(digest=b"d" * 32))
+    assert moved_on(seen, Numbers(7, 9, 77)) == dataclasses.replace(seen, pos=7)
+    assert moved_on(seen, Numbers(3, 9, 78)).evidence is None
+    directory = Directory(flags=0, path="/there")
+    assert moved_on(directory, Numbers(7, 9, 77)) == dataclasses.replace(directory, pos=7)
+
+
+def test_plain_files_are_opened_and_found(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"0123456789")
+    files = [dataclasses.replace(PLAIN, path=f"/there/{name}") for name in ("a", "missing", "b")]
+    opened = OpenedAhead(files, 5, lambda path: path.replace("/there", str(tmp_path)))
+    first, missing, last = opened.fds
+    assert missing == -1
+    assert os.read(first, 2) == b"34"
+    opened.seek(5, 1)
+    opened.seek(6, 1)
+    assert os.read(first, 2) == b"12"
+    assert (opened.lacking({7}), opened.lacking({6})) == ([6], [])
+    opened.forget(5)
+    opened.close()
+    assert opened.fds == [-1, -1, -1]
+    for fd in (first, last):
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(fd)
+
+
+def test_what_is_not_open_is_not_kept():
+    """It is opened in the stop, if it is wanted then."""
+    tables = Told(told(PLAIN, PLAIN))
+    tables.go_on(later(tables={}))
+    tables.lack(0)
+    assert tables.kept(7) == {11: 1}
 
 
 def watching(*numbers, pid=7, fd=4, watcher=7):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoint.errors import BadExternal, BadPathMap
+from checkpoint.files.content import reopened
 from checkpoint.files.identity import Beacons, build_id, digest, evidence_of, same_folder, shown
 from checkpoint.files.pathmap import PathMap
 from checkpoint.files.policy import External, Policy, rule_for
@@ -135,6 +136,31 @@ def test_digests_tell_contents_apart(size: int, tmp_path: Path) -> None:
             b.flush()
             assert digest(a.fileno(), size) != digest(b.fileno(), size)
     assert first.stat().st_size == size
+
+
+@pytest.mark.parametrize("size", [0, 5])
+def test_a_digest_is_of_the_size_that_was_seen(size: int, tmp_path: Path) -> None:
+    """It may have grown; and whoever runs may have opened a file that never ends, of the size 0, by the same number."""
+    (tmp_path / "file").write_bytes(b"01234" + bytes(1 << 21))
+    (tmp_path / "before").write_bytes(b"01234"[:size])
+    with (tmp_path / "file").open("rb") as grown, (tmp_path / "before").open("rb") as before:
+        assert digest(grown.fileno(), size) == digest(before.fileno(), size)
+
+
+def test_only_the_file_that_was_seen_is_opened_again(tmp_path: Path) -> None:
+    """A fifo that was opened by its number meanwhile would be waited for."""
+    (tmp_path / "file").write_bytes(b"seen")
+    os.mkfifo(tmp_path / "fifo")
+    fd = os.open(tmp_path / "file", os.O_WRONLY)
+    seen = os.fstat(fd)
+    with reopened(f"/proc/self/fd/{fd}", seen) as again:
+        assert os.read(again, 10) == b"seen"
+    fifo = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    os.dup2(fifo, fd)
+    with pytest.raises(FileNotFoundError), reopened(f"/proc/self/fd/{fd}", seen):
+        pass
+    os.close(fd)
+    os.close(fifo)
 
 
 def test_a_beacon_shows_the_very_same_directory(tmp_path: Path) -> None:
