@@ -21,7 +21,7 @@ from checkpoint.procfs import Stat
 from checkpoint.records import Manifest, ProcessRecord, StatesRecord, TreeRecord
 from checkpoint.state import clocks
 from checkpoint.state.likeness import Likeness
-from checkpoint.state.table import capture
+from checkpoint.state.table import capture_alike
 from checkpoint.tracee import Tree
 from checkpoint.traces import FrozenTree, HeldListener, HeldListeners, Traced, given_up_locks, listener_name
 from checkpoint.tree import Task, plan
@@ -104,13 +104,16 @@ def tree_record(
 def states_record(tree: Tree, roots: Sequence[int]) -> StatesRecord:
     """The states of processes that stand still, each by calls that are made in it. StateUnreadable, and the errors of
     state that cannot be moved."""
-    states = []
+    states, alike = [], {}
     for process in tree.processes:
         likeness = Likeness(process)
         with Injection(process, likeness.asked) as injection:
-            states.append(capture(process, injection, likeness=likeness))
+            state, rows = capture_alike(process, injection, likeness)
+        states.append(state)
+        if rows:
+            alike[state.pid] = rows
     # read after every timer: none that goes on with the time that was left is early on these clocks
-    return StatesRecord(states=tuple(states), clocks=clocks.read(roots[0]))
+    return StatesRecord(states=tuple(states), clocks=clocks.read(roots[0]), alike=alike)
 
 
 def task_of(stat: Stat, masters: set[int], sharing: Sharing, wait_code: int | None = None) -> Task:

@@ -101,6 +101,7 @@ class Dump:
         self._live: LiveCopy | None = None
         self._ahead: Ahead | None = None
         self.remaining: dict[int, Remaining] = {}  #: what the target lacks, by PID, after :meth:`skeleton`
+        self.alike = False  #: the target knows threads that are told by what is their own
         self.leaves_pages, self.later = False, 0  #: pages stay here (set it before :meth:`skeleton`); bytes that do
         self._holdoff: Holdoff | None = None
         self._listeners, self._live_ports = list[socket.socket](), set[int]()
@@ -325,7 +326,8 @@ class Dump:
                 yield Kind.MAPS_DELTA, MapsDelta(pid=number(pid), stale=tuple(left.stale))
         for process in tree.processes:
             yield Kind.MAPPINGS, number.layout(self._layouts[process.pid])
-        yield Kind.STATES, states_record(tree, self.roots)
+        states = states_record(tree, self.roots)
+        yield Kind.STATES, states if self.alike else states.spelled_out()
         for left in self.remaining.values():
             for runs in left.drops:
                 yield Kind.PAGES_DROP, number.dropped(runs)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import signal
 import struct
 import time
+from collections.abc import Iterable
 from typing import Final
 
 from checkpoint import procfs
@@ -132,15 +133,21 @@ class Excursions:
         self.away.discard(thread.tid)
         self._at.pop(thread.tid, None)
 
-    def home(self, thread: Thread) -> None:
-        """Put the thread back to where it was when the process was stopped."""
+    def home(self, threads: Iterable[Thread]) -> None:
+        """Put threads back to where they were when the process was stopped."""
+        going = [thread for thread in threads if self._leave(thread)]
+        for thread in going:
+            thread.await_interrupt(_INTERRUPT_TIMEOUT)
+
+    def _leave(self, thread: Thread) -> bool:
+        """Whether it is on its way to another stop."""
         if thread.fleeting is not None:
             thread.set_xstate(thread.fleeting)
         at = self._at.pop(thread.tid, None)
         if at is not None and thread.registers.untold:
             tell(thread, thread.registers, at, thread.sigmask)
             self.away.discard(thread.tid)
-            return
+            return False
         thread.set_sigmask(thread.sigmask)
         thread.set_registers(thread.registers)
         self.away.discard(thread.tid)
@@ -149,4 +156,4 @@ class Excursions:
             # to another stop, which is before the first instruction of its own.
             thread.interrupt()
             thread.cont()
-            thread.await_interrupt(_INTERRUPT_TIMEOUT)
+        return self.caught

@@ -214,16 +214,14 @@ class Injection:
 
     def _close(self, boot: Boot) -> None:
         away, leader = self._excursions.away, self.process.leader
-        for thread in self.process.threads[1:]:
-            if thread.tid in away:
-                self._excursions.home(thread)
+        self._excursions.home(thread for thread in self.process.threads[1:] if thread.tid in away)
         try:
             if self.is_open:
                 self._queue_again(boot)
                 self._unmap(boot)
         finally:
             if leader.tid in away:
-                self._excursions.home(leader)
+                self._excursions.home([leader])
         boot.remove()
 
     def _unmap(self, boot: Boot) -> None:
@@ -337,4 +335,5 @@ class Injection:
         stop = self._engines[thread.tid] + ENGINE_STOP
         registers = self._excursions.finish(thread, stop, max(deadline - time.monotonic(), 0))
         done = (engine_position(registers) - table.entries(here)[0]) // ENTRY_SIZE
-        table.load(self.process.read(here, size), done)
+        if done < len(table) or table.asked:
+            table.load(self.process.read(here, size), done)

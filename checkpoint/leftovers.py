@@ -110,7 +110,7 @@ def clean(process: Process) -> bool:
         boot.write(mark.start, mark.size, mark.head)
         for start, end in memory:
             boot.call(SYS.munmap, start, end - start, label="removing what an earlier tcpmig left")
-        excursions.home(process.leader)
+        excursions.home([process.leader])
         process.forget_maps()
     boot.remove()
     # another version's boot may be longer

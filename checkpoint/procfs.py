@@ -19,6 +19,7 @@ __all__ = [
     "Stat",
     "call_of",
     "children",
+    "children_of",
     "exists",
     "fdinfo",
     "fds",
@@ -195,13 +196,15 @@ def exists_in(pid: int, tid: int) -> bool:
 
 def children(pid: int) -> list[int]:
     """The children of all threads of a process, zombies too (CONFIG_PROC_CHILDREN). Exact only while it is stopped."""
-    found: list[int] = []
-    for tid in threads(pid):
-        try:
-            found += map(int, _read(pid, f"task/{tid}/children").split())
-        except NoSuchProcess:
-            continue  # this thread ended between the listing and the reading: its children have another parent now
-    return found
+    return [child for tid in threads(pid) for child in children_of(pid, tid)]
+
+
+def children_of(pid: int, tid: int) -> list[int]:
+    """Those of one thread, nobody's if it has just ended: its children have another parent then."""
+    try:
+        return list(map(int, _read(pid, f"task/{tid}/children").split()))
+    except NoSuchProcess:
+        return []
 
 
 def tree(pid: int) -> list[int]:

@@ -6,6 +6,7 @@ process, FILES_DELTA a :class:`FilesDelta`, ENDED an :class:`Ended`.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from checkpoint.namespaces.memoryfs import Folder
 from checkpoint.namespaces.spaces import NO_SPACES, Spaces
 from checkpoint.namespaces.users import Users
 from checkpoint.state import birth
+from checkpoint.state.alike import AlikeThreads, whole
 from checkpoint.state.base import State
 from checkpoint.state.clocks import Clocks
 from checkpoint.state.credentials import Credentials
@@ -116,14 +118,34 @@ class ProcessRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StatesRecord:
-    """Everything of the processes that is not memory and not open files, and the clocks that they saw then."""
+    """Everything of the processes that is not memory and not open files, and the clocks that they saw then.
+
+    alike  by PID, threads that are not among those of the states: each is like one of them (checkpoint.state.alike)
+    """
 
     states: tuple[ProcessState, ...]
     clocks: Clocks
+    alike: dict[int, tuple[AlikeThreads, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len({state.pid for state in self.states}) != len(self.states):
+        pids = {state.pid for state in self.states}
+        if len(pids) != len(self.states):
             raise ValueError("a process has two states")
+        if not self.alike.keys() <= pids:
+            raise ValueError("threads of a process that has no state")
+
+    def spelled_out(self) -> StatesRecord:
+        """The same with all threads in the states, for who does not know ``alike``."""
+        return StatesRecord(states=self.whole(), clocks=self.clocks)
+
+    def whole(self) -> tuple[ProcessState, ...]:
+        """The states with all threads. ValueError if those of ``alike`` cannot be."""
+        return tuple(
+            dataclasses.replace(state, threads=whole(state.threads, self.alike[state.pid]))
+            if state.pid in self.alike
+            else state
+            for state in self.states
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,11 +179,12 @@ class TreeRecord:
 
     def states(self, told: StatesRecord) -> dict[int, ProcessState]:
         """The states of the living, by PID. ValueError if they are not the states of these processes."""
-        found = {state.pid: state for state in told.states}
+        states = told.whole()
+        found = {state.pid: state for state in states}
         if found.keys() != {process.task.pid for process in self.living}:
             raise ValueError("a living process has a state, and nobody else has one")
         if self.spaces.users is not None:
-            _check_ids(told.states, self.spaces.users)
+            _check_ids(states, self.spaces.users)
         return found
 
     def move_in(self, pid: int, stack: ExitStack) -> None:

@@ -271,8 +271,7 @@ class Stub(Process):
 
     def release(self) -> None:
         """Let it run, without us."""
-        for thread in self._to_swallow:
-            self._swallow_sigstop(thread)
+        self._swallow_sigstops(self._to_swallow)
         for thread in self.threads:
             waiting.go_on(self, thread)
             thread.detach()

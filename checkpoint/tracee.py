@@ -18,10 +18,10 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
-from checkpoint import arch, procfs, waiting
+from checkpoint import arch, offspring, procfs, waiting
 from checkpoint.errors import (
     ForeignMode,
     LeaderExited,
@@ -196,7 +196,8 @@ class Process:
         self._await_vfork(deadline)
         passed: set[int] = set()  # threads that ended meanwhile
         while True:
-            new = [tid for tid in procfs.threads(self.pid) if tid not in passed and tid not in self._tids()]
+            known = passed.union(thread.tid for thread in self.threads)
+            new = [tid for tid in procfs.threads(self.pid) if tid not in known]
             if not new:
                 break
             fresh = []
@@ -221,9 +222,6 @@ class Process:
             raise LeaderExited("its main thread has ended, others run on", object=f"pid {self.pid}")
         self.stat = procfs.read_stat(self.pid)
         self.stop_signal = next((t.stop.signal for t in self.threads if t.stop is not None and t.stop.group), 0)
-
-    def _tids(self) -> set[int]:
-        return {thread.tid for thread in self.threads}
 
     def _seize(self, tid: int) -> Thread | None:
         """Seize and interrupt one thread; None if it is ending."""
@@ -335,7 +333,7 @@ class Process:
         for thread in self.threads:
             try:
                 if self._sigstops_queued:
-                    self._swallow_sigstop(thread)
+                    self._swallow_sigstops([thread])
                 self._let_go(thread)
             except (ProcessDied, ProcessLookupError):
                 # killed from outside meanwhile: nothing is left that could be let go
@@ -354,13 +352,17 @@ class Process:
         waiting.go_on(self, thread)
         thread.detach()
 
-    def _swallow_sigstop(self, thread: Thread) -> None:
-        """Take back the SIGSTOP of :meth:`queue_sigstops`. Other signals that come first are delivered."""
-        if not any(signal_of(info) == signal.SIGSTOP for info in thread.pending()):
-            return  # a SIGCONT from outside has removed it
-        deliver = 0
+    def _swallow_sigstops(self, threads: Sequence[Thread]) -> None:
+        """Take back the SIGSTOPs of :meth:`queue_sigstops`. Other signals that come first are delivered."""
+        # of others a SIGCONT from outside has removed it
+        going = [one for one in threads if any(signal_of(info) == signal.SIGSTOP for info in one.pending())]
+        for thread in going:
+            thread.cont()
+        for thread in going:
+            self._await_sigstop(thread)
+
+    def _await_sigstop(self, thread: Thread) -> None:
         while True:
-            thread.cont(deliver)
             try:
                 stop = thread.wait(_SWALLOW_TIMEOUT)
             except StopTimeout:
@@ -372,7 +374,7 @@ class Process:
                 return
             if stop.event == Event.SIGNAL and stop.signal == signal.SIGSTOP:
                 return
-            deliver = stop.signal if stop.event == Event.SIGNAL else 0
+            thread.cont(stop.signal if stop.event == Event.SIGNAL else 0)
 
     def kill(self) -> None:
         """End it, and take note of the end: its parent can then wait for it."""
@@ -437,10 +439,10 @@ class Tree:
                     continue
                 seen.add(pid)
                 if self._stop_one(pid, deadline, required=pid in roots):
-                    children[pid] = procfs.children(pid)
+                    children[pid] = offspring.children(pid)
                     todo += children[pid]
             # Orphans come only to a process that has descendants.
-            children.update((pid, procfs.children(pid)) for pid, known in list(children.items()) if known)
+            children.update((pid, offspring.children(pid)) for pid, known in list(children.items()) if known)
             todo = [child for known in children.values() for child in known if child not in seen]
         self._sort()
         living = {each.pid for each in self.processes}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 
-from checkpoint import procfs
+from checkpoint import offspring, procfs
 from checkpoint.kernel.kcmp import KcmpType, kcmp
 
 __all__ = ["vfork_child"]
@@ -16,7 +16,7 @@ __all__ = ["vfork_child"]
 def vfork_child(pid: int) -> int | None:
     """The child that has borrowed a process's memory while a thread of that waits in the kernel; None if there is
     none."""
-    for child in procfs.children(pid):
+    for child in offspring.children(pid):
         try:
             if kcmp(pid, child, KcmpType.VM) != 0:
                 continue

@@ -25,6 +25,7 @@ __all__ = [
     "ACCEPT_QUEUE",
     "AHEAD",
     "AHEAD_PLAIN",
+    "ALIKE",
     "CHECK_FOLLOWS",
     "FORWARD",
     "LAZY",
@@ -49,6 +50,8 @@ AHEAD_PLAIN: Final = "files-ahead"
 RETOLD: Final = "connections-retold"
 #: of :func:`features`: shared memory is kept before the stop (the frame CONTENTS is understood)
 STAGED: Final = "contents-ahead"
+#: of :func:`features`: threads can be told by what is their own (the field ``alike`` of STATES)
+ALIKE: Final = "threads-alike"
 #: the same: this program answers Probe
 PROBE: Final = "probe"
 
@@ -87,7 +90,7 @@ def without(needs: Needs, patterns: Sequence[str]) -> Needs:
 def features() -> frozenset[str]:
     """What the kernel and this program can do here that another host may want to know before anything is stopped. The
     first time takes up to a second (the kernel's BTF is read)."""
-    ours = frozenset({PROBE, AHEAD, AHEAD_PLAIN, RETOLD, STAGED, FORWARD, squeeze.FEATURE})
+    ours = frozenset({PROBE, AHEAD, AHEAD_PLAIN, RETOLD, STAGED, ALIKE, FORWARD, squeeze.FEATURE})
     ours |= set() if lazy.available() else {LAZY}
     return ours if acceptqueue.missing() else ours | {ACCEPT_QUEUE}
 

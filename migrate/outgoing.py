@@ -39,7 +39,7 @@ from checkpoint.namespaces.ways import Ways
 from checkpoint.records import Ended
 from checkpoint.throttle import Throttle
 from migrate.clock import monotonic_ns
-from migrate.hostfacts import ACCEPT_QUEUE, AHEAD, AHEAD_PLAIN, RETOLD, STAGED
+from migrate.hostfacts import ACCEPT_QUEUE, AHEAD, AHEAD_PLAIN, ALIKE, RETOLD, STAGED
 from migrate.messages import Needs, TreeNeed
 from migrate.parts import NoteWriter
 from migrate.rounds import Pace, Round
@@ -98,7 +98,7 @@ class OutgoingTrees:
     def meet(self, features: frozenset[str]) -> None:
         """What waits to be accepted can move if both kernels can put it back: here, should all be undone."""
         self._ahead, self._retold, self._plain = (feature in features for feature in (AHEAD, RETOLD, AHEAD_PLAIN))
-        self._dump.contents.wanted = STAGED in features
+        self._dump.contents.wanted, self._dump.alike = STAGED in features, ALIKE in features
         if self._policy.accept_queue is not AcceptQueues.REFUSE and ACCEPT_QUEUE in features:
             lack = acceptqueue.missing()
             if lack is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import struct
+import threading
 from typing import Final, Self
 
 from tcpstate.kernel.ptrace import (
@@ -72,6 +73,10 @@ _METADATA = struct.Struct("<QQ")
 _INSTRUCTION_SIZE = 8
 
 
+#: what each thread of ours has for itself
+_own = threading.local()
+
+
 class _IoVec(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
 
@@ -95,9 +100,17 @@ def signal_info(tid: int) -> bytes:
     return info.raw
 
 
+def _room() -> ctypes.Array[ctypes.c_char]:
+    """Room for a register set: to make so much anew takes longer than the call."""
+    room: ctypes.Array[ctypes.c_char] | None = getattr(_own, "room", None)
+    if room is None:
+        room = _own.room = ctypes.create_string_buffer(_REGISTER_SET_MAX)
+    return room
+
+
 def get_register_set(tid: int, which: int, size: int = _REGISTER_SET_MAX) -> bytes:
     """A register set's bytes, as many as the machine has."""
-    buffer = ctypes.create_string_buffer(size)
+    buffer = _room()
     vector = _IoVec(ctypes.addressof(buffer), size)
     call(Request.GETREGSET, tid, which, ctypes.addressof(vector))
     return ctypes.string_at(buffer, vector.size)
@@ -129,9 +142,9 @@ def peek_signals(tid: int, *, shared: bool) -> list[bytes]:
     while True:
         args = _PEEK_ARGS.pack(len(found), _PEEK_SHARED if shared else 0, _PEEK_COUNT)
         which = ctypes.create_string_buffer(args, len(args))
-        infos = ctypes.create_string_buffer(SIGINFO_SIZE * _PEEK_COUNT)
+        infos = _room()
         count = call(Request.PEEKSIGINFO, tid, ctypes.addressof(which), infos)
-        raw = infos.raw
+        raw = ctypes.string_at(infos, SIGINFO_SIZE * count)
         found += [raw[i * SIGINFO_SIZE : (i + 1) * SIGINFO_SIZE] for i in range(count)]
         if count < _PEEK_COUNT:
             return found

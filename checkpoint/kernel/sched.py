@@ -115,6 +115,11 @@ def default_slice() -> int:
     return get_attributes(0).runtime
 
 
+def get_io_priority(tid: int) -> int:
+    """ioprio_get(2) of a thread. OSError as the kernel says."""
+    return syscall(SYS.ioprio_get, IoprioWho.PROCESS, tid)
+
+
 def set_io_priority(tid: int, value: int) -> None:
     """ioprio_set(2) of a thread. OSError as the kernel says."""
     syscall(SYS.ioprio_set, IoprioWho.PROCESS, tid, value)

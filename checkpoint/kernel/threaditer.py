@@ -37,8 +37,9 @@ _TOLD: Final = {
     "pending.signal": 8,
     "fs": 8,
     "policy": 4,
+    "children.next": 8,
 }
-_HEAD: Final = struct.Struct("=ii16sQQQQIQQI")
+_HEAD: Final = struct.Struct("=Qii16sQQQQIQQIQ")
 #: what is compared: all that states of a thread (checkpoint.state.table) are read from. Bits that come and go by
 #: themselves are among it: they cost a comparison that fails, never a wrong one
 _COMPARED: Final = (
@@ -69,6 +70,7 @@ _UPID: Final = 16  # bytes from one entry of struct pid's numbers to the next
 class ThreadRow(NamedTuple):
     """One thread.
 
+    address       of the kernel's struct task_struct
     outer, inner  its number one PID namespace further out than its own (0: there is none), and in its own
     comm          its name, with zeros behind it
     robust, clear_child_tid             addresses that it has given to the kernel
@@ -76,9 +78,11 @@ class ThreadRow(NamedTuple):
     pending       signals that wait for it alone, bit n-1 for signal n
     directories   which it has: the same number, the same ones
     policy        SCHED_*
+    children      where the list of its children goes on; :attr:`bears`: whether it has any
     common        whoever has the same here is in the same state, but for what is told, and unless :attr:`alone`
     """
 
+    address: int
     outer: int
     inner: int
     comm: bytes
@@ -90,16 +94,20 @@ class ThreadRow(NamedTuple):
     pending: int
     directories: int
     policy: int
+    children: int
     common: bytes
     alone: bool
+    bears: bool
 
 
 class _Reader(NamedTuple):
-    """program: the loaded one; size: bytes of a row; numa: where in what is compared the NUMA policy is, or -1."""
+    """program: the loaded one; size: bytes of a row; numa: where in what is compared the NUMA policy is, or -1;
+    children: where the list of children lies."""
 
     program: int
     size: int
     numa: int
+    children: int
 
 
 def _compared(known: Layout) -> list[tuple[str, int, int]]:
@@ -129,6 +137,8 @@ def _program(known: Layout, memory: int, compared: list[tuple[str, int, int]]) -
         asm.map_value(1, memory, at).set(2, size).mov(3, base).add(3, offset).call(Helper.PROBE_READ_KERNEL)
         at += size
 
+    asm.map_value(1, memory).store(8, 1, 0, 7)
+    at = 8
     # struct pid ends with its numbers, the outermost first; level is the place of the last
     asm.load(8, 8, 7, known.offset("task_struct", "thread_pid")).jump_if(Jump.EQUAL, 8, 0, "out")
     asm.load(4, 9, 8, known.offset("pid", "level")).shift_left(9, 4)
@@ -162,6 +172,7 @@ def _reader() -> _Reader | None:
         compared = _compared(known)
         memory = call.create_map(call.MapType.ARRAY, 4, _LARGEST, 1, name="tcpmig_thread")
         code, size = _program(known, memory, compared)
+        children = known.offset("task_struct", "children")
         program = taskiter.load(known, code, "tcpmig_threads")
     except (OSError, BadBtf) as error:
         _log.info("the state of each thread is read by itself: %s", error)
@@ -174,7 +185,7 @@ def _reader() -> _Reader | None:
         if path == "mempolicy":
             numa = at
         at += length
-    return _Reader(program, size, numa)
+    return _Reader(program, size, numa, children)
 
 
 def prepare() -> None:
@@ -183,7 +194,8 @@ def prepare() -> None:
 
 
 def rows(pid: int) -> list[ThreadRow] | None:
-    """Of all threads of a process that stands still, in no certain order. None where the kernel does not tell."""
+    """Of all threads of a process, in no certain order; of one that runs, of each at another moment. None where the
+    kernel does not tell."""
     reader = _reader()
     if reader is None:
         return None
@@ -198,6 +210,7 @@ def rows(pid: int) -> list[ThreadRow] | None:
     for at in range(0, len(data) - size + 1, size):
         told = _HEAD.unpack_from(data, at)
         # what such a pointer leads to is each thread's own
-        alone = told[-1] == _DEADLINE or (reader.numa >= 0 and any(data[at + numa : at + numa + 8]))
-        found.append(ThreadRow._make((*told, data[at + head : at + size], alone)))
+        alone = told[-2] == _DEADLINE or (reader.numa >= 0 and any(data[at + numa : at + numa + 8]))
+        bears = told[-1] != told[0] + reader.children
+        found.append(ThreadRow._make((*told, data[at + head : at + size], alone, bears)))
     return found

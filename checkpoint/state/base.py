@@ -34,6 +34,7 @@ from checkpoint import procfs
 from checkpoint.kernel.kcmp import KcmpType, Known
 from checkpoint.kernel.sched import online_cpus
 from checkpoint.kernel.signals import SigInfo
+from tcpstate import trusted
 from tcpstate.codec import family, kind_of, member
 from tcpstate.kernel.calls import CallTable, Result
 from tcpstate.slotted import dataclass
@@ -67,6 +68,10 @@ class State(abc.ABC):
 
     def rebuild_privileged(self, task: TaskBuilder) -> None:  # noqa: B027 - most kinds have nothing to do here
         """Queue what must be done before the credentials, though this kind's place in the order is after them."""
+
+    def stands(self, task: TaskBuilder) -> bool:
+        """Whether a thread that was just born has this state already; False if that is not looked at."""
+        return False
 
 
 def register(kind: str) -> Callable[[type[S]], type[S]]:
@@ -206,6 +211,12 @@ class TaskBuilder:
         """Whether this is the first thread of its process."""
         return self.tid == self.pid
 
+    def of(self, tid: int) -> TaskBuilder:
+        """That of one of its threads."""
+        return _builder(
+            *(self.pid, tid, self.warn, self.elapsed, CallTable(), [], self.birth, self.path, self.placed, self.users)
+        )
+
     @property
     def child_of_tool(self) -> bool:
         """Whether its parent is the tool: that of the original was outside of the tree."""
@@ -228,11 +239,17 @@ class TaskBuilder:
 
     def run_outside(self) -> None:
         """Do what is to be done from outside, once the calls have been made."""
-        while self.outside:
-            self.outside.pop(0)()
+        for work in self.outside:
+            work()
+        self.outside.clear()
 
     def __str__(self) -> str:
         return f"pid {self.pid}" if self.leader else f"pid {self.pid} thread {self.tid}"
+
+
+_builder = trusted.maker(
+    *(TaskBuilder, "pid", "tid", "warn", "elapsed", "calls", "outside", "birth", "path", "placed", "users")
+)
 
 
 def bounded(name: str, value: int, low: int, high: int) -> None:

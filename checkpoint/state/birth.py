@@ -14,6 +14,7 @@ thread is born the process gets what it can be given while it has only one, so a
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -192,8 +193,13 @@ def _become(stub: Stub, first: tuple[State, ...], warn: Callable[[str], None]) -
 
 def run(stub: Stub, tasks: Sequence[TaskBuilder]) -> None:
     """Do what is queued for threads of a stub, inside and outside. StateRefused."""
+    tables = {task.tid: task.calls for task in tasks if len(task.calls)}
+    first = dict(itertools.islice(tables.items(), 1))
     try:
-        stub.run_all({task.tid: task.calls for task in tasks if len(task.calls)})
+        # By itself: it sets what is done on signals. One that is ignored by default is thrown away then, wherever it is
+        # pending: also that by which another thread is just about to stop, which would leave our code and run.
+        stub.run_all(first)
+        stub.run_all({tid: calls for tid, calls in tables.items() if tid not in first})
     except CallError as error:
         raise StateRefused(
             f"cannot {error.label}: {os.strerror(error.errno or 0)}", object=f"pid {stub.pid}"

@@ -2,42 +2,28 @@
 
 Most threads of a program differ in nothing but their registers, their names and a few addresses.  Which of them do the
 kernel's own notes tell (:mod:`checkpoint.kernel.threaditer`), for all threads at once and while they stand still.  Of
-those that are alike the first is asked; the others get its states, but for those kinds (DIFFERING) that are read of
-each.  Where the kernel does not tell, all are asked.
+those that are alike the first is asked; of the others it is read what each has for itself
+(:mod:`checkpoint.state.alike`).  Where the kernel does not tell, all are asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from checkpoint.kernel import threaditer
-from checkpoint.kernel.signals import SsFlag
 from checkpoint.kernel.threaditer import ThreadRow
-from checkpoint.state.addresses import ClearChildTid, RestartableSequences, RobustList
-from checkpoint.state.base import ProcessView, State, TaskView
-from checkpoint.state.comm import Comm
+from checkpoint.state.alike import AlikeThreads, Likes
+from checkpoint.state.base import ProcessView, TaskView
 from checkpoint.state.pending import PendingForThread
 from checkpoint.state.registers import Registers
-from checkpoint.state.signals import AlternateStack
 
 if TYPE_CHECKING:
     from checkpoint.state.table import ThreadState
     from checkpoint.thread import Thread
     from checkpoint.tracee import Process
 
-__all__ = ["DIFFERING", "Likeness"]
-
-#: kinds of state that are read of every thread
-DIFFERING: Final[tuple[type[State], ...]] = (
-    Comm,
-    RobustList,
-    ClearChildTid,
-    RestartableSequences,
-    AlternateStack,
-    PendingForThread,
-    Registers,
-)
+__all__ = ["Likeness"]
 
 
 class Likeness:
@@ -74,43 +60,34 @@ class Likeness:
         return {(row.inner if depth == 1 else row.outer): row for row in rows}
 
     def look_again(self, view: ProcessView) -> None:
-        """The calls have been made: those that are like others may have got signals since."""
-        if self.like:
-            view.silent = [TaskView(view, thread) for thread in self._process.threads if thread.tid in self.like]
-            masks = {tid: row.pending for tid, row in self._rows().items()}
-            for task in view.silent:
-                # of one that is not seen any more it is asked
-                task.has_pending = masks.get(task.tid, 1)
+        """The calls have been made: those that are like others may have got signals since, and are told whole then."""
+        if not self.like:
+            return
+        view.silent = [TaskView(view, thread) for thread in self._process.threads if thread.tid in self.like]
+        masks = {tid: row.pending for tid, row in self._rows().items()}
+        for task in view.silent:
+            # of one that is not seen any more it is asked
+            task.has_pending = masks.get(task.tid, 1)
 
     def threads(
-        self, view: ProcessView, asked: Mapping[int, ThreadState], make: Callable[[int, tuple[State, ...]], ThreadState]
-    ) -> dict[int, ThreadState]:
-        """The states of the others, by tid. ``asked``: of those that were."""
-        found: dict[int, ThreadState] = {}
-        places: dict[int, list[int]] = {}
+        self, view: ProcessView, asked: Mapping[int, ThreadState]
+    ) -> tuple[list[ThreadState], tuple[AlikeThreads, ...]]:
+        """The others: those with signals that wait for them, and rows. ``asked``: the states of those that were."""
+        apart: list[ThreadState] = []
+        likes: dict[int, Likes] = {}
         for task in view.silent:
             row, model = self.like[task.tid]
-            states = list(asked[model].states)
-            if model not in places:
-                kinds = [type(state) for state in states]
-                places[model] = [kinds.index(kind) for kind in DIFFERING]
-            for place, state in zip(places[model], self._differing(task, row, asked[model]), strict=True):
-                states[place] = state
-            found[task.tid] = make(row.inner, tuple(states))
-        return found
-
-    def _differing(self, task: TaskView, row: ThreadRow, model: ThreadState) -> Iterator[State]:
-        """Those of DIFFERING of one that is like another."""
-        yield Comm(name=row.comm.split(b"\0", 1)[0])
-        yield RobustList(head=row.robust, length=model.get(RobustList).length)
-        yield ClearChildTid(address=row.clear_child_tid)
-        yield RestartableSequences.capture(task)
-        enabled = row.stack_size != 0
-        yield AlternateStack(
-            enabled=enabled,
-            base=row.stack if enabled else 0,
-            size=row.stack_size,
-            flags=int(row.stack_flags & SsFlag.AUTODISARM) if enabled else 0,
-        )
-        yield PendingForThread.of(task, task.has_pending)
-        yield Registers.capture(task)
+            some = likes.get(model)
+            if some is None:
+                some = likes[model] = Likes(asked[model].tid)
+            thread, own = task.thread, Registers.capture(task)
+            if task.has_pending:
+                one = Likes(asked[model].tid)
+                one.add(row, thread.rseq, own)
+                (found,) = one.told().threads(asked[model])
+                signals = PendingForThread.of(task, task.has_pending)
+                states = [signals if type(state) is PendingForThread else state for state in found.states]
+                apart.append(found.another(found.tid, tuple(states)))
+            else:
+                some.add(row, thread.rseq, own)
+        return apart, tuple(some.told() for some in likes.values())

@@ -12,6 +12,7 @@ Source: PTRACE_GETREGSET; Linux arch/*/kernel/ptrace.c.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from typing import TYPE_CHECKING, Final, Self
@@ -35,6 +36,12 @@ _NOTHING: Final = 0xFFFFFFFF
 _MOST_DESCRIPTORS: Final = 1 << 20
 #: nanoseconds that a sleep lasts at least when it is begun again
 _SHORTEST: Final = 1_000_000
+
+
+@functools.cache
+def _machine() -> str:
+    """As uname(2) names it."""
+    return os.uname().machine
 
 
 @register("registers")
@@ -78,7 +85,7 @@ class Registers(State):
             left = task.thread.until - time.monotonic_ns()
         known = left is not None
         return cls(
-            machine=os.uname().machine,
+            machine=_machine(),
             general=arch.for_restore(registers, left, call).pack(),
             extended=task.thread.get_xstate(),
             layout=arch.xstate_layout(),
@@ -94,7 +101,7 @@ class Registers(State):
 
     def rebuild(self, task: TaskBuilder) -> None:
         """Only checks: :func:`install` sets them when nothing is to run in the thread any more."""
-        if self.machine != os.uname().machine:
+        if self.machine != _machine():
             raise MachineForeign(f"the registers are those of {self.machine}", object=str(task))
 
 
@@ -135,12 +142,13 @@ def fall_asleep(stub: Stub, thread: tracee.Thread, state: Registers, elapsed: in
         thread.slept = result
 
 
-def install(thread: tracee.Thread, state: Registers) -> None:
+def install(thread: tracee.Thread, state: Registers, own: bytes) -> None:
     """Give a stopped thread its registers and its mask. Nothing may be run inside it afterwards.
+
+    own  the extended registers of some thread here, for their layout
 
     ExtendedStateForeign if this CPU lacks what ``extended`` holds, or it holds what no CPU would.
     """
-    own = thread.get_xstate()
     try:
         thread.set_xstate(arch.convert_xstate(state.extended, state.layout, own))
     except OSError as error:

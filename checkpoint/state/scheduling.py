@@ -21,6 +21,8 @@ from checkpoint.kernel.sched import (
     SchedAttr,
     SchedFlag,
     default_slice,
+    get_attributes,
+    get_io_priority,
     online_cpus,
     set_attributes,
     set_io_priority,
@@ -86,6 +88,16 @@ class Scheduling(State):
             flags=attr.flags & _FLAGS,
         )
 
+    def stands(self, task: TaskBuilder) -> bool:
+        try:
+            found = get_attributes(task.tid)
+            nice = os.getpriority(os.PRIO_PROCESS, task.tid)
+        except OSError:
+            return False
+        same = (found.policy, nice, found.priority, found.flags & _FLAGS)
+        plain = self.runtime == 0 and found.runtime in (0, default_slice())
+        return self.policy in _FAIR and plain and same == (self.policy, self.nice, self.priority, self.flags)
+
     def rebuild(self, task: TaskBuilder) -> None:
         task.outside.append(lambda: self._set(task))
 
@@ -118,6 +130,12 @@ class CpuAffinity(State):
         mask = int.from_bytes(room.bytes(), "little")
         cpus = tuple(cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1)
         return cls(cpus=() if task.view.online <= set(cpus) else cpus)
+
+    def stands(self, task: TaskBuilder) -> bool:
+        try:
+            return not self.cpus and os.sched_getaffinity(task.tid) == online_cpus()
+        except OSError:
+            return False
 
     def rebuild(self, task: TaskBuilder) -> None:
         task.outside.append(lambda: self._set(task))
@@ -153,6 +171,12 @@ class IoPriority(State):
         value = task.calls.call(SYS.ioprio_get, IoprioWho.PROCESS, 0, label="read the I/O priority")
         yield
         return cls(value=value.value)
+
+    def stands(self, task: TaskBuilder) -> bool:
+        try:
+            return get_io_priority(task.tid) == self.value
+        except OSError:
+            return False
 
     def rebuild(self, task: TaskBuilder) -> None:
         task.outside.append(lambda: self._set(task))

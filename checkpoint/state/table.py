@@ -27,6 +27,7 @@ from checkpoint.errors import StateUnreadable
 from checkpoint.kernel.signals import tgkill
 from checkpoint.state import birth, clocks, landlock, pending, registers
 from checkpoint.state.addresses import ClearChildTid, RestartableSequences, RobustList
+from checkpoint.state.alike import DIFFERING, AlikeThreads
 from checkpoint.state.base import ProcessView, State, TaskBuilder, kind_of
 from checkpoint.state.cgroup import Cgroups
 from checkpoint.state.clocks import Clocks
@@ -65,6 +66,7 @@ __all__ = [
     "ThreadState",
     "build",
     "capture",
+    "capture_alike",
     "install",
     "make_ready",
     "rebuild_process",
@@ -72,6 +74,7 @@ __all__ = [
 ]
 
 S = TypeVar("S", bound=State)
+_DIFFERING: Final = frozenset(DIFFERING)
 
 #: of a process, rebuilt in its first thread before the states of the threads
 PROCESS_STATES: Final[tuple[type[State], ...]] = (
@@ -150,6 +153,12 @@ class ThreadState:
         """Its state of one kind."""
         return _get(self.states, kind)
 
+    def another(self, tid: int, states: tuple[State, ...]) -> ThreadState:
+        """Another thread, with states of the same kinds in the same order. ValueError."""
+        if tid <= 0:
+            raise ValueError(f"there is no thread {tid}")
+        return _thread(tid, states)
+
 
 _thread = trusted.maker(ThreadState, "tid", "states")
 
@@ -195,16 +204,27 @@ def make_ready(pid: int) -> None:
     landlock.make_ready(pid)
 
 
-def capture(
-    process: Process, injection: Injection, more: CallTable | None = None, likeness: Likeness | None = None
-) -> ProcessState:
+def capture(process: Process, injection: Injection, more: CallTable | None = None) -> ProcessState:
     """The state of a stopped process with an open injection.
 
-    more      calls that are to be made in its first thread, besides
-    likeness  which threads need not be asked (the others are in the injection); None: all are
+    more  calls that are to be made in its first thread, besides
 
     StateUnreadable if the kernel refuses a call; the errors of a kind that cannot be moved (SeccompSupervised, ...).
     """
+    return _captured(process, injection, more, None)[0]
+
+
+def capture_alike(
+    process: Process, injection: Injection, likeness: Likeness
+) -> tuple[ProcessState, tuple[AlikeThreads, ...]]:
+    """The same of a process of which not all threads need to be asked: those that are, and what the others have for
+    themselves. Those that are asked are in the injection."""
+    return _captured(process, injection, None, likeness)
+
+
+def _captured(
+    process: Process, injection: Injection, more: CallTable | None, likeness: Likeness | None
+) -> tuple[ProcessState, tuple[AlikeThreads, ...]]:
     view = ProcessView(process, more, None if likeness is None else likeness.asked)
     view.scratch = injection.ranges
     own = [birth.begin(kind, view.tasks[0]) for kind in PROCESS_STATES]
@@ -226,14 +246,9 @@ def capture(
         task.tid: ThreadState(tid=task.inner_tid, states=tuple(birth.end(each) for each in states))
         for task, states in zip(view.tasks, begun, strict=True)
     }
-    if likeness is not None:
-        threads |= likeness.threads(view, threads, _thread)
-    return ProcessState(
-        pid=view.tasks[0].inner_tid,
-        states=states,
-        threads=tuple(threads[thread.tid] for thread in process.threads),
-        clocks=now,
-    )
+    apart, alike = ([], ()) if likeness is None else likeness.threads(view, threads)
+    state = ProcessState(pid=view.tasks[0].inner_tid, states=states, threads=(*threads.values(), *apart), clocks=now)
+    return state, alike
 
 
 def rebuild_process(state: ProcessState, task: TaskBuilder) -> None:
@@ -249,6 +264,48 @@ def rebuild_thread(state: ThreadState, task: TaskBuilder) -> None:
         state.get(kind).rebuild_privileged(task)
     for kind in THREAD_STATES:
         state.get(kind).rebuild(task)
+
+
+class _Alike:
+    """Queues the states of threads other than the first. Of those that have most of them in common, the very same
+    objects, it is worked out once what these take; such threads were born of the same one, and are the same so far."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, ...], tuple[CallTable, tuple[State, ...]]] = {}
+
+    def rebuild(self, state: ThreadState, task: TaskBuilder) -> None:
+        """Queue the states of a thread."""
+        common = tuple(id(one) for one in state.states if type(one) not in _DIFFERING)
+        if common not in self._known:
+            self._known[common] = self._worked_out(state, task)
+        calls, others = self._known[common]
+        for one in state.states:
+            if type(one) in _DIFFERING:
+                one.rebuild(task)
+        for one in others:
+            one.rebuild(task)
+        task.calls.extend(calls)
+        task.calls.asked = bool(task.outside)
+
+    @staticmethod
+    def _worked_out(state: ThreadState, task: TaskBuilder) -> tuple[CallTable, tuple[State, ...]]:
+        """The calls that are the same for all, and the states of which something is each thread's own: those come
+        before, as they need privileges that end with the last of the calls."""
+        same, others = replace(task, calls=CallTable(), outside=[]), []
+        kinds = [kind for kind in THREAD_STATES if kind not in _DIFFERING]
+        for kind in kinds:
+            state.get(kind).rebuild_privileged(same)
+        for kind in kinds:
+            one = state.get(kind)
+            if one.stands(task):
+                continue
+            tried = replace(task, calls=CallTable(), outside=[])
+            one.rebuild(tried)
+            if tried.outside:
+                others.append(one)
+            else:
+                same.calls.extend(tried.calls)
+        return same.calls, tuple(others)
 
 
 def build(
@@ -274,10 +331,12 @@ def build(
     common = TaskBuilder(
         pid=stub.pid, tid=stub.pid, warn=warn, elapsed=elapsed, birth=born, path=path, placed=placed, users=stub.users
     )
-    tasks = [replace(common, tid=thread.tid, calls=CallTable(), outside=[]) for thread in stub.threads]
+    tasks = [common.of(thread.tid) for thread in stub.threads]
     rebuild_process(state, tasks[0])
-    for thread, task in zip(state.threads, tasks, strict=True):
-        rebuild_thread(thread, task)
+    rebuild_thread(state.threads[0], tasks[0])
+    alike = _Alike()
+    for thread, task in zip(state.threads[1:], tasks[1:], strict=True):
+        alike.rebuild(thread, task)
     birth.run(stub, tasks)
     for sleeper, each in zip(stub.threads, state.threads, strict=True):
         registers.fall_asleep(stub, sleeper, each.get(Registers), elapsed)
@@ -288,8 +347,9 @@ def install(process: Process, state: ProcessState) -> None:
 
     Nothing may be run inside the process afterwards: it is released next.
     """
+    own = process.leader.get_xstate()
     for thread, each in zip(process.threads, state.threads, strict=True):
-        registers.install(thread, each.get(Registers))
+        registers.install(thread, each.get(Registers), own)
         for number in pending.late(each.get(PendingForThread).signals):
             tgkill(process.pid, thread.tid, number)
     for number in pending.late(state.get(PendingForProcess).signals):

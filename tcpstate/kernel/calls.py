@@ -19,9 +19,7 @@ import errno
 import itertools
 import os
 import struct
-from typing import ClassVar
-
-from tcpstate.slotted import dataclass
+from typing import ClassVar, NamedTuple
 
 __all__ = ["ENTRY_SIZE", "IGNORE_ERROR", "CallError", "CallTable", "Data", "Result", "indirect"]
 
@@ -52,15 +50,14 @@ class CallError(OSError):
         self.label = label
 
 
-@dataclass(frozen=True, slots=True)
-class Data:
+class Data(NamedTuple):
     """A place in the data area of a table. ``data + 8`` is the place eight bytes further on."""
 
     table: CallTable
     offset: int
     size: int
 
-    def __add__(self, offset: int) -> Data:
+    def __add__(self, offset: int) -> Data:  # type: ignore[override]
         return Data(self.table, self.offset + offset, self.size - offset)
 
     def bytes(self, size: int | None = None) -> bytes:
@@ -77,12 +74,11 @@ class Data:
         return int.from_bytes(self.bytes(at + 8)[at:], "little")
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(NamedTuple):
     """What a call of the table returned, once it has run; before that, a value to be passed to later calls."""
 
     table: CallTable
-    index: int
+    index: int  # type: ignore[assignment]  # of the call; tuples have a method of that name
 
     @property
     def value(self) -> int:
@@ -107,9 +103,11 @@ class CallTable:
     #: what a placed table's data area is aligned to
     ALIGN: ClassVar[int] = 16
 
-    __slots__ = ("_calls", "_data", "_labels", "_pointers", "_results", "_undo")
+    __slots__ = ("_calls", "_data", "_labels", "_pointers", "_results", "_undo", "asked")
 
     def __init__(self) -> None:
+        #: whether somebody will ask for results or data, if all goes well
+        self.asked = True
         self._data = bytearray()
         self._calls: list[tuple[int, tuple[Argument, ...], Data | None, int]] = []
         self._labels: list[str] = []
@@ -148,6 +146,27 @@ class CallTable:
         self._labels.append(label)
         return Result(self, len(self._calls) - 1)
 
+    def extend(self, other: CallTable) -> None:
+        """All calls of another table, which has no undo calls, after ours; its results and data stay its own's to ask
+        for, where nothing is loaded."""
+        self._labels += other._labels
+        if not other._data and not any(isinstance(one, Result) for _, args, _, _ in other._calls for one in args):
+            self._calls += other._calls
+            return
+        self._data += bytes(-len(self._data) % self.ALIGN)
+        place, index = len(self._data), len(self._calls)
+        self._data += other._data
+        self._pointers += [(at + place, Data(self, to.offset + place, to.size)) for at, to in other._pointers]
+
+        def moved(argument: Argument) -> Argument:
+            if isinstance(argument, Data):
+                return Data(self, argument.offset + place, argument.size)
+            return Result(self, argument.index + index) if isinstance(argument, Result) else argument
+
+        for nr, args, out, flags in other._calls:
+            to = None if out is None else Data(self, out.offset + place, out.size)
+            self._calls.append((nr, tuple(map(moved, args)), to, flags))
+
     def undo(self, nr: int, *args: Argument) -> None:
         """A call that takes back an earlier one (closes what that opened). Undo calls are made, in this order, only in
         another process, by itself, if the tool dies; their errors are ignored. The table itself is then finished
@@ -183,6 +202,7 @@ class CallTable:
             _POINTER.pack_into(out, at, base + to.offset)
         out += bytes(-len(out) % self.ALIGN)
         undo = ((nr, args, None, IGNORE_ERROR) for nr, args in self._undo)
+        pack = ENTRY.pack
         for nr, args, result_to, flags in itertools.chain(self._calls, undo):
             values = [0, 0, 0, 0, 0, 0]
             for i, arg in enumerate(args):
@@ -193,7 +213,7 @@ class CallTable:
                 else:
                     values[i] = start + ENTRY_SIZE * arg.index + RET_OFFSET
                     flags |= indirect(i)
-            out += ENTRY.pack(nr, *values, NOT_MADE, 0 if result_to is None else base + result_to.offset, flags)
+            out += pack(nr, *values, NOT_MADE, 0 if result_to is None else base + result_to.offset, flags)
         return out
 
     def load(self, image: bytes | bytearray | memoryview, done: int) -> None:

@@ -8,12 +8,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from checkpoint import offspring, procfs
 from checkpoint.inject import Injection
 from checkpoint.kernel import threaditer
+from checkpoint.records import StatesRecord
 from checkpoint.state import table
 from checkpoint.state.likeness import Likeness
 from checkpoint.state.table import ProcessState
 from checkpoint.tracee import Tree
+from tcpstate.codec import pack, unpack
 from tcpstate.kernel.machine import SYS
 
 #: one thread for each thing that a thread can have of its own, and many that have nothing
@@ -97,10 +100,16 @@ def states(pid: int, *, alike: bool) -> tuple[ProcessState, int]:
     tree = Tree.stop([pid])
     try:
         (process,) = tree.processes
-        likeness = Likeness(process) if alike else None
-        with Injection(process, None if likeness is None else likeness.asked) as injection:
-            state = table.capture(process, injection, likeness=likeness)
-        return state, len(process.threads if likeness is None else likeness.asked)
+        if not alike:
+            with Injection(process) as injection:
+                return table.capture(process, injection), len(process.threads)
+        likeness = Likeness(process)
+        with Injection(process, likeness.asked) as injection:
+            state, rows = table.capture_alike(process, injection, likeness)
+        told = StatesRecord(states=(state,), clocks=state.clocks, alike={state.pid: rows})
+        (found,) = unpack(StatesRecord, pack(told)).whole()
+        assert (found,) == told.spelled_out().states
+        return found, len(likeness.asked)
     finally:
         tree.resume()
 
@@ -110,7 +119,7 @@ def test_what_is_not_asked_is_what_would_be_said(program: int) -> None:
         pytest.fail("this kernel does not tell")
     said, all_of_them = states(program, alike=False)
     found, asked = states(program, alike=True)
-    for one, other in zip(said.threads, found.threads, strict=True):
+    for one, other in zip(*(sorted(all_of.threads, key=lambda one: one.tid) for all_of in (said, found)), strict=True):
         assert one.tid == other.tid
         assert {type(state): state for state in one.states} == {type(state): state for state in other.states}
     assert [type(state) for state in said.states] == [type(state) for state in found.states]
@@ -134,3 +143,28 @@ sys.stdin.read()
         # the first has run a program since it was born, which they have not
         assert states(process.pid, alike=True)[1] == 2
         process.kill()
+
+
+def test_children_of_many_threads() -> None:
+    text = """
+import subprocess, sys, threading
+def run():
+    children.append(subprocess.Popen(["sleep", "1000"]))
+    threading.Event().wait()
+children = []
+for number in range(40):
+    threading.Thread(target=run if number % 9 == 3 else threading.Event().wait, daemon=True).start()
+while len(children) < 5:
+    pass
+print(*[child.pid for child in children], flush=True)
+sys.stdin.read()
+for child in children:
+    child.kill()
+"""
+    argv = [sys.executable, "-IS", "-c", text]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = sorted(map(int, process.stdout.readline().split()))
+        assert len(said) == 5
+        assert sorted(offspring.children(process.pid)) == sorted(procfs.children(process.pid)) == said
+        process.communicate("")

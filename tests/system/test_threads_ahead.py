@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from checkpoint.live import LiveCopy
 from checkpoint.records import LiveTree
 from checkpoint.spawn import Stub, spawn_stub
 from checkpoint.state import birth, table
-from checkpoint.state.base import State
+from checkpoint.state.base import State, TaskBuilder
 from checkpoint.state.filesystem import ThreadDirectories
 from checkpoint.state.membarrier import Membarrier, MembarrierCommand
 from checkpoint.state.table import ProcessState
@@ -257,3 +258,25 @@ def test_hundreds_are_born_and_dismissed_again_and_again(program: Program) -> No
             birth.bear_ahead({state.pid: stub}, {state.pid: (first, part)}, lambda text: None)
             assert tasks(stub) == sorted(part)
         build(stub, state)
+
+
+def test_the_first_thread_is_done_when_the_others_begin(program: Program) -> None:
+    """What it does may throw away the signals by which others stop."""
+    program.do("+")
+    state = stopped(program.pid)
+    reading, writing = os.pipe()
+    with stub_of(state) as stub, contextlib.ExitStack() as ends:
+        ends.callback(os.close, reading)
+        ends.callback(os.close, writing)
+        birth.bear_threads(stub, state, lambda text: None)
+        tasks = []
+        for thread, pause in zip(stub.threads, (50_000_000, 0), strict=True):
+            task = TaskBuilder(pid=stub.pid, tid=thread.tid, warn=lambda text: None)
+            mine = task.calls.call(SYS.pidfd_getfd, stub.tool_pidfd, writing, 0)
+            if pause:
+                task.calls.call(SYS.nanosleep, task.calls.put(struct.pack("<qq", 0, pause)), 0)
+            task.calls.call(SYS.write, mine, task.calls.put(b"first" if pause else b"other"), 5)
+            task.calls.call(SYS.close, mine)
+            tasks.append(task)
+        birth.run(stub, tasks)
+        assert os.read(reading, 100) == b"firstother"

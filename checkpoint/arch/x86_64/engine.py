@@ -271,7 +271,7 @@ def engine_image(frame: bytes, boot: int = 0, start: int = 0, size: int = 0) -> 
 
 def engine_start(registers: Registers, engine: int, table: tuple[int, int], undo: tuple[int, int]) -> Registers:
     """Registers with which the thread walks a table (first entry, end) by the engine at ``engine``, and stops."""
-    return dataclasses.replace(registers.moved(engine), r12=table[0], r13=table[1], r14=undo[0], r15=undo[1])
+    return registers.walking(engine, table, undo)
 
 
 def engine_idle(registers: Registers, engine: int) -> Registers:

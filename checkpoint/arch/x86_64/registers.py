@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import enum
 import errno
+import operator
 import struct
 from collections.abc import Callable, Iterable
 from typing import Final, Self
 
 from checkpoint.errors import ForeignMode
+from tcpstate import trusted
 from tcpstate.kernel.machine import SYS
 from tcpstate.slotted import dataclass
 
@@ -122,7 +124,7 @@ class Registers:
 
     def pack(self) -> bytes:
         """The structure's bytes."""
-        return _REGISTERS.pack(*(getattr(self, name) for name in _NAMES))
+        return _REGISTERS.pack(*_values(self))
 
     @classmethod
     def unpack(cls, data: bytes) -> Self:
@@ -165,9 +167,15 @@ class Registers:
         """The bytes of the register set."""
         return self.pack()
 
-    def moved(self, ip: int) -> Self:
+    def moved(self, ip: int) -> Registers:
         """The same with another instruction pointer, and no system call to be restarted."""
-        return dataclasses.replace(self, rip=ip, orig_rax=_NO_CALL)
+        values = _values(self)
+        return _made(*values[:_CALL_AT], _NO_CALL, ip, *values[_CALL_AT + 2 :])
+
+    def walking(self, ip: int, table: tuple[int, int], undo: tuple[int, int]) -> Registers:
+        """The same for a walk through tables of calls (checkpoint.arch.x86_64.engine)."""
+        values = _values(self)
+        return _made(*reversed(undo), *reversed(table), *values[4:_CALL_AT], _NO_CALL, ip, *values[_CALL_AT + 2 :])
 
     def not_stepping(self) -> Self:
         """The same without the trap flag. After a step over popf the kernel takes the flag for the program's own, and
@@ -180,6 +188,9 @@ class Registers:
 
 
 _NAMES = tuple(field.name for field in dataclasses.fields(Registers))
+_CALL_AT = _NAMES.index("orig_rax")  # before rip
+_values: Callable[[Registers], tuple[int, ...]] = operator.attrgetter(*_NAMES)
+_made = trusted.maker(Registers, *_NAMES)
 
 
 #: calls that return Restart.BLOCK (kernel: users of set_restart_fn)
