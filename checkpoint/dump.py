@@ -257,7 +257,8 @@ class Dump:
                 self._holdoff.complain()
             self.drain()
         self.pids = tuple(process.pid for process in self._tree.processes)
-        self.last = LastSegments(addresses)
+        ahead = self._ahead
+        self.last = LastSegments(addresses, (lambda: ahead.nobody_closes) if ahead and ahead.connections else None)
         try:
             self._capture(self._tree)
         except BaseException:

@@ -149,13 +149,17 @@ class LastSegments:
     """Looks, in a thread of its own, for closed connections of these local addresses whose segments are under way.
 
     Made when the application stands still: from then on no connection is closed, so none joins them.
+
+    nobody  somebody looks at all connections anyway, in the stop: whether there are certainly none.  To look for them
+            goes through all sockets of the host
     """
 
-    def __init__(self, addresses: Collection[str]) -> None:
+    def __init__(self, addresses: Collection[str], nobody: Callable[[], bool] | None = None) -> None:
         self._addresses = frozenset(addresses)
+        self._nobody = nobody
         #: those that lacked nothing but the peer's last ACK after :meth:`wait`
         self.ended: tuple[ConnId, ...] = ()
-        self._first = Beside(self._look) if addresses else None
+        self._first = Beside(self._look) if addresses and nobody is None else None
 
     def _look(self) -> list[locate.Located]:
         return [c for c in locate.orphans(_CLOSING) if c.conn_id.local in self._addresses]
@@ -163,7 +167,11 @@ class LastSegments:
     def wait(self, timeout: float = LAST_SEGMENTS_TIMEOUT) -> None:
         """Wait until they are gone, ``timeout`` seconds at most; :attr:`ended` tells what is left."""
         first, self._first = self._first, None
-        if first is None or not first.result() or _until(lambda: not self._look(), timeout):
+        if self._nobody is not None and self._addresses:
+            there = not self._nobody() and self._look()
+        else:
+            there = first is not None and first.result()
+        if not there or _until(lambda: not self._look(), timeout):
             return
         left = self._look()
         self.ended = tuple(c.conn_id for c in left if c.send_queue <= _FIN)[:ENDED_MAX]

@@ -206,7 +206,7 @@ class Restore:
         if self._tree is not None:
             raise ImageIncomplete("a round of running processes came after they were stopped")
         if not self._clocks_go_on:
-            # a little too late rather than too early: a clock must not run backwards
+            # too late rather than too early: a clock must not run backwards
             self._enter_clocks(tree.clocks, max(0, time.monotonic_ns() - tree.at) if tree.at else 0)
         self._ground.apply(tree)
 
@@ -243,9 +243,9 @@ class Restore:
 
     @property
     def _may_begin(self) -> bool:
-        """Whether files and memory can be built before the states come: where the clocks go on since the rounds, and no
-        file names a thread."""
-        return self._clocks_go_on and self._files is not None and not any(file.tids for file in self._files.files)
+        """Whether it can begin before the states come: the clocks go on since the rounds, no file names a thread."""
+        first = 0 if self._ahead is None else self._ahead.count
+        return self._clocks_go_on and self._files is not None and not any(f.tids for f in self._files.files[first:])
 
     def _take_states(self, told: StatesRecord) -> None:
         if self._tree is None or self._states:

@@ -48,7 +48,7 @@ from tcpstate.freeze import QuietState
 from tcpstate.kernel.beside import Beside
 from tcpstate.kernel.bpf.census import census
 from tcpstate.kernel.bpf.gate import Gate
-from tcpstate.kernel.bpf.recount import Recount, Same
+from tcpstate.kernel.bpf.recount import Counted, Recount, Same
 from tcpstate.options import in_force, number
 from tcpstate.record import ConnectionRecord, Family
 from tcpstate.segment import Segment
@@ -173,7 +173,7 @@ class Ahead:
         self._gate: Gate | None = None
         self._recount: Recount | None = None
         self._tables: TableReader | None = None
-        self._look: Beside[tuple[bytes, bool]] | None = None
+        self._look: Beside[Counted] | None = None
         self._found: list[_Found] = []
         self._plain: AheadPlain | None = None
         self._members: dict[int, _Member] = {}
@@ -294,7 +294,7 @@ class Ahead:
     @property
     def unchanged(self) -> set[int]:
         """Indexes of connections whose descriptors are what they were."""
-        return {index for index in self.here if index < len(self._found)} if self._plain else self.here
+        return self.here.difference(range(len(self._found), len(self.files))) if self._plain else self.here
 
     @property
     def gone(self) -> list[int]:
@@ -344,10 +344,12 @@ class Ahead:
     @property
     def nobody_signs(self) -> bool:
         """Whether it is certain that no socket of this network namespace has a key. OSError."""
-        if self._look is None:
-            return False
-        _, signs = self._look.result()
-        return not signs
+        return self._look is not None and not self._look.result().signs
+
+    @property
+    def nobody_closes(self) -> bool:
+        """Whether it is certain that every FIN of this network namespace was acknowledged at the look. OSError."""
+        return self._look is not None and not self._look.result().closes
 
     def shut(self) -> None:
         """From now on nothing of these connections comes in or goes out."""
@@ -363,10 +365,10 @@ class Ahead:
             return []
         passed = self._gate.seen() if self._look is not None else None
         if passed is None or self._look is None:
-            same, _ = self._recount.take()
+            same = self._recount.take().same
             passed = bytes(len(same))
         else:
-            same, _ = self._look.result()
+            same = self._look.result().same
         self._same = same
         # there may be thousands: as numbers they are compared at once
         changed = int.from_bytes(same.translate(_CHANGED), "little") | int.from_bytes(passed, "little")

@@ -33,6 +33,9 @@ __all__ = ["AheadPlain", "PlainFile"]
 
 _log = logging.getLogger(__name__)
 
+#: a pass over so many descriptors takes as long as a file takes in the stop that was not told: a server of thousands of
+#: connections does not tell its handful of files
+_WORTH: Final = 200
 #: descriptors that we have at a time: what their owners close meanwhile ends when we give it up
 _PORTION: Final = 256
 
@@ -88,8 +91,11 @@ class AheadPlain:
         keys: set[tuple[int, int, str]] = set()
         for pid, rows in _only_descriptors(pids).items():
             before = _by_number(pid)
-            captured = dict(self._capture(pid, [fd for fd in rows if fd in before]))
+            wanted = [fd for fd in rows if fd in before]
+            captured = dict(self._capture(pid, wanted))
             now = {filetable.number_of(raw): raw for raw in filetable.read(pid)}
+            if len(wanted) * _WORTH < len(now):
+                continue
             after = _by_number(pid)
             for fd, (view, record) in captured.items():
                 raw, row = rows[fd]

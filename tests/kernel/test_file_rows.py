@@ -165,6 +165,14 @@ def test_what_travels_is_not_told(doer: Doer) -> None:
         ahead.close()
 
 
+def test_a_handful_of_files_among_thousands_of_others_is_not_told(doer: Doer) -> None:
+    """A pass over all descriptors would take longer in the stop than to capture them."""
+    doer.do("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (4000, 4000))")
+    doer.do("pipes = [os.pipe() for _ in range(1500)]")
+    ahead, told = tell([doer.pid], [], NO_POLICY, evidence={})
+    assert (ahead, told) == (None, None)
+
+
 def test_two_descriptions_of_one_file(doer: Doer) -> None:
     """One of them is told; the other is told from it in the stop."""
     doer.do("os.dup2(os.open(place + '/folder/file', os.O_RDWR), 52); os.closerange(3, 50)")

@@ -2,7 +2,7 @@
 
 As :mod:`tcpstate.kernel.bpf.census`, whose records it is given; but nothing is written of a connection: of ten thousand
 there is nothing to be read, and a thread that waits for it needs the interpreter for a moment only.  In the same pass:
-does anybody sign (:mod:`tcpstate.kernel.bpf.signed`)?
+does anybody sign (:mod:`tcpstate.kernel.bpf.signed`), has anybody closed whose peer has not acknowledged it?
 
 Source: as there.  BPF_F_MMAPABLE arrays since 5.5, batches of elements since 5.6.
 """
@@ -13,7 +13,7 @@ import enum
 import os
 import struct
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from tcpstate.errors import KernelFeatureMissing
 from tcpstate.kernel.bpf import call
@@ -22,14 +22,16 @@ from tcpstate.kernel.bpf.btf import BadBtf
 from tcpstate.kernel.bpf.census import describe, traffic
 from tcpstate.kernel.bpf.layout import Layout, layout
 from tcpstate.kernel.bpf.tcpsock import iterator_program
+from tcpstate.kernel.tcp import TcpState
 
-__all__ = ["Recount", "Same"]
+__all__ = ["Counted", "Recount", "Same"]
 
 _WORD: Final = 8
 _PAGE: Final = 4096
 _KEY: Final = struct.Struct("=Q")
-#: the memory: whether anybody signs, then a byte for each connection
-_AT_SIGNS, _AT_SAME = 0, 8
+#: the memory: whether anybody signs, whether anybody has closed and is not done, then a byte for each connection
+_AT_SIGNS, _AT_CLOSES, _AT_SAME = 0, 1, 8
+_CLOSING: Final = (TcpState.FIN_WAIT1, TcpState.CLOSING, TcpState.LAST_ACK)
 
 
 def _program(known: Layout, told: int, memory: int, most: int) -> bytes:
@@ -47,8 +49,12 @@ def _program(known: Layout, told: int, memory: int, most: int) -> bytes:
     asm.store_number(1, 4, _AT_SAME, Same.WHOLLY).jump("out")
     asm.label("moved").store_number(1, 4, _AT_SAME, Same.BUT_FOR_TRAFFIC).jump("out")
     asm.label("other").mov(1, 7).call(Helper.SKC_TO_TCP_SOCK).jump_if(Jump.EQUAL, 0, 0, "out")
-    asm.load(8, 1, 0, keys).jump_if(Jump.EQUAL, 1, 0, "out")
-    asm.label("signs").map_value(2, memory).store_number(1, 2, _AT_SIGNS, 1)
+    asm.load(1, 1, 7, known.offset("sock_common", "skc_state"))
+    for state in _CLOSING:
+        asm.jump_if(Jump.EQUAL, 1, state, "closes")
+    asm.label("keys").load(8, 1, 0, keys).jump_if(Jump.EQUAL, 1, 0, "out")
+    asm.label("signs").map_value(2, memory).store_number(1, 2, _AT_SIGNS, 1).jump("out")
+    asm.label("closes").map_value(2, memory).store_number(1, 2, _AT_CLOSES, 1).jump("keys")
     return asm.label("out").exit(0).code()
 
 
@@ -58,6 +64,19 @@ class Same(enum.IntEnum):
     NOT = 0  # whatever may have happened to it
     WHOLLY = 1
     BUT_FOR_TRAFFIC = 2  # nobody has set an option
+
+
+class Counted(NamedTuple):
+    """What one pass has seen.
+
+    same    a byte for each connection, in their order, one of :class:`Same`
+    signs   whether any socket has a key
+    closes  whether the FIN of any is not acknowledged
+    """
+
+    same: bytes
+    signs: bool
+    closes: bool
 
 
 class Recount:
@@ -92,12 +111,12 @@ class Recount:
             for fd in fds:
                 os.close(fd)
 
-    def take(self) -> tuple[bytes, bool]:
-        """A byte for each connection, in their order, one of :class:`Same`; whether any socket of the calling thread's
-        network namespace signs. OSError."""
+    def take(self) -> Counted:
+        """What is seen in the calling thread's network namespace. OSError."""
         self._memory[:] = bytes(len(self._memory))
         call.iterate(self._link)
-        return self._memory[_AT_SAME : _AT_SAME + self._count], bool(self._memory[_AT_SIGNS])
+        same = self._memory[_AT_SAME : _AT_SAME + self._count]
+        return Counted(same, bool(self._memory[_AT_SIGNS]), bool(self._memory[_AT_CLOSES]))
 
     def close(self) -> None:
         """Give the program and its memory up."""
