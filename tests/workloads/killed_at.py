@@ -8,7 +8,6 @@ nothing, and how many steps there were is written to the file.
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import functools
 import importlib
@@ -132,7 +131,7 @@ def _insert_kill(table: Any, index: int) -> None:
 
     def moved(argument: Any) -> Any:
         later = isinstance(argument, result) and argument.index >= index
-        return dataclasses.replace(argument, index=argument.index + 1) if later else argument
+        return argument._replace(index=argument.index + 1) if later else argument
 
     table._calls[:] = [(nr, tuple(map(moved, args)), out, flags) for nr, args, out, flags in table._calls]
     table._undo[:] = [(nr, tuple(map(moved, args))) for nr, args in table._undo]
