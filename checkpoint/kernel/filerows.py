@@ -15,14 +15,12 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from checkpoint.kernel import taskiter
-from tcpstate.errors import KernelFeatureMissing
 from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
 from tcpstate.kernel.bpf.btf import BadBtf, Place
-from tcpstate.kernel.bpf.layout import Layout, layout
+from tcpstate.kernel.bpf.layout import Layout
 
 __all__ = ["NUMBERS", "SIZE", "FileRow", "number_of", "prepare", "rows", "table"]
 
-FILES: Final = "bpf_iter_task_file"
 #: members of struct bpf_iter__task_file
 _META, _FD, _FILE = 0, 16, 24
 #: bytes of a path, with its end; a longer one is not told
@@ -98,18 +96,7 @@ def _program(known: Layout) -> bytes:
 
 @functools.cache
 def _loaded() -> int:
-    known = layout()
-    try:
-        program = taskiter.load(known, _program(known), "tcpmig_paths", FILES)
-    except (OSError, BadBtf) as error:
-        raise KernelFeatureMissing(
-            f"no BPF iterator over open files with their paths: {error}",
-            object=FILES,
-            fix="Run as root (CAP_BPF, CAP_PERFMON) on a kernel from 6.12 on with CONFIG_DEBUG_INFO_BTF.",
-        ) from None
-    known.save()
-    known.forget_btf()
-    return program
+    return taskiter.wanted(_program, "tcpmig_paths", "no BPF iterator over open files with their paths")
 
 
 def prepare() -> None:

@@ -18,11 +18,9 @@ from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from checkpoint.kernel import taskiter
-from tcpstate.errors import KernelFeatureMissing
-from tcpstate.kernel.bpf import call
 from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
-from tcpstate.kernel.bpf.btf import BadBtf, Kind
-from tcpstate.kernel.bpf.layout import Layout, layout
+from tcpstate.kernel.bpf.btf import BadBtf
+from tcpstate.kernel.bpf.layout import Layout
 
 __all__ = ["SIZE", "Row", "number_of", "prepare", "read", "rows", "table"]
 
@@ -95,22 +93,7 @@ def _program(known: Layout) -> bytes:
 
 @functools.cache
 def _loaded() -> int:
-    known = layout()
-    try:
-        target = known.id(Kind.FUNCTION, "bpf_iter_task_file")
-        program = call.load(
-            call.ProgramType.TRACING, _program(known), attach=call.Attach.TRACE_ITER, target=target,
-            name="tcpmig_files", gpl=True,
-        )  # fmt: skip
-    except (OSError, BadBtf) as error:
-        raise KernelFeatureMissing(
-            f"no BPF iterator over open files: {error}",
-            object="bpf_iter_task_file",
-            fix="Run as root (CAP_BPF, CAP_PERFMON) on a kernel from 6.12 on with CONFIG_DEBUG_INFO_BTF.",
-        ) from None
-    known.save()
-    known.forget_btf()
-    return program
+    return taskiter.wanted(_program, "tcpmig_files", "no BPF iterator over open files")
 
 
 def prepare() -> None:

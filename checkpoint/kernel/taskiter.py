@@ -14,19 +14,33 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
+from tcpstate.errors import KernelFeatureMissing
 from tcpstate.kernel.bpf import call
 from tcpstate.kernel.bpf.btf import BadBtf, Kind
 from tcpstate.kernel.bpf.layout import Layout, layout
 
-__all__ = ["LINK_INFO", "MAPPINGS", "META", "TASK", "TASKS", "VMA", "lent", "load", "read", "read_process"]
+__all__ = [
+    "FILES",
+    "LINK_INFO",
+    "MAPPINGS",
+    "META",
+    "TASK",
+    "TASKS",
+    "VMA",
+    "lent",
+    "load",
+    "read",
+    "read_process",
+    "wanted",
+]
 
 _log = logging.getLogger(__name__)
 
 #: members of struct bpf_iter__task and bpf_iter__task_vma, the program's context: pointers, laid out by the macro of
 #: include/linux/bpf.h
 META, TASK, VMA = 0, 8, 16
-#: what is walked over: tasks, or the mappings of their memory
-TASKS, MAPPINGS = "bpf_iter_task", "bpf_iter_task_vma"
+#: what is walked over: tasks, the mappings of their memory, or their open files
+TASKS, MAPPINGS, FILES = "bpf_iter_task", "bpf_iter_task_vma", "bpf_iter_task_file"
 LINK_INFO: Final = struct.Struct("=III4x")  # tid, pid, pid_fd
 
 
@@ -40,6 +54,22 @@ def load(known: Layout, code: bytes, name: str, over: str = TASKS) -> int:
         name=name,
         gpl=True,
     )
+
+
+def wanted(build: Callable[[Layout], bytes], name: str, lacking: str) -> int:
+    """The program over open files that ``build`` makes, loaded. KernelFeatureMissing: ``lacking``."""
+    known = layout()
+    try:
+        return load(known, build(known), name, FILES)
+    except (OSError, BadBtf) as error:
+        raise KernelFeatureMissing(
+            f"{lacking}: {error}",
+            object=FILES,
+            fix="Run as root (CAP_BPF, CAP_PERFMON) on a kernel from 6.12 on with CONFIG_DEBUG_INFO_BTF.",
+        ) from None
+    finally:
+        known.save()
+        known.forget_btf()
 
 
 def lent(build: Callable[[Layout], bytes], name: str, lacking: str, over: str = TASKS) -> int | None:

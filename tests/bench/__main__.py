@@ -50,7 +50,7 @@ ALL: Mapping[str, Bench] = {
     "descriptors": Bench(
         "The stop by the number of open files", ("0", "100", "1000", "4000"), ("0", "1000"), ("descriptors",)
     ),
-    "threads": Bench("The stop by the number of threads", ("1", "100", "300", "1000"), ("1", "100")),
+    "threads": Bench("The stop by the number of threads", ("1", "100", "300", "1000"), ("1", "100"), ("threads",)),
     "connections": Bench("Freeze, export and rebuild beside C", ("1000", "10000"), ("1000",), ("connections",)),
     "precopy": Bench("The stop by memory and by how fast it is written", ("1024", "8192"), ("64",), ("precopy",)),
     "lazy": Bench("The first answer after a restore", ("256", "1024", "4096"), ("256",), ("lazy",)),

@@ -96,6 +96,11 @@ def _descriptors(axes: Any, rows: Sequence[Row]) -> None:
     axes.set_xscale("symlog", linthresh=10)  # there is a row of none
 
 
+def _threads(axes: Any, rows: Sequence[Row]) -> None:
+    _line(axes, [(row["threads"], row["stop_ms"]) for row in rows], "stop")
+    _logarithmic(axes, "threads", "ms")
+
+
 def _connections(axes: Any, rows: Sequence[Row]) -> None:
     cases = list(dict.fromkeys(row["case"] for row in rows))
     makers = list(dict.fromkeys(row["who"] for row in rows))
@@ -165,6 +170,7 @@ PLOTS: dict[str, Callable[[Any, Sequence[Row]], None]] = {
     "steps": _steps,
     "many": _many,
     "descriptors": _descriptors,
+    "threads": _threads,
     "connections": _connections,
     "precopy": _precopy,
     "lazy": _lazy,
