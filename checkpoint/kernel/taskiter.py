@@ -41,6 +41,7 @@ _log = logging.getLogger(__name__)
 META, TASK, VMA = 0, 8, 16
 #: what is walked over: tasks, the mappings of their memory, or their open files
 TASKS, MAPPINGS, FILES = "bpf_iter_task", "bpf_iter_task_vma", "bpf_iter_task_file"
+Again = Callable[[bytes, bytes], bool]
 LINK_INFO: Final = struct.Struct("=III4x")  # tid, pid, pid_fd
 
 
@@ -85,9 +86,10 @@ def lent(build: Callable[[Layout], bytes], name: str, lacking: str, over: str = 
         known.forget_btf()
 
 
-def read(program: int, tid: int) -> bytes:
-    """What the program writes of a thread; nothing of one that has ended. OSError."""
-    return _read(program, LINK_INFO.pack(tid, 0, 0))
+def read(program: int, tid: int, again: Again | None = None) -> bytes:
+    """What the program writes of a thread; nothing of one that has ended. ``again`` as :func:`call.iterate` wants it.
+    OSError."""
+    return _read(program, LINK_INFO.pack(tid, 0, 0), again)
 
 
 def read_process(program: int, pid: int) -> bytes:
@@ -95,9 +97,9 @@ def read_process(program: int, pid: int) -> bytes:
     return _read(program, LINK_INFO.pack(0, pid, 0))
 
 
-def _read(program: int, of: bytes) -> bytes:
+def _read(program: int, of: bytes, again: Again | None = None) -> bytes:
     link = call.link(program, 0, call.Attach.TRACE_ITER, info=of)
     try:
-        return call.iterate(link)
+        return call.iterate(link, again)
     finally:
         os.close(link)

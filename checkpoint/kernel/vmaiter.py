@@ -29,6 +29,12 @@ _RECORD: Final = struct.Struct("=QQQQ")
 _MEMBERS: Final = ("vm_start", "vm_end", "vm_flags")
 
 
+def _is_again(last: bytes, part: bytes) -> bool:
+    """Of a thread with more mappings than one read brings (1,023), the kernel tells those of the last read again and
+    again, without end (6.18). Addresses ascend, and what grows or moves while we read begins behind the last part."""
+    return part[:8] == last[:8] or _RECORD.unpack_from(part)[0] < _RECORD.unpack_from(last)[0]
+
+
 class Words(NamedTuple):
     """flags: (start, end) to the word of each mapping. brk: where the heap ends; 0 if there are no mappings."""
 
@@ -64,7 +70,7 @@ def words(pid: int) -> Words | None:
     if reader is None:
         return None
     try:
-        data = taskiter.read(reader, pid)
+        data = taskiter.read(reader, pid, _is_again)
     except OSError as error:
         _log.info("the flags of mappings of pid %d are read from smaps: %s", pid, error)
         return None

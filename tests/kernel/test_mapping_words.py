@@ -41,6 +41,34 @@ def test_there_is_a_word_for_each_mapping_but_the_vsyscall_page(child: int) -> N
     assert set(words.flags) == {(v.start, v.end) for v in vma.read_maps(child) if v.name != VSYSCALL}
 
 
+MANY = """
+import mmap, sys
+kept = []
+while sum(1 for _ in open("/proc/self/maps")) - 1 < int(sys.argv[1]):
+    # neighbours differ, and are not put together
+    kept.append(mmap.mmap(-1, mmap.PAGESIZE, prot=(1, 3)[len(kept) % 2]))
+print("there", flush=True)
+input()
+"""
+
+
+@pytest.mark.parametrize("count", [1000, 1022, 1023, 1024, 1500, 2046, 2047, 3000])
+def test_many_mappings_are_told_once(count: int) -> None:
+    """One read brings 1,023 of them; behind the last ones the iterator begins those of the last read again."""
+    argv = [sys.executable, "-IS", "-c", MANY, str(count)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"there\n"
+        while Path(f"/proc/{process.pid}/wchan").read_text() not in ("pipe_read", "anon_pipe_read"):
+            assert process.poll() is None
+        words = vmaiter.words(process.pid)
+        assert words is not None
+        found = {(v.start, v.end) for v in vma.read_maps(process.pid) if v.name != VSYSCALL}
+        assert set(words.flags) == found
+        assert len(found) >= count
+        process.kill()
+
+
 def test_one_word_has_one_set_of_names(child: int) -> None:
     words = vmaiter.words(child)
     assert words is not None

@@ -12,7 +12,7 @@ import errno
 import mmap
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from tcpstate.kernel import batch
@@ -271,12 +271,18 @@ def open_tracepoint(program: int, name: str) -> int:
     return _made(_call(_Cmd.RAW_TRACEPOINT_OPEN, struct.pack("=QI4x", ctypes.addressof(label), program)))
 
 
-def iterate(link_fd: int) -> bytes:
-    """All that an iterator's program writes, in the calling thread's network namespace. OSError."""
+def iterate(link_fd: int, again: Callable[[bytes, bytes], bool] | None = None) -> bytes:
+    """All that an iterator's program writes, in the calling thread's network namespace. OSError.
+
+    again  whether of two parts, one read after the other, the second tells once more what was told: where an iterator
+           does not come to its end by itself
+    """
     fd = _made(_call(_Cmd.ITER_CREATE, struct.pack("=II", link_fd, 0)))
     try:
-        parts = []
+        parts: list[bytes] = []
         while part := os.read(fd, _READ_SIZE):
+            if again is not None and parts and again(parts[-1], part):
+                break
             parts.append(part)
         return b"".join(parts)
     finally:
