@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -91,8 +93,23 @@ def program() -> Iterator[int]:
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
+        rest(process.pid)
         yield process.pid
         process.kill()
+
+
+def rest(pid: int) -> None:
+    """Wait until all threads stay where they wait: who waits for the interpreter looks every 5 ms."""
+    before: list[str] = []
+    while True:
+        texts = [path.read_text() for path in sorted(Path(f"/proc/{pid}/task").glob("*/status"))]
+        now = [
+            line for text in stats for line in text.splitlines() if line.startswith(("State", "voluntary", "nonvol"))
+        ]
+        if now == before and not any(line.startswith("State") and "sleeping" not in line for line in now):
+            return
+        before = now
+        time.sleep(0.1)
 
 
 def states(pid: int, *, alike: bool) -> tuple[ProcessState, int]:
