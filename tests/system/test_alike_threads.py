@@ -102,7 +102,7 @@ def rest(pid: int) -> None:
     """Wait until all threads stay where they wait: who waits for the interpreter looks every 5 ms."""
     before: list[str] = []
     while True:
-        texts = [path.read_text() for path in sorted(Path(f"/proc/{pid}/task").glob("*/status"))]
+        stats = [path.read_text() for path in sorted(Path(f"/proc/{pid}/task").glob("*/status"))]
         now = [
             line for text in stats for line in text.splitlines() if line.startswith(("State", "voluntary", "nonvol"))
         ]
