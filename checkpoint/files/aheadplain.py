@@ -20,7 +20,7 @@ from checkpoint.files.kinds import kind_for
 from checkpoint.files.plain import PLAIN, Numbers, is_plain, moved_on
 from checkpoint.files.policy import Policy
 from checkpoint.files.table import FileTable
-from checkpoint.files.treefiles import AheadPlace
+from checkpoint.files.treefiles import AheadPlace, Numbered
 from checkpoint.kernel import filerows, filetable
 from checkpoint.kernel.difference import differing
 from checkpoint.kernel.filerows import NUMBERS, FileRow
@@ -58,15 +58,6 @@ class PlainFile:
     def key(self) -> tuple[int, int, str]:
         """Which file it is, as the file table has it."""
         return self.view.stat.st_dev, self.view.stat.st_ino, self.view.link
-
-
-class _Owner:
-    """A process, as the file table wants it."""
-
-    __slots__ = ("pid",)
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
 
 
 class AheadPlain:
@@ -119,7 +110,7 @@ class AheadPlain:
                 table.evidence = self._evidence
                 for fd in numbers[at : at + _PORTION]:
                     try:
-                        view = table.entries[table.add(_Owner(pid), fd)]
+                        view = table.entries[table.add(Numbered(pid), fd)]
                         if self._policy.ship and self._policy.stays_behind(view.link):
                             continue  # its bytes travel, if anybody writes to it
                         kind = kind_for(view)

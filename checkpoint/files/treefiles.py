@@ -5,14 +5,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from checkpoint.files.base import OpenFile, PosixLock
 from checkpoint.files.content import Content
 from checkpoint.files.epoll import EpollWatch
 from tcpstate.slotted import dataclass
 
-__all__ = ["AheadEpoll", "AheadFiles", "AheadPlace", "LastMapped", "LocksOfFile", "Mapping", "Owner", "TreeFiles"]
+__all__ = [
+    "AheadEpoll",
+    "AheadFiles",
+    "AheadPlace",
+    "LastMapped",
+    "LocksOfFile",
+    "Mapping",
+    "Numbered",
+    "Owner",
+    "TreeFiles",
+]
 
 
 class Owner(Protocol):
@@ -20,6 +30,12 @@ class Owner(Protocol):
 
     @property
     def pid(self) -> int: ...
+
+
+class Numbered(NamedTuple):
+    """A process of which only the number is known."""
+
+    pid: int
 
 
 class Mapping(Protocol):

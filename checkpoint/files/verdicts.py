@@ -18,10 +18,10 @@ from checkpoint.files.policy import NO_POLICY, Policy, rule_for
 from checkpoint.files.rebuild import Rebuilder
 from checkpoint.files.regular import RegularFile
 from checkpoint.files.table import FileTable, TreeFiles
+from checkpoint.files.treefiles import Numbered
 from checkpoint.memory.vma import Vma, read_maps
 from checkpoint.verdict import Status, Verdict
 from tcpstate.errors import TcpmigError
-from tcpstate.slotted import dataclass
 
 __all__ = ["SHIPPED", "foretell", "judge_here", "verdicts"]
 
@@ -32,11 +32,6 @@ SHIPPED = "shipped file"
 _GONE = (errno.ENOENT, errno.ESRCH, errno.EBADF)
 
 
-@dataclass(frozen=True, slots=True)
-class _Process:
-    pid: int
-
-
 def verdicts(pids: Sequence[int], policy: Policy = NO_POLICY) -> list[Verdict]:
     """One verdict per descriptor of each process, and one for a table that cannot be rebuilt. Processes that end
     meanwhile are left out."""
@@ -44,7 +39,7 @@ def verdicts(pids: Sequence[int], policy: Policy = NO_POLICY) -> list[Verdict]:
     with FileTable(live=True, policy=policy) as table:
         for pid in pids:
             try:
-                table.add_process(_Process(pid))
+                table.add_process(Numbered(pid))
             except (FileNotFoundError, ProcessLookupError):
                 continue
             except TcpmigError as error:
@@ -100,7 +95,7 @@ def foretell(pids: Sequence[int], policy: Policy = NO_POLICY) -> list[OpenFile]:
     with FileTable(live=True, policy=policy) as table:
         for pid in pids:
             try:
-                table.add_process(_Process(pid))
+                table.add_process(Numbered(pid))
                 for vma in read_maps(pid):
                     if vma.name.startswith("/"):
                         _add_mapped(table, pid, vma)
@@ -120,7 +115,7 @@ def foretell(pids: Sequence[int], policy: Policy = NO_POLICY) -> list[OpenFile]:
 
 def _add_mapped(table: FileTable, pid: int, vma: Vma) -> None:
     try:
-        table.add_mapped(_Process(pid), vma)
+        table.add_mapped(Numbered(pid), vma)
     except (OSError, TcpmigError):
         # unmapped meanwhile, or judged by verdicts(): nothing that another host could provide
         return

@@ -30,7 +30,6 @@ _HEAD: Final = struct.Struct("=IIQIIIiQQqQ")
 SIZE: Final = _HEAD.size + _PATH
 #: where in a row the numbers are that come and go: position, size, time of modification
 NUMBERS: Final = slice(32, 64)
-_NUMBERS: Final = struct.Struct("=QQqQ")
 _AT: Final = -SIZE
 _FORMAT, _REGULAR, _DIRECTORY, _CHARACTERS = 0o170000, 0o100000, 0o040000, 0o020000
 _TIMES: Final = (

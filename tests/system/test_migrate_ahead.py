@@ -12,13 +12,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tcpstate.md5keys import listeners_keys
-from tests.hosts import Host, HostProcess, ThreeHosts
-from tests.hosts.tcpmig import MigrationFailed, migrate
+from tests.hosts import HostProcess, ThreeHosts
+from tests.hosts.tcpmig import migrate
+from tests.system.moves import moved
 from tests.workloads import scenes
 from tests.workloads.many import ask, hear, opened
 from tests.workloads.option_server import PARTNER
@@ -98,17 +98,6 @@ def busy(
         wrong.append(error)
 
 
-def moved(here: Host, pid: int, there: Host) -> dict[str, Any]:
-    """A migration of a server that looks at its own epoll instance in /proc for each answer: who looks just then sees a
-    file that does not move, and refuses. The server runs on then."""
-    while True:
-        try:
-            return migrate(here, pid, there)
-        except MigrationFailed as error:
-            if "TM-0340" not in str(error) or "/fdinfo/" not in str(error):
-                raise
-
-
 @pytest.mark.parametrize("loss", [pytest.param(0, id="clean"), pytest.param(2, id="2 % loss", marks=pytest.mark.long)])
 def test_connections_that_change_until_the_last_moment(hosts: ThreeHosts, loss: int) -> None:
     with option_server(hosts) as process, hosts.client.netns_entered():
@@ -124,7 +113,7 @@ def test_connections_that_change_until_the_last_moment(hosts: ThreeHosts, loss: 
             thread = threading.Thread(target=busy, args=(hosts, lively, move, end, wrong))
             thread.start()
             try:
-                summary = moved(here, pid, there)
+                summary = moved(here, pid, there, "/fdinfo/")
                 time.sleep(0.2)
             finally:
                 end.set()

@@ -9,12 +9,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.hosts import Host, ThreeHosts
-from tests.hosts.tcpmig import MigrationFailed, migrate
+from tests.hosts import ThreeHosts
+from tests.system.moves import moved
 from tests.workloads.servers import wait_listening
 
 pytestmark = pytest.mark.alone
@@ -35,17 +34,6 @@ class Client:
         self.lines.write(line + "\n")
         self.lines.flush()
         return self.lines.readline().strip()
-
-
-def moved(here: Host, pid: int, there: Host) -> dict[str, Any]:
-    """A migration of a program that looks at its own mappings in /proc: who looks just then sees a file that does not
-    move, and refuses. The program runs on then."""
-    while True:
-        try:
-            return migrate(here, pid, there)
-        except MigrationFailed as error:
-            if "TM-0340" not in str(error) or "/smaps" not in str(error):
-                raise
 
 
 @pytest.mark.parametrize("seed", [*range(3), *(pytest.param(n, marks=pytest.mark.long) for n in range(3, 40))])
@@ -71,7 +59,7 @@ def test_files_that_change_until_the_last_moment(hosts: ThreeHosts, tmp_path: Pa
         thread = threading.Thread(target=busy)
         thread.start()
         try:
-            summary = moved(here, pid, there)
+            summary = moved(here, pid, there, "/smaps")
         finally:
             over.set()
             thread.join()
