@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final
 
-from checkpoint.files.base import OpenFile
 from checkpoint.files.sysv import SysvSegment
 from checkpoint.files.table import FileTable
 from checkpoint.files.tcp import Original
@@ -22,7 +22,7 @@ from checkpoint.records import Manifest, ProcessRecord, StatesRecord, TreeRecord
 from checkpoint.state import clocks
 from checkpoint.state.likeness import Likeness
 from checkpoint.state.table import capture_alike
-from checkpoint.tracee import Tree
+from checkpoint.tracee import Process, Tree
 from checkpoint.traces import FrozenTree, HeldListener, HeldListeners, Traced, given_up_locks, listener_name
 from checkpoint.tree import Task, plan
 from tcpstate.filters import own_filter, own_mark, read_filters
@@ -34,10 +34,13 @@ __all__ = [
     "held_listeners",
     "manifest",
     "process_records",
-    "states_record",
+    "states_records",
     "task_of",
     "tree_record",
 ]
+
+#: processes whose states are told together, if not all are
+_APART: Final = 4
 
 
 def manifest(tree: Tree, roots: Sequence[int], number: Numbers) -> Manifest:
@@ -101,19 +104,30 @@ def tree_record(
     return TreeRecord(processes=tuple(processes), ipc=tuple(objects), spaces=spaces, folders=folders)
 
 
-def states_record(tree: Tree, roots: Sequence[int]) -> StatesRecord:
-    """The states of processes that stand still, each by calls that are made in it. StateUnreadable, and the errors of
-    state that cannot be moved."""
-    states, alike = [], {}
-    for process in tree.processes:
-        likeness = Likeness(process)
-        with Injection(process, likeness.asked) as injection:
-            state, rows = capture_alike(process, injection, likeness)
-        states.append(state)
-        if rows:
-            alike[state.pid] = rows
-    # read after every timer: none that goes on with the time that was left is early on these clocks
-    return StatesRecord(states=tuple(states), clocks=clocks.read(roots[0]), alike=alike)
+def states_records(
+    processes: Sequence[Process], root: int, *, alike: bool, apart: bool = False
+) -> Iterator[StatesRecord]:
+    """The states of processes that stand still, each by calls that are made in it.
+
+    root   whose clocks are told
+    alike  threads that are like others may be told by what is their own
+    apart  some processes at a time, else all at once
+
+    StateUnreadable, and the errors of state that cannot be moved.
+    """
+    step = _APART if apart else len(processes)
+    for at in range(0, len(processes), step):
+        states, rows = [], {}
+        for process in processes[at : at + step]:
+            likeness = Likeness(process)
+            with Injection(process, likeness.asked) as injection:
+                state, others = capture_alike(process, injection, likeness)
+            states.append(state)
+            if others:
+                rows[state.pid] = others
+        # read after every timer: none that goes on with the time that was left is early on these clocks
+        told = StatesRecord(states=tuple(states), clocks=clocks.read(root), alike=rows, apart=apart)
+        yield told if alike else told.spelled_out()
 
 
 def task_of(stat: Stat, masters: set[int], sharing: Sharing, wait_code: int | None = None) -> Task:
@@ -136,16 +150,15 @@ def frozen_tree(
     tree: Tree,
     connections: Sequence[Original],
     table: FileTable,
-    records: Sequence[OpenFile],
     objects: Callable[[Iterable[str]], list[str]],
 ) -> FrozenTree:
-    """What is noted of a tree before it is kept stopped. ``records``: of all entries of the table. ``objects``: adds to
-    the notes of segments those of other System V objects (ipc.table.Objects.notes)."""
+    """What is noted of a tree before it is kept stopped. ``objects``: adds to the notes of segments those of other
+    System V objects (ipc.table.Objects.notes)."""
     return FrozenTree(
         processes=[Traced.of(process) for process in tree.processes],
         connections=list(connections),
-        locks=given_up_locks(table.later, records[table.first :]),
-        objects=objects(record.note for record in records[table.first :] if isinstance(record, SysvSegment)),
+        locks=given_up_locks(table.later, table.fresh),
+        objects=objects(record.note for record in table.fresh if isinstance(record, SysvSegment)),
         more=table.ahead is not None and table.ahead.connections > 0,
     )
 

@@ -26,14 +26,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import socket
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from checkpoint import preflight, procfs, waiting
 from checkpoint.collector import CollectorPause
-from checkpoint.described import frozen_tree, held_listeners, manifest, process_records, states_record, tree_record
+from checkpoint.described import frozen_tree, held_listeners, manifest, process_records, states_records, tree_record
 from checkpoint.errors import NoSuchProcess, Refused, TreeChanged
 from checkpoint.files.ahead import Ahead
 from checkpoint.files.aheadtell import tell
@@ -42,7 +41,7 @@ from checkpoint.files.contentrounds import ContentRounds
 from checkpoint.files.held import HeldSocket
 from checkpoint.files.identity import Evidence
 from checkpoint.files.policy import NO_POLICY, AcceptQueues, Policy
-from checkpoint.files.regular import RegularFile
+from checkpoint.files.regular import known_evidence
 from checkpoint.files.shipped import refuse_new
 from checkpoint.files.table import FileTable, TreeFiles
 from checkpoint.files.tcp import Original, TcpGroup
@@ -61,7 +60,7 @@ from checkpoint.memory.vma import Vma
 from checkpoint.memory.vmflags import foresee
 from checkpoint.namespaces.numbers import Numbers
 from checkpoint.namespaces.spaces import Spaces
-from checkpoint.records import FilesDelta, MapsDelta
+from checkpoint.records import FilesDelta, MapsDelta, StatesRecord
 from checkpoint.state import table
 from checkpoint.tracee import Tree
 from checkpoint.traces import NoteWriter, Roots, Rules, Trace, Traced, peeked, write
@@ -102,6 +101,8 @@ class Dump:
         self._ahead: Ahead | None = None
         self.remaining: dict[int, Remaining] = {}  #: what the target lacks, by PID, after :meth:`skeleton`
         self.alike = False  #: the target knows threads that are told by what is their own
+        self.states_apart = False  #: and states that come after the pages, some processes at a time
+        self.states: Iterator[StatesRecord] = iter(())  #: those; before :meth:`secure`
         self.leaves_pages, self.later = False, 0  #: pages stay here (set it before :meth:`skeleton`); bytes that do
         self._holdoff: Holdoff | None = None
         self._listeners, self._live_ports = list[socket.socket](), set[int]()
@@ -175,10 +176,8 @@ class Dump:
     def find_listeners(self) -> set[int]:
         """Take duplicates of the listening sockets; their ports."""
         with preflight.live_files(preflight.pids(self.roots)) as files:
-            # Of nothing else: a connection that the application closes while we have it would stay open.  Not by
-            # socket.dup(): that sets a time-out, and with it O_NONBLOCK of the application's own socket.
             group = TcpGroup(files)
-            self._listeners = [socket.socket(fileno=os.dup(sock.fileno())) for sock in group.listeners]
+            self._listeners = group.duplicates()
             self._places, self._live_ports = group.listener_places, group.ports
         self._holdoff = Holdoff(self._listeners)
         return {sock.getsockname()[1] for sock in self._listeners}
@@ -227,9 +226,7 @@ class Dump:
 
     def expect(self, files: Sequence[OpenFile]) -> None:
         """What is known of the trees' files from before the stop: it is not read again there."""
-        for file in files:
-            if isinstance(file, RegularFile) and file.evidence is not None:
-                self._evidence[file.path, file.size, file.mtime_ns, file.inode] = file.evidence
+        self._evidence |= known_evidence(files)
 
     def share(self, shared: Iterable[str], apart: Iterable[str]) -> None:
         """The target has told which directories it shares, and which files that are open for writing it does not."""
@@ -302,7 +299,7 @@ class Dump:
             self._spaces = Spaces.of(self.roots)
             self._files = self._table.records()
             self._group.find_peers(self._local)
-            refuse_new(self._files.files[self._table.first :], self._policy)
+            refuse_new(self._table.fresh, self._policy)
         except Refused as error:
             raise TreeChanged(f"{error.message} [{error.code}]", object=error.object) from error
         self.warnings += self._table.warnings
@@ -327,8 +324,10 @@ class Dump:
                 yield Kind.MAPS_DELTA, MapsDelta(pid=number(pid), stale=tuple(left.stale))
         for process in tree.processes:
             yield Kind.MAPPINGS, number.layout(self._layouts[process.pid])
-        states = states_record(tree, self.roots)
-        yield Kind.STATES, states if self.alike else states.spelled_out()
+        live, fresh = self._live, self._files_table.fresh
+        apart = self.states_apart and bool(self.remaining) and live is not None and live.separable(tree, fresh)
+        self.states = states_records(tree.processes, self.roots[0], alike=self.alike, apart=apart)
+        yield from () if apart else ((Kind.STATES, one) for one in self.states)
         for left in self.remaining.values():
             for runs in left.drops:
                 yield Kind.PAGES_DROP, number.dropped(runs)
@@ -377,9 +376,7 @@ class Dump:
         self._secured = True
 
     def _note_tree(self, connections: Sequence[Original]) -> None:
-        records = [] if self._files is None else self._files.files
-        tree = frozen_tree(self._tree, connections, self._files_table, records, self._ipc.notes)
-        write(self.note, Trace.TREE, tree)
+        write(self.note, Trace.TREE, frozen_tree(self._tree, connections, self._files_table, self._ipc.notes))
 
     def freeze(self, arrived: Sequence[Segment] = ()) -> list[Segment]:
         """Make the connections quiet and export them; of the segments that ``arrived`` before, those that they lack."""

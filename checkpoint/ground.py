@@ -228,10 +228,12 @@ class Ground:
         old, new = told.files.files, files.files
         if max(now.files) >= len(new):
             raise BadLayout(f"file {max(now.files)} of {len(new)} is mapped", object=f"pid {now.pid}")
-        change = delta(self._layouts[now.pid], now, lambda a, b: same_file(old[a], new[b]))
-        stub = self._stubs[now.pid]
-        layout.change(now, stub, change.gone, change.fresh, change.guards, descriptor_of)
-        stub.forget_maps()
+        before = self._layouts[now.pid]
+        change = delta(before, now, lambda a, b: same_file(old[a], new[b]))
+        if change.gone or change.fresh or layout.of_all(before) != layout.of_all(now):
+            stub = self._stubs[now.pid]
+            layout.change(now, stub, change.gone, change.fresh, change.guards, descriptor_of)
+            stub.forget_maps()
         self.is_now(now)
 
     def finish(self, now: MemoryLayout, files: TreeFiles, descriptor_of: Descriptors) -> None:

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from checkpoint import livestart, preflight, procfs
 from checkpoint.described import Sharing, task_of
 from checkpoint.errors import NoSuchProcess, TrackingImpossible, TreeUnsteady
+from checkpoint.files.base import OpenFile
 from checkpoint.files.contentrounds import ContentRounds
 from checkpoint.files.policy import NO_POLICY, Policy
 from checkpoint.files.pty import masters_of
@@ -339,6 +340,20 @@ class LiveCopy:
     def takes(self, records: Iterable[ProcessRecord], layouts: Mapping[int, MemoryLayout], spaces: Spaces) -> bool:
         """Whether the target can go on from what it was told, now that the trees stand still."""
         return self._told is not None and fits(self._told, (r.task for r in records), layouts, spaces)
+
+    def separable(self, tree: Tree, files: Iterable[OpenFile]) -> bool:
+        """Whether the target can complete one process and then another: no thread has the number that one of another
+        process had when it was told last, none shares its files or directories with another process, and no file names
+        one: it would be built when all states are there."""
+        told = () if self._told is None else self._told.processes
+        if any(one.task.files or one.task.directories for one in told) or any(file.tids for file in files):
+            return False
+        owners = {tid: one.task.pid for one in told for tid in one.threads}
+        return all(
+            owners.get(thread.tid, process.pid) == process.pid
+            for process in tree.processes
+            for thread in process.threads[1:]
+        )
 
     def left(
         self,

@@ -121,11 +121,13 @@ class StatesRecord:
     """Everything of the processes that is not memory and not open files, and the clocks that they saw then.
 
     alike  by PID, threads that are not among those of the states: each is like one of them (checkpoint.state.alike)
+    apart  they are those of some processes, and others come apart; all of their memory has come before them
     """
 
     states: tuple[ProcessState, ...]
     clocks: Clocks
     alike: dict[int, tuple[AlikeThreads, ...]] = field(default_factory=dict)
+    apart: bool = False
 
     def __post_init__(self) -> None:
         pids = {state.pid for state in self.states}
@@ -136,7 +138,7 @@ class StatesRecord:
 
     def spelled_out(self) -> StatesRecord:
         """The same with all threads in the states, for who does not know ``alike``."""
-        return StatesRecord(states=self.whole(), clocks=self.clocks)
+        return StatesRecord(states=self.whole(), clocks=self.clocks, apart=self.apart)
 
     def whole(self) -> tuple[ProcessState, ...]:
         """The states with all threads. ValueError if those of ``alike`` cannot be."""
@@ -178,10 +180,12 @@ class TreeRecord:
         return tuple(process for process in self.processes if process.lives)
 
     def states(self, told: StatesRecord) -> dict[int, ProcessState]:
-        """The states of the living, by PID. ValueError if they are not the states of these processes."""
+        """The states of the living, by PID; of some of them, if they are told apart. ValueError if they are not the
+        states of these processes."""
         states = told.whole()
         found = {state.pid: state for state in states}
-        if found.keys() != {process.task.pid for process in self.living}:
+        living = {process.task.pid for process in self.living}
+        if not found.keys() <= living or (found.keys() != living and not told.apart):
             raise ValueError("a living process has a state, and nobody else has one")
         if self.spaces.users is not None:
             _check_ids(states, self.spaces.users)

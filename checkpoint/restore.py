@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from checkpoint import newpids
 from checkpoint.collector import CollectorPause
-from checkpoint.completing import complete
+from checkpoint.completing import Completion
 from checkpoint.errors import ImageIncomplete, RebuildDiffers
 from checkpoint.files.aheadbuild import BuiltAhead
 from checkpoint.files.base import OpenFile
@@ -54,7 +54,6 @@ from checkpoint.records import FilesDelta, LiveTree, Manifest, MapsDelta, Proces
 from checkpoint.spawn import Stub
 from checkpoint.state import birth, clocks
 from checkpoint.state.cgroup import Cgroups
-from checkpoint.state.table import ProcessState
 from checkpoint.stubnote import noted
 from checkpoint.traces import Made, NoteWriter, Rules, Trace, write
 from tcpstate.rebuild import Difference
@@ -108,14 +107,13 @@ class Restore:
         self._held = held
         self._warn = self._keep_warning if warn is None else warn
         self._tree: TreeRecord | None = None
-        self._states: dict[int, ProcessState] = {}
+        self._completion = Completion()
         self._files: TreeFiles | None = None
         self._layouts: dict[int, MemoryLayout] = {}
         self._rebuilder: Rebuilder | None = None
         self._ahead: BuiltAhead | None = None
         self._blackhole = Blackhole()
         self._pause = CollectorPause()
-        self._arrived_ns = 0
         self._complete = self._processes_complete = False
         self._ground = self._new_ground()
         self._staged = Staged(lambda path: self._path(path))
@@ -179,7 +177,7 @@ class Restore:
             case Kind.STATES:
                 self._take_states(frame.decode(StatesRecord))
             case Kind.COPIED:
-                self._complete_processes()
+                self._end_copy()
             case Kind.FILES_DELTA:
                 ahead = None if self._ahead is None else self._ahead.told
                 self._files_rebuilder.take(frame.decode(FilesDelta).whole(ahead))
@@ -248,20 +246,17 @@ class Restore:
         return self._clocks_go_on and self._files is not None and not any(f.tids for f in self._files.files[first:])
 
     def _take_states(self, told: StatesRecord) -> None:
-        if self._tree is None or self._states:
-            raise ImageIncomplete("the record STATES came where it is not expected")
-        try:
-            self._states = self._tree.states(told)
-        except ValueError as error:
-            raise ImageIncomplete(f"the record STATES does not fit TREE: {error}") from None
+        self._completion.take(self._tree, told)
+        if told.apart:
+            self._complete_processes()
+            return
         if not self._clocks_go_on:
             self._enter_clocks(told.clocks, 0)  # they stood until now
-        self._arrived_ns = time.monotonic_ns()
         if self._rebuilder is None:
             self._build()
 
     def _drop(self, runs: Runs) -> None:
-        if self._processes_complete:
+        if self._completion.begun:
             raise ImageIncomplete("pages were dropped after the end of the copy")
         if runs.space is Space.CONTENT:
             self._files_rebuilder.drop_content(runs.id, runs.runs)
@@ -333,8 +328,9 @@ class Restore:
     def _bear_named_threads(self, files: Sequence[OpenFile]) -> None:
         """Threads that an open file refers to must be there before it."""
         named = frozenset[int]().union(*(file.tids for file in files))
-        for pid, state in self._states.items() if named else ():
-            birth.dismiss_ended(self.stubs, self._states)
+        states = self._completion.states
+        for pid, state in states.items() if named else ():
+            birth.dismiss_ended(self.stubs, states)
             if named & {thread.tid for thread in state.threads[1:]}:
                 birth.bear_threads(self.stubs[pid], state, self._warn)
 
@@ -342,7 +338,7 @@ class Restore:
         """Put the bytes where they belong; whether they are needed from now on, perhaps until ``done`` is called."""
         if run.space in (Space.RECEIVED, Space.SENT):
             return self._files_rebuilder.take_queue(run)
-        if self._processes_complete:
+        if self._completion.begun:
             raise ImageIncomplete("bytes of memory came after the end of the copy")
         if run.space is Space.CONTENT:
             self._files_rebuilder.write_content(run.id, run.runs, run.data)
@@ -360,33 +356,34 @@ class Restore:
         if not self._complete:
             raise ImageIncomplete("the image has not come to its end")
         if not self._processes_complete:
-            self._complete_processes()
+            self._end_copy()
         self._files_rebuilder.complete(elapsed=elapsed)
         return self._files_rebuilder.compare()
 
     def _complete_processes(self) -> None:
-        """Threads and state, registers last: their files are open, and all of their memory has come. What is still to
-        be done to files is done in our own process."""
-        if self._rebuilder is None or not self._states or self._processes_complete:
+        """Threads and state, registers last, of those whose state has come: their files are open, and all of their
+        memory has come. What is still to be done to files is done in our own process."""
+        if self._tree is None or self._rebuilder is None or self._processes_complete:
             raise ImageIncomplete("the end of the copy came where it is not expected")
-        if self.later is not None and self._bringer is not None:
-            self.later.arm(self.stubs, self._bringer)  # from here on the kernel itself may need what was left
-        ipc.used(self._ipc, self.stubs)  # while they still may
-        complete(
-            self._living(),
-            self._states,
-            self._layouts,
-            self.stubs,
-            whole=self.later is None,
-            since_ns=self._arrived_ns,
-            warn=self._warn,
-            path=self._ways.within,
-        )
+        if not self._completion.begun:
+            if self.later is not None and self._bringer is not None:
+                self.later.arm(self.stubs, self._bringer)  # from here on the kernel itself may need what was left
+            ipc.used(self._ipc, self.stubs)  # while they still may
+        whole = self.later is None
+        path = self._ways.within
+        self._completion.complete(self._tree, self._layouts, self.stubs, whole=whole, warn=self._warn, path=path)
+
+    def _end_copy(self) -> None:
+        """The same of all that are left; their image is complete but for its connections."""
+        self._complete_processes()
+        states = self._completion.states
+        if self._completion.lacks([record.task.pid for record in self._living()]):
+            raise ImageIncomplete("the end of the copy came before the states of all processes")
         if self._ground.init is not None and self.manifest is not None:
             root = self.manifest.roots[0]
-            newpids.complete(self._ground.init, root, self._states[root].get(Cgroups), self._warn)
+            newpids.complete(self._ground.init, root, states[root].get(Cgroups), self._warn)
         self._processes_complete = True
-        self._secure(self._rebuilder)
+        self._secure(self._files_rebuilder)
 
     @property
     def init(self) -> int:

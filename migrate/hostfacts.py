@@ -26,6 +26,7 @@ __all__ = [
     "AHEAD",
     "AHEAD_PLAIN",
     "ALIKE",
+    "APART",
     "CHECK_FOLLOWS",
     "FORWARD",
     "LAZY",
@@ -52,6 +53,8 @@ RETOLD: Final = "connections-retold"
 STAGED: Final = "contents-ahead"
 #: of :func:`features`: threads can be told by what is their own (the field ``alike`` of STATES)
 ALIKE: Final = "threads-alike"
+#: of :func:`features`: and states some processes at a time, when their memory has come (the field ``apart``)
+APART: Final = "states-apart"
 #: the same: this program answers Probe
 PROBE: Final = "probe"
 
@@ -90,7 +93,7 @@ def without(needs: Needs, patterns: Sequence[str]) -> Needs:
 def features() -> frozenset[str]:
     """What the kernel and this program can do here that another host may want to know before anything is stopped. The
     first time takes up to a second (the kernel's BTF is read)."""
-    ours = frozenset({PROBE, AHEAD, AHEAD_PLAIN, RETOLD, STAGED, ALIKE, FORWARD, squeeze.FEATURE})
+    ours = frozenset({PROBE, AHEAD, AHEAD_PLAIN, RETOLD, STAGED, ALIKE, APART, FORWARD, squeeze.FEATURE})
     ours |= set() if lazy.available() else {LAZY}
     return ours if acceptqueue.missing() else ours | {ACCEPT_QUEUE}
 

@@ -39,7 +39,7 @@ from checkpoint.namespaces.ways import Ways
 from checkpoint.records import Ended
 from checkpoint.throttle import Throttle
 from migrate.clock import monotonic_ns
-from migrate.hostfacts import ACCEPT_QUEUE, AHEAD, AHEAD_PLAIN, ALIKE, RETOLD, STAGED
+from migrate.hostfacts import ACCEPT_QUEUE, AHEAD, AHEAD_PLAIN, ALIKE, APART, RETOLD, STAGED
 from migrate.messages import Needs, TreeNeed
 from migrate.parts import NoteWriter
 from migrate.rounds import Pace, Round
@@ -99,6 +99,7 @@ class OutgoingTrees:
         """What waits to be accepted can move if both kernels can put it back: here, should all be undone."""
         self._ahead, self._retold, self._plain = (feature in features for feature in (AHEAD, RETOLD, AHEAD_PLAIN))
         self._dump.contents.wanted, self._dump.alike = STAGED in features, ALIKE in features
+        self._dump.states_apart = APART in features
         if self._policy.accept_queue is not AcceptQueues.REFUSE and ACCEPT_QUEUE in features:
             lack = acceptqueue.missing()
             if lack is not None:
@@ -263,6 +264,10 @@ class OutgoingTrees:
         runs = self._dump.pages(buffers=2)
         for run in runs if little else fetched_ahead(runs, self._reading):
             image.write(self._writer.pages(run))
+        image.flush()
+        for states in self._dump.states:
+            image.write(self._writer.frame(Kind.STATES, states))
+            image.flush()
         image.write(self._writer.frame(Kind.COPIED, {}, optional=True))
         image.flush()
         # while the target builds

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import stat
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Final, NamedTuple, Self
 
 from checkpoint.errors import (
@@ -28,7 +29,7 @@ from tcpstate.slotted import dataclass
 if TYPE_CHECKING:
     from checkpoint.files.rebuild import Rebuilder
 
-__all__ = ["DeletedFile", "Directory", "PathOnly", "RegularFile", "SharedHugePages", "SharedMemory"]
+__all__ = ["DeletedFile", "Directory", "PathOnly", "RegularFile", "SharedHugePages", "SharedMemory", "known_evidence"]
 
 #: file systems whose files are made up by the kernel when they are read: size and times say nothing
 _VOLATILE: Final = frozenset(
@@ -405,6 +406,15 @@ class RegularFile(OpenFile):
         fd = _open(path, self.flags, path)
         _seek(fd, self.pos, path)
         return fd
+
+
+def known_evidence(files: Iterable[OpenFile]) -> dict[tuple[str, int, int, int], Evidence]:
+    """What is known of the contents of files, by what else tells which they are (FileTable.evidence)."""
+    return {
+        (file.path, file.size, file.mtime_ns, file.inode): file.evidence
+        for file in files
+        if isinstance(file, RegularFile) and file.evidence is not None
+    }
 
 
 @register("directory", link=r"/.*", mode=stat.S_IFDIR)

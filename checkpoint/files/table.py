@@ -431,6 +431,11 @@ class FileTable:
             staged=staged,
         )
 
+    @property
+    def fresh(self) -> list[OpenFile]:
+        """Of :meth:`records` what was not told ahead."""
+        return self._files[self.first :]
+
     def record(self, index: int) -> OpenFile:
         """The record of an entry, after :meth:`records`."""
         return self._files[index]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import os
 import socket
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -121,6 +122,12 @@ class TcpGroup:
     def listeners(self) -> list[socket.socket]:
         """The listening sockets."""
         return list(self._listeners)
+
+    def duplicates(self) -> list[socket.socket]:
+        """Our own descriptors of the listening sockets. Of nothing else: a connection that the application closes while
+        we have it would stay open. Not by socket.dup(): that sets a time-out, and with it O_NONBLOCK of the
+        application's own socket."""
+        return [socket.socket(fileno=os.dup(sock.fileno())) for sock in self._listeners]
 
     @property
     def established(self) -> list[socket.socket]:

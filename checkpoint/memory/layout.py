@@ -52,6 +52,7 @@ __all__ = [
     "build",
     "capture",
     "change",
+    "of_all",
     "query_brk",
     "rebuild",
 ]
@@ -74,6 +75,8 @@ _DROPPABLE_HAS = frozenset({"nr", "wf", "dd"})
 _ANY_PROT = int(Prot.READ | Prot.WRITE | Prot.EXEC)
 _ANON_NAMES = ("[anon:", "[anon_shmem:")
 _ANON_NAME_MAX = 80  # kernel: ANON_VMA_NAME_MAX_LEN, with the zero byte
+#: mappings that are remembered
+_KNOWN = 1 << 14
 #: the kernel keeps no more of the auxiliary vector (mm->saved_auxv)
 _AUXV_MAX = 1024
 
@@ -281,7 +284,9 @@ def capture(
     )
 
 
+@functools.lru_cache(_KNOWN)
 def _mapping(vma: Vma, file: int | None, huge: int) -> Mapping:
+    """Most are what they were in the round before, and of a forked process what they are in its parent."""
     return Mapping(
         start=vma.start,
         end=vma.end,
@@ -356,6 +361,11 @@ def change(
     _memory_fields(layout, stub, calls, None)
     _run(layout, stub, calls)
     aio.rebuild(layout.rings, stub)
+
+
+def of_all(layout: MemoryLayout) -> tuple[object, ...]:
+    """What :func:`change` sets, besides mappings."""
+    return layout.fields, layout.auxv, layout.rings
 
 
 def _check_window(layout: MemoryLayout, stub: Stub) -> None:

@@ -9,9 +9,10 @@ Source: Linux fs/proc/task_mmu.c (show_smap_vma_flags), include/linux/mm.h for w
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from checkpoint.errors import (
     DeviceMapping,
@@ -56,14 +57,24 @@ _WAITS = "um"
 _HUGE = frozenset({"ht"})
 #: huge pages that are no file's of hugetlbfs, nor a System V segment's
 _KEPT_HUGE = ("/anon_hugepage", "/memfd:")
-#: most mappings have none of these: a process may have thousands of mappings, and is stopped meanwhile
+#: most mappings have none of these
 _NAMES = tuple(name for rule in _RULES for name in rule.names)
 _FLAGS = frozenset[str]().union(*(rule.flags for rule in _RULES))
+#: mappings that are remembered
+_KNOWN: Final = 1 << 14
+
+
+@functools.lru_cache(_KNOWN)
+def _harmless(vma: Vma) -> bool:
+    """Whether nothing has to be asked. A process may have thousands of mappings, which are mostly what they were when
+    they were looked at before the stop."""
+    suspect = vma.flags & _FLAGS or vma.name.startswith(_NAMES)
+    return not (suspect or _SEALED in vma.flags or _WAITS in vma.flags or vma.pkey)
 
 
 def check(pid: int, vma: Vma) -> None:
     """Raise what refuses the mapping (one with flags, from smaps), if anything does."""
-    if vma.name == VSYSCALL:
+    if _harmless(vma) or vma.name == VSYSCALL:
         return
     where = f"pid {pid} map {vma.start:x}-{vma.end:x}"
     if _SEALED in vma.flags:
@@ -72,10 +83,9 @@ def check(pid: int, vma: Vma) -> None:
         return
     if vma.name.startswith(_KEPT_HUGE):
         vma = vma._replace(flags=vma.flags - _HUGE)
-    suspect = vma.flags & _FLAGS or vma.name.startswith(_NAMES)
     if _WAITS in vma.flags and not _has_userfaultfd(pid):
         raise StillLazy("some of its memory has not come yet", object=where)
-    for rule in _RULES if suspect else ():
+    for rule in _RULES:
         if vma.name.startswith(rule.names) or vma.flags & rule.flags:
             raise rule.error(f"{rule.what}: {vma.name or vma.permissions}", object=where)
     # memory that may only be executed has a key of the kernel's choice, and gets one again

@@ -127,9 +127,8 @@ def bear_ahead(stubs: Mapping[int, Stub], told: Mapping[int, Told], warn: Callab
         _dismiss_but(stubs[pid], tids if stubs[pid].first == tuple(first) else ())
     for pid, (first, tids) in told.items():
         stub = stubs[pid]
-        if not tids:
-            continue
-        _become(stub, tuple(first), warn)
+        if first:
+            _become(stub, tuple(first), warn)
         there = _numbers(stub)
         missing = [tid for tid in tids if tid not in there]
         while missing:
