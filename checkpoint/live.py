@@ -38,7 +38,7 @@ from checkpoint.memory.delta import delta, without
 from checkpoint.memory.layout import Mapping as Mapped
 from checkpoint.memory.layout import MemoryLayout
 from checkpoint.memory.ranges import Range, difference, intersection, joined, total
-from checkpoint.memory.tracking import LARGE, Tracking, Untracked
+from checkpoint.memory.tracking import LARGE, Area, Tracking, Untracked
 from checkpoint.memory.vma import Vma
 from checkpoint.namespaces.numbers import Numbers
 from checkpoint.namespaces.spaces import Spaces
@@ -324,13 +324,11 @@ class LiveCopy:
             if one.layout is None or track is None:
                 continue
             try:
-                seen, untracked = _written(track, one.layout, _private(one.layout.mappings))
+                found[one.task.pid] = track.count(*_asked(one.layout, _private(one.layout.mappings)))
             except (NoSuchProcess, OSError):
                 if procfs.lives(one.task.pid):
                     raise
                 continue  # it has ended since, and the next round begins anew
-            # of what was made anew nothing is known but its size
-            found[one.task.pid] = total(seen.full) + total(untracked)
         if found and self._contents is not None:
             found[next(iter(found))] += self._contents.written()
         return found
@@ -430,9 +428,13 @@ def _written(
     track: Tracking | softdirty.Tracking, layout: MemoryLayout, mappings: Sequence[Mapped]
 ) -> tuple[tracking.Found, list[Range]]:
     """What was written in private mappings of a layout; (start, end) of those that are not tracked."""
+    return track.written_in(*_asked(layout, mappings))
+
+
+def _asked(layout: MemoryLayout, mappings: Sequence[Mapped]) -> tuple[list[Area], Iterable[Range]]:
+    """Mappings of a layout, and the others."""
     areas = [(mapping.start, mapping.end, mapping.anonymous) for mapping in mappings]
-    others = difference(((m.start, m.end) for m in layout.mappings), [(start, end) for start, end, _ in areas])
-    return track.written_in(areas, others)
+    return areas, difference(((m.start, m.end) for m in layout.mappings), [(start, end) for start, end, _ in areas])
 
 
 def _worth_a_look(

@@ -243,7 +243,7 @@ class Source(SourceTalk):
             outgoing.prepare(journal.note)
             # again: routes may have changed, and this is what will be given back
             self._departure = departure = Departure(netlink, moved)
-            self._measure(MEASUREMENTS)
+            self._measure(1 if rounds else MEASUREMENTS)  # what is written meanwhile is copied in the stop
         before, self._stopped_ns = image.written, monotonic_ns()
         hurry(self._channel, True)
         with self._phase("stop"):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from checkpoint.kernel import pagemap
 from checkpoint.kernel.pagemap import SOFT_DIRTY_BIT
-from checkpoint.memory.ranges import Range, difference, intersection, joined
+from checkpoint.memory.ranges import Range, difference, intersection, joined, total
 from checkpoint.memory.tracking import Area, Found
 from checkpoint.memory.vma import PAGE, VSYSCALL, read_maps
 
@@ -83,6 +83,10 @@ class Tracking:
         since = [run for start, end in asked for run in self._written(start, end)]
         due = joined([*since, *intersection(self._due, joined(asked))])
         return self._found(asked, held, due), []
+
+    def count(self, mappings: Sequence[Area], beside: Iterable[Range] = ()) -> int:
+        """How many bytes were written."""
+        return total(self.written_in(mappings)[0].full)
 
     def _found(self, asked: Sequence[Range], held: Sequence[Range], due: Sequence[Range]) -> Found:
         told = intersection(self._told, joined(asked))

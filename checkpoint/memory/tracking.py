@@ -25,7 +25,6 @@ Source: Documentation/admin-guide/mm/pagemap.rst, userfaultfd.rst; fs/proc/task_
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import ctypes
 import errno
@@ -86,15 +85,57 @@ class Found:
     empty: list[Range]
 
 
-@dataclass(frozen=True, slots=True)
 class _Look:
-    """Pages that hold something of the process's own and were written; that hold something; of which only a marker is
-    there, or which were swapped out; that hold nothing."""
+    """Pages, by address, neighbours put together. Of ``runs``, which are by address as well: a program that writes here
+    and there has thousands of them, in the stop too, so they are gone through once.
 
-    full: list[Range]
-    held: list[Range]
-    doubtful: list[Range]
-    blank: list[Range]
+    tracked   of memory that is tracked, if the runs tell; whether all of it is: ``all_tracked``
+    full      that hold something of the process's own and were written
+    held      that hold something
+    doubtful  of which only a marker is there, or which were swapped out
+    blank     that hold nothing
+    """
+
+    def __init__(self, runs: Iterable[_Run]) -> None:
+        self.tracked, self.all_tracked = list[Range](), True
+        self.full: list[Range] = []
+        self.held: list[Range] = []
+        self.doubtful: list[Range] = []
+        self.blank: list[Range] = []
+        known: dict[int, tuple[int, bool, list[Range] | None]] = {}
+        tracked_from = tracked_to = held_from = held_to = 0
+        for first, last, sort in runs:
+            kind = known.get(sort)
+            if kind is None:
+                kind = known[sort] = self._kind(sort)
+            tracked, held, others = kind
+            if tracked:
+                if first != tracked_to:
+                    self.tracked.append((tracked_from, tracked_to))
+                    tracked_from = first
+                tracked_to = last
+            if held:
+                if first != held_to:
+                    self.held.append((held_from, held_to))
+                    held_from = first
+                held_to = last
+            if others is not None:
+                if others and others[-1][1] == first:
+                    others[-1] = others[-1][0], last
+                else:
+                    others.append((first, last))
+        self.tracked = [*self.tracked[1:], (tracked_from, tracked_to)] if tracked_to else []
+        self.held = [*self.held[1:], (held_from, held_to)] if held_to else []
+
+    def _kind(self, sort: int) -> tuple[int, bool, list[Range] | None]:
+        """What pages of some categories are: tracked, held, and to be found where besides."""
+        tracked = sort & _TRACKED
+        self.all_tracked &= bool(tracked)
+        if not sort & _IS_THERE or sort & _IS_NOT_ITS_OWN:
+            return tracked, False, self.blank
+        if sort & _WAS_WRITTEN:
+            return tracked, True, self.full
+        return tracked, True, None if sort & _IS_PRESENT else self.doubtful
 
 
 class Tracking:
@@ -144,13 +185,13 @@ class Tracking:
         """
         again = ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC
         # what is told here as holding nothing has a marker now, and could not be told from what was swapped out
-        first = self._look(self._scan(start, end, anonymous, again, Category.WRITTEN))
+        first = _Look(self._scan(start, end, anonymous, again, Category.WRITTEN))
         if not gone and end - start >= _HUGE:
             empty = list(intersection(self._told, first.blank))
             if empty or any(difference(first.full, self._told)):
                 self._told = joined([*difference(self._told, empty), *first.full])
             return Found(first.full, empty)
-        now = self._look(self._scan(start, end, anonymous, ScanFlag.CHECK_WPASYNC))
+        now = _Look(self._scan(start, end, anonymous, ScanFlag.CHECK_WPASYNC))
         told = list(intersection(self._told, [(start, end)]))
         # the marks that were just made are not doubtful
         full = _both(first.full, intersection(told, difference(now.doubtful, first.blank)))
@@ -176,34 +217,27 @@ class Tracking:
         runs: list[_Run] = []
         for start, end, anonymous in _spans(mappings, list(beside)):
             runs += self._scan(start, end, anonymous, ScanFlag(0), more=Category.WPALLOWED)
-        # every page of what is tracked says so, also one that was never touched
-        runs = [run for run in runs if run[2] & _TRACKED]
-        tracked = joined((start, end) for start, end, _ in runs)
-        parts = list(intersection(((start, end) for start, end, _ in mappings), tracked))
-        whole = dict.fromkeys(parts)
+        now = _Look(runs)
         asked = [(start, end) for start, end, _ in mappings]
+        # every page of what is tracked says so, also one that was never touched
+        whole = dict.fromkeys(intersection(asked, now.tracked))
         untracked = [one for one in asked if one not in whole]
         wanted = joined(one for one in asked if one in whole)
-        now = self._look(runs)
         told = list(intersection(self._told, wanted))
-        full = _both(intersection(now.full, wanted), intersection(told, now.doubtful))
+        # mostly all that was seen is wanted
+        seen = now.full if now.tracked == wanted and now.all_tracked else intersection(now.full, wanted)
+        full = _both(seen, intersection(told, now.doubtful))
         return Found(full, list(difference(told, now.held))), untracked
 
-    def _look(self, runs: list[_Run]) -> _Look:
-        sorts: collections.defaultdict[int, list[Range]] = collections.defaultdict(list)
-        for first, last, sort in runs:
-            sorts[sort].append((first, last))
-        look = _Look([], [], [], [])
-        for sort, found in sorts.items():
-            if not sort & _IS_THERE or sort & _IS_NOT_ITS_OWN:
-                look.blank.extend(found)
-                continue
-            look.held.extend(found)
-            if sort & _WAS_WRITTEN:
-                look.full.extend(found)
-            elif not sort & _IS_PRESENT:
-                look.doubtful.extend(found)
-        return _Look(*map(joined, (look.full, look.held, look.doubtful, look.blank)))
+    def count(self, mappings: Sequence[Area], beside: Iterable[Range] = ()) -> int:
+        """How many bytes were written, about: of what is not tracked, all that is there. In a fraction of the time of
+        :meth:`written_in`."""
+        found = 0
+        for start, end, anonymous in _spans(mappings, list(beside)):
+            for first, last, sort in self._scan(start, end, anonymous, ScanFlag(0), Category.WRITTEN):
+                if sort & _IS_THERE and not sort & _IS_NOT_ITS_OWN:
+                    found += last - first
+        return found
 
     def _scan(
         self,
@@ -246,7 +280,7 @@ def _by_two(scan: Callable[[int, int], list[_Run]], start: int, end: int) -> lis
 def _both(ranges: Iterable[Range], more: Iterable[Range]) -> list[Range]:
     """The union of ascending ``ranges`` with what there is mostly nothing of."""
     found, others = list(ranges), list(more)
-    return joined([*found, *others]) if others else joined(found)
+    return joined([*found, *others]) if others else found
 
 
 def _spans(mappings: Sequence[Area], beside: Sequence[Range]) -> list[Area]:

@@ -344,3 +344,17 @@ def test_many_mappings_are_asked_for_at_once(tracked: Memory) -> None:
     # what was not asked for is not told, although it lies between
     found, untracked = tracked.tracking.written_in([areas[0], areas[2]])
     assert (found.full, found.empty, untracked) == (tracked.ranges(9), tracked.ranges(2), [])
+
+
+def test_what_was_written_is_counted(tracked: Memory) -> None:
+    """As much as is told, without telling what; of memory that is not tracked, all that is there."""
+    areas = [(tracked.at(0), tracked.at(4), True), (tracked.at(4), tracked.end, True)]
+    assert tracked.tracking.count(areas) == 0
+    tracked.write(2)
+    tracked.write(9)
+    found, _ = tracked.tracking.written_in(areas)
+    assert tracked.tracking.count(areas) == sum(end - start for start, end in found.full) == 2 * PAGE
+    libc.mmap(tracked.at(5), PAGE, 3, PRIVATE | ANONYMOUS | FIXED, -1, 0)
+    assert tracked.tracking.count(areas) == 2 * PAGE
+    tracked.write(5)
+    assert tracked.tracking.count(areas) == 3 * PAGE
