@@ -9,6 +9,7 @@ The stages, each a method, in the order in which they are called::
     stop           all threads stopped; descriptors and mappings captured; nothing of ours left inside
     skeleton       records MANIFEST, TREE, FILES, MAPPINGS; then, while these are read, state is captured: STATES
     pages          memory and contents; the sockets still live and acknowledge: no peer runs into a time-out
+    states         STATES, where the skeleton has left them: some processes at a time, after rounds
     secure         the tool's death leaves everything stopped from now on
     early_queues   what large receive queues hold already
     freeze         sockets quiet, then in repair; exported

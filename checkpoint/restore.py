@@ -6,7 +6,8 @@
                       AHEAD brings idle connections.  With the last MAPPINGS (or with STATES, if it takes more than was
                       built before) the tree grows, of stubs with the right numbers, its memory laid out and its files
                       open; PAGES fill it; FILES_DELTA brings the connections
-                      COPIED says that the processes can be completed: threads and state, registers set
+                      COPIED says that the processes can be completed: threads and state, registers set.  STATES says it
+                      of some of them, if they are told apart
     prepare()         that, if it was not done yet; connections rebuilt in repair and compared
     survive()         from here on the death of the tool does not end the processes
     release()         connections live: their addresses are local by now

@@ -102,7 +102,8 @@ class Kind(enum.StrEnum):
     TREE         the processes
     FILES        the table of open files of the tree
     MAPPINGS     the memory layout of one process; a later one of the same process replaces it
-    STATES       all of the processes that is neither memory nor files; it comes after MAPPINGS, before PAGES
+    STATES       all of the processes that is neither memory nor files; it comes after MAPPINGS, before PAGES; or in
+                 several, each of some processes, when all bytes of memory and contents have come (a migration)
     PAGES        bytes of memory (by process) or of file contents (by index in FILES): the later bytes of an address win
     PAGES_DROP   pages that are as in a fresh mapping again (a hole, for contents): earlier PAGES of them are void
     COPIED       no more bytes of memory or contents come: the processes can be completed, while connections are frozen
