@@ -33,7 +33,7 @@ _PORT = 10022
 _TIMEOUT = 300.0
 #: what makes programs start as on the emulated CPU: neither the C library nor libcrypto takes what that one lacks
 LESSER_CPU = {
-    "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-XSAVEC,-AVX512F,-AVX512VL,-AVX512BW,-AVX512CD,-AVX512DQ",
+    "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-XSAVEC,-RTM,-AVX512F,-AVX512VL,-AVX512BW,-AVX512CD,-AVX512DQ",
     "OPENSSL_ia32cap": ":~0xf0230000",
 }
 _REMOTE = shlex.join(["env", f"PYTHONPATH={ROOT}", *TCPMIG, "receive"])
