@@ -7,7 +7,7 @@ called inside a process that is complete.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 from checkpoint.errors import ImageIncomplete
 from checkpoint.indoors import settle
@@ -24,7 +24,7 @@ __all__ = ["Completion"]
 class Completion:
     """The states of a tree's processes, and who has been given his.
 
-    states  by PID, those that have come
+    states  by PID, those that have come; of the tree's living processes, and nobody else
     begun   a process has been completed: no more memory may come
     """
 
@@ -70,7 +70,7 @@ class Completion:
         fresh = self.states.keys() - self._complete
         self._complete |= fresh
         living = [record for record in tree.living if record.task.pid in fresh]
-        states = {record.task.pid: self.states[record.task.pid] for record in living}
+        states = {pid: self.states[pid] for pid in fresh}
         birth.dismiss_ended(stubs, states)
         for record in living:
             pid = record.task.pid
@@ -88,7 +88,3 @@ class Completion:
             stub = stubs[record.task.pid]
             stub.leave()
             table.install(stub, states[record.task.pid])
-
-    def lacks(self, pids: Collection[int]) -> bool:
-        """Whether the states of some of these processes have not come."""
-        return not self.states.keys() >= set(pids)

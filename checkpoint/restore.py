@@ -378,7 +378,7 @@ class Restore:
         """The same of all that are left; their image is complete but for its connections."""
         self._complete_processes()
         states = self._completion.states
-        if self._completion.lacks([record.task.pid for record in self._living()]):
+        if len(states) < len(self._living()):
             raise ImageIncomplete("the end of the copy came before the states of all processes")
         if self._ground.init is not None and self.manifest is not None:
             root = self.manifest.roots[0]

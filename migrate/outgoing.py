@@ -264,7 +264,7 @@ class OutgoingTrees:
         runs = self._dump.pages(buffers=2)
         for run in runs if little else fetched_ahead(runs, self._reading):
             image.write(self._writer.pages(run))
-        image.flush()
+        image.flush()  # what has come is worked on there while states are read
         for states in self._dump.states:
             image.write(self._writer.frame(Kind.STATES, states))
             image.flush()

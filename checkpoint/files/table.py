@@ -451,7 +451,7 @@ class FileTable:
         changed = {}
         self.late = True
         # what was told ahead has no locks, and connections are told at the end
-        later = list(enumerate(self._files[self.first :], self.first))
+        later = list(enumerate(self.fresh, self.first))
         for index, old in later:
             kind = type(old)
             if kind.by_clock and clocks_stand:

@@ -33,7 +33,17 @@ from checkpoint.memory import aio, scan, segments, special, vdso, verdicts
 from checkpoint.memory.aio import Ring
 from checkpoint.memory.fields import MemoryFields
 from checkpoint.memory.huge import map_flags, page_shift
-from checkpoint.memory.vma import PAGE, SPECIAL_NAMES, TRACKING_FLAGS, VDSO, VSYSCALL, Vma, with_flags, without
+from checkpoint.memory.vma import (
+    PAGE,
+    REMEMBERED,
+    SPECIAL_NAMES,
+    TRACKING_FLAGS,
+    VDSO,
+    VSYSCALL,
+    Vma,
+    with_flags,
+    without,
+)
 from tcpstate.kernel.calls import CallError, CallTable, Result
 from tcpstate.kernel.machine import SYS
 from tcpstate.slotted import dataclass
@@ -75,8 +85,6 @@ _DROPPABLE_HAS = frozenset({"nr", "wf", "dd"})
 _ANY_PROT = int(Prot.READ | Prot.WRITE | Prot.EXEC)
 _ANON_NAMES = ("[anon:", "[anon_shmem:")
 _ANON_NAME_MAX = 80  # kernel: ANON_VMA_NAME_MAX_LEN, with the zero byte
-#: mappings that are remembered
-_KNOWN = 1 << 14
 #: the kernel keeps no more of the auxiliary vector (mm->saved_auxv)
 _AUXV_MAX = 1024
 
@@ -284,7 +292,7 @@ def capture(
     )
 
 
-@functools.lru_cache(_KNOWN)
+@functools.lru_cache(REMEMBERED)
 def _mapping(vma: Vma, file: int | None, huge: int) -> Mapping:
     """Most are what they were in the round before, and of a forked process what they are in its parent."""
     return Mapping(

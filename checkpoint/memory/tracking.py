@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterable, Sequence
 from checkpoint.kernel import pagemap, userfaultfd
 from checkpoint.kernel.pagemap import Category, ScanFlag
 from checkpoint.kernel.userfaultfd import CREATE_FLAGS, Feature, Mode
-from checkpoint.memory.ranges import Range, difference, intersection, joined
+from checkpoint.memory.ranges import Range, difference, intersection, joined, total
 from checkpoint.memory.vma import PAGE
 from tcpstate.kernel.batch import syscall
 from tcpstate.kernel.beside import Beside
@@ -232,12 +232,10 @@ class Tracking:
     def count(self, mappings: Sequence[Area], beside: Iterable[Range] = ()) -> int:
         """How many bytes were written, about: of what is not tracked, all that is there. In a fraction of the time of
         :meth:`written_in`."""
-        found = 0
-        for start, end, anonymous in _spans(mappings, list(beside)):
-            for first, last, sort in self._scan(start, end, anonymous, ScanFlag(0), Category.WRITTEN):
-                if sort & _IS_THERE and not sort & _IS_NOT_ITS_OWN:
-                    found += last - first
-        return found
+        return sum(
+            total(_Look(self._scan(start, end, anonymous, ScanFlag(0), Category.WRITTEN)).full)
+            for start, end, anonymous in _spans(mappings, list(beside))
+        )
 
     def _scan(
         self,

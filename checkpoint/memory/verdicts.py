@@ -12,7 +12,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from checkpoint.errors import (
     DeviceMapping,
@@ -27,7 +27,7 @@ from checkpoint.errors import (
 from checkpoint.kernel import protkeys
 from checkpoint.kernel.mman import Prot
 from checkpoint.memory import aio
-from checkpoint.memory.vma import VSYSCALL, Vma, read_smaps
+from checkpoint.memory.vma import REMEMBERED, VSYSCALL, Vma, read_smaps
 from checkpoint.verdict import Verdict
 
 __all__ = ["check", "escaped", "unmapped_exe", "verdicts"]
@@ -60,11 +60,9 @@ _KEPT_HUGE = ("/anon_hugepage", "/memfd:")
 #: most mappings have none of these
 _NAMES = tuple(name for rule in _RULES for name in rule.names)
 _FLAGS = frozenset[str]().union(*(rule.flags for rule in _RULES))
-#: mappings that are remembered
-_KNOWN: Final = 1 << 14
 
 
-@functools.lru_cache(_KNOWN)
+@functools.lru_cache(REMEMBERED)
 def _harmless(vma: Vma) -> bool:
     """Whether nothing has to be asked. A process may have thousands of mappings, which are mostly what they were when
     they were looked at before the stop."""

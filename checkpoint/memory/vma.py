@@ -19,6 +19,7 @@ from checkpoint.errors import NoSuchProcess
 
 __all__ = [
     "PAGE",
+    "REMEMBERED",
     "SPECIAL_NAMES",
     "TRACKING_FLAGS",
     "VDSO",
@@ -37,6 +38,8 @@ __all__ = [
 
 #: bytes of a page
 PAGE = os.sysconf("SC_PAGE_SIZE")
+#: mappings of which it is remembered what was found, from one look to the next
+REMEMBERED = 1 << 14
 #: the code that the kernel gives to every process
 VDSO = "[vdso]"
 #: mappings that the kernel makes at exec and that hold its own pages
