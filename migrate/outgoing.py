@@ -317,7 +317,8 @@ class OutgoingTrees:
         if early is not None:
             # by the PIDs that the records have
             early.ended(layouts, {self._dump.numbers(pid): left for pid, left in self._dump.remaining.items()})
-        image.pages(self._dump.pages(buffers=image.AHEAD + 2))
+        # one more is being read
+        image.pages(fetched_ahead(self._dump.pages(buffers=image.AHEAD + 3), self._reading))
         self._dump.secure()
         image.pages(self._dump.early_queues())
         self._freeze()

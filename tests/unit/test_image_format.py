@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
 import xxhash
+from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -127,8 +127,10 @@ def test_a_stream_has_checksums_and_a_file_has_not() -> None:
     with_checksums = frames.pack_header("PAGES", frames.Flag.CHECKSUM, len(record), len(data), 0)
     plain = frames.pack_header("PAGES", 0, len(record), len(data), 0)
     sums = struct.pack("<QQ", xxhash.xxh3_64_intdigest(record), xxhash.xxh3_64_intdigest(data))
-    expected = [hashlib.blake2b(text, digest_size=32, person=b"tcpmig frame").digest() for text in (
-        with_checksums + sums, plain + record + data)]  # fmt: skip
+    context = "tcpmig 2026-11-27 image version 3: digest of a frame"
+    expected = [
+        blake3(text, derive_key_context=context).digest() for text in (with_checksums + sums, plain + record + data)
+    ]
     assert [frames.digest(with_checksums, record, data), frames.digest(plain, record, data)] == expected
 
 
