@@ -29,7 +29,6 @@ from checkpoint.tree import plan
 from checkpoint.verdict import Status, Verdict, refusals
 from tcpstate import locate
 from tcpstate.errors import NoSuchConnection, Outcome, TcpmigError, catalogue
-from tcpstate.kernel.bpf.layout import parsed_once
 from tcpstate.kernel.route import local_addresses
 from tcpstate.locate import Located
 from tcpstate.slotted import dataclass
@@ -79,7 +78,7 @@ def check(roots: Sequence[int], policy: Policy = NO_POLICY) -> list[Verdict]:
         found += refuse.verdicts(root)
     if refusals(found):
         return found
-    with entered(roots[0]), parsed_once():
+    with entered(roots[0]):
         return found + _check_members(roots, policy)
 
 

@@ -11,7 +11,6 @@ from checkpoint import births, records, rehearsal
 from migrate.journal import JournalRecord
 from migrate.messages import Abort, Measured, Message, Prepared, Probed, Refused, Running, Started, Stuck, Verdicts
 from tcpstate import codec, slotted
-from tcpstate.kernel.bpf.layout import parsed_once
 from tcpstate.kernel.bpf.signed import nobody_signs
 from tcpstate.rehearsal import rehearse
 from tcpstate.segment import Segment
@@ -46,12 +45,11 @@ def arriving() -> None:
 
 
 def _warm(*, connections: bool, built: bool) -> None:
-    with parsed_once():
-        if connections:
-            rehearse()
-            nobody_signs()
-        records.prepare(read=built)
-        rehearsal.rehearse(built=built)
+    if connections:
+        rehearse()
+        nobody_signs()
+    records.prepare(read=built)
+    rehearsal.rehearse(built=built)
 
 
 def _settled() -> None:

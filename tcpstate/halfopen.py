@@ -132,7 +132,6 @@ def _reader() -> _Reader:
         raise KernelFeatureMissing(f"half-open connections cannot be read: {error}", object="bpf_iter_tcp") from None
     finally:
         known.save()
-        known.forget_btf()
 
 
 def capture(ports: Collection[int]) -> list[HalfOpen]:

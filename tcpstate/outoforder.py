@@ -106,7 +106,6 @@ def _reader() -> _Reader:
         raise KernelFeatureMissing(f"out-of-order queues cannot be read: {error}", object="bpf_iter_tcp") from None
     finally:
         known.save()
-        known.forget_btf()
 
 
 class _Walk:

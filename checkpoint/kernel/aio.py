@@ -174,7 +174,6 @@ def _reader() -> _Reader | None:
         _log.info("asynchronous I/O contexts cannot be read: %s", error)
         return None
     known.save()
-    known.forget_btf()
     return _Reader(program, len(offsets), active)
 
 

@@ -108,7 +108,6 @@ def _programs() -> _Programs | None:
         _log.info("when a call times out that a thread waits in cannot be read: %s", error)
         return None
     known.save()
-    known.forget_btf()
     return _Programs(looking, noting, tasks, places)
 
 

@@ -113,7 +113,6 @@ def _reader() -> _Reader:
         raise KernelFeatureMissing(f"corked data cannot be read: {error}", object="struct udp_sock") from None
     finally:
         known.save()
-        known.forget_btf()
 
 
 def prepare() -> None:

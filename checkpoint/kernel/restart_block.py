@@ -89,7 +89,6 @@ def _reader() -> _Reader | None:
         _log.info("the time that is left of interrupted sleeps cannot be read: %s", error)
         return None
     known.save()
-    known.forget_btf()
     return _Reader(program, size, places)
 
 

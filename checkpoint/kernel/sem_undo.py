@@ -71,7 +71,6 @@ def _reader() -> _Reader | None:
         _log.info("what is to be undone of semaphore operations cannot be read: %s", error)
         return None
     known.save()
-    known.forget_btf()
     return _Reader(program, size, number, numbers)
 
 

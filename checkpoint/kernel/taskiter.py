@@ -70,7 +70,6 @@ def wanted(build: Callable[[Layout], bytes], name: str, lacking: str) -> int:
         ) from None
     finally:
         known.save()
-        known.forget_btf()
 
 
 def lent(build: Callable[[Layout], bytes], name: str, lacking: str, over: str = TASKS) -> int | None:
@@ -83,7 +82,6 @@ def lent(build: Callable[[Layout], bytes], name: str, lacking: str, over: str = 
         return None
     finally:
         known.save()
-        known.forget_btf()
 
 
 def read(program: int, tid: int, again: Again | None = None) -> bytes:

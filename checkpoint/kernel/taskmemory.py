@@ -62,7 +62,6 @@ class TaskMemory:
             for fd in fds:
                 os.close(fd)
         known.save()
-        known.forget_btf()
 
     def run(self, asked: bytes, pid: int) -> None:
         """Put ``asked`` at the beginning of the memory, and run the program for a process. OSError."""

@@ -179,7 +179,6 @@ def _reader() -> _Reader | None:
         return None
     finally:
         known.save()
-        known.forget_btf()
     at, numa = 0, -1
     for path, _, length in compared:
         if path == "mempolicy":

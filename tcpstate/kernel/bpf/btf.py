@@ -1,14 +1,15 @@
 """BTF: the kernel's description of its own types, as /sys/kernel/btf/vmlinux has it.
 
 Source: Documentation/bpf/btf.rst, include/uapi/linux/btf.h.  Only what our programs need is read: structures with the
-offsets of their members, and the ids of types and functions.  The file is some megabytes and takes a good part of a
-second: :mod:`tcpstate.kernel.bpf.layout` remembers the answers.
+offsets of their members, and the ids of types and functions.  The file is some megabytes and takes some 50 ms:
+:mod:`tcpstate.kernel.bpf.layout` remembers the answers.
 """
 
 from __future__ import annotations
 
 import enum
 import struct
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -87,18 +88,28 @@ class _Type:
     size: int  # or the id of the type that this one refers to
     count: int
     has_bit_fields: bool
-    at: int
+    at: int  # what is behind its head, in bytes
+
+
+#: the head of a type, and what is behind it, in words of 4 bytes; a kind that is unknown has none
+_HEAD: Final = _TYPE.size // 4
+_BEHIND: Final = [_HEAD + _FIXED.get(Kind(n), 0) // 4 if n in Kind._value2member_map_ else 0 for n in range(32)]
+_FOR_EACH: Final = [_EACH.get(Kind(n), 0) // 4 if n in Kind._value2member_map_ else 0 for n in range(32)]
 
 
 class Btf:
-    """Types by kind and name. BadBtf for anything malformed."""
+    """Types by kind and name. BadBtf for anything malformed.
+
+    Of the types it is only found where each begins, and the numbers of those that may be asked for by name: the types
+    themselves are read when they are asked for. So one of these may be kept.
+    """
 
     def __init__(self, data: bytes) -> None:
         try:
             self._parse(data)
         except BadBtf:
             raise
-        except (struct.error, ValueError) as error:
+        except (struct.error, ValueError, TypeError, IndexError) as error:
             raise BadBtf(f"truncated: {error}") from None
 
     @classmethod
@@ -111,30 +122,33 @@ class Btf:
         if magic != _MAGIC or version != 1:
             raise BadBtf(f"magic {magic:#x}, version {version}")
         self._names = data[header + names_at : header + names_at + names_size]
-        self._data = data[header + types_at : header + types_at + types_size]
+        self._data = memoryview(data)[header + types_at : header + types_at + types_size]
         if len(self._data) != types_size or len(self._names) != names_size:
             raise BadBtf("the sections are longer than the file")
-        self._heads: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)]
-        self._ids: dict[tuple[int, bytes], int] = {}
-        fixed = [int(_FIXED.get(Kind(k), 0)) if k in Kind._value2member_map_ else -1 for k in range(32)]
-        each = [int(_EACH.get(Kind(k), 0)) if k in Kind._value2member_map_ else 0 for k in range(32)]
-        wanted = frozenset({Kind.STRUCT, Kind.UNION, Kind.FUNCTION})
-        at, names, unpack = 0, self._names, _TYPE.unpack_from
-        while at < types_size:
-            name, info, size = unpack(self._data, at)
+        words = self._data.cast("I")
+        # type 0 is void, which is not told
+        self._starts = starts = array("I", [0])
+        self._named: dict[int, dict[int, int]] = {kind: {} for kind in (Kind.STRUCT, Kind.UNION, Kind.FUNCTION)}
+        self._found: dict[tuple[Kind, str], int] = {}
+        at, end, named, behind, for_each = 0, len(words), self._named, _BEHIND, _FOR_EACH
+        while at < end:
+            info = words[at + 1]
             kind = info >> 24 & 31
-            extra = fixed[kind]
-            if extra < 0:
+            size = behind[kind]
+            if not size:
                 raise BadBtf(f"kind {kind} is unknown")
-            self._heads.append((name, info, size, at))
-            if name and kind in wanted:
-                self._ids.setdefault((kind, names[name : names.index(b"\0", name)]), len(self._heads) - 1)
-            at += _TYPE.size + extra + each[kind] * (info & 0xFFFF)
+            if kind in named:
+                named[kind].setdefault(words[at], len(starts))
+            starts.append(at)
+            at += size + for_each[kind] * (info & 0xFFFF)
+        if at != end:
+            raise BadBtf("the last type is longer than the file")
 
     def _type(self, number: int) -> _Type:
-        if not 0 < number < len(self._heads):
+        if not 0 < number < len(self._starts):
             raise BadBtf(f"there is no type {number}")
-        name, info, size, at = self._heads[number]
+        at = 4 * self._starts[number]
+        name, info, size = self._words(at)
         return _Type(info >> 24 & 31, name, size, info & 0xFFFF, bool(info >> 31), at + _TYPE.size)
 
     def _name(self, at: int) -> str:
@@ -145,10 +159,16 @@ class Btf:
 
     def id(self, kind: Kind, name: str) -> int:
         """Of a structure, union or function. BadBtf if there is none."""
-        found = self._ids.get((kind, name.encode()))
-        if found is None:
-            raise BadBtf(f"this kernel has no {kind.name.lower()} {name}")
-        return found
+        found = self._found.get((kind, name))
+        if found is not None:
+            return found
+        text, at = b"\0%b\0" % name.encode(), 0
+        # each name is there once; a damaged table may have it again
+        while name and (at := self._names.find(text, at) + 1) > 0:
+            if (found := self._named[kind].get(at)) is not None:
+                self._found[kind, name] = found
+                return found
+        raise BadBtf(f"this kernel has no {kind.name.lower()} {name}")
 
     def size(self, name: str) -> int:
         """Bytes of a structure. BadBtf."""

@@ -222,7 +222,6 @@ class Census:
                 fix="Run as root (CAP_BPF, CAP_PERFMON) on a kernel from 6.6 on with CONFIG_DEBUG_INFO_BTF.",
             ) from None
         known.save()
-        known.forget_btf()
         self._record = struct.Struct(f"=Q{size - _WORD}s")
         self._numbers = {name: (at - _WORD, struct.Struct("=" + form)) for name, (at, form) in numbers.items()}
 

@@ -101,7 +101,6 @@ class Vouching:
             ) from None
         finally:
             known.save()
-            known.forget_btf()
 
     def _keep(self, fd: int) -> int:
         self._fds.append(fd)

@@ -1,6 +1,6 @@
 """Numbers out of the kernel's BTF, by name, remembered from run to run.
 
-Parsing BTF takes 0.2 to 0.7 s; the few dozen numbers that our programs want are the same as long as the kernel is.  So
+Parsing BTF takes some 50 ms; the few hundred numbers that our programs want are the same as long as the kernel is.  So
 they are kept in a file, named for the kernel's build.  What lies there is not believed blindly: it must be a plain file
 of ours that nobody else can write, of the right form, for this very build; else BTF is parsed again.  Even a wrong
 number could only make the kernel refuse a program: the verifier checks every access by itself.
@@ -15,13 +15,13 @@ import logging
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
 from tcpstate.kernel.bpf.btf import VMLINUX, BadBtf, Btf, Kind, Place
 
-__all__ = ["Layout", "cache_directory", "kernel_build", "layout", "parsed_once"]
+__all__ = ["Layout", "cache_directory", "kernel_build", "layout"]
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,6 @@ class Layout:
         self._known: dict[str, tuple[int, ...]] = self._read()
         self._new = False
         self._btf: Btf | None = None
-        self._keepers = 0
 
     def place(self, structure: str, path: str) -> Place:
         """Where a member lies. BadBtf if this kernel has none; OSError if it does not tell."""
@@ -134,21 +133,6 @@ class Layout:
             return
         self._new = False
 
-    def forget_btf(self) -> None:
-        """Give the memory of the parsed BTF back, unless others want to ask it as well (:meth:`parsed_once`)."""
-        if not self._keepers:
-            self._btf = None
-
-    @contextlib.contextmanager
-    def parsed_once(self) -> Iterator[None]:
-        """What is asked meanwhile, by whomever, is answered from one and the same parse."""
-        self._keepers += 1
-        try:
-            yield
-        finally:
-            self._keepers -= 1
-            self.forget_btf()
-
 
 def _checked(data: bytes, build: str) -> dict[str, tuple[int, ...]]:
     """What a file holds; nothing if it is not exactly of our form and of this build."""
@@ -177,8 +161,3 @@ def layout() -> Layout:
     if key not in _current:
         _current[key] = Layout(key[0], cache_directory())
     return _current[key]
-
-
-def parsed_once() -> contextlib.AbstractContextManager[None]:
-    """:meth:`Layout.parsed_once` of the running kernel: around what asks many things for the first time on it."""
-    return layout().parsed_once()

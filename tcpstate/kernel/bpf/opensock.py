@@ -74,7 +74,6 @@ def over_files(code: Callable[[Layout], bytes], name: str) -> int:
         raise lacking(error) from None
     finally:
         known.save()
-        known.forget_btf()
 
 
 @functools.cache

@@ -99,7 +99,6 @@ class Recount:
             values = [_KEY.pack(at) + record for at, record in enumerate(records)]
             call.update_all(told, [_KEY.pack(cookie) for cookie in cookies], values)
             known.save()
-            known.forget_btf()
             self._link = iterator_program(_program(known, told, memory, size - _AT_SAME), known)
         except (OSError, BadBtf) as error:
             raise KernelFeatureMissing(

@@ -34,7 +34,6 @@ def _link() -> int:
     except (OSError, BadBtf, KernelFeatureMissing):
         return -1
     known.save()
-    known.forget_btf()
     return link
 
 

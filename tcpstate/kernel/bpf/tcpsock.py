@@ -255,7 +255,6 @@ def _reader() -> _Reader:
             fix="Run as root (CAP_BPF, CAP_PERFMON) on a kernel with CONFIG_BPF_SYSCALL and CONFIG_DEBUG_INFO_BTF.",
         ) from None
     known.save()
-    known.forget_btf()
     return _Reader(link, names, record)
 
 

@@ -166,7 +166,6 @@ def setter() -> WindowSetter:
         ) from None
     finally:
         known.save()
-        known.forget_btf()
     if len(made.name) >= CONGESTION_NAME_SIZE:
         raise RuntimeError(f"the name {made.name} is too long")
     return made
