@@ -106,7 +106,8 @@ def checkpoint(
     unit_hook      a program that deals with the processes' supervisors; not called if they run on
     timeout        seconds after which a hold ends by itself; 0: never
     capacity       sockets that one holder keeps; None: as many as it can
-    max_downtime_ms  memory is copied in rounds, until what is left for the stop takes no longer; None: no rounds
+    max_downtime_ms  memory is copied in rounds, until what is left for the stop takes no longer; None: no rounds, and
+                     none either of processes that end, but for a ``parent``
     parent         an earlier image of theirs: pages that are there already are not written again
 
     ImageError (of the parent), Refused, HoldUnavailable (nothing was stopped), HolderFailed, ImageNotWritten and others
@@ -160,7 +161,8 @@ def checkpoint(
             # opened first: a file that cannot be made stops nothing
             with ThreadPoolExecutor(1) as file.executor, file as image:
                 early = None
-                if max_downtime_ms is not None:
+                # Where they end all of it is written before that anyway: copied ahead it would only be written twice.
+                if max_downtime_ms is not None and (leave_running or older is not None):
                     early = ends.enter_context(contextlib.closing(EarlyPages(path, older)))
                 if hook is not None:
                     facts = replace(hook.facts, units=needs.units)
