@@ -204,7 +204,10 @@ class Ahead:
         # rather too early: the clocks of connections may be ahead of what they were, never behind
         read_at = time.monotonic_ns()
         # The rows second: by the first every socket has a cookie.
-        chosen = self._choose(pids, before)
+        chosen = {
+            pid: [(raw, row) for raw, row in places if row.cookie in before]
+            for pid, places in filetable.alone(pids).items()
+        }
         with FileTable(live=True) as table:
             for _ in range(_LOOKS):
                 found: list[_Found] = []
@@ -252,22 +255,6 @@ class Ahead:
             member.sort()
         if self.files:
             self._tables = TableReader(2 * len(self.files) + _MORE)
-
-    def _choose(self, pids: Sequence[int], before: Mapping[int, bytes]) -> dict[int, list[tuple[bytes, Row]]]:
-        """Established connections that one descriptor leads to, and nobody is told of by signals."""
-        rows = {pid: filetable.read(pid) for pid in pids}
-        seen: dict[int, int] = {}
-        for told in rows.values():
-            for row in filetable.rows(told):
-                seen[row.cookie] = seen.get(row.cookie, 0) + 1
-        return {
-            pid: [
-                (raw, row)
-                for raw, row in zip(told, filetable.rows(told), strict=True)
-                if row.cookie in before and seen[row.cookie] == 1 and not row.owner and not row.locks
-            ]
-            for pid, told in rows.items()
-        }
 
     def _fits(self, one: _Found, after: Mapping[int, bytes], local: Collection[str]) -> bool:
         conn = one.standing.record.conn_id

@@ -24,7 +24,6 @@ from checkpoint.files.treefiles import AheadPlace, Numbered
 from checkpoint.kernel import filerows, filetable
 from checkpoint.kernel.difference import differing
 from checkpoint.kernel.filerows import NUMBERS, FileRow
-from checkpoint.kernel.filetable import Row
 from checkpoint.namespaces.ways import way_of
 from tcpstate.errors import TcpmigError
 from tcpstate.slotted import dataclass
@@ -80,7 +79,8 @@ class AheadPlain:
             return  # by other mounts than the target's tool would open them
         filerows.prepare()
         keys: set[tuple[int, int, str]] = set()
-        for pid, rows in _only_descriptors(pids).items():
+        for pid, places in filetable.alone(pids).items():
+            rows = {row.fd: (raw, row) for raw, row in places if not row.cookie}
             before = _by_number(pid)
             wanted = [fd for fd in rows if fd in before]
             captured = dict(self._capture(pid, wanted))
@@ -90,7 +90,8 @@ class AheadPlain:
             after = _by_number(pid)
             for fd, (view, record) in captured.items():
                 raw, row = rows[fd]
-                if now.get(fd) != raw or fd not in after or not _same(before[fd][0], after[fd][0]):
+                # one that another has got since it was alone is captured as what that one has
+                if view.fd != fd or now.get(fd) != raw or fd not in after or not _same(before[fd][0], after[fd][0]):
                     continue
                 # where two descriptions of one file are told, who is told from whom by kcmp: that is left to the stop
                 place = AheadPlace(pid=pid, fd=fd, cloexec=row.cloexec)
@@ -148,24 +149,6 @@ class AheadPlain:
         """Which file each of those of a process is whose descriptors are ``here``: its index."""
         indexes = self._indexes.get(pid, {})
         return {self.found[at - self._first].key: at for fd, at in indexes.items() if fd in here}
-
-
-def _only_descriptors(pids: Sequence[int]) -> dict[int, dict[int, tuple[bytes, Row]]]:
-    """Of each process, by number: descriptors that are no sockets, each the only one of its description in the tree,
-    which nobody has locked or is told of by signals. KernelFeatureMissing, OSError."""
-    rows = {pid: filetable.read(pid) for pid in pids}
-    seen: dict[int, int] = {}
-    for told in rows.values():
-        for row in filetable.rows(told):
-            seen[row.file] = seen.get(row.file, 0) + 1
-    return {
-        pid: {
-            row.fd: (raw, row)
-            for raw, row in zip(told, filetable.rows(told), strict=True)
-            if not row.cookie and not row.owner and not row.locks and seen[row.file] == 1
-        }
-        for pid, told in rows.items()
-    }
 
 
 def _by_number(pid: int) -> dict[int, tuple[bytes, FileRow]]:

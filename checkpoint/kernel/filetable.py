@@ -14,7 +14,7 @@ import functools
 import os
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 from checkpoint.kernel import taskiter
@@ -22,7 +22,7 @@ from tcpstate.kernel.bpf.asm import FRAME, Asm, Helper, Jump
 from tcpstate.kernel.bpf.btf import BadBtf
 from tcpstate.kernel.bpf.layout import Layout
 
-__all__ = ["SIZE", "Row", "number_of", "prepare", "read", "rows", "table"]
+__all__ = ["SIZE", "Row", "alone", "number_of", "prepare", "read", "rows", "table"]
 
 #: members of struct bpf_iter__task_file: pointers and a number, laid out by the macro of include/linux/bpf.h
 _META, _TASK, _FD, _FILE = 0, 8, 16, 24
@@ -120,3 +120,21 @@ def number_of(row: bytes) -> int:
 def rows(data: list[bytes]) -> Iterator[Row]:
     """What they say."""
     return (Row(*_ROW.unpack(row)) for row in data)
+
+
+def alone(pids: Sequence[int]) -> dict[int, list[tuple[bytes, Row]]]:
+    """Of each process the descriptors that are the only one of their description in all of them, which nobody has
+    locked or is told of by signals. (A socket has one description.) KernelFeatureMissing, OSError."""
+    tables = {pid: read(pid) for pid in pids}
+    seen: dict[int, int] = {}
+    for told in tables.values():
+        for row in rows(told):
+            seen[row.file] = seen.get(row.file, 0) + 1
+    return {
+        pid: [
+            (raw, row)
+            for raw, row in zip(told, rows(told), strict=True)
+            if seen[row.file] == 1 and not row.owner and not row.locks
+        ]
+        for pid, told in tables.items()
+    }

@@ -11,7 +11,7 @@ import pytest
 
 from checkpoint.arch.aarch64 import engine, init, stub
 from tcpstate.kernel.machine import aarch64
-from tests.guest import Guest
+from tests.guest import Guest, wheels
 from tests.guest.debian import ARM64
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -21,6 +21,8 @@ PROCESSES = ("tests/guest/aarch64/test_on_aarch64_commands.py", "tests/guest/aar
 #: Debian's pyroute2 is too old; this one is the same on every machine
 PYROUTE2 = Path(pyroute2.__file__).parent
 SITE = "/usr/local/lib/python3.11/dist-packages"
+#: what Debian has not, or not as new; with machine code in it
+WHEELS = ("blake3", "xxhash")
 #: every Python there keeps what it compiles, which is half of the time that it takes to begin
 KEEPING = "import sys; sys.pycache_prefix = '/tmp/pyc'; sys.dont_write_bytecode = False\n"
 
@@ -69,12 +71,15 @@ def test_the_engine_is_its_source_assembled(
 
 @pytest.fixture(scope="module")
 def guest() -> Iterator[Guest]:
+    others = wheels.fetch(WHEELS, "manylinux2014_aarch64")
     # one CPU: every one more is paid for by all the others
-    with Guest(ARM64, see=[CHECKOUT, PYROUTE2], cpus=1) as booted:
+    with Guest(ARM64, see=[CHECKOUT, PYROUTE2, others], cpus=1) as booted:
         assert booted.run(["uname", "-m"]).stdout == "aarch64\n"
         assert booted.run(["mkdir", "-p", SITE]).returncode == 0
         assert booted.run(["ln", "-s", str(PYROUTE2), f"{SITE}/pyroute2"]).returncode == 0
         assert booted.run(["/bin/sh", "-c", f"cat > {SITE}/keeping.pth"], stdin=KEEPING.encode()).returncode == 0
+        # the test hosts in there do not see all of /var
+        assert booted.run(["cp", "-r", f"{others}/.", SITE]).returncode == 0
         yield booted
 
 
