@@ -68,7 +68,7 @@ class OtherImageVersion(ImageError):
     """The image was made in a version of the format that this tcpmig does not read."""
 
     code = "TM-0405"
-    fix = "Use the tcpmig that made the image, or a later one."
+    fix = "Use the version of tcpmig that made the image."
 
 
 class UnknownFrameKind(ImageError):
