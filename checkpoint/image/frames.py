@@ -13,9 +13,8 @@ begin at a multiple of 4096 bytes from the start of the image, so that a file ca
 The digest is BLAKE3 (256 bits) over the first 32 bytes of the header, the record and the data, in the mode that derives
 keys, so that digests of frames and of images are of two kinds whatever their bytes are.  In a stream, whose channel
 guards against forgery and of which nothing is kept, frames may have the flag CHECKSUM: the digest is then over those 32
-bytes and the XXH3 hashes (64 bits, 8 bytes each) of the record and of the data.  Of all that a migration does with a
-page the full digest would take the longest, and so would a CRC-32: measured here 0.25 ms for 1 MiB, XXH3 0.02 ms.  A
-file has no such frames.
+bytes and the XXH3 hashes (64 bits, 8 bytes each) of the record and of the data: pages are hashed in the stop as well,
+and of 1 MiB XXH3 takes 0.02 ms here, BLAKE3 0.17.  A file has no such frames.
 """
 
 from __future__ import annotations
