@@ -90,7 +90,7 @@ class AheadPlain:
             after = _by_number(pid)
             for fd, (view, record) in captured.items():
                 raw, row = rows[fd]
-                # one that another has got since it was alone is captured as what that one has
+                # of one that was alone and has another descriptor since, that other one may have been captured
                 if view.fd != fd or now.get(fd) != raw or fd not in after or not _same(before[fd][0], after[fd][0]):
                     continue
                 # where two descriptions of one file are told, who is told from whom by kcmp: that is left to the stop

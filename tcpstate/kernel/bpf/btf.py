@@ -21,7 +21,6 @@ __all__ = ["VMLINUX", "BadBtf", "Btf", "Kind", "Member", "Place", "minimal"]
 VMLINUX: Final = Path("/sys/kernel/btf/vmlinux")
 _MAGIC: Final = 0xEB9F
 _HEADER: Final = struct.Struct("=HBBIIIII")
-_TYPE: Final = struct.Struct("=III")
 _MEMBER: Final = struct.Struct("=III")
 #: a chain of typedefs and qualifiers, or a path of embedded structures, is never longer
 _DEPTH: Final = 32
@@ -51,9 +50,13 @@ class Kind(enum.IntEnum):
     ENUM64 = 19
 
 
-#: bytes behind a type's head: fixed, and per element
-_FIXED: Final = {Kind.INT: 4, Kind.ARRAY: 12, Kind.VARIABLE: 4, Kind.DECLARATION_TAG: 4}
-_EACH: Final = {Kind.STRUCT: 12, Kind.UNION: 12, Kind.ENUM: 8, Kind.PROTOTYPE: 8, Kind.SECTION: 12, Kind.ENUM64: 12}
+#: words of 4 bytes: the head of a type, and what is behind it, fixed and per element
+_HEAD: Final = 3
+_FIXED: Final = {Kind.INT: 1, Kind.ARRAY: 3, Kind.VARIABLE: 1, Kind.DECLARATION_TAG: 1}
+_EACH: Final = {Kind.STRUCT: 3, Kind.UNION: 3, Kind.ENUM: 2, Kind.PROTOTYPE: 2, Kind.SECTION: 3, Kind.ENUM64: 3}
+#: the same by number; a kind that is unknown has no head
+_SIZE_OF: Final = [_HEAD + _FIXED.get(Kind(n), 0) if n in Kind._value2member_map_ else 0 for n in range(32)]
+_FOR_EACH: Final = [_EACH.get(Kind(n), 0) if _SIZE_OF[n] else 0 for n in range(32)]
 _ALIASES: Final = frozenset({Kind.TYPEDEF, Kind.VOLATILE, Kind.CONST, Kind.RESTRICT, Kind.TYPE_TAG})
 
 
@@ -91,12 +94,6 @@ class _Type:
     at: int  # what is behind its head, in bytes
 
 
-#: the head of a type, and what is behind it, in words of 4 bytes; a kind that is unknown has none
-_HEAD: Final = _TYPE.size // 4
-_BEHIND: Final = [_HEAD + _FIXED.get(Kind(n), 0) // 4 if n in Kind._value2member_map_ else 0 for n in range(32)]
-_FOR_EACH: Final = [_EACH.get(Kind(n), 0) // 4 if n in Kind._value2member_map_ else 0 for n in range(32)]
-
-
 class Btf:
     """Types by kind and name. BadBtf for anything malformed.
 
@@ -130,11 +127,11 @@ class Btf:
         self._starts = starts = array("I", [0])
         self._named: dict[int, dict[int, int]] = {kind: {} for kind in (Kind.STRUCT, Kind.UNION, Kind.FUNCTION)}
         self._found: dict[tuple[Kind, str], int] = {}
-        at, end, named, behind, for_each = 0, len(words), self._named, _BEHIND, _FOR_EACH
+        at, end, named, size_of, for_each = 0, len(words), self._named, _SIZE_OF, _FOR_EACH
         while at < end:
             info = words[at + 1]
             kind = info >> 24 & 31
-            size = behind[kind]
+            size = size_of[kind]
             if not size:
                 raise BadBtf(f"kind {kind} is unknown")
             if kind in named:
@@ -149,7 +146,7 @@ class Btf:
             raise BadBtf(f"there is no type {number}")
         at = 4 * self._starts[number]
         name, info, size = self._words(at)
-        return _Type(info >> 24 & 31, name, size, info & 0xFFFF, bool(info >> 31), at + _TYPE.size)
+        return _Type(info >> 24 & 31, name, size, info & 0xFFFF, bool(info >> 31), at + 4 * _HEAD)
 
     def _name(self, at: int) -> str:
         end = self._names.find(b"\0", at)
