@@ -30,8 +30,8 @@ __all__ = ["ImageReader", "open_image"]
 
 #: digests that may wait for the executor while the frames are walked
 _CHECKS_AHEAD = 64
-#: bytes from which on a digest is worth another thread
-_WORTH = 16 << 10
+#: bytes from which on a digest is worth another thread: to pass one on takes as long as some 200 KiB
+_WORTH = 256 << 10
 
 
 class ImageReader:
